@@ -1,0 +1,29 @@
+"""Errors a user can act on.
+
+Every message is one line that names the layer or the file and says what to do. The command line
+prints it and exits with code 2; nothing has been written by then.
+"""
+
+
+class NetDecoupleError(Exception):
+    """Base of every error netdecouple raises on purpose."""
+
+
+class ModelError(NetDecoupleError):
+    """The network cannot be read, run, or decoupled."""
+
+
+class CalibrationError(NetDecoupleError):
+    """The calibration or evaluation data cannot be read or do not fit the network."""
+
+
+class BudgetError(NetDecoupleError):
+    """The budget cannot be parsed or cannot be met; the message says what can."""
+
+
+class PlanError(NetDecoupleError):
+    """The plan file is malformed or was made for another network."""
+
+
+class OutputError(NetDecoupleError):
+    """A result cannot be written where it was asked for."""
