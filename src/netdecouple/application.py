@@ -1,0 +1,161 @@
+"""Carrying a plan out, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from netdecouple.convolution import Factorization
+from netdecouple.errors import PlanError
+from netdecouple.families import Problem, decoupling
+from netdecouple.families.ridge import best_ridge, held_back_error
+from netdecouple.frontends import Layer, Network
+from netdecouple.frontends.storage import ArrayStore
+from netdecouple.moments import Moments
+from netdecouple.planning.analysis import Progress, quiet
+from netdecouple.planning.candidates import ranks_of
+from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.sampling import Inputs, SplitMoments, sample_positions
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A plan carried out: its ranks and ridges are filled in, and every changed layer has its stages."""
+
+    plan: Plan
+    factorizations: dict[str, Factorization]
+    errors: dict[str, float]  # on held-back inputs, relative to the variance of the layer's output
+    samples: dict[str, int]  # fitted on, per layer
+
+
+def apply(network: Network, inputs: Inputs, plan: Plan, progress: Progress = quiet) -> Applied:
+    """Fit every chosen layer on what it sees in the network as decoupled so far, against what the
+    original produced at the same places (asymmetric reconstruction, DESIGN §4).
+
+    Ranks and ridges that the plan already has are kept, so a plan applied twice gives the same network.
+
+    Raises:
+        PlanError: the plan names other layers than the network has.
+    """
+    layers = {layer.name: layer for layer in network.layers}
+    if [row.name for row in plan.layers] != list(layers):
+        raise PlanError("the plan is for a network of other layers; make it again for this model")
+    applied = Applied(plan, {}, {}, {})
+    if plan.data_free:
+        rows = [_apply_data_free(row, layers[row.name], plan.uniform_rank, applied) for row in plan.layers]
+    else:
+        rows = _apply_asymmetric(network, inputs, plan, layers, applied, progress)
+    return replace(applied, plan=replace(plan, layers=tuple(rows)))
+
+
+def _apply_data_free(row: LayerPlan, layer: Layer, uniform: bool, applied: Applied) -> LayerPlan:
+    if not row.changed:
+        return row
+    assert layer.geometry is not None
+    problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+    row = _with_ranks(row, problem, uniform)
+    applied.factorizations[row.name] = decoupling.fit(problem, np.array(row.ranks), sweeps=0).astype(
+        np.float32
+    )
+    return row
+
+
+def _apply_asymmetric(
+    network: Network,
+    inputs: Inputs,
+    plan: Plan,
+    layers: Mapping[str, Layer],
+    applied: Applied,
+    progress: Progress,
+) -> list[LayerPlan]:
+    changed = [layers[row.name] for row in plan.layers if row.changed]
+    targets = _Targets(network, inputs, changed, plan.seed, progress)
+    walk = network.walk(inputs.images)
+    rows = []
+    for row in plan.layers:
+        if not row.changed:
+            rows.append(row)
+            continue
+        layer = layers[row.name]
+        assert layer.geometry is not None
+        own = SplitMoments.empty(layer, inputs)
+        for seen in walk.observe(layer.name, targets.positions[layer.name]):
+            wanted = targets.of(layer.name, seen.images)
+            own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
+        problem = Problem.of(layer.geometry, layer.weight, own.fitted)
+        row = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
+        problem = problem.regularized(row.ridge)
+        row = _with_ranks(row, problem, plan.uniform_rank)
+        fitted = decoupling.fit(problem, np.array(row.ranks)).astype(np.float32)
+        walk.replace(layer.name, fitted)
+        rows.append(row)
+        applied.factorizations[layer.name] = fitted
+        error = held_back_error(problem, own.held_back, fitted)
+        applied.errors[layer.name] = error / max(targets.variances[layer.name], np.finfo(float).tiny)
+        applied.samples[layer.name] = own.fitted.count
+        progress("Decoupling layers", len(applied.factorizations), len(changed))
+    return rows
+
+
+def _with_ridge(row: LayerPlan, problem: Problem, held_back: Moments, uniform: bool) -> LayerPlan:
+    """Choose the ridge on held-back inputs, unless the plan says it."""
+    if row.ridge:
+        return row
+
+    def quick(p: Problem) -> Factorization:
+        return decoupling.fit(p, np.array(_with_ranks(row, p, uniform).ranks), sweeps=0)
+
+    return replace(row, ridge=best_ridge(problem, held_back, quick))
+
+
+def _with_ranks(row: LayerPlan, problem: Problem, uniform: bool) -> LayerPlan:
+    """Share the layer's terms among its channels, unless the plan says how."""
+    if row.ranks:
+        return row
+    ranks = ranks_of(decoupling.spectrum(problem), row.terms, uniform)
+    return replace(row, ranks=tuple(int(r) for r in ranks))
+
+
+class _Targets:
+    """What the original network produced at the sampled positions of some layers, plus their shortcuts.
+
+    A residual branch's last layer thereby also makes up for what is already wrong on the shortcut.
+    """
+
+    def __init__(
+        self, network: Network, inputs: Inputs, layers: Sequence[Layer], seed: int, progress: Progress
+    ) -> None:
+        count = len(inputs.images)
+        self.positions = {la.name: sample_positions(la, count, seed) for la in layers}
+        self.variances: dict[str, float] = {}
+        self._store = ArrayStore()
+        parts: dict[str, list[tuple[int, int]]] = {}
+        sums: dict[str, list[np.ndarray]] = {la.name: [] for la in layers}
+        for seen in network.observe(inputs.images, self.positions):
+            y = seen.outputs
+            sums[seen.layer].append(
+                np.stack(
+                    [np.full(y.shape[1], len(y)), y.sum(0, np.float64), np.square(y, dtype=np.float64).sum(0)]
+                )
+            )
+            self._store[seen.layer, seen.images.start] = y if seen.shortcut is None else y + seen.shortcut
+            parts.setdefault(seen.layer, []).append((seen.images.start, seen.images.stop))
+            progress("Recording targets", min(seen.images.stop, count), count)
+        for name, found in sums.items():
+            n, first, second = np.sum(found, axis=0)
+            self.variances[name] = float((second / n - (first / n) ** 2).sum())
+        self._parts = parts
+
+    def of(self, layer: str, images: slice) -> np.ndarray:
+        """Targets (n · p, n_o) of a run of images, whatever batches they were recorded in."""
+        per_image = self.positions[layer].shape[1]
+        found = []
+        for start, stop in self._parts[layer]:
+            low, high = max(start, images.start), min(stop, images.stop)
+            if low < high:
+                found.append(
+                    self._store[layer, start][(low - start) * per_image : (high - start) * per_image]
+                )
+        return np.concatenate(found)

@@ -1,0 +1,181 @@
+"""Convolutions as arrays: geometry, one plain convolution, and an ordered chain of them.
+
+Shapes follow ONNX: images are (n, c, h, w), kernels (n_o, n_i / groups, kh, kw), pads are
+(top, left, bottom, right). A MAC is one multiply-add; bias is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Everything about a 2-D convolution but its numbers."""
+
+    n_o: int
+    n_i: int
+    kh: int
+    kw: int
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.n_o, self.n_i, self.kh, self.kw, self.groups, *self.strides, *self.dilations) < 1:
+            raise ValueError(f"sizes, strides, dilations and groups must be positive: {self}")
+        if self.n_o % self.groups or self.n_i % self.groups:
+            raise ValueError(f"{self.groups} groups do not divide {self.n_i} → {self.n_o} channels")
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.n_o, self.n_i // self.groups, self.kh, self.kw)
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.n_i
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kh == self.kw == 1
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width of the output for an h × w input."""
+        top, left, bottom, right = self.pads
+        return (
+            (h + top + bottom - self.dilations[0] * (self.kh - 1) - 1) // self.strides[0] + 1,
+            (w + left + right - self.dilations[1] * (self.kw - 1) - 1) // self.strides[1] + 1,
+        )
+
+    def macs(self, h: int, w: int) -> int:
+        """MACs for one image of h × w input pixels."""
+        out_h, out_w = self.output_size(h, w)
+        return int(np.prod(self.weight_shape)) * out_h * out_w
+
+    def windows(self, x: Array) -> Array:
+        """View every receptive field: (n, c, h, w) → (n, c, h_o, w_o, kh, kw)."""
+        top, left, bottom, right = self.pads
+        if any(self.pads):
+            x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        (sh, sw), (dh, dw) = self.strides, self.dilations
+        span = (dh * (self.kh - 1) + 1, dw * (self.kw - 1) + 1)
+        return sliding_window_view(x, span, axis=(2, 3))[:, :, ::sh, ::sw, ::dh, ::dw]  # type: ignore[arg-type, call-overload, no-any-return]
+
+    def patches(self, x: Array, positions: IntArray) -> Array:
+        """Gather the receptive fields of some output positions, without unfolding the rest.
+
+        ``positions`` (n, p) are flat output positions per image; the result is
+        (n·p, groups, n_i / groups · kh · kw), in the order of a kernel's own axes.
+        """
+        windows = self.windows(x)
+        n, p = positions.shape
+        rows, cols = np.divmod(positions, windows.shape[3])
+        picked = windows[np.arange(n)[:, None], :, rows, cols]  # (n, p, c, kh, kw)
+        return picked.reshape(n * p, self.groups, -1)
+
+
+@dataclass(frozen=True)
+class ConvStage:
+    """One plain convolution, optionally of a selection of its input's channels.
+
+    ``channels`` (geometry.n_i,) lists the input channels it reads, in order and possibly more than
+    once; None reads all of them as they come.
+    """
+
+    geometry: ConvGeometry
+    weight: Array  # (n_o, n_i / groups, kh, kw)
+    channels: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.shape != self.geometry.weight_shape:
+            raise ValueError(f"weight {self.weight.shape} does not fit {self.geometry.weight_shape}")
+
+    def __call__(self, x: Array) -> Array:
+        """Convolve (n, c, h, w) in NumPy; the reference every runtime is held against."""
+        g = self.geometry
+        if self.channels is not None:
+            x = x[:, self.channels]
+        windows = g.windows(x)
+        n, _, h, w = windows.shape[:4]
+        windows = windows.reshape(n, g.groups, -1, h, w, g.kh, g.kw)
+        weight = self.weight.reshape(g.groups, -1, *self.weight.shape[1:])  # (groups, n_o/g, n_i/g, kh, kw)
+        return np.einsum("ngchwij,gocij->ngohw", windows, weight, optimize=True).reshape(n, g.n_o, h, w)
+
+    def dense(self, n_i: int) -> Array:
+        """Write the stage as one ungrouped, undilated kernel over all ``n_i`` channels of its input."""
+        g = self.geometry
+        channels = np.arange(g.n_i) if self.channels is None else self.channels
+        kernel = np.zeros((g.n_o, n_i, g.dilations[0] * (g.kh - 1) + 1, g.dilations[1] * (g.kw - 1) + 1))
+        sources = channels.reshape(g.groups, -1).repeat(g.n_o // g.groups, axis=0)  # (n_o, n_i/groups)
+        taps = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
+        np.add.at(taps, (np.arange(g.n_o)[:, None], sources), self.weight)
+        return kernel
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A chain of stages, and one bias at its end, that stands for one convolution of ``geometry``."""
+
+    geometry: ConvGeometry
+    stages: tuple[ConvStage, ...]
+    bias: Array | None = field(default=None)  # (n_o,)
+
+    def __call__(self, x: Array) -> Array:
+        """Run the chain on (n, n_i, h, w) in NumPy."""
+        for stage in self.stages:
+            x = stage(x)
+        return x if self.bias is None else x + self.bias[:, None, None]
+
+    def dense(self) -> Array:
+        """Compose the stages back into the one kernel (n_o, n_i / groups, kh, kw) they stand for."""
+        kernel = np.eye(self.geometry.n_i)[:, :, None, None]
+        step = (1, 1)
+        for stage in self.stages:
+            kernel = _compose(kernel, stage.dense(kernel.shape[0]), step)
+            strides = stage.geometry.strides
+            step = (step[0] * strides[0], step[1] * strides[1])
+        g = self.geometry
+        kernel = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
+        blocks = kernel.reshape(g.groups, g.n_o // g.groups, g.groups, g.n_i // g.groups, g.kh, g.kw)
+        return np.concatenate([blocks[i, :, i] for i in range(g.groups)])
+
+    def macs(self, h: int, w: int) -> int:
+        """MACs of all stages for one image of h × w input pixels."""
+        total = 0
+        for stage in self.stages:
+            total += stage.geometry.macs(h, w)
+            h, w = stage.geometry.output_size(h, w)
+        return total
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases."""
+        return sum(s.weight.size for s in self.stages) + (0 if self.bias is None else self.bias.size)
+
+    def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
+        """Cast every number; float32 is what a network stores."""
+        stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages)
+        return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
+
+
+def _compose(first: Array, second: Array, step: Sequence[int]) -> Array:
+    """Compose kernels: apply ``first`` with stride ``step``, then ``second``; both undilated."""
+    n_o, _, kh, kw = second.shape
+    out = np.zeros(
+        (n_o, first.shape[1], (kh - 1) * step[0] + first.shape[2], (kw - 1) * step[1] + first.shape[3])
+    )
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * step[0], i * step[0] + first.shape[2])
+            cols = slice(j * step[1], j * step[1] + first.shape[3])
+            out[:, :, rows, cols] += np.einsum("om,mcij->ocij", second[:, :, i, j], first, optimize=True)
+    return out

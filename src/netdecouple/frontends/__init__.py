@@ -1,0 +1,95 @@
+"""What the engine asks of a framework: a network it can look into, walk through, and rebuild.
+
+A frontend finds convolutions, moves activations and puts stages back. It does no linear algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.convolution import ConvGeometry, Factorization
+
+Array = NDArray[np.floating]
+Positions = Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that costs MACs. Costs are for one image at the calibration images' size."""
+
+    name: str
+    operator: str
+    macs: int
+    parameters: int
+    geometry: ConvGeometry | None = None  # None unless it is a 2-D convolution with constant weights
+    weight: Array = field(default_factory=lambda: np.zeros(0, np.float32))  # (n_o, n_i / groups, kh, kw)
+    bias: Array = field(default_factory=lambda: np.zeros(0, np.float32))  # (n_o,), zeros if it has none
+    size: tuple[int, int] = (0, 0)  # h, w of its input
+    reason: str = ""  # why it can never be decoupled; empty if it can
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of a convolution's output."""
+        assert self.geometry is not None
+        return self.geometry.output_size(*self.size)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one layer saw and produced in one batch, at sampled output positions."""
+
+    layer: str
+    images: slice
+    patches: Array  # (images · positions, groups, n_i / groups · kh · kw)
+    outputs: Array  # (images · positions, n_o): what the layer produced
+    shortcut: Array | None  # (images · positions, n_o): what is added to a residual branch's last layer
+
+
+class Walk(Protocol):
+    """The decoupled network in the making, run up to one layer after the other."""
+
+    def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
+        """Advance to ``layer`` and yield what it sees in the network as decoupled so far.
+
+        ``outputs`` is empty there: the layer has not run yet.
+        """
+        ...
+
+    def replace(self, layer: str, factorization: Factorization) -> None:
+        """Put a factorization in the place of ``layer``, before the walk goes past it."""
+        ...
+
+    def outputs(self) -> list[Array]:
+        """Run to the end and return the decoupled network's outputs on every image."""
+        ...
+
+
+class Network(Protocol):
+    """A pretrained network, opened."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its operators and weights, before anything was done to it."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Every layer that costs MACs, in the order they run."""
+        ...
+
+    def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
+        """Return the network's outputs, with some layers' weight and bias replaced."""
+        ...
+
+    def observe(self, images: Array, positions: Positions) -> Iterator[Observation]:
+        """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+        ...
+
+    def walk(self, images: Array) -> Walk:
+        """Start at the network's input, ready to be decoupled layer by layer."""
+        ...

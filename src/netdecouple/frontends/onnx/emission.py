@@ -1,0 +1,134 @@
+"""Write a factorization as standard ONNX nodes.
+
+A depthwise stage with a channel multiplier is written as T parallel depthwise convolutions and a
+Concat ("parallel"), which CPU runtimes run faster than the literal form ("gather"): one Gather that
+repeats channels and one grouped convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
+
+Form = Literal["parallel", "gather"]
+
+
+@dataclass
+class _Writer:
+    """Nodes and initializers in the making, all under one name."""
+
+    name: str
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+
+    def constant(self, label: str, array: np.ndarray) -> str:
+        name = f"{self.name}/{label}"
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def node(
+        self,
+        operator: str,
+        label: str,
+        inputs: Sequence[str],
+        output: str | None = None,
+        **attributes: object,
+    ) -> str:
+        output = output or f"{self.name}/{label}_output"
+        self.nodes.append(
+            helper.make_node(operator, list(inputs), [output], f"{self.name}/{label}", **attributes)
+        )
+        return output
+
+    def gather(self, label: str, x: str, channels: IntArray | None) -> str:
+        if channels is None:
+            return x
+        return self.node(
+            "Gather", f"{label}.gather", [x, self.constant(f"{label}.channels", channels)], axis=1
+        )
+
+    def conv(
+        self,
+        label: str,
+        x: str,
+        g: ConvGeometry,
+        weight: Array,
+        bias: Array | None = None,
+        output: str | None = None,
+    ) -> str:
+        inputs = [x, self.constant(f"{label}.weight", weight.astype(np.float32))]
+        if bias is not None:
+            inputs.append(self.constant(f"{label}.bias", bias.astype(np.float32)))
+        return self.node(
+            "Conv",
+            label,
+            inputs,
+            output,
+            kernel_shape=[g.kh, g.kw],
+            strides=list(g.strides),
+            pads=list(g.pads),
+            dilations=list(g.dilations),
+            group=g.groups,
+        )
+
+
+def emit(
+    factorization: Factorization, name: str, x: str, output: str, form: Form = "parallel"
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``."""
+    writer = _Writer(name)
+    channels = factorization.geometry.n_i
+    order: IntArray | None = None  # of the channels that the previous stage put out
+    for index, stage in enumerate(factorization.stages):
+        last = index == len(factorization.stages) - 1
+        label = (
+            "pointwise"
+            if stage.geometry.is_pointwise
+            else "depthwise"
+            if stage.geometry.is_depthwise
+            else "conv"
+        )
+        label = f"{label}{index}"
+        spread = form == "parallel" and not last and factorization.stages[index + 1].geometry.groups == 1
+        if spread and stage.channels is not None and stage.geometry.n_o == stage.geometry.groups:
+            x, order = _emit_parallel(writer, label, x, stage, channels)
+        else:
+            weight = stage.weight if order is None else stage.weight[:, order]
+            picked = writer.gather(label, x, stage.channels)
+            bias = factorization.bias if last else None
+            x = writer.conv(label, picked, stage.geometry, weight, bias, output if last else None)
+            order = None
+        channels = stage.geometry.n_o
+    return writer.nodes, writer.initializers
+
+
+def _emit_parallel(
+    writer: _Writer, label: str, x: str, stage: ConvStage, channels: int
+) -> tuple[str, IntArray]:
+    """Write a depthwise stage level by level: the first filter of every channel, then the second, …
+
+    Returns the concatenated output, and in which order the stage's own outputs stand in it.
+    """
+    assert stage.channels is not None
+    g = stage.geometry
+    level = np.array([np.count_nonzero(stage.channels[:i] == c) for i, c in enumerate(stage.channels)])
+    parts, order = [], []
+    for t in range(int(level.max()) + 1):
+        rows = np.flatnonzero(level == t)
+        rows = rows[np.argsort(stage.channels[rows], kind="stable")]
+        read = stage.channels[rows]
+        whole = len(read) == channels  # a level never repeats a channel, so this is all of them in order
+        part = writer.gather(f"{label}.{t}", x, None if whole else read)
+        geometry = ConvGeometry(len(rows), len(rows), g.kh, g.kw, g.strides, g.pads, g.dilations, len(rows))
+        parts.append(writer.conv(f"{label}.{t}", part, geometry, stage.weight[rows]))
+        order.append(rows)
+    if len(parts) == 1:
+        return parts[0], order[0]
+    return writer.node("Concat", f"{label}.concat", parts, axis=1), np.concatenate(order)

@@ -1,0 +1,299 @@
+"""Read an ONNX model, fold its BatchNorms, find the layers that cost MACs, write the result."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from netdecouple.convolution import ConvGeometry
+from netdecouple.errors import ModelError, OutputError
+from netdecouple.frontends import Array, Layer
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, first_line, open_session, options, run
+
+ModelSource = str | os.PathLike[str] | onnx.ModelProto
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A model as it was read, with BatchNorm folded; nothing has been run yet."""
+
+    proto: onnx.ModelProto  # folded
+    fingerprint: str  # of the operators and weights as read
+    origin: str  # file name, for messages
+    input_name: str
+    batch: int | None  # None if dynamic
+    channels: int | None
+    size: tuple[int, int] | None  # h, w; None if dynamic
+
+
+def read_model(source: ModelSource) -> OnnxModel:
+    """Read a model from a file or a ModelProto, which is left as it is.
+
+    Raises:
+        ModelError: not an ONNX model, weights missing or not finite, no convolutions, or not one image input.
+    """
+    proto, origin = _parse(source)
+    _check_weights(proto, origin)
+    folded = _fold(proto)
+    if not any(node.op_type == "Conv" for node in folded.graph.node):
+        raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
+    constants = {tensor.name for tensor in folded.graph.initializer}
+    inputs = [value for value in folded.graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs)
+        raise ModelError(
+            f"{origin}: the model has {len(inputs)} inputs ({names}); models with one are supported"
+        )
+    kind = inputs[0].type.tensor_type
+    dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
+    if len(dims) != 4 or kind.elem_type != onnx.TensorProto.FLOAT:
+        found = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
+        raise ModelError(
+            f"{origin}: input {inputs[0].name!r} is {found}; float32 images (N, C, H, W) are supported"
+        )
+    size = (dims[2], dims[3]) if dims[2] and dims[3] else None
+    return OnnxModel(folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size)
+
+
+def _parse(source: ModelSource) -> tuple[onnx.ModelProto, str]:
+    if isinstance(source, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(source)
+        return copy, source.graph.name or "the model"
+    path = Path(source)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give the path of an .onnx model")
+    try:
+        proto = onnx.load(path)
+    except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not an ONNX file, or cut short; export or copy it again") from error
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"{path}: cannot read it, or its external data: {first_line(error)}") from error
+    if not proto.graph.node:
+        raise ModelError(f"{path}: not an ONNX file, or an empty graph; export or copy it again")
+    return proto, path.name
+
+
+def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
+    for tensor in proto.graph.initializer:
+        yield tensor.name, numpy_helper.to_array(tensor)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.type == onnx.AttributeProto.TENSOR:
+                yield node.output[0], numpy_helper.to_array(attribute.t)
+
+
+def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
+    used_by = {name: node.name or node.op_type for node in proto.graph.node for name in node.input}
+    try:
+        for name, array in _arrays(proto):
+            # constants of shape arithmetic and padding may well be infinite; weights may not
+            if array.dtype.kind == "f" and array.size > 1 and not np.isfinite(array).all():
+                raise ModelError(
+                    f"{origin}: NaN or Inf in {name!r}, a weight of layer {used_by.get(name, '?')!r}"
+                )
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{origin}: broken weights ({first_line(error)}); export it again") from error
+
+
+def _fingerprint(proto: onnx.ModelProto) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(_arrays(proto), key=lambda pair: pair[0]):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for node in proto.graph.node:
+        digest.update(f"{node.op_type} {list(node.input)} {list(node.output)}".encode())
+    return digest.hexdigest()
+
+
+def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
+
+    The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would bring in
+    operators of its own or change types, the model is returned as it is.
+    """
+    chosen = options()
+    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+        path = Path(folder) / "folded.onnx"
+        chosen.optimized_model_filepath = str(path)
+        if proto.ByteSize() >= PROTOBUF_LIMIT:
+            chosen.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", "folded.data"
+            )
+        open_session(proto, chosen)
+        folded = onnx.load(path)
+    known = {node.domain for node in proto.graph.node}
+    casts = [sum(node.op_type == "Cast" for node in p.graph.node) for p in (proto, folded)]
+    if any(node.domain not in known for node in folded.graph.node) or casts[1] > casts[0]:
+        folded = proto
+    used = {node.domain for node in folded.graph.node} | {""}
+    opsets = [entry for entry in folded.opset_import if entry.domain in used]
+    tensors = sorted(folded.graph.initializer, key=lambda tensor: tensor.name)
+    for field, items in ((folded.opset_import, opsets), (folded.graph.initializer, tensors)):
+        kept = [type(item).FromString(item.SerializeToString()) for item in items]
+        del field[:]
+        field.extend(kept)
+    return folded
+
+
+def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto]]:
+    """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once."""
+    graph = model.proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = [n for n in graph.node if n.op_type in _READERS and n.input[1] in constants and not n.domain]
+    # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
+    nodes = [n for n in graph.node if n in nodes or n.op_type in ("Conv", "ConvTranspose")]
+    tensors = list(
+        dict.fromkeys(t for n in nodes for t in (n.input[0], n.input[1], n.output[0]) if t not in constants)
+    )
+    session = open_session(with_outputs(model.proto, tensors))
+    values = run(session, [t for t in tensors if t != model.input_name], {model.input_name: sample})
+    shapes = {
+        name: value.shape
+        for name, value in zip((t for t in tensors if t != model.input_name), values, strict=True)
+    }
+    shapes[model.input_name] = sample.shape
+    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    layers: list[Layer] = []
+    by_name: dict[str, onnx.NodeProto] = {}
+    for node in nodes:
+        name = node.name if node.name and node.name not in by_name else f"{node.op_type}:{node.output[0]}"
+        by_name[name] = node
+        layers.append(_READERS[node.op_type](name, node, constants, shapes, model.size is None))
+    return tuple(layers), by_name
+
+
+def _read_conv(
+    name: str,
+    node: onnx.NodeProto,
+    constants: dict[str, onnx.TensorProto],
+    shapes: dict[str, tuple[int, ...]],
+    dynamic: bool,
+) -> Layer:
+    images, _, *spatial = shapes[node.input[0]]
+    kernel = shapes[node.input[1]]
+    out = shapes[node.output[0]]
+    pixels = math.prod(out[2:] if node.op_type == "Conv" else spatial) * out[0] // images
+    macs, parameters = (
+        math.prod(kernel) * pixels,
+        math.prod(kernel) + (kernel[0] if len(node.input) > 2 else 0),
+    )
+    if node.op_type == "ConvTranspose":
+        return Layer(name, node.op_type, macs, parameters, reason="transposed convolution")
+    if node.input[1] not in constants or (
+        len(node.input) > 2 and node.input[2] and node.input[2] not in constants
+    ):
+        return Layer(name, node.op_type, macs, parameters, reason="its weights are computed, not constant")
+    weight = numpy_helper.to_array(constants[node.input[1]])
+    if len(spatial) != 2:
+        return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
+    if weight.dtype != np.float32:
+        return Layer(
+            name, node.op_type, macs, parameters, reason=f"its weights are {weight.dtype}, not float32"
+        )
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    strides = tuple(attributes.get("strides", (1, 1)))
+    dilations = tuple(attributes.get("dilations", (1, 1)))
+    auto = attributes.get("auto_pad", b"NOTSET").decode()
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = _same_pads(spatial, kernel[2:], strides, dilations, auto)
+    else:
+        pads = tuple(attributes.get("pads", (0, 0, 0, 0))) if auto == "NOTSET" else (0, 0, 0, 0)
+    groups = attributes.get("group", 1)
+    geometry = ConvGeometry(
+        kernel[0], kernel[1] * groups, kernel[2], kernel[3], strides, pads, dilations, groups
+    )
+    has_bias = len(node.input) > 2 and node.input[2]
+    bias = numpy_helper.to_array(constants[node.input[2]]) if has_bias else np.zeros(kernel[0], np.float32)
+    reason = ""
+    if geometry.is_pointwise:
+        reason = "1×1 convolution"
+    elif geometry.is_depthwise:
+        reason = "depthwise convolution" if geometry.n_i > 1 else "reads a single channel"
+    elif min(pads) < 0:
+        reason = "negative padding"
+    elif auto.startswith("SAME") and dynamic and max(strides) > 1:
+        reason = f"its padding ({auto}) depends on the image size, which is dynamic"
+    return Layer(
+        name, node.op_type, macs, parameters, geometry, weight, bias, (spatial[0], spatial[1]), reason
+    )
+
+
+def _same_pads(
+    size: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], mode: str
+) -> tuple[int, ...]:
+    """Pads of auto_pad SAME_*: output = ceil(input / stride), the odd pixel at the end (UPPER) or the start."""
+    begin, end = [], []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        small, large = total // 2, total - total // 2
+        begin.append(small if mode == "SAME_UPPER" else large)
+        end.append(large if mode == "SAME_UPPER" else small)
+    return (*begin, *end)
+
+
+def _read_matmul(
+    name: str,
+    node: onnx.NodeProto,
+    constants: dict[str, onnx.TensorProto],
+    shapes: dict[str, tuple[int, ...]],
+    dynamic: bool,
+) -> Layer:
+    kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
+    turned = any(a.name == "transB" and a.i for a in node.attribute)
+    inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
+    images = shapes[node.input[0]][0]
+    parameters = math.prod(kernel) + (
+        math.prod(shapes.get(node.input[2], (0,))) if len(node.input) > 2 else 0
+    )
+    macs = math.prod(shape) * inner // max(images, 1)
+    return Layer(name, node.op_type, macs, parameters, reason="fully connected layer")
+
+
+_READERS = {"Conv": _read_conv, "ConvTranspose": _read_conv, "Gemm": _read_matmul, "MatMul": _read_matmul}
+
+
+def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Copy a model with more of its tensors as outputs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    present = {value.name for value in copy.graph.output} | {value.name for value in copy.graph.input}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors if t not in present)
+    return copy
+
+
+def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model under a temporary name and rename it, so that a killed run leaves nothing behind it.
+
+    Raises:
+        OutputError: the folder is missing or not writable.
+    """
+    target = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            if proto.ByteSize() < PROTOBUF_LIMIT:
+                onnx.save_model(proto, partial)
+            else:
+                data = f"{target.name}.data"
+                onnx.save_model(proto, partial, save_as_external_data=True, location=data)
+                os.replace(Path(folder) / data, target.parent / data)
+            os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot write there ({error.strerror or error}); choose another -o"
+        ) from error

@@ -1,0 +1,317 @@
+"""An ONNX network at work: run it, watch its layers, walk it while it is being decoupled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from netdecouple.convolution import Factorization
+from netdecouple.errors import CalibrationError, ModelError
+from netdecouple.frontends import Array, Layer, Observation, Positions
+from netdecouple.frontends.onnx.emission import Form, emit
+from netdecouple.frontends.onnx.model import OnnxModel, find_layers, with_outputs
+from netdecouple.frontends.storage import ArrayStore
+from netdecouple.runtimes.onnxruntime import open_session, run
+
+BATCH_BYTES = 256 << 20  # of activations held at once
+
+
+class OnnxNetwork:
+    """A pretrained ONNX network, sized by the images it is going to see.
+
+    ``sample`` (n, c, h, w) is run once to learn every layer's shapes.
+    """
+
+    def __init__(self, model: OnnxModel, sample: Array) -> None:
+        self.model = model
+        if model.batch is not None and len(sample) < model.batch:
+            raise CalibrationError(
+                f"{model.origin} takes {model.batch} images at a time and there are only {len(sample)}; give more"
+            )
+        self.layers, self.nodes = find_layers(model, sample[: model.batch or 1])
+        self._order = {id_: i for i, id_ in enumerate(self._keys)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the operators and weights as they were read."""
+        return self.model.fingerprint
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [node.output[0] for node in self.model.proto.graph.node]
+
+    @cached_property
+    def _layer(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
+    def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
+        """Cut ``count`` images into batches whose activations fit in memory; a fixed batch is kept to."""
+        fixed = self.model.batch
+        if fixed is not None:
+            return [slice(i, i + fixed) for i in range(0, count - fixed + 1, fixed)]
+        largest = max(
+            (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
+        )
+        step = int(np.clip(BATCH_BYTES // max(bytes_per_image, 4 * largest), 1, 128))
+        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
+        """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
+        proto = self.with_kernels(kernels) if kernels else self.model.proto
+        return run_batches(proto, self.model.input_name, images, self.batches(len(images)))
+
+    def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
+        """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.model.proto)
+        for name, arrays in kernels.items():
+            node = proto.graph.node[self._order[self.nodes[name].output[0]]]
+            names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
+            node.input[:] = [node.input[0], *names]
+            proto.graph.initializer.extend(
+                numpy_helper.from_array(np.ascontiguousarray(a, np.float32), n)
+                for a, n in zip(arrays, names, strict=True)
+            )
+        return proto
+
+    def observe(self, images: Array, positions: Positions) -> Iterator[Observation]:
+        """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+        tensors = list(
+            dict.fromkeys(
+                t
+                for name in positions
+                for t in (self.nodes[name].input[0], self.nodes[name].output[0], self.shortcut(name))
+                if t
+            )
+        )
+        session = open_session(with_outputs(self.model.proto, tensors))
+        fetched = [t for t in tensors if t != self.model.input_name]
+        held = sum(
+            4
+            * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
+            for la in self.layers
+            if la.geometry and la.name in positions
+        )
+        for batch in self.batches(len(images), held):
+            feeds = {self.model.input_name: images[batch]}
+            values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
+            for name, where in positions.items():
+                node, added = self.nodes[name], self.shortcut(name)
+                shortcut = pick(values[added], where[batch]) if added else None
+                outputs = pick(values[node.output[0]], where[batch])
+                yield self._observation(name, batch, values[node.input[0]], where, outputs, shortcut)
+
+    def _observation(
+        self,
+        name: str,
+        batch: slice,
+        x: Array,
+        where: NDArray[np.int64],
+        outputs: Array,
+        shortcut: Array | None,
+    ) -> Observation:
+        geometry = self._layer[name].geometry
+        assert geometry is not None
+        patches = geometry.patches(x, where[batch])
+        if not (np.isfinite(patches).all() and np.isfinite(outputs).all()):
+            raise ModelError(f"NaN or Inf in the activations of layer {name!r}; check the preprocessing")
+        return Observation(name, batch, patches, outputs, shortcut)
+
+    def shortcut(self, name: str) -> str | None:
+        """The tensor added to this layer's output by an Add, if it is known before the layer runs."""
+        graph = self.model.proto.graph
+        output = self.nodes[name].output[0]
+        readers = self._readers.get(output, [])
+        if len(readers) != 1 or readers[0].op_type != "Add" or output in self._outputs:
+            return None
+        other = next((t for t in readers[0].input if t != output), None)
+        if other is None or other in self._constants or other == self.model.input_name:
+            return None
+        made = self._order.get(other)
+        if made is None or made > self._order[output]:
+            return None
+        return other if self._shapes_agree(graph.node[made], name) else None
+
+    def _shapes_agree(self, maker: onnx.NodeProto, name: str) -> bool:
+        # broadcasting shortcuts (a bias map, a gate) are no residual branches
+        return maker.op_type not in ("Constant", "Shape", "Gemm", "GlobalAveragePool", "Softmax", "Sigmoid")
+
+    @cached_property
+    def _readers(self) -> dict[str, list[onnx.NodeProto]]:
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.model.proto.graph.node:
+            for tensor in node.input:
+                readers.setdefault(tensor, []).append(node)
+        return readers
+
+    @cached_property
+    def _outputs(self) -> set[str]:
+        return {value.name for value in self.model.proto.graph.output}
+
+    @cached_property
+    def _constants(self) -> dict[str, onnx.TensorProto]:
+        return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
+
+    def walk(self, images: Array) -> OnnxWalk:
+        """Start at the network's input, ready to be decoupled layer by layer."""
+        return OnnxWalk(self, images)
+
+    def decoupled(
+        self,
+        factorizations: Mapping[str, Factorization],
+        form: Form = "parallel",
+        metadata: Mapping[str, str] | None = None,
+    ) -> onnx.ModelProto:
+        """Write the network anew with some layers as chains of stages; the rest stays as it is."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.model.proto)
+        by_output = {self.nodes[name].output[0]: name for name in factorizations}
+        nodes: list[onnx.NodeProto] = []
+        for node in proto.graph.node:
+            name = by_output.get(node.output[0])
+            if name is None:
+                nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+                continue
+            new, constants = emit(factorizations[name], name, node.input[0], node.output[0], form)
+            nodes += new
+            proto.graph.initializer.extend(constants)
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+        _drop_unused(proto.graph)
+        for key, value in (metadata or {}).items():
+            _set_metadata(proto, key, value)
+        return proto
+
+
+class OnnxWalk:
+    """The network cut between two layers, with every live tensor of every batch held at the cut.
+
+    Walking on runs each node once more, so a network of any depth costs one forward pass (DESIGN §4).
+    """
+
+    def __init__(self, network: OnnxNetwork, images: Array) -> None:
+        self._network = network
+        self._batches = network.batches(len(images))
+        self._nodes = [
+            onnx.NodeProto.FromString(n.SerializeToString()) for n in network.model.proto.graph.node
+        ]
+        self._constants = dict(network._constants)
+        self._at = 0
+        self._live = [network.model.input_name]
+        self._store = ArrayStore()
+        for index, batch in enumerate(self._batches):
+            self._store[index, network.model.input_name] = images[batch]
+
+    def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
+        """Advance to ``layer`` and yield what it sees in the network as decoupled so far."""
+        network = self._network
+        node, added = network.nodes[layer], network.shortcut(layer)
+        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == node.output[0]))
+        for index, batch in enumerate(self._batches):
+            shortcut = pick(self._store[index, added], positions[batch]) if added else None
+            nothing = np.zeros((0, 0), np.float32)
+            yield network._observation(
+                layer, batch, self._store[index, node.input[0]], positions, nothing, shortcut
+            )
+
+    def replace(self, layer: str, factorization: Factorization) -> None:
+        """Put a factorization in the place of ``layer``."""
+        node = self._nodes[self._at]
+        assert node.output[0] == self._network.nodes[layer].output[0], "the walk is not at this layer"
+        nodes, constants = emit(factorization, layer, node.input[0], node.output[0])
+        self._nodes[self._at : self._at + 1] = nodes
+        self._constants |= {tensor.name: tensor for tensor in constants}
+
+    def outputs(self) -> list[Array]:
+        """Run to the end and return the network's outputs on every image."""
+        self._advance(len(self._nodes))
+        names = [value.name for value in self._network.model.proto.graph.output]
+        parts = [[self._store[i, name] for name in names] for i in range(len(self._batches))]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _advance(self, target: int) -> None:
+        if target == self._at:
+            return
+        names = [value.name for value in self._network.model.proto.graph.output]
+        needed = dict.fromkeys(t for n in self._nodes[target:] for t in _inputs(n))
+        made = {t for n in self._nodes[self._at : target] for t in n.output if t}
+        live = [t for t in dict.fromkeys([*needed, *names]) if t in made or t in self._live]
+        session = open_session(self._segment(self._nodes[self._at : target], [t for t in live if t in made]))
+        fetched = [t for t in live if t in made]
+        feeds_of = [
+            t for t in self._live if t in {i for n in self._nodes[self._at : target] for i in _inputs(n)}
+        ]
+        for index in range(len(self._batches)):
+            values = run(session, fetched, {t: self._store[index, t] for t in feeds_of})
+            for name, value in zip(fetched, values, strict=True):
+                self._store[index, name] = value
+            for name in self._live:
+                if name not in live:
+                    self._store.pop((index, name))
+        self._live, self._at = live, target
+
+    def _segment(self, nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> onnx.ModelProto:
+        used = {t for n in nodes for t in _inputs(n)}
+        inputs = []
+        for name in self._live:
+            if name in used:
+                value = self._store[0, name]
+                kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+                inputs.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+        original = self._network.model.proto
+        graph = helper.make_graph(
+            nodes,
+            "segment",
+            inputs,
+            [onnx.ValueInfoProto(name=t) for t in outputs],
+            [self._constants[t] for t in sorted(used) if t in self._constants],
+        )
+        return helper.make_model(graph, opset_imports=original.opset_import, ir_version=original.ir_version)
+
+
+def run_batches(
+    proto: onnx.ModelProto, input_name: str, images: Array, batches: Sequence[slice]
+) -> list[Array]:
+    """Run a model batch by batch and join each of its outputs along the first axis."""
+    session = open_session(proto)
+    parts = [run(session, None, {input_name: images[batch]}) for batch in batches]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def pick(values: Array, positions: NDArray[np.int64]) -> Array:
+    """Take (n, p) flat positions out of maps (n, c, h, w): (n·p, c)."""
+    flat = values.reshape(*values.shape[:2], -1)
+    return flat[np.arange(len(positions))[:, None], :, positions].reshape(-1, values.shape[1])
+
+
+def _inputs(node: onnx.NodeProto) -> Iterator[str]:
+    """Every tensor a node reads, those of its subgraphs included."""
+    yield from (t for t in node.input if t)
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in graph.node:
+                yield from _inputs(inner)
+            yield from (value.name for value in graph.output)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    used = {t for node in graph.node for t in _inputs(node)} | {value.name for value in graph.output}
+    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    inputs = [v for v in graph.input if v.name in used]
+    if len(inputs) != len(graph.input):
+        copies = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in inputs]
+        del graph.input[:]
+        graph.input.extend(copies)
+
+
+def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
+    entry: Any = next((e for e in proto.metadata_props if e.key == key), None) or proto.metadata_props.add()
+    entry.key, entry.value = key, value

@@ -1,0 +1,101 @@
+"""First and second moments of what a layer sees and what it should produce.
+
+They are all a linear least-squares problem needs to know of its samples: sums that are added up
+batch by batch in float64 and merged across shards, in O(d²) memory whatever the number of samples
+(DESIGN §4). ``x`` are patches (d = n_i / groups · kh · kw), ``y`` targets (m = n_o / groups).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+
+
+@dataclass
+class Moments:
+    """Count, means and centred sums of squares, for each group of a layer on its own."""
+
+    count: int
+    mean_x: Array  # (groups, d)
+    mean_y: Array  # (groups, m)
+    gram: Array  # (groups, d, d)   Σ (x-μx)(x-μx)ᵀ
+    cross: Array  # (groups, m, d)  Σ (y-μy)(x-μx)ᵀ
+    power: Array  # (groups, m)     Σ (y-μy)²
+
+    @classmethod
+    def empty(cls, groups: int, d: int, m: int) -> Moments:
+        """Moments of no samples at all."""
+        return cls(
+            0,
+            np.zeros((groups, d)),
+            np.zeros((groups, m)),
+            np.zeros((groups, d, d)),
+            np.zeros((groups, m, d)),
+            np.zeros((groups, m)),
+        )
+
+    @classmethod
+    def of(cls, x: Array, y: Array) -> Moments:
+        """Moments of samples x (n, groups, d) and y (n, groups, m)."""
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+        x, y = (x - mean_x).swapaxes(0, 1), (y - mean_y).swapaxes(0, 1)  # (groups, n, ·)
+        gram = np.stack([g.T @ g for g in x])  # a plain AᵀA lets BLAS do half the work
+        return cls(x.shape[1], mean_x, mean_y, gram, y.swapaxes(1, 2) @ x, np.square(y).sum(axis=1))
+
+    def add(self, x: Array, y: Array) -> None:
+        """Add a batch of samples in place: x (n, groups, d), y (n, groups, m)."""
+        self._absorb(Moments.of(x, y))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together; neither operand changes."""
+        both = replace(
+            self, **{k: getattr(self, k).copy() for k in ("mean_x", "mean_y", "gram", "cross", "power")}
+        )
+        both._absorb(other)
+        return both
+
+    def _absorb(self, other: Moments) -> None:
+        """Chan, Golub and LeVeque (1979): pairwise update of means and centred sums."""
+        if not other.count:
+            return
+        count = self.count + other.count
+        share = other.count / count
+        weight = self.count * share
+        dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        self.gram[...] += other.gram
+        self.cross[...] += other.cross
+        if weight:
+            self.gram[...] += weight * dx[:, :, None] * dx[:, None, :]
+            self.cross[...] += weight * dy[:, :, None] * dx[:, None, :]
+        self.power[...] += other.power + weight * dy**2
+        self.mean_x[...] += share * dx
+        self.mean_y[...] += share * dy
+        self.count = count
+
+    def with_linear_target(self, weight: Array, bias: Array) -> Moments:
+        """Moments of the same x with y = weight x + bias: weight (groups, m, d), bias (groups, m)."""
+        cross = weight @ self.gram
+        mean_y = np.einsum("gmd,gd->gm", weight, self.mean_x) + bias
+        return replace(self, cross=cross, mean_y=mean_y, power=np.einsum("gmd,gmd->gm", cross, weight))
+
+    def error(self, weight: Array, bias: Array) -> float:
+        """Σ |y - weight x - bias|² per sample, over all groups; weight (groups, m, d), bias (groups, m)."""
+        fitted = weight @ self.gram - 2 * self.cross
+        offset = self.mean_y - bias - np.einsum("gmd,gd->gm", weight, self.mean_x)
+        centred = self.power.sum() + np.einsum("gmd,gmd->", fitted, weight)
+        # a sum of squares: what falls below zero is rounding
+        return max(float(centred) / max(self.count, 1), 0.0) + float(np.square(offset).sum())
+
+    def bias(self, weight: Array) -> Array:
+        """The best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
+        return self.mean_y - np.einsum("gmd,gd->gm", weight, self.mean_x)
+
+    @property
+    def variance(self) -> float:
+        """tr Cov(y): mean squared deviation of the targets, over all groups."""
+        return float(self.power.sum()) / max(self.count, 1)

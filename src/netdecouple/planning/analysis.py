@@ -1,0 +1,176 @@
+"""Watch the original network, weigh every layer's candidates, measure what each does to the output."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from netdecouple.errors import ModelError
+from netdecouple.families import Problem, decoupling
+from netdecouple.frontends import Array, Layer, Network
+from netdecouple.planning.candidates import LayerCandidates, candidates, data_free_candidates
+from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
+from netdecouple.sampling import Inputs, SplitMoments, sample_positions
+
+MOMENT_BYTES = 1 << 30  # of moments held at once
+PROBE_MACS = 6e12  # all sensitivity probes together
+
+Progress = Callable[[str, int, int], None]  # step, done, total
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decouple; the defaults are meant to be right."""
+
+    exclude: tuple[str, ...] = ()  # layer names or globs to leave alone
+    data_free: bool = False
+    uniform_rank: bool = False
+    seed: int = 0
+    loss: Loss | None = None  # None: KL for classifiers, relative error for all else
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What can be done to a network: every layer's options, each with its loss and costs."""
+
+    network: Network
+    settings: Settings
+    inputs: Inputs
+    loss: Loss
+    reasons: dict[str, str]  # why a layer is left alone
+    candidates: dict[str, LayerCandidates]
+    losses: dict[str, tuple[float, ...]]  # predicted loss of each of a layer's candidates
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def kept_reasons(layers: Sequence[Layer], exclude: Sequence[str]) -> dict[str, str]:
+    """Name every layer that is left alone before any planning, and why.
+
+    Raises:
+        ModelError: a pattern of ``exclude`` matches nothing, or nothing is left to decouple.
+    """
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
+            raise ModelError(
+                f"--exclude {pattern!r} matches no layer; `netdecouple inspect` lists their names"
+            )
+    reasons = {}
+    for layer in layers:
+        if layer.reason:
+            reasons[layer.name] = layer.reason
+        elif any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
+            reasons[layer.name] = "excluded"
+        elif layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
+            reasons[layer.name] = "too small: one term costs as much as the layer"
+    if len(reasons) == len(layers):
+        why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
+        raise ModelError(
+            f"none of the {len(layers)} layers can be decoupled ({why}{', …' if len(reasons) > 3 else ''})"
+        )
+    return reasons
+
+
+def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet) -> Analysis:
+    """Watch the original network, weigh every layer's candidates, and measure what each does to the output.
+
+    Raises:
+        ModelError: NaN or Inf on the way, or nothing to decouple.
+    """
+    layers = network.layers
+    reasons = kept_reasons(layers, settings.exclude)
+    open_layers = [la for la in layers if la.name not in reasons]
+    original = network.run(inputs.held_back)
+    _check_outputs(original)
+    loss = settings.loss or loss_kind(original)
+    total = sum(layer.macs for layer in layers)
+    depth = len(open_layers)
+    probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
+    trials = int(
+        np.clip(PROBE_MACS / (probes * depth * total), min(16, len(inputs.held_back)), len(inputs.held_back))
+    )
+    found: dict[str, LayerCandidates] = {}
+    losses: dict[str, tuple[float, ...]] = {}
+    for weighed in _weigh(network, inputs, settings, open_layers, probes, progress):
+        found[weighed.layer] = weighed
+        shown = [
+            divergence(
+                [o[:trials] for o in original],
+                network.run(inputs.held_back[:trials], {weighed.layer: (probe.weight, probe.bias)}),
+                loss,
+            )
+            for probe in weighed.probes
+        ]
+        losses[weighed.layer] = _losses(weighed, shown)
+        progress("Weighing layers", len(found), depth)
+    return Analysis(network, settings, inputs, loss, reasons, found, losses)
+
+
+def _weigh(
+    network: Network,
+    inputs: Inputs,
+    settings: Settings,
+    layers: Sequence[Layer],
+    probes: int,
+    progress: Progress,
+) -> Iterator[LayerCandidates]:
+    """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
+    if settings.data_free:
+        for layer in layers:
+            assert layer.geometry is not None
+            yield data_free_candidates(
+                layer.name, Problem.data_free(layer.geometry, layer.weight, layer.bias), settings.uniform_rank
+            )
+        return
+    for group in _in_groups(layers):
+        positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in group}
+        moments = {la.name: SplitMoments.empty(la, inputs) for la in group}
+        for seen in network.observe(inputs.images, positions):
+            moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
+            progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))
+        for layer in group:
+            assert layer.geometry is not None
+            own = moments.pop(layer.name)
+            problem = Problem.of(layer.geometry, layer.weight, own.fitted)
+            yield candidates(layer.name, problem, own.held_back, settings.uniform_rank, probes)
+
+
+def _in_groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    group: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = SplitMoments.nbytes(layer)
+        if group and held + size > MOMENT_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(layer)
+        held += size
+    if group:
+        yield group
+
+
+def _losses(weighed: LayerCandidates, shown: Sequence[float]) -> tuple[float, ...]:
+    """Predict each candidate's loss from the probes': interpolate log loss over log error.
+
+    Outside of the probes the loss is proportional to the error, as it is for small perturbations.
+    """
+    if not weighed.probes:
+        return ()
+    errors = np.log([probe.error for probe in weighed.probes])
+    measured = np.log(np.maximum(shown, 1e-12))
+    order = np.argsort(errors)
+    ratios = np.interp(np.log(np.maximum(weighed.errors, 1e-12)), errors[order], (measured - errors)[order])
+    losses = np.exp(np.log(np.maximum(weighed.errors, 1e-12)) + ratios)
+    return tuple(float(v) for v in np.maximum.accumulate(losses))
+
+
+def _check_outputs(outputs: Sequence[Array]) -> None:
+    if not all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f"):
+        raise ModelError(
+            "the network's outputs are NaN or Inf on the calibration images; check the preprocessing"
+        )

@@ -1,0 +1,94 @@
+"""What a layer costs, before and after: one protocol, several counters.
+
+A MAC is one multiply-add and counts as 1. Convolutions and fully connected layers count; bias,
+BatchNorm, activations and additions do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from netdecouple.errors import BudgetError
+from netdecouple.families import decoupling
+from netdecouple.frontends import Layer
+
+
+class Cost(Protocol):
+    """A counter: what one layer costs as it is, and with so many terms per group."""
+
+    unit: str
+
+    def dense(self, layer: Layer) -> int:
+        """Cost of the layer as it is."""
+        ...
+
+    def decoupled(self, layer: Layer, terms: int) -> int:
+        """Cost of the layer with ``terms`` depthwise separable terms per group."""
+        ...
+
+
+class Macs:
+    """MACs for one image of the calibration images' size."""
+
+    unit = "MACs"
+
+    def dense(self, layer: Layer) -> int:
+        return layer.macs
+
+    def decoupled(self, layer: Layer, terms: int) -> int:
+        assert layer.geometry is not None
+        return decoupling.macs_per_term(layer.geometry) * terms * int(np.prod(layer.output_size))
+
+
+class Parameters:
+    """Weights and biases."""
+
+    unit = "parameters"
+
+    def dense(self, layer: Layer) -> int:
+        return layer.parameters
+
+    def decoupled(self, layer: Layer, terms: int) -> int:
+        assert layer.geometry is not None
+        return decoupling.macs_per_term(layer.geometry) * terms + layer.geometry.n_o
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on a network's total cost, as a share of the original's."""
+
+    cost: Cost
+    share: float
+
+    def limit(self, layers: Iterable[Layer]) -> int:
+        """The most the whole network may cost."""
+        return int(self.share * sum(self.cost.dense(layer) for layer in layers))
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.4g}% {self.cost.unit}"
+
+
+def parse_share(text: str | float) -> float:
+    """Read a budget: 0.5, "50%" and "2x" (two times fewer) all mean one half.
+
+    Raises:
+        BudgetError: not a budget, or not between nothing and everything.
+    """
+    try:
+        if not isinstance(text, str):
+            share = float(text)
+        elif text.strip().endswith("%"):
+            share = float(text.strip()[:-1]) / 100
+        elif text.strip().lower().endswith("x"):
+            share = 1 / float(text.strip()[:-1])
+        else:
+            share = float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise BudgetError(f"{text!r} is not a budget; write 50%, 2x or 0.5") from error
+    if not 0 < share <= 1:
+        raise BudgetError(f"a budget of {text} makes no sense; it is the share that may stay: 50%, 2x or 0.5")
+    return share

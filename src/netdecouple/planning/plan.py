@@ -1,0 +1,140 @@
+"""The plan: what is done to every layer, and everything needed to do it again. Frozen; JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from netdecouple.errors import PlanError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done to one layer, and what that was predicted to cost and lose."""
+
+    name: str
+    operator: str
+    family: str  # "nd-dp", or "kept"
+    reason: str  # why it is kept, if it is
+    terms: int  # depthwise separable terms per group
+    ranks: tuple[int, ...]  # terms of every input channel; empty until the plan has been applied once
+    ridge: float  # chosen on held-back inputs when the plan was applied; 0 until then
+    macs_before: int
+    macs: int
+    parameters_before: int
+    parameters: int
+    predicted_error: float  # relative to the variance of the layer's output
+    predicted_loss: float
+
+    @property
+    def changed(self) -> bool:
+        return self.family != "kept"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to a network."""
+
+    version: int
+    model: str  # fingerprint of the network it was made for
+    images: str  # fingerprint of the calibration images
+    samples: int
+    seed: int
+    loss: str  # "kl" or "relative"
+    data_free: bool
+    uniform_rank: bool
+    budget: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def macs_before(self) -> int:
+        return sum(layer.macs_before for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def parameters_before(self) -> int:
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(layer.predicted_loss for layer in self.layers)
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """The plan as text; equal plans give equal text."""
+        return json.dumps(asdict(self), indent=indent, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = "the plan") -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PlanError: not a plan, of another version, or with a field missing or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{origin}: not a plan file ({error}); write one with --plan-out") from error
+        if not isinstance(data, dict) or "version" not in data:
+            raise PlanError(f"{origin}: not a plan file; write one with --plan-out")
+        if data["version"] != VERSION:
+            raise PlanError(
+                f"{origin}: a plan of version {data['version']!r}, this netdecouple reads {VERSION}; make it again"
+            )
+        return _read(cls, data, origin)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: it cannot be read.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: cannot read the plan ({error}); write one with --plan-out") from error
+        return cls.from_json(text, str(path))
+
+
+def _read(cls: type[Any], data: Any, origin: str) -> Any:
+    """Build a dataclass from JSON, checking every field's presence and type."""
+    hints = get_type_hints(cls)
+    if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+        raise PlanError(
+            f"{origin}: {cls.__name__} has missing or unknown fields; write the plan again with --plan-out"
+        )
+    values = {}
+    for name, value in data.items():
+        kind = hints[name]
+        if arguments := get_args(kind):  # tuple[T, ...]
+            if not isinstance(value, list):
+                raise PlanError(f"{origin}: {name!r} must be a list")
+            inner = arguments[0]
+            values[name] = tuple(
+                _read(inner, v, origin) if inner is LayerPlan else _typed(inner, v, name, origin)
+                for v in value
+            )
+        else:
+            values[name] = _typed(kind, value, name, origin)
+    return cls(**values)
+
+
+def _typed(kind: type, value: Any, name: str, origin: str) -> Any:
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits:
+        raise PlanError(f"{origin}: {name!r} must be {kind.__name__}, not {value!r}")
+    if kind in (int, float) and not 0 <= value < float("inf"):
+        raise PlanError(f"{origin}: {name!r} must be finite and not negative, not {value!r}")
+    return value

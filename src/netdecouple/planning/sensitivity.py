@@ -1,0 +1,60 @@
+"""How much the network's output changes when one layer is approximated. No labels are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+Loss = Literal["kl", "relative"]
+
+
+def loss_kind(outputs: Sequence[Array]) -> Loss:
+    """KL for a classifier (one output of shape (n, classes)), relative squared error for all else."""
+    return "kl" if len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 else "relative"
+
+
+def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
+    """Mean divergence of a network's outputs from the original's."""
+    return float(
+        np.mean(
+            [
+                _mean_kl(a, b) if loss == "kl" else relative_error(a, b)
+                for a, b in zip(original, other, strict=True)
+            ]
+        )
+    )
+
+
+def _mean_kl(original: Array, other: Array) -> float:
+    """Mean KL(p ‖ q) in nats, from logits or probabilities (n, classes)."""
+    p, q = log_probabilities(original), log_probabilities(other)
+    return max(float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))), 0.0)
+
+
+def log_probabilities(outputs: Array) -> Array:
+    """Log-softmax of logits (n, classes); outputs that are probabilities already are only logged."""
+    outputs = np.asarray(outputs, np.float64)
+    if outputs.min(initial=0.0) >= 0 and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3):
+        return np.log(np.maximum(outputs, 1e-12))
+    shifted = outputs - outputs.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def relative_error(original: Array, other: Array) -> float:
+    """|other − original|² relative to the original's variance.
+
+    Outputs of differing shapes (a detector that found more or fewer boxes) count as 1, all lost.
+    """
+    if original.shape != other.shape:
+        return 1.0
+    a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
+    return float(np.square(a - b).mean() / max(a.var(), 1e-12 * np.square(a).mean(), np.finfo(float).tiny))
+
+
+def agreement(original: Array, other: Array) -> float:
+    """Share of samples on which two classifiers choose the same class."""
+    return float(np.mean(original.argmax(axis=-1) == other.argmax(axis=-1)))

@@ -1,0 +1,170 @@
+"""The choice: one candidate per layer, least predicted loss, cost within the budgets.
+
+A multiple-choice knapsack, solved exactly by HiGHS through scipy.optimize.milp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from netdecouple.errors import BudgetError
+from netdecouple.families import decoupling
+from netdecouple.frontends import Layer
+from netdecouple.planning.analysis import Analysis
+from netdecouple.planning.cost import Budget, Macs, Parameters
+from netdecouple.planning.plan import VERSION, LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done to a layer: what it loses, and what it costs in every budget's unit."""
+
+    loss: float
+    costs: tuple[float, ...]
+
+
+def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[int]:
+    """Pick one option per layer: minimal total loss with every total cost at most its limit.
+
+    Raises:
+        BudgetError: no choice meets the limits.
+    """
+    sizes = [len(options) for options in layers]
+    ends = np.cumsum(sizes)
+    losses = np.array([o.loss for options in layers for o in options])
+    costs = np.array([o.costs for options in layers for o in options], float).T  # (budgets, options)
+    once = np.zeros((len(layers), len(losses)))
+    for row, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        once[row, end - size : end] = 1
+    scale = np.maximum(np.abs(limits), 1)
+    solution = milp(
+        losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(costs / scale[:, None], -np.inf, np.asarray(limits) / scale),
+        ],
+        integrality=np.ones(len(losses)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-5, "time_limit": 60.0},
+    )
+    if solution.x is None:
+        raise BudgetError("no choice of ranks meets the budget")
+    return [int(np.argmax(solution.x[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
+
+
+def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[int]:
+    """The least the network can cost in each budget's unit."""
+    least = []
+    for budget in budgets:
+        total = 0
+        for layer in analysis.network.layers:
+            found = analysis.candidates.get(layer.name)
+            costs = [budget.cost.decoupled(layer, t) for t in found.terms] if found else []
+            total += min([budget.cost.dense(layer), *costs])
+        least.append(total)
+    return least
+
+
+def make_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
+    """Choose what to do to every layer: least predicted loss within the budgets.
+
+    Raises:
+        BudgetError: a budget cannot be met; the message says what can.
+    """
+    layers = analysis.network.layers
+    for budget, least in zip(budgets, reachable(analysis, budgets), strict=True):
+        total = sum(budget.cost.dense(la) for la in layers)
+        if budget.limit(layers) < least:
+            raise BudgetError(
+                f"{budget} is out of reach; the least this network can have is {100 * least / total:.1f}% "
+                f"({total / least:.2f} times fewer {budget.cost.unit}) with the layers that may be changed"
+            )
+    options = []
+    for layer in layers:
+        choices = [Option(0.0, tuple(b.cost.dense(layer) for b in budgets))]
+        if found := analysis.candidates.get(layer.name):
+            choices += [
+                Option(loss, tuple(b.cost.decoupled(layer, terms) for b in budgets))
+                for loss, terms in zip(analysis.losses[layer.name], found.terms, strict=True)
+            ]
+        options.append(choices)
+    chosen = choose(options, [b.limit(layers) for b in budgets])
+    rows = [_layer_plan(analysis, la, pick - 1) for la, pick in zip(layers, chosen, strict=True)]
+    return _plan(analysis, rows, " and ".join(map(str, budgets)))
+
+
+def published_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
+    """The paper's own procedure: the first convolution kept, one rank T for all others, the largest that fits.
+
+    Raises:
+        BudgetError: not even T = 1 meets the budgets.
+    """
+    layers = analysis.network.layers
+    first = next(la.name for la in layers if la.operator == "Conv")
+    deepest = max(
+        max(c.terms) * la.geometry.groups // la.geometry.n_i
+        for la in layers
+        if la.geometry and (c := analysis.candidates.get(la.name)) and c.terms
+    )
+    for rank in range(deepest, 0, -1):
+        rows = []
+        for layer in layers:
+            found = analysis.candidates.get(layer.name)
+            if layer.name == first or not found or not layer.geometry:
+                rows.append(
+                    _layer_plan(analysis, layer, -1, "first convolution" if layer.name == first else "")
+                )
+                continue
+            terms = rank * layer.geometry.n_i // layer.geometry.groups
+            index = found.terms.index(terms) if terms in found.terms else -1
+            rows.append(_layer_plan(analysis, layer, index))
+        plan = _plan(analysis, rows, " and ".join(map(str, budgets)))
+        costs = [sum(r.macs if isinstance(b.cost, Macs) else r.parameters for r in rows) for b in budgets]
+        if all(cost <= b.limit(layers) for cost, b in zip(costs, budgets, strict=True)):
+            return plan
+    raise BudgetError(f"not even T = 1 meets {plan.budget}; leave --uniform-rank away")
+
+
+def _layer_plan(analysis: Analysis, layer: Layer, index: int, reason: str = "") -> LayerPlan:
+    """Plan for one layer: its candidate number ``index``, or nothing at all if that is -1."""
+    found = analysis.candidates.get(layer.name)
+    if index < 0 or not found:
+        reason = reason or analysis.reasons.get(layer.name, "worth its cost")
+        costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
+        return LayerPlan(layer.name, layer.operator, "kept", reason, 0, (), 0.0, *costs, 0.0, 0.0)
+    terms = found.terms[index]
+    return LayerPlan(
+        layer.name,
+        layer.operator,
+        decoupling.NAME,
+        "",
+        terms,
+        (),
+        0.0,
+        layer.macs,
+        Macs().decoupled(layer, terms),
+        layer.parameters,
+        Parameters().decoupled(layer, terms),
+        found.errors[index],
+        analysis.losses[layer.name][index],
+    )
+
+
+def _plan(analysis: Analysis, rows: Sequence[LayerPlan], budget: str) -> Plan:
+    settings, inputs = analysis.settings, analysis.inputs
+    return Plan(
+        VERSION,
+        analysis.network.fingerprint,
+        inputs.fingerprint,
+        len(inputs.images),
+        settings.seed,
+        analysis.loss,
+        settings.data_free,
+        settings.uniform_rank,
+        budget,
+        tuple(rows),
+    )

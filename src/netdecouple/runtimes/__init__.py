@@ -1,0 +1,1 @@
+"""Opening, running and timing a network in the runtimes it will live in."""

@@ -1,0 +1,95 @@
+"""Which images are fitted on, which are held back, and which output positions of a layer are looked at."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.errors import CalibrationError
+from netdecouple.frontends import Array, Layer
+from netdecouple.moments import Moments
+
+HELD_BACK = 5  # one image in so many is never fitted on
+ROWS = 50_000  # samples per layer, where they are cheap …
+FLOPS = 2.7e11  # … and the work per layer they may cost where they are not
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Calibration images, shuffled once: those that are fitted on first, those held back last."""
+
+    images: Array  # (n, c, h, w)
+    fitted: int
+    fingerprint: str
+
+    @classmethod
+    def split(cls, images: Array, seed: int) -> Inputs:
+        """Shuffle and hold back a fifth.
+
+        Raises:
+            CalibrationError: fewer than ten images.
+        """
+        if len(images) < 10:
+            raise CalibrationError(
+                f"{len(images)} calibration images are too few; give a few hundred, at least 10"
+            )
+        digest = hashlib.sha256(str(images.shape).encode())
+        for image in images:
+            digest.update(np.ascontiguousarray(image).tobytes())
+        order = np.random.default_rng(seed).permutation(len(images))
+        return cls(images[order], len(images) - len(images) // HELD_BACK, digest.hexdigest())
+
+    @property
+    def held_back(self) -> Array:
+        return self.images[self.fitted :]
+
+
+def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
+    """Draw output positions of a layer, spread evenly over each image's map: (images, p)."""
+    assert layer.geometry is not None
+    d = layer.geometry.n_i // layer.geometry.groups * layer.geometry.kh * layer.geometry.kw
+    pixels = int(np.prod(layer.output_size))
+    rows = max(4 * d, min(ROWS, FLOPS / d**2 / layer.geometry.groups))
+    p = min(pixels, int(np.ceil(rows / images)))
+    key = int.from_bytes(hashlib.sha256(layer.name.encode()).digest()[:8], "little")
+    rng = np.random.default_rng([seed, key])
+    edges = np.arange(p + 1) * pixels // p
+    return edges[:-1] + (rng.random((images, p)) * np.diff(edges)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SplitMoments:
+    """Moments of one layer on the images fitted on, and on those held back."""
+
+    inputs: Inputs
+    fitted: Moments
+    held_back: Moments
+
+    @classmethod
+    def empty(cls, layer: Layer, inputs: Inputs) -> SplitMoments:
+        """Moments of no samples, of the layer's size."""
+        g = layer.geometry
+        assert g is not None
+        shape = (g.groups, g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups)
+        return cls(inputs, Moments.empty(*shape), Moments.empty(*shape))
+
+    @staticmethod
+    def nbytes(layer: Layer) -> int:
+        """Memory that a layer's moments take."""
+        g = layer.geometry
+        assert g is not None
+        d = g.n_i // g.groups * g.kh * g.kw
+        return 2 * 8 * g.groups * d * (d + g.n_o // g.groups)
+
+    def add(self, batch: slice, x: Array, y: Array) -> None:
+        """Add a batch of images' samples, x (n · p, groups, d) and y (n · p, n_o), each to its own side."""
+        y = y.reshape(len(x), x.shape[1], -1)
+        images = batch.stop - batch.start
+        cut = int(np.clip(self.inputs.fitted - batch.start, 0, images)) * len(x) // images
+        if cut:
+            self.fitted.add(x[:cut], y[:cut])
+        if cut < len(x):
+            self.held_back.add(x[cut:], y[cut:])
