@@ -1,1 +1,19 @@
-__version__ = "0.1.0"
+"""Make pretrained convolutional networks faster without training, by network decoupling."""
+
+from netdecouple.api import Result, apply_plan, decouple
+from netdecouple.calibration import Preprocessing
+from netdecouple.errors import NetDecoupleError
+from netdecouple.planning.analysis import Settings
+from netdecouple.planning.plan import Plan
+from netdecouple.version import __version__
+
+__all__ = [
+    "NetDecoupleError",
+    "Plan",
+    "Preprocessing",
+    "Result",
+    "Settings",
+    "__version__",
+    "apply_plan",
+    "decouple",
+]

@@ -105,7 +105,8 @@ def _with_ridge(row: LayerPlan, problem: Problem, held_back: Moments, uniform: b
         return row
 
     def quick(p: Problem) -> Factorization:
-        return decoupling.fit(p, np.array(_with_ranks(row, p, uniform).ranks), sweeps=0)
+        start = decoupling.spectrum(p)
+        return decoupling.fit(p, ranks_of(start, row.terms, uniform), start, sweeps=1)
 
     return replace(row, ridge=best_ridge(problem, held_back, quick))
 

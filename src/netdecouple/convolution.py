@@ -68,7 +68,7 @@ class ConvGeometry:
             x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
         (sh, sw), (dh, dw) = self.strides, self.dilations
         span = (dh * (self.kh - 1) + 1, dw * (self.kw - 1) + 1)
-        return sliding_window_view(x, span, axis=(2, 3))[:, :, ::sh, ::sw, ::dh, ::dw]  # type: ignore[arg-type, call-overload, no-any-return]
+        return sliding_window_view(x, span, axis=(2, 3))[:, :, ::sh, ::sw, ::dh, ::dw]
 
     def patches(self, x: Array, positions: IntArray) -> Array:
         """Gather the receptive fields of some output positions, without unfolding the rest.
@@ -108,7 +108,8 @@ class ConvStage:
         n, _, h, w = windows.shape[:4]
         windows = windows.reshape(n, g.groups, -1, h, w, g.kh, g.kw)
         weight = self.weight.reshape(g.groups, -1, *self.weight.shape[1:])  # (groups, n_o/g, n_i/g, kh, kw)
-        return np.einsum("ngchwij,gocij->ngohw", windows, weight, optimize=True).reshape(n, g.n_o, h, w)
+        out: Array = np.einsum("ngchwij,gocij->ngohw", windows, weight, optimize=True)
+        return out.reshape(n, g.n_o, h, w)
 
     def dense(self, n_i: int) -> Array:
         """Write the stage as one ungrouped, undilated kernel over all ``n_i`` channels of its input."""
@@ -137,9 +138,9 @@ class Factorization:
 
     def dense(self) -> Array:
         """Compose the stages back into the one kernel (n_o, n_i / groups, kh, kw) they stand for."""
-        kernel = np.eye(self.geometry.n_i)[:, :, None, None]
-        step = (1, 1)
-        for stage in self.stages:
+        first, *rest = self.stages
+        kernel, step = first.dense(self.geometry.n_i), first.geometry.strides
+        for stage in rest:
             kernel = _compose(kernel, stage.dense(kernel.shape[0]), step)
             strides = stage.geometry.strides
             step = (step[0] * strides[0], step[1] * strides[1])
@@ -177,5 +178,6 @@ def _compose(first: Array, second: Array, step: Sequence[int]) -> Array:
         for j in range(kw):
             rows = slice(i * step[0], i * step[0] + first.shape[2])
             cols = slice(j * step[1], j * step[1] + first.shape[3])
-            out[:, :, rows, cols] += np.einsum("om,mcij->ocij", second[:, :, i, j], first, optimize=True)
+            flat = second[:, :, i, j] @ first.reshape(len(first), -1)
+            out[:, :, rows, cols] += flat.reshape(n_o, *first.shape[1:])
     return out

@@ -93,7 +93,8 @@ class Moments:
 
     def bias(self, weight: Array) -> Array:
         """The best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
-        return self.mean_y - np.einsum("gmd,gd->gm", weight, self.mean_x)
+        best: Array = self.mean_y - np.einsum("gmd,gd->gm", weight, self.mean_x)
+        return best
 
     @property
     def variance(self) -> float:

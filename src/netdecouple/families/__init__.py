@@ -7,8 +7,10 @@ A family turns a `Problem` (one layer, and the moments of what it sees and shoul
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from netdecouple.convolution import ConvGeometry
@@ -49,13 +51,24 @@ class Problem:
         ``ridge`` is their total variance relative to the samples' own. It pulls every solution
         towards the original weight, and the metric towards the data-free one (DESIGN §4).
         """
-        gram, cross = self.moments.gram, self.moments.cross
-        strength = ridge * np.trace(gram, axis1=1, axis2=2) / gram.shape[1] + np.finfo(float).tiny
-        padded = gram + strength[:, None, None] * np.eye(gram.shape[1])
-        return replace(
-            self,
-            moments=replace(self.moments, gram=padded, cross=cross + strength[:, None, None] * self.weight),
-        )
+        cross = self.moments.cross
+        gram = self.moments.gram.copy()
+        size = gram.shape[1]
+        strength = ridge * np.trace(gram, axis1=1, axis2=2) / size + np.finfo(float).tiny
+        gram[:, np.arange(size), np.arange(size)] += strength[:, None]
+        cross = cross + strength[:, None, None] * self.weight
+        return replace(self, moments=replace(self.moments, gram=gram, cross=cross))
+
+    @cached_property
+    def target(self) -> Array:
+        """W* = C G⁻¹ (groups, m, d), written as W + (C − W G) G⁻¹ so that a singular G keeps W."""
+        target = self.weight.copy()
+        for i, (gram, cross) in enumerate(zip(self.moments.gram, self.moments.cross, strict=True)):
+            excess = cross - self.weight[i] @ gram
+            # nothing to solve where the target is what the layer does anyway
+            if np.abs(excess).max(initial=0.0) > 1e-9 * np.abs(cross).max(initial=0.0):
+                target[i] += scipy.linalg.solve(gram, excess.T, assume_a="pos", check_finite=False).T
+        return target
 
 
 def _matrix(geometry: ConvGeometry, weight: Array) -> Array:

@@ -10,6 +10,7 @@ from netdecouple.moments import Moments
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 START = 3
+WORTH = 0.99  # a step must bring the error below this share, or it follows noise
 
 
 def held_back_error(problem: Problem, held_back: Moments, factorization: Factorization) -> float:
@@ -30,7 +31,9 @@ def best_ridge(problem: Problem, held_back: Moments, fit: Callable[[Problem], Fa
         return errors[i]
 
     at = START
-    step = 1 if error(at + 1) < error(at) else -1
-    while 0 <= at + step < len(RIDGES) and error(at + step) < error(at):
-        at += step
+    for step in (1, -1):
+        while 0 <= at + step < len(RIDGES) and error(at + step) < WORTH * error(at):
+            at += step
+        if at != START:
+            break
     return RIDGES[at]

@@ -57,6 +57,13 @@ class Parameters:
         return decoupling.macs_per_term(layer.geometry) * terms + layer.geometry.n_o
 
 
+def least_cost(layer: Layer, cost: Cost) -> int:
+    """The least a layer can be brought to: one term for every group, if that is less than it costs."""
+    if layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
+        return cost.dense(layer)
+    return min(cost.decoupled(layer, 1), cost.dense(layer))
+
+
 @dataclass(frozen=True)
 class Budget:
     """A limit on a network's total cost, as a share of the original's."""

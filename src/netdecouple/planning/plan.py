@@ -90,9 +90,10 @@ class Plan:
             raise PlanError(f"{origin}: not a plan file; write one with --plan-out")
         if data["version"] != VERSION:
             raise PlanError(
-                f"{origin}: a plan of version {data['version']!r}, this netdecouple reads {VERSION}; make it again"
+                f"{origin}: plan version {data['version']!r}, this netdecouple reads {VERSION}; make it again"
             )
-        return _read(cls, data, origin)
+        plan: Plan = _read(cls, data, origin)
+        return plan
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -41,7 +41,8 @@ def log_probabilities(outputs: Array) -> Array:
     if outputs.min(initial=0.0) >= 0 and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3):
         return np.log(np.maximum(outputs, 1e-12))
     shifted = outputs - outputs.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    logs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs
 
 
 def relative_error(original: Array, other: Array) -> float:

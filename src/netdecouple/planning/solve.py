@@ -97,8 +97,34 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
     return _plan(analysis, rows, " and ".join(map(str, budgets)))
 
 
+@dataclass(frozen=True)
+class BudgetRow:
+    """One line of the table of budgets: a ratio, and what a plan for it would cost and lose."""
+
+    label: str
+    macs: int
+    parameters: int
+    predicted_loss: float
+
+
+RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+
+
+def budget_rows(analysis: Analysis) -> list[BudgetRow]:
+    """Plan for a ladder of MAC budgets, and for the least that can be reached."""
+    layers = analysis.network.layers
+    least = reachable(analysis, [Budget(Macs(), 1.0)])[0] / sum(layer.macs for layer in layers)
+    shares = [1 / ratio for ratio in RATIOS if 1 / ratio > least]
+    rows = []
+    for share in [*shares, least * (1 + 1e-9)]:
+        plan = make_plan(analysis, [Budget(Macs(), share)])
+        label = f"{plan.macs_before / plan.macs:.2f}×"
+        rows.append(BudgetRow(label, plan.macs, plan.parameters, plan.predicted_loss))
+    return rows
+
+
 def published_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
-    """The paper's own procedure: the first convolution kept, one rank T for all others, the largest that fits.
+    """The paper's own procedure: the first convolution kept, one rank T for all others, as large as fits.
 
     Raises:
         BudgetError: not even T = 1 meets the budgets.

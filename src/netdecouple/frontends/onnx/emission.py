@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -39,7 +39,7 @@ class _Writer:
         label: str,
         inputs: Sequence[str],
         output: str | None = None,
-        **attributes: object,
+        **attributes: Any,
     ) -> str:
         output = output or f"{self.name}/{label}_output"
         self.nodes.append(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -235,15 +235,15 @@ def _read_conv(
 
 def _same_pads(
     size: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], mode: str
-) -> tuple[int, ...]:
-    """Pads of auto_pad SAME_*: output = ceil(input / stride), the odd pixel at the end (UPPER) or the start."""
+) -> tuple[int, int, int, int]:
+    """Pads of auto_pad SAME_*: output = ceil(input / stride), an odd pixel last (UPPER) or first."""
     begin, end = [], []
     for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
         small, large = total // 2, total - total // 2
         begin.append(small if mode == "SAME_UPPER" else large)
         end.append(large if mode == "SAME_UPPER" else small)
-    return (*begin, *end)
+    return (begin[0], begin[1], end[0], end[1])
 
 
 def _read_matmul(
@@ -276,24 +276,48 @@ def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
     return copy
 
 
-def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model under a temporary name and rename it, so that a killed run leaves nothing behind it.
+def write_model(
+    proto: onnx.ModelProto, path: str | os.PathLike[str], check: Callable[[Path], None] | None = None
+) -> None:
+    """Write a model under a temporary name, check it there, and rename it: a killed run leaves no half file.
 
     Raises:
         OutputError: the folder is missing or not writable.
     """
     target = Path(path)
+    check_writable(target)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             partial = Path(folder) / target.name
+            data = Path(folder) / f"{target.name}.data"
             if proto.ByteSize() < PROTOBUF_LIMIT:
                 onnx.save_model(proto, partial)
             else:
-                data = f"{target.name}.data"
-                onnx.save_model(proto, partial, save_as_external_data=True, location=data)
-                os.replace(Path(folder) / data, target.parent / data)
+                onnx.save_model(proto, partial, save_as_external_data=True, location=data.name)
+            if check is not None:
+                check(partial)
+            if data.exists():
+                os.replace(data, target.parent / data.name)
             os.replace(partial, target)
     except OSError as error:
-        raise OutputError(
-            f"{target}: cannot write there ({error.strerror or error}); choose another -o"
-        ) from error
+        raise _unwritable(target, error) from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work, not after it, that a file cannot be written.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the path is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    return OutputError(f"{target}: cannot write there ({error.strerror or error}); choose another place")

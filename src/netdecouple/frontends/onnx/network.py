@@ -32,7 +32,7 @@ class OnnxNetwork:
         self.model = model
         if model.batch is not None and len(sample) < model.batch:
             raise CalibrationError(
-                f"{model.origin} takes {model.batch} images at a time and there are only {len(sample)}; give more"
+                f"{model.origin} takes {model.batch} images at a time; {len(sample)} are too few, give more"
             )
         self.layers, self.nodes = find_layers(model, sample[: model.batch or 1])
         self._order = {id_: i for i, id_ in enumerate(self._keys)}
@@ -63,8 +63,13 @@ class OnnxNetwork:
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
-        proto = self.with_kernels(kernels) if kernels else self.model.proto
-        return run_batches(proto, self.model.input_name, images, self.batches(len(images)))
+        return self.run_model(self.with_kernels(kernels) if kernels else self.model.proto, images)
+
+    def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
+        """Return every output of another model with this one's input, joined along the first axis."""
+        session = open_session(proto)
+        parts = [run(session, None, {self.model.input_name: images[b]}) for b in self.batches(len(images))]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
         """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
@@ -273,15 +278,6 @@ class OnnxWalk:
             [self._constants[t] for t in sorted(used) if t in self._constants],
         )
         return helper.make_model(graph, opset_imports=original.opset_import, ir_version=original.ir_version)
-
-
-def run_batches(
-    proto: onnx.ModelProto, input_name: str, images: Array, batches: Sequence[slice]
-) -> list[Array]:
-    """Run a model batch by batch and join each of its outputs along the first axis."""
-    session = open_session(proto)
-    parts = [run(session, None, {input_name: images[batch]}) for batch in batches]
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def pick(values: Array, positions: NDArray[np.int64]) -> Array:

@@ -1,0 +1,368 @@
+"""The front door for ONNX models: read, plan, apply, check, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from netdecouple import calibration
+from netdecouple.application import Applied, apply
+from netdecouple.calibration import Preprocessing, Samples
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
+from netdecouple.families import Problem, decoupling
+from netdecouple.frontends import Array, Layer
+from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
+from netdecouple.planning.cost import Budget, Macs, Parameters, least_cost, parse_share
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.sensitivity import agreement, divergence, relative_error
+from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, reachable
+from netdecouple.report.report import Agreement, Report, Score, layer_reports
+from netdecouple.runtimes.onnxruntime import Timing, time_models
+from netdecouple.sampling import Inputs
+from netdecouple.version import __version__
+
+SAMPLES = 1000  # calibration images taken unless more or fewer are asked for
+TOLERANCE = 1e-3  # relative difference between the saved network and the plan's arithmetic
+SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
+
+Calibration = str | os.PathLike[str] | Array | Iterable[Array]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A decoupled model, the plan that made it, and what it gained and lost."""
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model; whatever happens, there is never half a file under ``path``.
+
+        Raises:
+            OutputError: the place is not writable.
+            ModelError: the written file is not a valid model.
+        """
+        write_model(self.model, path, check=_check_file)
+
+
+def decouple(
+    model: ModelSource,
+    calib: Calibration | None = None,
+    *,
+    macs: str | float | None = None,
+    parameters: str | float | None = None,
+    max_drop: float | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    settings: Settings = Settings(),
+    preprocessing: Preprocessing = Preprocessing(),
+    samples: int | None = SAMPLES,
+    progress: Progress = quiet,
+    show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
+) -> Result:
+    """Decouple an ONNX model to a budget. The model given is not changed.
+
+    Args:
+        model: a path or a ModelProto with one float32 image input (N, C, H, W).
+        calib: unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION, or arrays
+            (N, C, H, W) that are ready for the network. May be left out when ``settings.data_free``.
+        macs, parameters: the share that may stay: 0.5, "50%" or "2x" (two times fewer).
+        max_drop: instead of a budget, the points of top-1 accuracy that may be lost on ``labels``
+            (FILE.npz:IMAGES,LABELS); the smallest network within them is searched for.
+        settings: layers to leave alone, how to fit, seed.
+        preprocessing: how uint8 images become network inputs.
+        samples: how many calibration images to take at most; None takes all.
+        progress: called with a step's name, what is done and what there is to do.
+        show_budgets: called once with the table of budgets that can be met, before solving.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    if (macs is None and parameters is None) == (max_drop is None):
+        raise BudgetError("give either a budget (--macs 50%, --params 2x) or --max-drop with --labels")
+    if max_drop is not None and labels is None:
+        raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
+    budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
+    budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
+    opened = read_model(model)
+    images = _images(opened, calib, preprocessing, samples, settings)
+    labelled = None if labels is None else _labelled(opened, labels, preprocessing, settings.seed)
+    network = OnnxNetwork(opened, images.images)
+    inputs = Inputs.split(images.images, settings.seed)
+    analysis = analyze(network, inputs, settings, progress)
+    if show_budgets is not None:
+        show_budgets(budget_rows(analysis), analysis.loss)
+    plan_for = published_plan if settings.data_free and settings.uniform_rank else make_plan
+    if max_drop is None:
+        applied = apply(network, inputs, plan_for(analysis, budgets), progress)
+    else:
+        assert labelled is not None
+        applied = _search(analysis, max_drop, labelled, progress)
+    return _result(network, inputs, applied, images, labelled, None if calib is None else analysis)
+
+
+def apply_plan(
+    model: ModelSource,
+    plan: Plan,
+    calib: Calibration | None = None,
+    *,
+    preprocessing: Preprocessing = Preprocessing(),
+    progress: Progress = quiet,
+) -> Result:
+    """Carry out a saved plan on the model and the calibration images it was made for.
+
+    Raises:
+        PlanError: the plan is of another model or of other images.
+        NetDecoupleError: as in `decouple`.
+    """
+    opened = read_model(model)
+    if plan.model != opened.fingerprint:
+        raise PlanError(
+            f"the plan was made for another model than {opened.origin} (their weights differ); "
+            "make a plan for this one with `netdecouple run --plan-out`"
+        )
+    settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
+    images = _images(opened, calib, preprocessing, plan.samples, settings)
+    network = OnnxNetwork(opened, images.images)
+    inputs = Inputs.split(images.images, plan.seed)
+    if inputs.fingerprint != plan.images:
+        raise PlanError(
+            "the plan was made with other calibration images; give the same --calib and preprocessing"
+        )
+    applied = apply(network, inputs, plan, progress)
+    return _result(network, inputs, applied, images, None, calib)
+
+
+def _images(
+    model: OnnxModel,
+    calib: Calibration | None,
+    preprocessing: Preprocessing,
+    samples: int | None,
+    settings: Settings,
+) -> Samples:
+    channels = model.channels or 3
+    if calib is None:
+        if not settings.data_free:
+            raise CalibrationError(
+                "give --calib (a folder of images, FILE.npz:KEY, …), or --data-free to do without"
+            )
+        size = model.size or preprocessing.size
+        if size is None:
+            raise CalibrationError(f"{model.origin} takes images of any size; say which with --input-size")
+        # without inputs, noise tells the shapes of things
+        noise = np.random.default_rng(settings.seed).standard_normal(
+            (max(model.batch or 1, 10), channels, *size)
+        )
+        return Samples(noise.astype(np.float32), "noise")
+    options = {
+        "channels": channels,
+        "size": model.size,
+        "preprocessing": preprocessing,
+        "samples": samples,
+        "seed": settings.seed,
+    }
+    if isinstance(calib, str | os.PathLike):
+        return calibration.load(calib, **options)  # type: ignore[arg-type]
+    return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
+
+
+def _labelled(
+    model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
+) -> tuple[Array, np.ndarray]:
+    images, labels = calibration.load_labelled(
+        source,
+        channels=model.channels or 3,
+        size=model.size,
+        preprocessing=preprocessing,
+        samples=None,
+        seed=seed,
+    )
+    return images.images, labels
+
+
+def accuracy(outputs: Array, labels: np.ndarray) -> float:
+    """Top-1 accuracy of (n, classes) outputs.
+
+    Raises:
+        ModelError: the network is no classifier.
+    """
+    if outputs.ndim != 2:
+        raise ModelError(f"accuracy needs outputs (N, classes), these are {outputs.shape}")
+    return float(np.mean(outputs.argmax(axis=1) == labels[: len(outputs)]))
+
+
+def _search(
+    analysis: Analysis, max_drop: float, labelled: tuple[Array, np.ndarray], progress: Progress
+) -> Applied:
+    """Bisect the budget for the smallest network that loses at most ``max_drop`` points of accuracy."""
+    network, inputs = analysis.network, analysis.inputs
+    assert isinstance(network, OnnxNetwork)
+    images, labels = labelled
+    wanted = accuracy(network.run(images)[0], labels) - max_drop / 100
+    total = sum(layer.macs for layer in network.layers)
+    # shares: `low` is too small or unknown, `high` is known to do
+    low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
+    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)]))
+    steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
+    for step in range(steps):
+        progress("Searching the budget", step, steps)
+        share = float(np.sqrt(low * high))
+        applied = apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)]))
+        outputs = network.run_model(network.decoupled(applied.factorizations), images)
+        if accuracy(outputs[0], labels) >= wanted:
+            best, high = applied, share
+        else:
+            low = share
+    progress("Searching the budget", steps, steps)
+    return best
+
+
+def _result(
+    network: OnnxNetwork,
+    inputs: Inputs,
+    applied: Applied,
+    images: Samples,
+    labelled: tuple[Array, np.ndarray] | None,
+    calib: object | None,
+) -> Result:
+    """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
+    plan = applied.plan
+    metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
+    model = network.decoupled(applied.factorizations, metadata=metadata)
+    _check_model(model)
+    shown = inputs.held_back
+    original, new = network.run(shown), network.run_model(model, shown)
+    difference = _difference(network, applied, model, shown[:32])
+    same = agreement(original[0], new[0]) if plan.loss == "kl" else None
+    measured = divergence(original, new, "kl" if plan.loss == "kl" else "relative")
+    quality = Agreement(len(original[0]), plan.loss, measured, plan.predicted_loss, same)
+    both = None
+    if labelled is not None:
+        pictures, labels = labelled
+        both = (
+            accuracy(network.run(pictures)[0], labels),
+            accuracy(network.run_model(model, pictures)[0], labels),
+        )
+    rows = layer_reports({layer.name: layer for layer in network.layers}, applied)
+    report = Report(
+        network.model.origin,
+        __version__,
+        plan.budget,
+        rows,
+        quality if calib is not None else None,
+        difference,
+        both,
+        images.skipped,
+    )
+    return Result(model, plan, report)
+
+
+def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
+    """Compare the emitted stages with their composed dense kernels, in the whole network."""
+    images = images if network.model.batch is None else images[: network.model.batch]
+    kernels = {
+        name: (f.dense().astype(np.float32), np.asarray(f.bias, np.float32))
+        for name, f in applied.factorizations.items()
+    }
+    expected, found = network.run(images, kernels), network.run_model(model, images)
+    worst = max(float(np.sqrt(relative_error(a, b))) for a, b in zip(expected, found, strict=True))
+    if not worst <= TOLERANCE:
+        raise ModelError(
+            f"the decoupled network differs from its own plan by {worst:.1e}; please report this model"
+        )
+    return worst
+
+
+def _check_model(model: onnx.ModelProto) -> None:
+    if model.ByteSize() < (1 << 31) - 1:
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise ModelError(
+                f"the decoupled model is not valid ONNX ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _check_file(path: Path) -> None:
+    onnx.checker.check_model(str(path))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network is made of. ``energy`` are cumulative shares of the weights' energy by T, per layer."""
+
+    model: str
+    layers: tuple[Layer, ...]
+    energy: dict[str, Array]
+    least_macs: int
+    least_parameters: int
+
+
+def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspection:
+    """Look at a network without calibration images; ``size`` (h, w) is needed if the model leaves it open."""
+    opened = read_model(model)
+    settings = Settings(data_free=True)
+    noise = _images(opened, None, Preprocessing(size=size), None, settings)
+    network = OnnxNetwork(opened, noise.images)
+    energy = {
+        layer.name: decoupling.energy_by_rank(Problem.data_free(layer.geometry, layer.weight, layer.bias))
+        for layer in network.layers
+        if layer.geometry is not None and not layer.reason
+    }
+    least = [
+        sum(
+            least_cost(layer, cost) if layer.name in energy else cost.dense(layer) for layer in network.layers
+        )
+        for cost in (Macs(), Parameters())
+    ]
+    return Inspection(opened.origin, network.layers, energy, *least)
+
+
+def evaluate(
+    models: Sequence[ModelSource],
+    data: str | os.PathLike[str],
+    preprocessing: Preprocessing = Preprocessing(),
+) -> list[Score]:
+    """Measure top-1 and top-5 accuracy of networks on FILE.npz:IMAGES,LABELS, and agreement with the first.
+
+    Raises:
+        NetDecoupleError: a model or the data cannot be read, do not fit, or the model is no classifier.
+    """
+    scores: list[Score] = []
+    first: Array | None = None
+    for source in models:
+        model = read_model(source)
+        images, labels = _labelled(model, data, preprocessing, 0)
+        network = OnnxNetwork(model, images)
+        outputs = network.run(images)[0]
+        top1, labels = accuracy(outputs, labels), labels[: len(outputs)]
+        top5 = None
+        if outputs.shape[1] > 5:
+            best = np.argpartition(-outputs, 5, axis=1)[:, :5]
+            top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
+        if first is not None and first.shape != outputs.shape:
+            raise ModelError(f"{model.origin} has outputs {outputs.shape}, the first model {first.shape}")
+        same = None if first is None else agreement(first, outputs)
+        kl = None if first is None else divergence([first], [outputs], "kl")
+        first = outputs if first is None else first
+        scores.append(Score(model.origin, len(outputs), top1, top5, same, kl))
+    return scores
+
+
+def compare_times(
+    models: Sequence[str | os.PathLike[str]], threads: int = 1, seconds: float = 4.0
+) -> list[Timing]:
+    """Time models with one input in ONNX Runtime, interleaved, one image at a time."""
+    opened = read_model(models[0])
+    if opened.size is None:
+        raise ModelError(f"{opened.origin} takes images of any size; timing needs a fixed one")
+    shape = (opened.batch or 1, opened.channels or 3, *opened.size)
+    feeds = {opened.input_name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    return time_models(models, feeds, threads=threads, seconds=seconds)

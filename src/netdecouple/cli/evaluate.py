@@ -1,0 +1,36 @@
+"""netdecouple eval: accuracy of one network, and how another compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from netdecouple import api
+from netdecouple.cli import options
+from netdecouple.report.text import scores_table
+
+
+def evaluate(
+    model: options.Model,
+    data: Annotated[str, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.", show_default=False)],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second network to compare.", show_default=False)
+    ] = None,
+    preset: options.Preset = "none",
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+) -> None:
+    """Measure top-1 and top-5 accuracy, and how often two networks agree.
+
+    Example: netdecouple eval model.onnx faster.onnx --data test.npz:images,labels --preset cifar10
+    """
+    scores = api.evaluate(
+        [model] if other is None else [model, other],
+        data,
+        options.preprocessing(preset, input_size, mean, std),
+    )
+    Console().print(scores_table(scores))

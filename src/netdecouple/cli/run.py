@@ -1,0 +1,77 @@
+"""netdecouple run: a network in, a faster one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from netdecouple import api
+from netdecouple.cli import options
+from netdecouple.cli.results import check_outputs, write_result
+from netdecouple.planning.analysis import Settings
+from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.text import budget_table
+
+
+def run(
+    model: options.Model,
+    output: options.Output,
+    calib: options.Calib = None,
+    macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."),
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
+    ] = None,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
+        ),
+    ] = False,
+    samples: Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")] = api.SAMPLES,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    preset: options.Preset = "none",
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    plan_out: Annotated[
+        Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
+    ] = None,
+    report: options.ReportFile = None,
+) -> None:
+    """Decouple a network to a budget, from a few hundred unlabelled inputs.
+
+    Example: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
+    """
+    console = Console()
+    check_outputs(model, output, plan_out, report)
+
+    def show(rows: list[BudgetRow], loss: str) -> None:
+        console.print(budget_table(rows, loss))
+
+    with options.Bars() as bars:
+        result = api.decouple(
+            model,
+            calib,
+            macs=macs,
+            parameters=params,
+            max_drop=max_drop,
+            labels=labels,
+            settings=Settings(tuple(exclude or ()), data_free, uniform_rank, seed),
+            preprocessing=options.preprocessing(preset, input_size, mean, std),
+            samples=samples,
+            progress=bars,
+            show_budgets=show,
+        )
+    write_result(console, result, output, plan_out, report)

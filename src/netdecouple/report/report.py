@@ -1,0 +1,145 @@
+"""The report as data; JSON out. `report.text` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from netdecouple.application import Applied
+from netdecouple.frontends import Layer
+from netdecouple.planning.plan import LayerPlan
+
+ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, changed or kept and why. Errors are relative to the variance of the layer's output."""
+
+    name: str
+    operator: str
+    shape: str  # n_i → n_o, kernel, and what else is not usual
+    family: str
+    reason: str
+    terms: int
+    terms_per_channel: tuple[int, int] | None  # fewest and most
+    macs_before: int
+    macs: int
+    parameters_before: int
+    parameters: int
+    predicted_error: float | None
+    measured_error: float | None  # on held-back inputs, in the decoupled network
+    ridge: float | None
+    samples: int | None
+    samples_wanted: int | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the decoupled network's outputs compare with the original's, on inputs no fit has seen."""
+
+    images: int
+    loss: str  # "kl" (nats) or "relative" (squared error over variance)
+    divergence: float
+    predicted: float
+    same_class: float | None  # share; None if the network is no classifier
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything there is to say about one run."""
+
+    model: str
+    netdecouple: str
+    budget: str
+    layers: tuple[LayerReport, ...]
+    agreement: Agreement | None  # None without calibration images
+    difference: float  # relative, between the saved network and the plan's own arithmetic
+    accuracy: tuple[float, float] | None = None  # before, after; with --labels only
+    skipped: tuple[str, ...] = ()  # calibration files that could not be read
+
+    @property
+    def macs_before(self) -> int:
+        return sum(layer.macs_before for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def parameters_before(self) -> int:
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    def to_json(self) -> str:
+        """The report as text, totals included."""
+        totals = {
+            "macs_before": self.macs_before,
+            "macs": self.macs,
+            "parameters_before": self.parameters_before,
+            "parameters": self.parameters,
+        }
+        return json.dumps(totals | asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy of one network, and how it compares with the first one."""
+
+    model: str
+    images: int
+    top1: float
+    top5: float | None  # None with five classes or fewer
+    same_class: float | None  # as the first network; None for the first itself
+    kl: float | None  # from the first network, nats
+
+
+def describe(layer: Layer) -> str:
+    """A layer's shape in a few characters: 64→128 3×3 /2."""
+    g = layer.geometry
+    if g is None:
+        return ""
+    parts = [f"{g.n_i}→{g.n_o}", f"{g.kh}×{g.kw}"]
+    if g.strides != (1, 1):
+        parts.append("/" + "×".join(map(str, dict.fromkeys(g.strides))))
+    if g.dilations != (1, 1):
+        parts.append("dilated " + "×".join(map(str, dict.fromkeys(g.dilations))))
+    if g.groups > 1:
+        parts.append(f"{g.groups} groups")
+    return " ".join(parts)
+
+
+def layer_report(layer: Layer, row: LayerPlan, applied: Applied) -> LayerReport:
+    """Put what was planned for a layer and what came of it together."""
+    samples = applied.samples.get(row.name)
+    g = layer.geometry
+    unknowns = 0 if g is None else g.n_i // g.groups * g.kh * g.kw
+    return LayerReport(
+        row.name,
+        row.operator,
+        describe(layer),
+        row.family,
+        row.reason,
+        row.terms,
+        (int(np.min(row.ranks)), int(np.max(row.ranks))) if row.ranks else None,
+        row.macs_before,
+        row.macs,
+        row.parameters_before,
+        row.parameters,
+        row.predicted_error if row.changed else None,
+        applied.errors.get(row.name),
+        row.ridge or None,
+        samples,
+        ROWS_PER_UNKNOWN * unknowns if samples is not None else None,
+    )
+
+
+def layer_reports(layers: Mapping[str, Layer], applied: Applied) -> tuple[LayerReport, ...]:
+    """Report on every layer of a plan, in its order."""
+    return tuple(layer_report(layers[row.name], row, applied) for row in applied.plan.layers)

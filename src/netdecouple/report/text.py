@@ -1,0 +1,188 @@
+"""Tables for the terminal, from the report's data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from netdecouple.frontends import Layer
+from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.report import Report, Score, describe
+from netdecouple.runtimes.onnxruntime import Timing
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def count(number: float) -> str:
+    """A count with three digits and a unit: 40.6 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
+    return f"{number:.0f}"
+
+
+def times(before: float, after: float) -> str:
+    """How many times fewer: 2.00×."""
+    return f"{before / after:.2f}×" if after else "∞"
+
+
+def report_table(report: Report) -> Group:
+    """The table a run ends with: every layer, then what was gained and what was lost."""
+    table = Table(title=f"{report.model}, decoupled to {report.budget}", title_justify="left")
+    for name, justify in (
+        ("layer", "left"),
+        ("shape", "left"),
+        ("terms", "right"),
+        ("per channel", "right"),
+        ("MACs", "right"),
+        ("after", "right"),
+        ("error predicted", "right"),
+        ("measured", "right"),
+        ("note", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for layer in report.layers:
+        changed = layer.family != "kept"
+        short = (
+            layer.samples is not None
+            and layer.samples_wanted is not None
+            and layer.samples < layer.samples_wanted
+        )
+        note = layer.reason if not changed else ""
+        if short:
+            note = f"{count(layer.samples or 0)} of {count(layer.samples_wanted or 0)} samples wanted"
+        table.add_row(
+            layer.name,
+            layer.shape,
+            str(layer.terms) if changed else "kept",
+            "–".join(map(str, dict.fromkeys(layer.terms_per_channel))) if layer.terms_per_channel else "",
+            count(layer.macs_before),
+            count(layer.macs) if changed else "",
+            _number(layer.predicted_error),
+            _number(layer.measured_error),
+            note,
+            style="" if changed else "dim",
+        )
+    return Group(table, *summary(report))
+
+
+def summary(report: Report) -> list[Text]:
+    """A line each on MACs, parameters, agreement, accuracy, and what to look out for."""
+    lines = [
+        f"MACs        {count(report.macs_before)} → {count(report.macs)}   "
+        f"{times(report.macs_before, report.macs)} fewer",
+        f"Parameters  {count(report.parameters_before)} → {count(report.parameters)}   "
+        f"{times(report.parameters_before, report.parameters)} fewer",
+    ]
+    if report.agreement:
+        a = report.agreement
+        loss = "KL divergence" if a.loss == "kl" else "relative error"
+        same = f"same class on {100 * a.same_class:.1f}%, " if a.same_class is not None else ""
+        lines.append(
+            f"Agreement   {same}{loss} {a.divergence:.3g} (predicted {a.predicted:.3g}), "
+            f"on {a.images} held-back images"
+        )
+    if report.accuracy:
+        before, after = report.accuracy
+        lines.append(f"Accuracy    {100 * before:.1f}% → {100 * after:.1f}% top-1 on the labelled images")
+    lines.append(f"Saved file  differs from the plan's own arithmetic by {report.difference:.1e} (relative)")
+    short = sum(la.samples is not None and la.samples < (la.samples_wanted or 0) for la in report.layers)
+    if short:
+        lines.append(
+            f"Note        {short} layers had fewer samples than wanted; more calibration images help them"
+        )
+    if report.skipped:
+        names = ", ".join(report.skipped[:3]) + (", …" if len(report.skipped) > 3 else "")
+        lines.append(f"Skipped     {len(report.skipped)} unreadable images: {names}")
+    return [Text(line) for line in lines]
+
+
+def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
+    """Which budgets can be met, and what each is predicted to lose."""
+    table = Table(title="Budgets that can be met", title_justify="left")
+    table.add_column("fewer MACs", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("predicted KL" if loss == "kl" else "predicted relative error", justify="right")
+    for row in rows:
+        table.add_row(row.label, count(row.macs), count(row.parameters), _number(row.predicted_loss))
+    return table
+
+
+def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray[np.floating]]) -> Table:
+    """Geometry, cost and principal components of every layer; ``spectra`` are cumulative shares by T."""
+    total = sum(layer.macs for layer in layers)
+    table = Table(title=name, title_justify="left")
+    for column, justify in (
+        ("layer", "left"),
+        ("shape", "left"),
+        ("input", "right"),
+        ("MACs", "right"),
+        ("share", "right"),
+        ("energy of the first T = 1, 2, … terms", "left"),
+        ("note", "left"),
+    ):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for layer in layers:
+        shares = spectra.get(layer.name, np.zeros(0))
+        bars = "".join(BARS[round(8 * float(s))] for s in shares)
+        at = next((t for t, s in enumerate(shares, 1) if s >= 0.9), 0)
+        table.add_row(
+            layer.name,
+            describe(layer),
+            "×".join(map(str, layer.size)) if layer.geometry else "",
+            count(layer.macs),
+            f"{100 * layer.macs / total:.1f}%",
+            f"{bars}  90% at T={at}" if at else "",
+            layer.reason,
+            style="dim" if layer.reason else "",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int) -> Table:
+    """The span of budgets that can be asked for."""
+    table = Table(
+        title="Budgets that can be met (what they cost in accuracy, `run` tells)", title_justify="left"
+    )
+    for column in ("", "now", "least", "at most"):
+        table.add_column(column, justify="right")
+    for name, now, least in (
+        ("MACs", sum(layer.macs for layer in layers), least_macs),
+        ("parameters", sum(layer.parameters for layer in layers), least_parameters),
+    ):
+        table.add_row(name, count(now), count(least), f"{times(now, least)} fewer")
+    return table
+
+
+def scores_table(scores: Sequence[Score]) -> Table:
+    """Accuracy side by side."""
+    table = Table(title=f"On {scores[0].images} labelled images", title_justify="left")
+    for column in ("network", "top-1", "top-5", "same class", "KL"):
+        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    for score in scores:
+        shares = (score.top1, score.top5, score.same_class)
+        table.add_row(
+            score.model, *("" if s is None else f"{100 * s:.1f}%" for s in shares), _number(score.kl)
+        )
+    return table
+
+
+def timing_table(names: Sequence[str], timings: Sequence[Timing]) -> Table:
+    """Times side by side, and how many times faster than the first."""
+    table = Table(title="ONNX Runtime, one image, one thread", title_justify="left")
+    for column in ("network", "median ms", "quartiles", "speed"):
+        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    for name, time in zip(names, timings, strict=True):
+        speed = f"{timings[0].median / time.median:.2f}×"
+        table.add_row(name, f"{time.median:.3f}", f"{time.lower:.3f}–{time.upper:.3f}", speed)
+    return table
