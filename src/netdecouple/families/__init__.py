@@ -57,7 +57,8 @@ class Problem:
         strength = ridge * np.trace(gram, axis1=1, axis2=2) / size + np.finfo(float).tiny
         gram[:, np.arange(size), np.arange(size)] += strength[:, None]
         cross = cross + strength[:, None, None] * self.weight
-        return replace(self, moments=replace(self.moments, gram=gram, cross=cross))
+        power = self.moments.power + strength[:, None] * np.square(self.weight).sum(axis=2)
+        return replace(self, moments=replace(self.moments, gram=gram, cross=cross, power=power))
 
     @cached_property
     def target(self) -> Array:

@@ -1,0 +1,111 @@
+"""Convolutions as arrays, held against SciPy's correlation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import correlate2d
+
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from tests.strategies import geometries, images, kernel
+
+
+def reference(g: ConvGeometry, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The definition, channel by channel, with zero-stuffed kernels."""
+    top, left, bottom, right = g.pads
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    (sh, sw), (dh, dw) = g.strides, g.dilations
+    out = []
+    for image in x:
+        maps = []
+        for o in range(g.n_o):
+            group = o // (g.n_o // g.groups)
+            total = 0
+            for i in range(g.n_i // g.groups):
+                stuffed = np.zeros((dh * (g.kh - 1) + 1, dw * (g.kw - 1) + 1))
+                stuffed[::dh, ::dw] = weight[o, i]
+                total = total + correlate2d(image[group * (g.n_i // g.groups) + i], stuffed, "valid")[::sh, ::sw]
+            maps.append(total)
+        out.append(maps)
+    return np.array(out)
+
+
+@given(geometries(), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_stage_is_the_convolution_it_says(g: ConvGeometry, seed: int) -> None:
+    weight, x = kernel(g, seed), images(g, seed)
+    np.testing.assert_allclose(ConvStage(g, weight)(x), reference(g, weight, x), atol=1e-10)
+
+
+@given(geometries(), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_patches_times_kernel_are_the_outputs_at_their_positions(g: ConvGeometry, seed: int) -> None:
+    weight, x = kernel(g, seed), images(g, seed)
+    h, w = g.output_size(*x.shape[2:])
+    positions = np.random.default_rng(seed).integers(0, h * w, (len(x), 5))
+    patches = g.patches(x, positions)
+    assert patches.shape == (len(x) * 5, g.groups, g.n_i // g.groups * g.kh * g.kw)
+    found = np.einsum("ngd,gmd->ngm", patches, weight.reshape(g.groups, g.n_o // g.groups, -1)).reshape(-1, g.n_o)
+    outputs = ConvStage(g, weight)(x).reshape(len(x), g.n_o, -1)
+    expected = np.concatenate([o[:, p].T for o, p in zip(outputs, positions, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@given(geometries(), geometries(max_kernel=3), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_dense_composes_any_chain_without_inner_padding(first: ConvGeometry, second: ConvGeometry, seed: int) -> None:
+    """Strides and dilations of the first stage multiply into the second's taps."""
+    groups = second.groups
+    middle = first.n_o * groups
+    first = ConvGeometry(middle, first.n_i, first.kh, first.kw, first.strides, groups=1)
+    second = ConvGeometry(groups * 2, middle, second.kh, second.kw, second.strides, dilations=(1, 1), groups=groups)
+    stages = (ConvStage(first, kernel(first, seed)), ConvStage(second, kernel(second, seed + 1)))
+    kh = first.kh + first.strides[0] * (second.kh - 1)
+    kw = first.kw + first.strides[1] * (second.kw - 1)
+    strides = tuple(a * b for a, b in zip(first.strides, second.strides, strict=True))
+    whole = ConvGeometry(second.n_o, first.n_i, kh, kw, strides)
+    bias = np.arange(second.n_o, dtype=float)
+    chain = Factorization(whole, stages, bias)
+    x = images(whole, seed)
+    expected = ConvStage(whole, chain.dense())(x) + bias[:, None, None]
+    np.testing.assert_allclose(chain(x), expected, atol=1e-9)
+
+
+def test_a_stage_may_read_channels_in_any_order_and_more_than_once() -> None:
+    g = ConvGeometry(2, 3, 1, 1)
+    stage = ConvStage(g, np.array([[1.0, 10, 100], [0, 1, 0]])[:, :, None, None], np.array([1, 1, 0]))
+    x = np.array([2.0, 3])[None, :, None, None]
+    np.testing.assert_array_equal(stage(x).ravel(), [3 + 30 + 200, 3])
+    np.testing.assert_array_equal(stage.dense(2)[:, :, 0, 0], [[100, 11], [0, 1]])
+
+
+def test_macs_count_multiply_adds_at_the_output_resolution() -> None:
+    g = ConvGeometry(128, 64, 3, 3, strides=(2, 2), pads=(1, 1, 1, 1))
+    assert g.output_size(56, 56) == (28, 28)
+    assert g.macs(56, 56) == 128 * 64 * 9 * 28 * 28
+    assert ConvGeometry(64, 64, 3, 3, pads=(1, 1, 1, 1), groups=64).macs(8, 8) == 64 * 9 * 64
+
+
+def test_a_factorization_counts_every_stage_and_one_bias() -> None:
+    g = ConvGeometry(8, 4, 3, 3, strides=(2, 2), pads=(1, 1, 1, 1))
+    depthwise = ConvGeometry(6, 6, 3, 3, (2, 2), (1, 1, 1, 1), groups=6)
+    pointwise = ConvGeometry(8, 6, 1, 1)
+    channels = np.array([0, 0, 1, 2, 3, 3])
+    stages = (ConvStage(depthwise, kernel(depthwise, 0), channels), ConvStage(pointwise, kernel(pointwise, 1)))
+    both = Factorization(g, stages, np.zeros(8))
+    assert both.macs(8, 8) == (6 * 9 + 6 * 8) * 16
+    assert both.parameters == 6 * 9 + 6 * 8 + 8
+    assert {s.weight.dtype for s in both.astype(np.float32).stages} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("bad", [{"groups": 3}, {"strides": (0, 1)}, {"n_o": 0}])
+def test_impossible_geometries_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match=r"groups|positive"):
+        ConvGeometry(**({"n_o": 4, "n_i": 4, "kh": 3, "kw": 3} | bad))
+
+
+def test_a_kernel_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        ConvStage(ConvGeometry(4, 4, 3, 3), np.zeros((4, 4, 3, 1)))

@@ -1,0 +1,79 @@
+"""Moments, held against NumPy on all samples at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netdecouple.moments import Moments
+
+
+def samples(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, 2, 5)) * rng.uniform(0.1, 10, 5) + rng.uniform(-50, 50, (2, 5))
+    y = x @ rng.standard_normal((5, 3)) + rng.standard_normal((n, 2, 3)) + 7
+    return x, y
+
+
+def assert_equal(a: Moments, b: Moments) -> None:
+    assert a.count == b.count
+    for name in ("mean_x", "mean_y", "gram", "cross", "power"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-9, atol=1e-7, err_msg=name)
+
+
+def test_moments_are_means_and_centred_sums() -> None:
+    x, y = samples(40)
+    m = Moments.of(x, y)
+    for g in range(2):
+        np.testing.assert_allclose(m.mean_x[g], x[:, g].mean(0))
+        np.testing.assert_allclose(m.gram[g] / 39, np.cov(x[:, g].T))
+        np.testing.assert_allclose(m.cross[g] / 39, np.cov(y[:, g].T, x[:, g].T)[:3, 3:])
+        np.testing.assert_allclose(m.power[g] / 39, y[:, g].var(0, ddof=1))
+    np.testing.assert_allclose(m.variance, y.var(0).sum())
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_batches_add_up_to_the_whole(sizes: list[int]) -> None:
+    x, y = samples(sum(sizes))
+    streamed = Moments.empty(2, 5, 3)
+    start = 0
+    for size in sizes:
+        streamed.add(x[start : start + size].astype(np.float64), y[start : start + size])
+        start += size
+    assert_equal(streamed, Moments.of(x, y))
+
+
+def test_shards_merge_to_the_whole_and_stay_as_they_are() -> None:
+    x, y = samples(30)
+    a, b = Moments.of(x[:11], y[:11]), Moments.of(x[11:], y[11:])
+    before = a.gram.copy()
+    assert_equal(a.merge(b), Moments.of(x, y))
+    np.testing.assert_array_equal(a.gram, before)
+    assert_equal(a.merge(Moments.empty(2, 5, 3)), a)
+
+
+def test_error_is_the_mean_squared_residual() -> None:
+    x, y = samples(50)
+    rng = np.random.default_rng(1)
+    weight, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3))
+    residual = y - np.einsum("ngd,gmd->ngm", x, weight) - bias
+    assert Moments.of(x, y).error(weight, bias) == pytest.approx(np.square(residual).sum((1, 2)).mean())
+
+
+def test_the_best_bias_brings_the_mean_residual_to_zero() -> None:
+    x, y = samples(50)
+    m = Moments.of(x, y)
+    weight = np.random.default_rng(1).standard_normal((2, 3, 5))
+    residual = y - np.einsum("ngd,gmd->ngm", x, weight) - m.bias(weight)
+    np.testing.assert_allclose(residual.mean(0), 0, atol=1e-9)
+
+
+def test_a_linear_target_needs_no_targets_to_be_seen() -> None:
+    x, y = samples(50)
+    rng = np.random.default_rng(1)
+    weight, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3))
+    y = np.einsum("ngd,gmd->ngm", x, weight) + bias
+    assert_equal(Moments.of(x, y * 0).with_linear_target(weight, bias), Moments.of(x, y))
