@@ -26,7 +26,9 @@ def reference(g: ConvGeometry, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
             for i in range(g.n_i // g.groups):
                 stuffed = np.zeros((dh * (g.kh - 1) + 1, dw * (g.kw - 1) + 1))
                 stuffed[::dh, ::dw] = weight[o, i]
-                total = total + correlate2d(image[group * (g.n_i // g.groups) + i], stuffed, "valid")[::sh, ::sw]
+                total = (
+                    total + correlate2d(image[group * (g.n_i // g.groups) + i], stuffed, "valid")[::sh, ::sw]
+                )
             maps.append(total)
         out.append(maps)
     return np.array(out)
@@ -47,7 +49,9 @@ def test_patches_times_kernel_are_the_outputs_at_their_positions(g: ConvGeometry
     positions = np.random.default_rng(seed).integers(0, h * w, (len(x), 5))
     patches = g.patches(x, positions)
     assert patches.shape == (len(x) * 5, g.groups, g.n_i // g.groups * g.kh * g.kw)
-    found = np.einsum("ngd,gmd->ngm", patches, weight.reshape(g.groups, g.n_o // g.groups, -1)).reshape(-1, g.n_o)
+    found = np.einsum("ngd,gmd->ngm", patches, weight.reshape(g.groups, g.n_o // g.groups, -1)).reshape(
+        -1, g.n_o
+    )
     outputs = ConvStage(g, weight)(x).reshape(len(x), g.n_o, -1)
     expected = np.concatenate([o[:, p].T for o, p in zip(outputs, positions, strict=True)])
     np.testing.assert_allclose(found, expected, atol=1e-10)
@@ -55,12 +59,16 @@ def test_patches_times_kernel_are_the_outputs_at_their_positions(g: ConvGeometry
 
 @given(geometries(), geometries(max_kernel=3), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_dense_composes_any_chain_without_inner_padding(first: ConvGeometry, second: ConvGeometry, seed: int) -> None:
+def test_dense_composes_any_chain_without_inner_padding(
+    first: ConvGeometry, second: ConvGeometry, seed: int
+) -> None:
     """Strides and dilations of the first stage multiply into the second's taps."""
     groups = second.groups
     middle = first.n_o * groups
     first = ConvGeometry(middle, first.n_i, first.kh, first.kw, first.strides, groups=1)
-    second = ConvGeometry(groups * 2, middle, second.kh, second.kw, second.strides, dilations=(1, 1), groups=groups)
+    second = ConvGeometry(
+        groups * 2, middle, second.kh, second.kw, second.strides, dilations=(1, 1), groups=groups
+    )
     stages = (ConvStage(first, kernel(first, seed)), ConvStage(second, kernel(second, seed + 1)))
     kh = first.kh + first.strides[0] * (second.kh - 1)
     kw = first.kw + first.strides[1] * (second.kw - 1)
@@ -93,7 +101,10 @@ def test_a_factorization_counts_every_stage_and_one_bias() -> None:
     depthwise = ConvGeometry(6, 6, 3, 3, (2, 2), (1, 1, 1, 1), groups=6)
     pointwise = ConvGeometry(8, 6, 1, 1)
     channels = np.array([0, 0, 1, 2, 3, 3])
-    stages = (ConvStage(depthwise, kernel(depthwise, 0), channels), ConvStage(pointwise, kernel(pointwise, 1)))
+    stages = (
+        ConvStage(depthwise, kernel(depthwise, 0), channels),
+        ConvStage(pointwise, kernel(pointwise, 1)),
+    )
     both = Factorization(g, stages, np.zeros(8))
     assert both.macs(8, 8) == (6 * 9 + 6 * 8) * 16
     assert both.parameters == 6 * 9 + 6 * 8 + 8

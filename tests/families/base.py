@@ -16,7 +16,6 @@ from netdecouple.families import Problem
 from netdecouple.moments import Moments
 from tests.strategies import geometries, images, kernel
 
-
 # every family runs the same test functions; that is the point of a shared base
 INHERITED = settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 
@@ -25,7 +24,11 @@ def aware_problem(g: ConvGeometry, seed: int, ridge: float = 1e-4, dead: int = 0
     """A problem posed on correlated inputs that are not centred; the first ``dead`` channels are constant."""
     rng = np.random.default_rng(seed)
     d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
-    x = rng.standard_normal((3 * d + 20, g.groups, d)) @ (rng.standard_normal((d, d)) / np.sqrt(d) + np.eye(d)) + 1
+    x = (
+        rng.standard_normal((3 * d + 20, g.groups, d))
+        @ (rng.standard_normal((d, d)) / np.sqrt(d) + np.eye(d))
+        + 1
+    )
     x[:, :, : dead * g.kh * g.kw] = 2
     weight = kernel(g, seed)
     y = np.einsum("ngd,gmd->ngm", x, weight.reshape(g.groups, m, d)) + 0.5

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 from rich.console import Console
 
-from netdecouple.cli import apply, demo, evaluate, inspect, run
+from netdecouple.cli import apply, demo, evaluate, inspect, options, run
 from netdecouple.errors import NetDecoupleError
 from netdecouple.version import __version__
 
@@ -41,30 +43,40 @@ def _options(
     pass
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that typer does not handle itself."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    handler = signal.signal(signal.SIGINT, _interrupt)
     try:
-        app(standalone_mode=True)
+        app()
     except NetDecoupleError as error:
-        console.print(f"[bold red]error:[/] {_plain(error)}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        sys.exit(130)
+        _fail(2, "error", str(error))
+    except (_Interrupted, KeyboardInterrupt):
+        _fail(130, "interrupted", "nothing was written")
     except MemoryError:
-        console.print("[bold red]error:[/] out of memory; try fewer --samples or smaller images")
-        sys.exit(2)
+        _fail(2, "error", "out of memory; try fewer --samples or smaller images")
     except Exception as error:
         if os.environ.get("NETDECOUPLE_TRACEBACK"):
             raise
-        console.print(
-            f"[bold red]internal error:[/] {type(error).__name__}: {_plain(error)}\n"
-            "This is a mistake of ours. Nothing was written. Please report it; "
-            "NETDECOUPLE_TRACEBACK=1 shows where it happened."
+        _fail(
+            1,
+            "internal error",
+            f"{type(error).__name__}: {error}; this is a mistake of ours, please report it "
+            "(NETDECOUPLE_TRACEBACK=1 shows where it happened)",
         )
-        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _plain(error: Exception) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+def _fail(code: int, what: str, message: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"{what}:", style="bold red", end=" ")
+    console.print(" ".join(message.split()), **options.PLAIN)
+    sys.exit(code)

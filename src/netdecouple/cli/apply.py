@@ -29,7 +29,7 @@ def apply(
 
     Example: netdecouple apply model.onnx plan.json -o faster.onnx --calib images/ --preset imagenet
     """
-    check_outputs(model, output, report)
+    check_outputs([model, plan], output, report)
     with options.Bars() as bars:
         result = api.apply_plan(
             model,

@@ -30,9 +30,7 @@ def demo(
             f"{output}: cannot make the folder ({error.strerror}); choose another -o"
         ) from error
     model, data = (Path(__file__).parents[1] / "demo" / name for name in ("digits.onnx", "digits.npz"))
-    console.print(
-        "A small VGG-like network (6 convolutions, BatchNorm) that reads digits among clutter; 512 unlabelled images."
-    )
+    console.print("A small VGG-like network that reads digits among clutter, and 512 unlabelled images.")
     with options.Bars() as bars:
         result = api.decouple(
             model,
@@ -47,4 +45,4 @@ def demo(
     console.print(scores_table(scores))
     timings = api.compare_times([model, faster])
     console.print(timing_table([model.name, faster.name], timings))
-    console.print(f"Results are in {output}/", highlight=False)
+    console.print(f"Results are in {output}/", **options.PLAIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from netdecouple.calibration import Preprocessing
 from netdecouple.errors import CalibrationError
+
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+"""For printing what may hold the names of files, which are nobody's markup."""
 
 Model = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
 Calib = Annotated[
@@ -71,15 +74,17 @@ def _floats(text: str, option: str) -> tuple[float, ...]:
 
 
 class Bars:
-    """Progress bars on standard error, one per step, with the time that remains."""
+    """Progress bars on standard error, one per step, with the time that remains; on terminals only."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<22}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._tasks: dict[str, tuple[TaskID, int]] = {}  # step → task, last done
 

@@ -24,7 +24,9 @@ def run(
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."),
+        typer.Option(
+            min=0, help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."
+        ),
     ] = None,
     labels: Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")] = None,
     exclude: Annotated[
@@ -55,7 +57,7 @@ def run(
     Example: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
     """
     console = Console()
-    check_outputs(model, output, plan_out, report)
+    check_outputs([model], output, plan_out, report)
 
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))

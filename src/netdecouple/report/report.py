@@ -101,7 +101,7 @@ class Score:
 
 
 def describe(layer: Layer) -> str:
-    """A layer's shape in a few characters: 64→128 3×3 /2."""
+    """A layer's shape in a few characters: 64→128 3×3 @28, or with a stride 64→128 3×3 /2 @56."""
     g = layer.geometry
     if g is None:
         return ""
@@ -112,6 +112,7 @@ def describe(layer: Layer) -> str:
         parts.append("dilated " + "×".join(map(str, dict.fromkeys(g.dilations))))
     if g.groups > 1:
         parts.append(f"{g.groups} groups")
+    parts.append("@" + "×".join(map(str, dict.fromkeys(layer.size))))
     return " ".join(parts)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from netdecouple.frontends import Layer
 from netdecouple.planning.solve import BudgetRow
-from netdecouple.report.report import Report, Score, describe
+from netdecouple.report.report import LayerReport, Report, Score, describe
 from netdecouple.runtimes.onnxruntime import Timing
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -33,42 +35,60 @@ def times(before: float, after: float) -> str:
 
 def report_table(report: Report) -> Group:
     """The table a run ends with: every layer, then what was gained and what was lost."""
-    table = Table(title=f"{report.model}, decoupled to {report.budget}", title_justify="left")
-    for name, justify in (
+    table = _table(
+        f"{report.model}, decoupled to {report.budget}",
         ("layer", "left"),
         ("shape", "left"),
-        ("terms", "right"),
-        ("per channel", "right"),
+        ("ranks", "right"),
         ("MACs", "right"),
-        ("after", "right"),
-        ("error predicted", "right"),
-        ("measured", "right"),
+        ("", "left"),
+        ("error", "right"),
+        ("", "left"),
         ("note", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    )
     for layer in report.layers:
         changed = layer.family != "kept"
-        short = (
-            layer.samples is not None
-            and layer.samples_wanted is not None
-            and layer.samples < layer.samples_wanted
-        )
-        note = layer.reason if not changed else ""
-        if short:
-            note = f"{count(layer.samples or 0)} of {count(layer.samples_wanted or 0)} samples wanted"
         table.add_row(
-            layer.name,
+            Text(short_name(layer.name)),
             layer.shape,
-            str(layer.terms) if changed else "kept",
             "–".join(map(str, dict.fromkeys(layer.terms_per_channel))) if layer.terms_per_channel else "",
             count(layer.macs_before),
-            count(layer.macs) if changed else "",
+            f"→ {count(layer.macs)}" if changed else "",
             _number(layer.predicted_error),
-            _number(layer.measured_error),
-            note,
+            f"→ {_number(layer.measured_error)}" if layer.measured_error is not None else "",
+            _note(layer),
             style="" if changed else "dim",
         )
-    return Group(table, *summary(report))
+    legend = Text(
+        "ranks: terms per input channel, fewest–most; error: predicted → measured, on held-back inputs"
+    )
+    return Group(table, legend, *summary(report))
+
+
+def _note(layer: LayerReport) -> str:
+    if layer.family == "kept":
+        return f"kept: {layer.reason}"
+    if (
+        layer.samples is not None
+        and layer.samples_wanted is not None
+        and layer.samples < layer.samples_wanted
+    ):
+        return f"{count(layer.samples)} of {count(layer.samples_wanted)} samples wanted"
+    return ""
+
+
+def short_name(name: str, width: int = 26) -> str:
+    """A layer's name, its middle left out where it is long: exporters repeat the module path."""
+    name = name.removeprefix("/")
+    half = (width - 1) // 2
+    return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"
+
+
+def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("layer", "note"))
+    return table
 
 
 def summary(report: Report) -> list[Text]:
@@ -104,11 +124,9 @@ def summary(report: Report) -> list[Text]:
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
     """Which budgets can be met, and what each is predicted to lose."""
-    table = Table(title="Budgets that can be met", title_justify="left")
-    table.add_column("fewer MACs", justify="right")
-    table.add_column("MACs", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("predicted KL" if loss == "kl" else "predicted relative error", justify="right")
+    lost = "predicted KL" if loss == "kl" else "predicted relative error"
+    names = ("fewer MACs", "MACs", "parameters", lost)
+    table = _table("Budgets that can be met", *((name, "right") for name in names))
     for row in rows:
         table.add_row(row.label, count(row.macs), count(row.parameters), _number(row.predicted_loss))
     return table
@@ -117,29 +135,28 @@ def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
 def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray[np.floating]]) -> Table:
     """Geometry, cost and principal components of every layer; ``spectra`` are cumulative shares by T."""
     total = sum(layer.macs for layer in layers)
-    table = Table(title=name, title_justify="left")
-    for column, justify in (
+    table = _table(
+        name,
         ("layer", "left"),
         ("shape", "left"),
-        ("input", "right"),
         ("MACs", "right"),
         ("share", "right"),
-        ("energy of the first T = 1, 2, … terms", "left"),
+        ("energy by T", "left"),
+        ("", "left"),
         ("note", "left"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    )
     for layer in layers:
         shares = spectra.get(layer.name, np.zeros(0))
         bars = "".join(BARS[round(8 * float(s))] for s in shares)
         at = next((t for t, s in enumerate(shares, 1) if s >= 0.9), 0)
         table.add_row(
-            layer.name,
+            Text(short_name(layer.name)),
             describe(layer),
-            "×".join(map(str, layer.size)) if layer.geometry else "",
             count(layer.macs),
             f"{100 * layer.macs / total:.1f}%",
-            f"{bars}  90% at T={at}" if at else "",
-            layer.reason,
+            bars,
+            f"90% at T = {at}" if at else "",
+            layer.reason and f"kept: {layer.reason}",
             style="dim" if layer.reason else "",
         )
     return table
@@ -166,9 +183,10 @@ def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int)
 
 def scores_table(scores: Sequence[Score]) -> Table:
     """Accuracy side by side."""
-    table = Table(title=f"On {scores[0].images} labelled images", title_justify="left")
-    for column in ("network", "top-1", "top-5", "same class", "KL"):
-        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    names = ("top-1", "top-5", "same class", "KL")
+    table = _table(
+        f"On {scores[0].images} labelled images", ("network", "left"), *((n, "right") for n in names)
+    )
     for score in scores:
         shares = (score.top1, score.top5, score.same_class)
         table.add_row(
@@ -179,9 +197,8 @@ def scores_table(scores: Sequence[Score]) -> Table:
 
 def timing_table(names: Sequence[str], timings: Sequence[Timing]) -> Table:
     """Times side by side, and how many times faster than the first."""
-    table = Table(title="ONNX Runtime, one image, one thread", title_justify="left")
-    for column in ("network", "median ms", "quartiles", "speed"):
-        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    columns = ("median ms", "quartiles", "speed")
+    table = _table("ONNX Runtime, one image, one thread", ("network", "left"), *((c, "right") for c in columns))
     for name, time in zip(names, timings, strict=True):
         speed = f"{timings[0].median / time.median:.2f}×"
         table.add_row(name, f"{time.median:.3f}", f"{time.lower:.3f}–{time.upper:.3f}", speed)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from netdecouple.frontends import Array, Layer
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, first_line, open_session, options, run
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     """
     proto, origin = _parse(source)
     _check_weights(proto, origin)
-    folded = _fold(proto)
+    folded = _fold(_with_initializers(proto))
     if not any(node.op_type == "Conv" for node in folded.graph.node):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     constants = {tensor.name for tensor in folded.graph.initializer}
@@ -105,7 +106,7 @@ def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
                 raise ModelError(
                     f"{origin}: NaN or Inf in {name!r}, a weight of layer {used_by.get(name, '?')!r}"
                 )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{origin}: broken weights ({first_line(error)}); export it again") from error
 
 
@@ -116,7 +117,47 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
         digest.update(np.ascontiguousarray(array).tobytes())
     for node in proto.graph.node:
         digest.update(f"{node.op_type} {list(node.input)} {list(node.output)}".encode())
+        for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
+            digest.update(attribute.SerializeToString(deterministic=True))
     return digest.hexdigest()
+
+
+def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every constant as an initializer, and none of them as an input (as before IR 4)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph, outputs = copy.graph, {value.name for value in copy.graph.output}
+    nodes: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None and node.output[0] not in outputs:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = node.output[0]
+        else:
+            nodes.append(node)
+    _replace(graph.node, nodes)
+    for tensor in graph.initializer:
+        tensor.ClearField("data_location")  # whatever file they came from, they are here now
+    constants = {tensor.name for tensor in graph.initializer}
+    _replace(graph.input, [value for value in proto.graph.input if value.name not in constants])
+    copy.ir_version = max(copy.ir_version, 4)
+    return copy
+
+
+def _replace(field: Any, items: Iterable[Any]) -> None:
+    """Put other messages in the place of a repeated field's."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph, those of its subgraphs included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from nodes_of(inner)
 
 
 def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -136,68 +177,76 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
             )
         open_session(proto, chosen)
         folded = onnx.load(path)
-    known = {node.domain for node in proto.graph.node}
-    casts = [sum(node.op_type == "Cast" for node in p.graph.node) for p in (proto, folded)]
-    if any(node.domain not in known for node in folded.graph.node) or casts[1] > casts[0]:
+    known = {entry.domain for entry in proto.opset_import} | {""}
+    before, after = (
+        {node.output[0] for node in nodes_of(p.graph) if node.op_type == "Cast"} for p in (proto, folded)
+    )
+    if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
         folded = proto
-    used = {node.domain for node in folded.graph.node} | {""}
-    opsets = [entry for entry in folded.opset_import if entry.domain in used]
-    tensors = sorted(folded.graph.initializer, key=lambda tensor: tensor.name)
-    for field, items in ((folded.opset_import, opsets), (folded.graph.initializer, tensors)):
-        kept = [type(item).FromString(item.SerializeToString()) for item in items]
-        del field[:]
-        field.extend(kept)
+    used = {node.domain for node in nodes_of(folded.graph)} | {""}
+    for given, field in (
+        (proto.graph.input, folded.graph.input),
+        (proto.graph.output, folded.graph.output),
+        (proto.metadata_props, folded.metadata_props),
+    ):
+        _replace(field, given)
+    _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
+    _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
     return folded
 
 
-def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto]]:
-    """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once."""
+def find_layers(
+    model: OnnxModel, sample: Array
+) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto], Shapes]:
+    """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
+
+    The shapes are those of the tensors that the layers, and all additions, read and write.
+    """
     graph = model.proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = [n for n in graph.node if n.op_type in _READERS and n.input[1] in constants and not n.domain]
     # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
-    nodes = [n for n in graph.node if n in nodes or n.op_type in ("Conv", "ConvTranspose")]
-    tensors = list(
-        dict.fromkeys(t for n in nodes for t in (n.input[0], n.input[1], n.output[0]) if t not in constants)
-    )
-    session = open_session(with_outputs(model.proto, tensors))
-    values = run(session, [t for t in tensors if t != model.input_name], {model.input_name: sample})
-    shapes = {
-        name: value.shape
-        for name, value in zip((t for t in tensors if t != model.input_name), values, strict=True)
-    }
+    nodes = [
+        n
+        for n in graph.node
+        if n.domain in ("", "ai.onnx")
+        and (n.op_type in ("Conv", "ConvTranspose") or (n.op_type in _READERS and n.input[1] in constants))
+    ]
+    ends = [t for n in nodes for t in (n.input[0], n.input[1], n.output[0])]
+    ends += [t for n in graph.node if n.op_type == "Add" for t in n.input]
+    tensors = [t for t in dict.fromkeys(ends) if t not in constants and t != model.input_name]
+    values = run(open_session(with_outputs(model.proto, tensors)), tensors, {model.input_name: sample})
+    shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
     layers: list[Layer] = []
     by_name: dict[str, onnx.NodeProto] = {}
     for node in nodes:
-        name = node.name if node.name and node.name not in by_name else f"{node.op_type}:{node.output[0]}"
+        name = node.name or f"{node.op_type}:{node.output[0]}"  # names are unique where there are any
         by_name[name] = node
-        layers.append(_READERS[node.op_type](name, node, constants, shapes, model.size is None))
-    return tuple(layers), by_name
+        layers.append(_READERS[node.op_type](name, node, constants, shapes, model))
+    return tuple(layers), by_name, shapes
 
 
 def _read_conv(
     name: str,
     node: onnx.NodeProto,
     constants: dict[str, onnx.TensorProto],
-    shapes: dict[str, tuple[int, ...]],
-    dynamic: bool,
+    shapes: Shapes,
+    model: OnnxModel,
 ) -> Layer:
-    images, _, *spatial = shapes[node.input[0]]
+    maps, _, *spatial = shapes[node.input[0]]
+    images = shapes[model.input_name][0]
     kernel = shapes[node.input[1]]
     out = shapes[node.output[0]]
-    pixels = math.prod(out[2:] if node.op_type == "Conv" else spatial) * out[0] // images
-    macs, parameters = (
-        math.prod(kernel) * pixels,
-        math.prod(kernel) + (kernel[0] if len(node.input) > 2 else 0),
-    )
+    has_bias = len(node.input) > 2 and bool(node.input[2])
+    macs = math.prod(kernel) * math.prod(out[2:] if node.op_type == "Conv" else spatial) * maps // images
+    parameters = math.prod(kernel) + (out[1] if has_bias else 0)
     if node.op_type == "ConvTranspose":
         return Layer(name, node.op_type, macs, parameters, reason="transposed convolution")
-    if node.input[1] not in constants or (
-        len(node.input) > 2 and node.input[2] and node.input[2] not in constants
-    ):
+    if any(t not in constants for t in node.input[1:] if t):
         return Layer(name, node.op_type, macs, parameters, reason="its weights are computed, not constant")
+    if maps != images:
+        return Layer(name, node.op_type, macs, parameters, reason="it does not see one map per image")
     weight = numpy_helper.to_array(constants[node.input[1]])
     if len(spatial) != 2:
         return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
@@ -217,7 +266,6 @@ def _read_conv(
     geometry = ConvGeometry(
         kernel[0], kernel[1] * groups, kernel[2], kernel[3], strides, pads, dilations, groups
     )
-    has_bias = len(node.input) > 2 and node.input[2]
     bias = numpy_helper.to_array(constants[node.input[2]]) if has_bias else np.zeros(kernel[0], np.float32)
     reason = ""
     if geometry.is_pointwise:
@@ -226,7 +274,7 @@ def _read_conv(
         reason = "depthwise convolution" if geometry.n_i > 1 else "reads a single channel"
     elif min(pads) < 0:
         reason = "negative padding"
-    elif auto.startswith("SAME") and dynamic and max(strides) > 1:
+    elif auto.startswith("SAME") and model.size is None and max(strides) > 1:
         reason = f"its padding ({auto}) depends on the image size, which is dynamic"
     return Layer(
         name, node.op_type, macs, parameters, geometry, weight, bias, (spatial[0], spatial[1]), reason
@@ -250,17 +298,17 @@ def _read_matmul(
     name: str,
     node: onnx.NodeProto,
     constants: dict[str, onnx.TensorProto],
-    shapes: dict[str, tuple[int, ...]],
-    dynamic: bool,
+    shapes: Shapes,
+    model: OnnxModel,
 ) -> Layer:
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
     turned = any(a.name == "transB" and a.i for a in node.attribute)
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
-    images = shapes[node.input[0]][0]
+    images = shapes[model.input_name][0]
     parameters = math.prod(kernel) + (
         math.prod(shapes.get(node.input[2], (0,))) if len(node.input) > 2 else 0
     )
-    macs = math.prod(shape) * inner // max(images, 1)
+    macs = math.prod(shape) * inner // images
     return Layer(name, node.op_type, macs, parameters, reason="fully connected layer")
 
 
@@ -287,13 +335,15 @@ def write_model(
     target = Path(path)
     check_writable(target)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
             if proto.ByteSize() < PROTOBUF_LIMIT:
                 onnx.save_model(proto, partial)
             else:
-                onnx.save_model(proto, partial, save_as_external_data=True, location=data.name)
+                copy = onnx.ModelProto()  # saving moves the weights out of what is saved
+                copy.CopyFrom(proto)
+                onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
             if check is not None:
                 check(partial)
             if data.exists():
@@ -307,12 +357,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Find out before the work, not after it, that a file cannot be written.
 
     Raises:
-        OutputError: the folder is missing or not writable, or the path is a folder.
+        OutputError: the folder is missing or not writable, or the path is a folder or a device.
     """
     target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder; give the name of a file")
     try:
+        if target.is_dir():
+            raise OutputError(f"{target}: is a folder; give the name of a file")
+        if target.exists() and not target.is_file():  # replacing /dev/null by a file would do harm
+            raise OutputError(f"{target}: is a device or a pipe; give the name of a file")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import CalibrationError, ModelError
+from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import Form, emit
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, with_outputs
@@ -30,12 +30,10 @@ class OnnxNetwork:
 
     def __init__(self, model: OnnxModel, sample: Array) -> None:
         self.model = model
-        if model.batch is not None and len(sample) < model.batch:
-            raise CalibrationError(
-                f"{model.origin} takes {model.batch} images at a time; {len(sample)} are too few, give more"
-            )
-        self.layers, self.nodes = find_layers(model, sample[: model.batch or 1])
-        self._order = {id_: i for i, id_ in enumerate(self._keys)}
+        # two images at least, so that what is the same for all images does not look like one of them
+        first = slice(0, model.batch or 2)
+        self.layers, self.nodes, self._shapes = find_layers(model, self.padded(sample, first))
+        self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
 
     @property
     def fingerprint(self) -> str:
@@ -43,23 +41,31 @@ class OnnxNetwork:
         return self.model.fingerprint
 
     @cached_property
-    def _keys(self) -> list[str]:
-        return [node.output[0] for node in self.model.proto.graph.node]
-
-    @cached_property
     def _layer(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches whose activations fit in memory; a fixed batch is kept to."""
-        fixed = self.model.batch
-        if fixed is not None:
-            return [slice(i, i + fixed) for i in range(0, count - fixed + 1, fixed)]
         largest = max(
             (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
         )
-        step = int(np.clip(BATCH_BYTES // max(bytes_per_image, 4 * largest), 1, 128))
+        step = self.model.batch or int(np.clip(BATCH_BYTES // max(bytes_per_image, 4 * largest), 1, 128))
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def padded(self, images: Array, batch: slice) -> Array:
+        """Take a batch of images; the last is repeated if the network takes a fixed number and more."""
+        taken = images[batch]
+        missing = (self.model.batch or len(taken)) - len(taken)
+        return np.concatenate([taken, taken[-1:].repeat(missing, axis=0)]) if missing else taken
+
+    def joined(self, outputs: Sequence[Sequence[Array]], count: int) -> list[Array]:
+        """Join every output of all batches along the first axis, without what padding added to ``count``."""
+        fixed = self.model.batch or 1
+        padded = -(-count // fixed) * fixed
+        joined = [
+            np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*outputs, strict=True)
+        ]
+        return [output[: len(output) * count // padded] for output in joined]
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
@@ -68,8 +74,8 @@ class OnnxNetwork:
     def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input, joined along the first axis."""
         session = open_session(proto)
-        parts = [run(session, None, {self.model.input_name: images[b]}) for b in self.batches(len(images))]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+        batches = [self.padded(images, batch) for batch in self.batches(len(images))]
+        return self.joined([run(session, None, {self.model.input_name: b}) for b in batches], len(images))
 
     def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
         """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
@@ -87,6 +93,8 @@ class OnnxNetwork:
 
     def observe(self, images: Array, positions: Positions) -> Iterator[Observation]:
         """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+        if not positions:
+            return
         tensors = list(
             dict.fromkeys(
                 t
@@ -104,7 +112,7 @@ class OnnxNetwork:
             if la.geometry and la.name in positions
         )
         for batch in self.batches(len(images), held):
-            feeds = {self.model.input_name: images[batch]}
+            feeds = {self.model.input_name: self.padded(images, batch)}
             values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
             for name, where in positions.items():
                 node, added = self.nodes[name], self.shortcut(name)
@@ -129,29 +137,23 @@ class OnnxNetwork:
         return Observation(name, batch, patches, outputs, shortcut)
 
     def shortcut(self, name: str) -> str | None:
-        """The tensor added to this layer's output by an Add, if it is known before the layer runs."""
-        graph = self.model.proto.graph
+        """The tensor added to this layer's output by an Add, if it is known before the layer runs.
+
+        Additions that broadcast (a bias map, a gate) are no residual branches.
+        """
         output = self.nodes[name].output[0]
         readers = self._readers.get(output, [])
         if len(readers) != 1 or readers[0].op_type != "Add" or output in self._outputs:
             return None
-        other = next((t for t in readers[0].input if t != output), None)
-        if other is None or other in self._constants or other == self.model.input_name:
-            return None
-        made = self._order.get(other)
-        if made is None or made > self._order[output]:
-            return None
-        return other if self._shapes_agree(graph.node[made], name) else None
-
-    def _shapes_agree(self, maker: onnx.NodeProto, name: str) -> bool:
-        # broadcasting shortcuts (a bias map, a gate) are no residual branches
-        return maker.op_type not in ("Constant", "Shape", "Gemm", "GlobalAveragePool", "Softmax", "Sigmoid")
+        other = next(t for t in readers[0].input if t != output)
+        before = self._order.get(other, len(self._order)) < self._order[output]
+        return other if before and self._shapes[other] == self._shapes[output] else None
 
     @cached_property
     def _readers(self) -> dict[str, list[onnx.NodeProto]]:
         readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.model.proto.graph.node:
-            for tensor in node.input:
+            for tensor in _inputs(node):
                 readers.setdefault(tensor, []).append(node)
         return readers
 
@@ -202,6 +204,7 @@ class OnnxWalk:
 
     def __init__(self, network: OnnxNetwork, images: Array) -> None:
         self._network = network
+        self._count = len(images)
         self._batches = network.batches(len(images))
         self._nodes = [
             onnx.NodeProto.FromString(n.SerializeToString()) for n in network.model.proto.graph.node
@@ -211,7 +214,7 @@ class OnnxWalk:
         self._live = [network.model.input_name]
         self._store = ArrayStore()
         for index, batch in enumerate(self._batches):
-            self._store[index, network.model.input_name] = images[batch]
+            self._store[index, network.model.input_name] = network.padded(images, batch)
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield what it sees in the network as decoupled so far."""
@@ -238,37 +241,34 @@ class OnnxWalk:
         self._advance(len(self._nodes))
         names = [value.name for value in self._network.model.proto.graph.output]
         parts = [[self._store[i, name] for name in names] for i in range(len(self._batches))]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return self._network.joined(parts, self._count)
 
     def _advance(self, target: int) -> None:
-        if target == self._at:
-            return
-        names = [value.name for value in self._network.model.proto.graph.output]
-        needed = dict.fromkeys(t for n in self._nodes[target:] for t in _inputs(n))
-        made = {t for n in self._nodes[self._at : target] for t in n.output if t}
-        live = [t for t in dict.fromkeys([*needed, *names]) if t in made or t in self._live]
-        session = open_session(self._segment(self._nodes[self._at : target], [t for t in live if t in made]))
-        fetched = [t for t in live if t in made]
-        feeds_of = [
-            t for t in self._live if t in {i for n in self._nodes[self._at : target] for i in _inputs(n)}
-        ]
+        nodes = self._nodes[self._at : target]
+        wanted = {t for n in self._nodes[target:] for t in _inputs(n)} | self._network._outputs
+        read = {t for n in nodes for t in _inputs(n)}
+        fed = [t for t in self._live if t in read]
+        made = [t for n in nodes for t in n.output if t in wanted]
+        session = open_session(self._segment(nodes, fed, made)) if made else None
         for index in range(len(self._batches)):
-            values = run(session, fetched, {t: self._store[index, t] for t in feeds_of})
-            for name, value in zip(fetched, values, strict=True):
-                self._store[index, name] = value
+            if session is not None:
+                values = run(session, made, {t: self._store[index, t] for t in fed})
+                for name, value in zip(made, values, strict=True):
+                    self._store[index, name] = value
             for name in self._live:
-                if name not in live:
+                if name not in wanted:
                     self._store.pop((index, name))
-        self._live, self._at = live, target
+        self._live, self._at = [t for t in self._live if t in wanted] + made, target
 
-    def _segment(self, nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> onnx.ModelProto:
+    def _segment(
+        self, nodes: Sequence[onnx.NodeProto], fed: Sequence[str], outputs: Sequence[str]
+    ) -> onnx.ModelProto:
         used = {t for n in nodes for t in _inputs(n)}
         inputs = []
-        for name in self._live:
-            if name in used:
-                value = self._store[0, name]
-                kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-                inputs.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+        for name in fed:
+            value = self._store[0, name]
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            inputs.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
         original = self._network.model.proto
         graph = helper.make_graph(
             nodes,
@@ -277,7 +277,12 @@ class OnnxWalk:
             [onnx.ValueInfoProto(name=t) for t in outputs],
             [self._constants[t] for t in sorted(used) if t in self._constants],
         )
-        return helper.make_model(graph, opset_imports=original.opset_import, ir_version=original.ir_version)
+        return helper.make_model(
+            graph,
+            opset_imports=original.opset_import,
+            ir_version=original.ir_version,
+            functions=original.functions,
+        )
 
 
 def pick(values: Array, positions: NDArray[np.int64]) -> Array:
@@ -301,11 +306,6 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    inputs = [v for v in graph.input if v.name in used]
-    if len(inputs) != len(graph.input):
-        copies = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in inputs]
-        del graph.input[:]
-        graph.input.extend(copies)
 
 
 def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:

@@ -1,0 +1,34 @@
+# The whole developer interface. `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test quick lint benchmark clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "netdecouple needs Python 3.11 or newer; set PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+demo: $(READY)  ## decouple the network that comes with the package; results in out/demo
+	$(BIN)/netdecouple demo --output out/demo
+
+test: $(READY)  ## every test, quick ones first; those marked `shared` need ../shared
+	$(BIN)/python -m pytest -q -m 'not shared and not slow'
+	$(BIN)/python -m pytest -q -m 'shared or slow'
+
+quick: $(READY)  ## the tests that need no pretrained networks
+	$(BIN)/python -m pytest -q -m 'not shared and not slow'
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+benchmark: $(READY)  ## the accuracy table of the README; needs ../shared
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,537 @@
+"""Whatever is wrong: one line that names the cause and the remedy, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests import networks
+from tests.networks import Builder
+
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not path.is_fifo()
+    }
+
+
+@pytest.fixture
+def refused(netdecouple, folder: Path) -> Callable[..., None]:
+    """Call a command that must be refused, with a message that holds all of ``parts``."""
+
+    def check(arguments: list[str], *parts: str) -> None:
+        before = everything(folder)
+        ended = netdecouple(*arguments)
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error: ")
+        assert ended.err.endswith("\n")
+        assert ended.err.count("\n") == 1, ended.err
+        assert [part for part in parts if part not in ended.err] == [], ended.err
+        assert everything(folder) == before
+
+    return check
+
+
+def changed(base: list[str], **options: str | None) -> list[str]:
+    """The command with some options replaced, added, or (None) left away; ``model`` is its argument."""
+    arguments = list(base)
+    if model := options.pop("model", None):
+        arguments[1] = model
+    for name, value in options.items():
+        flag = "-o" if name == "output" else "--" + name.replace("_", "-")
+        if flag in arguments:
+            at = arguments.index(flag)
+            del arguments[at : at + 2]
+        if value is not None:
+            arguments += [flag, value]
+    return arguments
+
+
+# --- the model
+
+
+def test_not_an_onnx_file(refused, folder: Path):
+    """A text file."""
+    (folder / "net.onnx").write_text("hello")
+    refused(RUN, "net.onnx", "not an ONNX file")
+
+
+def test_no_such_model(refused):
+    """A path that is not there, for every command."""
+    for command in (
+        changed(RUN, model="gone.onnx"),
+        ["inspect", "gone.onnx"],
+        ["eval", "gone.onnx", "--data", "data.npz:images,labels"],
+        ["eval", "net.onnx", "gone.onnx", "--data", "data.npz:images,labels"],
+    ):
+        refused(command, "gone.onnx", "no such file")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_model(refused, folder: Path, share: float):
+    """A file that was not copied to its end."""
+    whole = (folder / "net.onnx").read_bytes()
+    (folder / "net.onnx").write_bytes(whole[: int(share * len(whole))])
+    for command in (RUN, ["inspect", "net.onnx"]):
+        refused(command, "net.onnx", "copy it again")
+
+
+def test_missing_external_data(refused, folder: Path):
+    """The file with the weights did not come along."""
+    onnx.save(
+        networks.classifier(), folder / "net.onnx", save_as_external_data=True, location="w", size_threshold=0
+    )
+    (folder / "w").unlink()
+    refused(RUN, "net.onnx", "external data")
+
+
+def test_no_convolutions(refused, folder: Path):
+    """A perceptron."""
+    b = Builder()
+    b.node("Gemm", b.node("Flatten", "image"), b.weight("w", 192, 10), out="logits")
+    onnx.save(b.model(), folder / "net.onnx")
+    refused(RUN, "net.onnx", "no convolutions")
+
+
+def test_nothing_to_decouple(refused, folder: Path):
+    """Convolutions, but none that could be changed: the reasons are given."""
+    b = Builder()
+    b.classifier(b.conv(b.conv("image", 3, 8, 1, "one"), 8, 8, 3, "two", group=8), 8)
+    onnx.save(b.model(), folder / "net.onnx")
+    refused(RUN, "one: 1×1 convolution", "two: depthwise convolution")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(refused, folder: Path, value: float):
+    """The layer is named."""
+    model = networks.classifier()
+    tensor = next(t for t in model.graph.initializer if t.name == "conv3.weight")
+    array = numpy_helper.to_array(tensor).copy()
+    array[3, 1, 2, 0] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, folder / "net.onnx")
+    refused(RUN, "NaN or Inf", "'conv3'")
+
+
+def test_activations_that_are_not_finite(refused, folder: Path):
+    """A division by zero between two layers, mended afterwards: the layer that saw it is named."""
+    b = Builder()
+    x = b.node("Div", b.conv("image", 3, 8, 3, "first"), b.constant("zero", np.zeros((1, 8, 1, 1))))
+    x = b.conv(x, 8, 8, 3, "second")
+    x = b.node("Where", b.node("IsNaN", x), b.constant("nothing", 0), x)
+    b.classifier(b.node("Clip", x, b.constant("low", -1), b.constant("high", 1)), 8)
+    onnx.save(b.model(), folder / "net.onnx")
+    refused(RUN, "NaN or Inf", "'second'")
+
+
+def test_outputs_that_are_not_finite(refused, folder: Path):
+    """Overflow between two layers that reaches the output: the layer that saw it first is named."""
+    b = Builder()
+    x = b.node("Exp", b.node("Mul", b.conv("image", 3, 8, 3, "first"), b.constant("large", 1e3)))
+    b.classifier(b.conv(x, 8, 8, 3, "second"), 8)
+    onnx.save(b.model(), folder / "net.onnx")
+    refused(RUN, "NaN or Inf", "'second'")
+
+
+def test_two_inputs(refused, folder: Path):
+    """Both are named."""
+    model = networks.classifier()
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ("N", 3)))
+    onnx.save(model, folder / "net.onnx")
+    refused(RUN, "2 inputs", "image, other")
+
+
+def test_an_open_size_without_images(refused, folder: Path):
+    """Without inputs nobody knows how large a fully convolutional network's are."""
+    onnx.save(networks.restorer(), folder / "net.onnx")
+    refused(["inspect", "net.onnx"], "any size", "--input-size")
+    refused([*changed(RUN, calib=None), "--data-free"], "any size", "--input-size")
+
+
+# --- the budget
+
+
+@pytest.mark.parametrize("option", ["macs", "params"])
+@pytest.mark.parametrize(
+    "budget", ["0%", "200%", "0", "-1", "0.5x", "nan%", "inf", "abc", "2y", "", "%", "0x", "1e999x"]
+)
+def test_budget_nonsense(refused, option: str, budget: str):
+    """The message shows how to write one."""
+    refused(
+        changed(RUN, **{"macs": None, option: budget}),
+        repr(budget) if budget in ("abc", "2y") else "",
+        "50%",
+        "2x",
+    )
+
+
+@pytest.mark.parametrize(("option", "unit"), [("macs", "MACs"), ("params", "parameters")])
+def test_budget_out_of_reach(refused, option: str, unit: str):
+    """The message says what is in reach."""
+    for more in ([], ["--data-free"]):
+        refused(
+            changed(RUN, **{"macs": None, option: "1000x"}) + more, "0.1%", "out of reach", "the least", unit
+        )
+
+
+def test_budget_out_of_reach_of_one_rank(refused):
+    """The published procedure reaches less."""
+    refused([*changed(RUN, macs="30x"), "--data-free", "--uniform-rank"], "T = 1", "--uniform-rank")
+
+
+def test_no_budget(refused):
+    """Neither a budget nor a drop."""
+    refused(changed(RUN, macs=None), "--macs", "--max-drop")
+
+
+def test_budget_and_drop(refused):
+    """Both at once."""
+    refused(changed(RUN, max_drop="1", labels="data.npz:images,labels"), "either", "--max-drop")
+
+
+def test_drop_without_labels(refused):
+    """There is nothing to measure it on."""
+    refused(changed(RUN, macs=None, max_drop="1"), "--labels FILE.npz:IMAGES,LABELS")
+
+
+def test_drop_of_what_is_no_classifier(refused, folder: Path):
+    """A network with maps for outputs has no accuracy."""
+    onnx.save(networks.restorer(), folder / "net.onnx")
+    refused(changed(RUN, macs=None, max_drop="1", labels="data.npz:images,labels"), "accuracy")
+
+
+# --- calibration
+
+
+@pytest.mark.parametrize(
+    ("array", "parts"),
+    [
+        (np.zeros((20, 3, 9, 8), np.float32), ["(20, 3, 9, 8)", "(N, 3, 8, 8)"]),
+        (np.zeros((20, 1, 8, 8), np.float32), ["(20, 1, 8, 8)", "(N, 3, 8, 8)"]),
+        (np.zeros((20, 8, 8, 3), np.float32), ["(20, 8, 8, 3)", "(N, 3, 8, 8)"]),
+        (np.zeros((20, 8, 8, 4), np.uint8), ["(20, 8, 8, 4)", "(N, H, W, 3)"]),
+        (np.zeros((20, 3, 8, 8), np.int64), ["int64", "uint8"]),
+        (np.array(["a"] * 20), ["<U1", "uint8"]),
+        (np.zeros((0, 3, 8, 8), np.float32), ["(0, 3, 8, 8)", "not empty"]),
+        (np.zeros((9, 3, 8, 8), np.float32), ["9 calibration images are too few", "at least 10"]),
+        (np.full((20, 3, 8, 8), np.nan, np.float32), ["sample 0", "NaN"]),
+    ],
+)
+def test_arrays_that_do_not_fit(refused, folder: Path, array: np.ndarray, parts: list[str]):
+    """What was found and what is expected."""
+    np.save(folder / "bad.npy", array)
+    refused(changed(RUN, calib="bad.npy"), *parts)
+
+
+def test_no_calibration(refused):
+    """It may be left out with --data-free only."""
+    refused(changed(RUN, calib=None), "--calib", "--data-free")
+
+
+def test_calibration_that_is_not_there(refused):
+    """A missing file, a missing key, a file of another kind."""
+    refused(changed(RUN, calib="gone.npz:images"), "gone.npz", "not found")
+    refused(changed(RUN, calib="data.npz:pictures"), "data.npz", "images, labels")
+    refused(changed(RUN, calib="net.onnx"), "net.onnx", "not supported")
+
+
+def test_an_empty_folder(refused, folder: Path):
+    """Or one without images."""
+    (folder / "empty").mkdir()
+    refused(changed(RUN, calib="empty"), "empty", "no images")
+    (folder / "empty" / "notes.txt").write_text("none")
+    refused(changed(RUN, calib="empty"), "empty", "no images")
+
+
+def test_a_folder_without_one_readable_image(refused, folder: Path):
+    """One is named, with what is wrong."""
+    for path in (folder / "images").iterdir():
+        path.write_bytes(b"not a picture")
+    refused(changed(RUN, calib="images"), "images", "none of 16 can be read", "00.png")
+
+
+@pytest.mark.parametrize("text", ["a,b,c", "0.5,0.5", "", "nan,0,0", "0.5;0.5;0.5"])
+@pytest.mark.parametrize("option", ["mean", "std"])
+def test_bad_mean_and_std(refused, option: str, text: str):
+    """Words, the wrong number of them, or what is no number."""
+    refused(changed(RUN, calib="images", **{option: text}), option)
+
+
+def test_a_std_of_zero(refused):
+    """Would divide by zero."""
+    refused(changed(RUN, calib="images", std="0,1,1"), "std", "positive")
+
+
+@pytest.mark.parametrize("text", ["big", "0", "-8", "8x", "8x8x8", "x"])
+def test_bad_input_size(refused, text: str):
+    """The message shows how to write one."""
+    refused(changed(RUN, input_size=text), "--input-size", repr(text), "480x640")
+
+
+def test_an_unknown_preset(refused):
+    """Those there are are listed."""
+    refused(changed(RUN, calib="images", preset="imagenett"), "'imagenett'", "imagenet, cifar10, none")
+
+
+@pytest.mark.parametrize("data", ["data.npz", "data.npz:images", "data.npz:images,nothing", "gone.npz:a,b"])
+def test_missing_labels(refused, data: str):
+    """For eval and for --max-drop alike."""
+    refused(["eval", "net.onnx", "--data", data], data.split(":")[0])
+    refused(changed(RUN, macs=None, max_drop="1", labels=data), data.split(":")[0])
+
+
+def test_labels_that_do_not_fit(refused, folder: Path):
+    """Fewer labels than images, or labels that are no integers."""
+    images = np.zeros((20, 3, 8, 8), np.float32)
+    np.savez(folder / "bad.npz", images=images, few=np.zeros(19, int), floats=np.zeros(20))
+    for name in ("few", "floats"):
+        refused(
+            ["eval", "net.onnx", "--data", f"bad.npz:images,{name}"], "labels are", "expected integers (20,)"
+        )
+
+
+def test_an_exclude_that_matches_nothing(refused):
+    """A misspelt layer is not passed over in silence."""
+    refused(changed(RUN, exclude="conv9*"), "'conv9*'", "matches no layer", "netdecouple inspect")
+
+
+def test_an_exclude_that_matches_everything(refused):
+    """Nothing is left to decouple."""
+    refused(changed(RUN, exclude="*"), "none of the 4 layers", "excluded")
+
+
+# --- results
+
+
+def test_the_output_is_a_folder(refused):
+    """Of every kind of output."""
+    for options in ({"output": "images"}, {"plan_out": "images"}, {"report": "images"}):
+        refused(changed(RUN, **options), "images", "is a folder")
+
+
+def test_the_output_is_in_no_folder(refused):
+    """Found out before the work."""
+    for options in ({"output": "no/out.onnx"}, {"plan_out": "no/plan.json"}, {"report": "no/report.json"}):
+        refused(changed(RUN, **options), "no/", "cannot write there")
+
+
+def test_the_output_is_a_pipe(refused, folder: Path):
+    """As /dev/null is a device: replacing it by a file would do harm."""
+    os.mkfifo(folder / "pipe")
+    refused(changed(RUN, output="pipe"), "pipe", "give the name of a file")
+    assert (folder / "pipe").is_fifo()
+
+
+def test_the_output_is_the_input(refused, folder: Path):
+    """Also under another name, and for every kind of output."""
+    (folder / "link.onnx").symlink_to("net.onnx")
+    (folder / "hard.onnx").hardlink_to(folder / "net.onnx")
+    for name in ("net.onnx", "./net.onnx", "link.onnx", "hard.onnx"):
+        refused(changed(RUN, output=name), "is an input")
+    refused(changed(RUN, report="net.onnx"), "is an input")
+
+
+def test_two_outputs_are_one(refused):
+    """One would overwrite the other."""
+    refused(changed(RUN, plan_out="out.onnx"), "out.onnx", "asked for twice")
+    refused(changed(RUN, plan_out="a.json", report="./a.json"), "a.json", "asked for twice")
+
+
+# --- plans
+
+APPLY = ["apply", "net.onnx", "plan.json", "-o", "out.onnx", "--calib", "data.npz:images"]
+
+
+@pytest.fixture
+def plan(netdecouple, folder: Path) -> dict:
+    """A plan for net.onnx, as data; plan.json holds it."""
+    ended = netdecouple(*changed(RUN, plan_out="plan.json"))
+    assert ended.code == 0, ended
+    (folder / "out.onnx").unlink()
+    return json.loads((folder / "plan.json").read_text())
+
+
+def test_a_plan_that_is_not_there(refused):
+    """The message says how to make one."""
+    refused(APPLY, "plan.json", "--plan-out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '"plan"', "\x00", "[" * 100_000])
+def test_a_file_that_is_no_plan(refused, folder: Path, text: str):
+    """The message says how to make one."""
+    (folder / "plan.json").write_text(text)
+    refused(APPLY, "plan.json", "not a plan file", "--plan-out")
+
+
+def test_a_plan_that_is_binary(refused, folder: Path):
+    """A model given as plan."""
+    arguments = list(APPLY)
+    arguments[2] = "other.onnx"
+    refused(arguments, "other.onnx", "plan", "--plan-out")
+
+
+def test_a_plan_of_another_version(refused, folder: Path, plan: dict):
+    """It is said which version this is."""
+    for version in (0, 2, "1", None, 1.5):
+        (folder / "plan.json").write_text(json.dumps(plan | {"version": version}))
+        refused(APPLY, "plan.json", "version", repr(version))
+
+
+def test_a_plan_of_another_model(refused, plan: dict):
+    """Another network's weights."""
+    arguments = list(APPLY)
+    arguments[1] = "other.onnx"
+    refused(arguments, "another model", "other.onnx", "--plan-out")
+
+
+def test_a_plan_of_other_images(refused, folder: Path, plan: dict):
+    """Other calibration images, or fewer."""
+    refused(changed(APPLY, calib="images"), "other calibration images")
+    images = np.load(folder / "data.npz")["images"]
+    np.save(folder / "fewer.npy", images[:20])
+    refused(changed(APPLY, calib="fewer.npy"), "other calibration images")
+
+
+def test_a_plan_over_itself(refused, plan: dict):
+    """The output may not be the plan."""
+    refused(changed(APPLY, output="plan.json"), "plan.json", "is an input")
+
+
+@pytest.mark.parametrize(
+    "field", ["model", "images", "samples", "seed", "loss", "data_free", "budget", "layers"]
+)
+@pytest.mark.parametrize("value", [None, {"a": 1}, "missing"])
+def test_a_plan_with_wrong_types(refused, folder: Path, plan: dict, field: str, value: object):
+    """Fields that are missing or hold something else."""
+    if value == "missing":
+        del plan[field]
+    else:
+        plan[field] = value
+    (folder / "plan.json").write_text(json.dumps(plan))
+    refused(APPLY, "plan.json")
+
+
+def edit_layer(plan: dict, folder: Path, **changes: object) -> None:
+    """Change the plan of its last decoupled layer."""
+    row = [row for row in plan["layers"] if row["family"] != "kept"][-1]
+    row |= changes
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"terms": "many"},
+        {"ranks": 3},
+        {"ranks": [1, "two"]},
+        {"ranks": [-1, 1]},
+        {"ridge": None},
+        {"ridge": float("nan")},
+        {"macs": -1},
+        {"name": "conv9"},
+    ],
+)
+def test_a_plan_with_layers_of_wrong_types(refused, folder: Path, plan: dict, changes: dict):
+    """Or of another network."""
+    edit_layer(plan, folder, **changes)
+    refused(APPLY, "plan")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranks": [1, 2]},  # of another number of channels
+        {"ranks": [0] * 16},  # nothing at all
+        {"ranks": [99] * 16},  # more than there are
+        {"ranks": [], "terms": 0},
+        {"ranks": [], "terms": 10**9},
+        {"family": "magic"},
+    ],
+)
+def test_a_plan_that_makes_no_sense_for_the_layer(refused, folder: Path, plan: dict, changes: dict):
+    """Well-formed, but not to be carried out: the layer is named."""
+    edit_layer(plan, folder, **changes)
+    refused(APPLY, "conv3")
+
+
+def test_a_plan_that_changes_a_layer_that_cannot_be(refused, folder: Path, plan: dict):
+    """A fully connected layer with terms."""
+    plan["layers"][-1] |= {"family": "nd-dp", "terms": 3, "reason": ""}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    refused(APPLY, "logits")
+
+
+# --- usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "net.onnx"],
+        [*RUN, "--bogus"],
+        [*RUN, "--samples", "9"],
+        [*RUN, "--samples", "some"],
+        [*RUN, "--seed", "-1"],
+        changed(RUN, macs=None, max_drop="-1", labels="data.npz:images,labels"),
+        ["frobnicate"],
+        ["apply", "net.onnx"],
+    ],
+)
+def test_usage_errors(netdecouple, folder: Path, arguments: list[str]):
+    """Exit code 2 as well, with how to get help, and nothing written."""
+    before = everything(folder)
+    ended = netdecouple(*arguments)
+    assert ended.code == 2
+    assert "Error" in ended.err
+    assert "Traceback" not in ended.err
+    assert everything(folder) == before
+
+
+# --- what is nobody's fault but ours
+
+
+def test_an_internal_error_is_one_line(netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Exit code 1, the kind of error, and how to see more; nothing written."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("one [bold]\ntwo")
+
+    monkeypatch.setattr("netdecouple.api.decouple", fail)
+    before = everything(folder)
+    ended = netdecouple(*RUN)
+    assert ended.code == 1
+    assert ended.err.startswith("internal error: RuntimeError: one [bold] two;")
+    assert "NETDECOUPLE_TRACEBACK=1" in ended.err
+    assert ended.err.count("\n") == 1
+    assert everything(folder) == before
+
+
+def test_out_of_memory_is_one_line(netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """With what helps."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("netdecouple.api.decouple", fail)
+    ended = netdecouple(*RUN)
+    assert (ended.code, ended.err) == (
+        2,
+        "error: out of memory; try fewer --samples or smaller images\n",
+    )
+
+
+def test_names_are_printed_as_they_are(refused, folder: Path):
+    """File names are no markup: neither [tags] nor :key: change."""
+    refused(changed(RUN, model="[bold]a[/x]:key:.onnx"), "[bold]a[/x]:key:.onnx: no such file")

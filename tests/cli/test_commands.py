@@ -1,0 +1,379 @@
+"""What the commands do when all is well, and what a killed one leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.version import __version__
+from tests import networks
+
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
+
+
+def total_macs(path: Path) -> int:
+    """MACs of a file's network, counted from what is in the file."""
+    opened = read_model(path)
+    return sum(la.macs for la in OnnxNetwork(opened, np.zeros((2, 3, 8, 8), np.float32)).layers)
+
+
+def outputs(path: Path, images: np.ndarray) -> np.ndarray:
+    return run(open_session(path), None, {"image": images})[0]
+
+
+def convolutions(path: Path) -> list[str]:
+    return [n.name for n in onnx.load(path).graph.node if n.op_type == "Conv"]
+
+
+# --- run
+
+
+def test_run_halves_the_macs(netdecouple, folder: Path):
+    """The file has half the MACs, a valid graph, the original's interface, and outputs that are close."""
+    ended = netdecouple(*RUN)
+    assert ended.code == 0
+    assert ended.err == ""
+    model = onnx.load(folder / "out.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert list(model.graph.input) == list(networks.classifier().graph.input)
+    assert list(model.graph.output) == list(networks.classifier().graph.output)
+    assert total_macs(folder / "out.onnx") <= total_macs(folder / "net.onnx") / 2
+    images = np.load(folder / "data.npz")["images"]
+    original, new = (outputs(folder / name, images) for name in ("net.onnx", "out.onnx"))
+    error = np.square(new - original).sum() / np.square(original - original.mean(0)).sum()
+    assert 1e-9 < error < 0.5
+
+
+def test_run_prints_every_layer_and_what_was_written(netdecouple, folder: Path):
+    """The budgets that can be met, the layers, the totals, the file."""
+    out = netdecouple(*RUN).out
+    for part in (
+        "Budgets that can be met",
+        "conv1",
+        "conv2",
+        "conv3",
+        "logits",
+        "MACs",
+        "Agreement",
+        "Wrote",
+    ):
+        assert part in out
+    assert re.search(r"Wrote +out\.onnx \(\d+\.\d\d MB\)", out)
+
+
+def test_run_writes_plan_and_report(netdecouple, folder: Path):
+    """Both are JSON, agree with each other, and the model holds its plan."""
+    ended = netdecouple(*RUN, "--plan-out", "plan.json", "--report", "report.json")
+    assert ended.code == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    assert [row["name"] for row in plan["layers"]] == ["conv1", "conv2", "conv3", "logits"]
+    assert [row["macs"] for row in plan["layers"]] == [row["macs"] for row in report["layers"]]
+    assert report["macs"] == total_macs(folder / "out.onnx")
+    assert report["macs_before"] == total_macs(folder / "net.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(folder / "out.onnx").metadata_props}
+    assert json.loads(metadata["netdecouple.plan"]) == plan
+    assert metadata["netdecouple.version"] == __version__
+    assert metadata["classes"] == "ten"
+
+
+def test_run_leaves_nothing_else(netdecouple, folder: Path):
+    """The files that were asked for, readable by all, and the inputs as they were."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert netdecouple(*RUN, "--plan-out", "plan.json", "--report", "report.json").code == 0
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {"out.onnx", "plan.json", "report.json"}
+    assert {path: after[path] for path in before} == before
+    modes = {(folder / name).stat().st_mode & 0o777 for name in ("out.onnx", "plan.json", "report.json")}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
+
+
+def test_run_is_reproducible(netdecouple, folder: Path):
+    """The same command gives the same bytes; another seed does not."""
+    found = []
+    for seed in ("0", "0", "1"):
+        assert netdecouple(*RUN, "--seed", seed, "--report", "report.json").code == 0
+        found.append(((folder / "out.onnx").read_bytes(), (folder / "report.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+
+
+@pytest.mark.parametrize("maker", ["residual", "kinds", "additions", "with_if", "shared_weight", "old_style"])
+def test_run_takes_every_network(netdecouple, folder: Path, maker: str):
+    """Shortcuts, groups, dilations, subgraphs, shared and old-style weights, from pictures."""
+    onnx.save(networks.ALL[maker](), folder / "net.onnx")
+    ended = netdecouple("run", "net.onnx", "-o", "out.onnx", "--macs", "70%", "--calib", "images")
+    assert ended.code == 0, ended
+    onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
+
+
+def test_run_takes_fixed_batches(netdecouple, folder: Path):
+    """A batch that the images do not fill, nor those held back; also without any images."""
+    onnx.save(networks.classifier(batch=16), folder / "net.onnx")
+    assert netdecouple(*RUN).code == 0
+    shape = onnx.load(folder / "out.onnx").graph.input[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [16, 3, 8, 8]
+    ended = netdecouple("run", "net.onnx", "-o", "out.onnx", "--macs", "50%", "--data-free")
+    assert ended.code == 0, ended
+
+
+def test_run_takes_networks_of_any_size(netdecouple, folder: Path):
+    """A fully convolutional network with two outputs; the pictures' size counts."""
+    onnx.save(networks.restorer(), folder / "net.onnx")
+    ended = netdecouple(
+        "run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--calib", "images", "--report", "report.json"
+    )
+    assert ended.code == 0, ended
+    report = json.loads((folder / "report.json").read_text())
+    # 9 × 11 pictures: two layers of 8 × 8 or 8 × 3 channels, the first, and the transposed one
+    assert report["macs_before"] == 99 * (9 * (3 * 8 + 8 * 8 + 8 * 3) + 8 * 4)
+    assert report["agreement"]["loss"] == "relative"
+
+
+def test_run_takes_external_data(netdecouple, folder: Path):
+    """Weights in a file of their own."""
+    onnx.save(
+        networks.classifier(), folder / "net.onnx", save_as_external_data=True, location="w", size_threshold=0
+    )
+    assert netdecouple(*RUN).code == 0
+    with_weights = (folder / "out.onnx").read_bytes()
+    onnx.save(networks.classifier(), folder / "net.onnx")
+    assert netdecouple(*RUN).code == 0
+    assert (folder / "out.onnx").read_bytes() == with_weights
+
+
+def test_run_counts_unreadable_images(netdecouple, folder: Path):
+    """They are skipped, counted and named."""
+    for name in ("03.png", "07.png"):
+        (folder / "images" / name).write_bytes(b"not a picture")
+    ended = netdecouple(
+        "run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "images", "--report", "r.json"
+    )
+    assert ended.code == 0
+    assert "2 unreadable images: 03.png, 07.png" in ended.out
+    assert json.loads((folder / "r.json").read_text())["skipped"] == ["03.png", "07.png"]
+
+
+def test_run_excludes_layers(netdecouple, folder: Path):
+    """By name and by glob, more than once."""
+    arguments = [*RUN[:4], "--macs", "80%", *RUN[6:]]
+    assert netdecouple(*arguments, "--exclude", "conv1", "--exclude", "*2", "--report", "r.json").code == 0
+    rows = {row["name"]: row for row in json.loads((folder / "r.json").read_text())["layers"]}
+    assert [rows[name]["reason"] for name in ("conv1", "conv2")] == ["excluded", "excluded"]
+    assert rows["conv3"]["family"] != "kept"
+    assert convolutions(folder / "out.onnx")[:2] == ["conv1", "conv2"]
+
+
+def test_run_keeps_a_parameter_budget(netdecouple, folder: Path):
+    """Counted in the file; together with MACs, both are kept."""
+    assert netdecouple(*RUN, "--params", "40%").code == 0
+    sizes = []
+    for name in ("net.onnx", "out.onnx"):
+        graph = read_model(folder / name).proto.graph
+        sizes.append(sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == 1))
+    assert sizes[1] <= 0.4 * sizes[0]
+    assert total_macs(folder / "out.onnx") <= total_macs(folder / "net.onnx") / 2
+
+
+def test_run_without_data(netdecouple, folder: Path):
+    """From the weights alone, no images asked for; the report claims no agreement."""
+    ended = netdecouple(
+        "run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--data-free", "--report", "r.json"
+    )
+    assert ended.code == 0, ended
+    assert json.loads((folder / "r.json").read_text())["agreement"] is None
+    assert total_macs(folder / "out.onnx") <= 0.6 * total_macs(folder / "net.onnx")
+
+
+def test_run_as_published(netdecouple, folder: Path):
+    """One rank for the whole network, the largest that fits, and the first layer kept."""
+    arguments = ["run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--data-free", "--uniform-rank"]
+    assert netdecouple(*arguments, "--report", "r.json").code == 0
+    rows = {row["name"]: row for row in json.loads((folder / "r.json").read_text())["layers"]}
+    assert rows["conv1"]["reason"] == "first convolution"
+    ranks = {tuple(rows[name]["terms_per_channel"]) for name in ("conv2", "conv3")}
+    assert len(ranks) == 1
+    ((fewest, most),) = ranks
+    assert fewest == most
+    # one term more of 12 → 16 (4 × 4) and 16 → 16 (4 × 4) channels would be too much
+    more = 16 * (12 * (9 + 16) + 16 * (9 + 16)) + total_macs(folder / "out.onnx")
+    assert more > 0.6 * total_macs(folder / "net.onnx") >= total_macs(folder / "out.onnx")
+
+
+def test_run_keeps_to_an_allowed_drop(netdecouple, folder: Path):
+    """Accuracy measured on the labels falls by no more than allowed, and the network gets smaller."""
+    images = np.load(folder / "data.npz")["images"]
+    labels = outputs(folder / "net.onnx", images).argmax(1)  # so the original is right always
+    np.savez(folder / "right.npz", images=images, labels=labels)
+    arguments = ["run", "net.onnx", "-o", "out.onnx", "--calib", "data.npz:images"]
+    ended = netdecouple(
+        *arguments, "--max-drop", "10", "--labels", "right.npz:images,labels", "--report", "r.json"
+    )
+    assert ended.code == 0, ended
+    before, after = json.loads((folder / "r.json").read_text())["accuracy"]
+    found = np.mean(outputs(folder / "out.onnx", images).argmax(1) == labels)
+    assert before == 1
+    assert after == pytest.approx(found)
+    assert found >= 0.9
+    assert total_macs(folder / "out.onnx") < 0.8 * total_macs(folder / "net.onnx")
+
+
+def test_run_takes_fewer_samples_when_told(netdecouple, folder: Path):
+    """--samples bounds them."""
+    assert netdecouple(*RUN, "--samples", "12", "--plan-out", "plan.json").code == 0
+    assert json.loads((folder / "plan.json").read_text())["samples"] == 12
+
+
+def test_preprocessing_reaches_the_network(netdecouple, folder: Path):
+    """Another mean and deviation give other moments, hence another network."""
+    found = []
+    for more in ([], ["--mean", "0.5,0.5,0.5", "--std", "0.25"], ["--preset", "cifar10"]):
+        ended = netdecouple("run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "images", *more)
+        assert ended.code == 0, ended
+        found.append((folder / "out.onnx").read_bytes())
+    assert len(set(found)) == 3
+
+
+# --- apply
+
+
+@pytest.mark.parametrize("more", [[], ["--seed", "3"], ["--uniform-rank"], ["--data-free"]])
+def test_apply_reproduces_the_file(netdecouple, folder: Path, more: list[str]):
+    """Byte for byte, from the plan, the model and the images."""
+    assert netdecouple(*RUN, "--plan-out", "plan.json", *more).code == 0
+    arguments = ["apply", "net.onnx", "plan.json", "-o", "again.onnx", "--calib", "data.npz:images"]
+    ended = netdecouple(*arguments, "--report", "r.json")
+    assert ended.code == 0, ended
+    assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
+    assert json.loads((folder / "r.json").read_text())["model"] == "net.onnx"
+
+
+def test_apply_without_data(netdecouple, folder: Path):
+    """A data-free plan needs no images."""
+    arguments = [
+        "run",
+        "net.onnx",
+        "-o",
+        "out.onnx",
+        "--macs",
+        "2x",
+        "--data-free",
+        "--plan-out",
+        "plan.json",
+    ]
+    assert netdecouple(*arguments).code == 0
+    ended = netdecouple("apply", "net.onnx", "plan.json", "-o", "again.onnx")
+    assert ended.code == 0, ended
+    assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
+
+
+# --- inspect, eval, and the rest
+
+
+def test_inspect_lists_layers_and_reach(netdecouple, folder: Path):
+    """Every layer with its MACs, and which budgets can be met."""
+    ended = netdecouple("inspect", "net.onnx")
+    assert (ended.code, ended.err) == (0, "")
+    for part in ("conv1", "3→12 3×3", "20.7 k", "conv2", "conv3", "logits", "fewer"):
+        assert part in ended.out
+
+
+def test_inspect_takes_a_size(netdecouple, folder: Path):
+    """Where the model leaves it open."""
+    onnx.save(networks.restorer(), folder / "net.onnx")
+    small, large = (netdecouple("inspect", "net.onnx", "--input-size", s).out for s in ("10", "20x20"))
+    assert "21.6 k" in small  # 3 · 8 · 9 · 100
+    assert "86.4 k" in large
+
+
+def test_eval_measures_accuracy(netdecouple, folder: Path):
+    """Top-1 and top-5 of one network, by NumPy; agreement of a second one with the first."""
+    data = np.load(folder / "data.npz")
+    scores = outputs(folder / "net.onnx", data["images"])
+    top1 = np.mean(scores.argmax(1) == data["labels"])
+    top5 = np.mean([label in row.argsort()[-5:] for row, label in zip(scores, data["labels"], strict=True)])
+    ended = netdecouple("eval", "net.onnx", "--data", "data.npz:images,labels")
+    assert ended.code == 0
+    assert f"{100 * top1:.1f}%" in ended.out
+    assert f"{100 * top5:.1f}%" in ended.out
+    same = np.mean(outputs(folder / "other.onnx", data["images"]).argmax(1) == scores.argmax(1))
+    ended = netdecouple("eval", "net.onnx", "other.onnx", "--data", "data.npz:images,labels")
+    assert ended.code == 0
+    assert f"{100 * same:.1f}%" in ended.out
+    assert "other.onnx" in ended.out
+
+
+def test_version_and_help(netdecouple):
+    """The version; every command, with an example each."""
+    assert netdecouple("--version").out == f"{__version__}\n"
+    shown = netdecouple("--help").out
+    for command in ("run", "inspect", "apply", "eval", "demo"):
+        assert command in shown
+        assert f"netdecouple {command}" in netdecouple(command, "-h").out
+
+
+# --- killed
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run in a process of its own, of a network that takes a while."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from netdecouple.cli import main; main()", *arguments],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def long_run(folder: Path) -> list[str]:
+    """Arguments of a run that takes seconds, so that a signal finds it at work."""
+    b = networks.Builder()
+    x = b.conv("image", 3, 64, 3, "first")
+    for index in range(6):
+        x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
+    b.classifier(x, 64)
+    onnx.save(b.model(), folder / "net.onnx")
+    return RUN
+
+
+def test_a_killed_run_leaves_no_output(folder: Path, long_run: list[str]):
+    """SIGKILL at random moments: neither half a file at the output path nor a changed input."""
+    before = (folder / "net.onnx").read_bytes()
+    moments = random.Random(0)
+    for _ in range(3):
+        process = started(folder, *long_run)
+        time.sleep(moments.uniform(0.5, 2.0))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (folder / "out.onnx").exists()
+    assert (folder / "net.onnx").read_bytes() == before
+
+
+def test_an_interrupted_run_says_so(folder: Path, long_run: list[str]):
+    """Ctrl-C: exit code 130, one line, no output, no temporary files."""
+    before = set(folder.rglob("*"))
+    process = started(folder, *long_run)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted: nothing was written\n")
+    assert set(folder.rglob("*")) == before

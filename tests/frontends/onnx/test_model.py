@@ -1,0 +1,467 @@
+"""Reading, folding, listing and writing ONNX models."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from netdecouple.convolution import ConvGeometry
+from netdecouple.errors import ModelError, OutputError
+from netdecouple.frontends import Layer
+from netdecouple.frontends.onnx.model import check_writable, nodes_of, read_model, write_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.runtimes.onnxruntime import open_session, run
+from tests import networks
+from tests.networks import Builder, images_for
+
+
+def outputs_of(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
+    return run(open_session(model), None, {model.graph.input[0].name: images})
+
+
+def values_of(field) -> list[bytes]:
+    return [value.SerializeToString(deterministic=True) for value in field]
+
+
+def spoil(model: onnx.ModelProto, name: str, value: float) -> onnx.ModelProto:
+    """Put one bad number into a weight."""
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[-1] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return model
+
+
+def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
+    return {la.name: la for la in OnnxNetwork(read_model(model), images_for(model)).layers}
+
+
+# --- reading
+
+
+def test_read_describes_the_input():
+    """Fixed sizes are known, dynamic ones are None."""
+    opened = read_model(networks.classifier())
+    assert (opened.input_name, opened.batch, opened.channels, opened.size) == ("image", None, 3, (8, 8))
+    opened = read_model(networks.restorer())
+    assert (opened.batch, opened.channels, opened.size) == (None, 3, None)
+    assert read_model(networks.classifier(batch=2)).batch == 2
+
+
+def test_read_takes_a_file_or_a_proto(tmp_path: Path):
+    """Both give the same fingerprint and folded model; messages name the file."""
+    onnx.save(networks.classifier(), tmp_path / "net.onnx")
+    from_file, from_proto = read_model(tmp_path / "net.onnx"), read_model(networks.classifier())
+    assert from_file.fingerprint == from_proto.fingerprint
+    assert from_file.proto == from_proto.proto
+    assert from_file.origin == "net.onnx"
+
+
+def test_read_takes_external_data(tmp_path: Path):
+    """Weights beside the file are read, and are the same model."""
+    onnx.save(
+        networks.classifier(),
+        tmp_path / "net.onnx",
+        save_as_external_data=True,
+        location="net.data",
+        size_threshold=0,
+    )
+    assert (tmp_path / "net.data").exists()
+    assert read_model(tmp_path / "net.onnx").fingerprint == read_model(networks.classifier()).fingerprint
+
+
+def test_read_leaves_the_proto_as_it_is(network_maker):
+    """Reading, running and decoupling nothing change not a byte of what was given."""
+    model = network_maker()
+    before = model.SerializeToString(deterministic=True)
+    network = OnnxNetwork(read_model(model), images_for(model))
+    network.run(images_for(model))
+    network.decoupled({})
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("change", ["weight", "attribute", "wiring"])
+def test_fingerprint_tells_networks_apart(change: str):
+    """Another weight, stride or wiring is another network."""
+    model = networks.classifier()
+    if change == "weight":
+        spoil(model, "conv2.weight", 0.5)
+    elif change == "attribute":
+        next(a for a in model.graph.node[0].attribute if a.name == "pads").ints[:] = [0, 0, 0, 0]
+    else:
+        model.graph.node[2].op_type = "Tanh"
+    assert read_model(model).fingerprint != read_model(networks.classifier()).fingerprint
+
+
+# --- errors
+
+
+def assert_refused(source, *parts: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_model(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("content", [b"", b"a photograph, really", os.urandom(500), b"\x08\x08"])
+def test_read_refuses_other_files(tmp_path: Path, content: bytes):
+    """What is no ONNX model is called that."""
+    (tmp_path / "net.onnx").write_bytes(content)
+    assert_refused(tmp_path / "net.onnx", "net.onnx", "not an ONNX file", "export or copy it again")
+
+
+def test_read_refuses_truncated_files(tmp_path: Path):
+    """Wherever a file was cut, the error says so or says what is missing."""
+    whole = networks.classifier().SerializeToString()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        (tmp_path / "net.onnx").write_bytes(whole[: int(share * len(whole))])
+        assert_refused(tmp_path / "net.onnx", "net.onnx", "cut short")
+
+
+def test_read_refuses_missing_files(tmp_path: Path):
+    """A path that is not there, or a folder."""
+    assert_refused(tmp_path / "gone.onnx", "gone.onnx", "no such file")
+    assert_refused(tmp_path, "no such file")
+
+
+def test_read_refuses_missing_external_data(tmp_path: Path):
+    """Weights that should be beside the file and are not; also of a proto whose weights were not loaded."""
+    path = tmp_path / "net.onnx"
+    onnx.save(networks.classifier(), path, save_as_external_data=True, location="net.data", size_threshold=0)
+    (tmp_path / "net.data").unlink()
+    assert_refused(path, "external data", "net.data")
+    assert_refused(onnx.load(path, load_external_data=False), "net.data")
+
+
+def test_read_refuses_models_without_convolutions():
+    """A perceptron has nothing to decouple."""
+    b = Builder()
+    b.node("Gemm", "image", b.weight("w", 3, 10), out="logits")
+    assert_refused(b.model(shape=("N", 3)), "no convolutions")
+
+
+def test_read_refuses_several_inputs():
+    """The inputs are named."""
+    model = networks.classifier()
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ("N", 3)))
+    model.graph.node.append(helper.make_node("Relu", ["other"], ["more"]))
+    model.graph.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ("N", 3)))
+    assert_refused(model, "2 inputs", "image, other")
+
+
+def test_read_refuses_other_dtypes():
+    """An input of uint8 is not supported, and the message says what is."""
+    b = Builder()
+    x = b.node("Cast", "image", to=TensorProto.FLOAT)
+    b.classifier(b.conv(x, 3, 8, 3, "conv"), 8)
+    assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "UINT8 of 4 dimensions", "float32 images")
+
+
+def test_read_refuses_other_ranks():
+    """A 1-D network's input has three dimensions."""
+    b = Builder()
+    b.node("Conv", "image", b.weight("w", 8, 3, 5), out="logits")
+    assert_refused(b.model([("logits", ("N", 8, "L"))], ("N", 3, 64)), "FLOAT of 3 dimensions")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("conv2.weight", "conv2"), ("bn3.var", "bn3"), ("fc.bias", "logits")]
+)
+def test_read_refuses_weights_that_are_not_finite(value: float, name: str, layer: str):
+    """The message names the weight and the layer."""
+    assert_refused(spoil(networks.classifier(), name, value), "NaN or Inf", repr(name), repr(layer))
+
+
+def test_read_allows_infinite_constants():
+    """A scalar of minus infinity, as in padding or clipping, is no broken weight."""
+    b = Builder()
+    x = b.node("Clip", b.conv("image", 3, 8, 3, "conv"), b.constant("low", -np.inf), out="clipped")
+    b.classifier(x, 8)
+    assert read_model(b.model()).channels == 3
+
+
+def test_read_refuses_what_the_runtime_refuses():
+    """An operator that ONNX Runtime does not know."""
+    model = networks.classifier()
+    model.graph.node[2].op_type = "Frobnicate"
+    assert_refused(model, "ONNX Runtime cannot open the model")
+
+
+def test_read_refuses_broken_weights():
+    """A tensor whose bytes do not fill its shape."""
+    model = networks.classifier()
+    model.graph.initializer[0].raw_data = b"1234"
+    assert_refused(model, "broken weights")
+
+
+# --- folding
+
+
+def test_folding_keeps_the_outputs(model: onnx.ModelProto, images: np.ndarray):
+    """The folded network computes what the original does, to 1e-5."""
+    folded = read_model(model).proto
+    for expected, found in zip(outputs_of(model, images), outputs_of(folded, images), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
+def test_folding_removes_batch_norm(opset: int):
+    """No BatchNorm is left behind a convolution, and the opset stays."""
+    model = networks.classifier(opset)
+    opened = read_model(model)
+    assert [n.op_type for n in opened.proto.graph.node].count("BatchNormalization") == 0
+    assert [(o.domain, o.version) for o in opened.proto.opset_import] == [("", opset)]
+    images = images_for(model)
+    np.testing.assert_allclose(
+        outputs_of(opened.proto, images)[0], outputs_of(model, images)[0], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_folding_keeps_the_interface(model: onnx.ModelProto):
+    """Outputs, image input, dynamic axes and metadata are those of the original."""
+    folded = read_model(model).proto
+    assert values_of(folded.graph.input) == values_of(model.graph.input[:1])
+    assert values_of(folded.graph.output) == values_of(model.graph.output)
+    assert values_of(folded.metadata_props) == values_of(model.metadata_props)
+    onnx.checker.check_model(folded)
+
+
+def test_folding_is_skipped_where_it_would_change_types():
+    """float16 weights stay float16; it is only on the CPU that they are computed in float32."""
+    folded = read_model(networks.half_precision()).proto
+    kinds = {t.name: t.data_type for t in folded.graph.initializer}
+    assert kinds["half.weight"] == TensorProto.FLOAT16
+
+
+def test_constant_nodes_are_weights():
+    """Also where folding is skipped, a Constant node's value is a weight like any other."""
+    model = networks.half_precision()
+    tensor = next(t for t in model.graph.initializer if t.name == "after.weight")
+    model.graph.initializer.remove(tensor)
+    model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    assert layers_of(model)["after"].reason == ""
+
+
+def test_old_models_are_raised_to_separate_weights():
+    """From IR 4 on an initializer need not be an input; only the image is one."""
+    opened = read_model(networks.old_style())
+    assert [value.name for value in opened.proto.graph.input] == ["image"]
+    assert opened.proto.ir_version >= 4
+    assert "BatchNormalization" not in {n.op_type for n in opened.proto.graph.node}
+
+
+def test_opsets_of_subgraphs_are_kept():
+    """A domain that only a branch uses stays imported."""
+    model = networks.with_if()
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    branch = next(a.g for n in model.graph.node for a in n.attribute if a.name == "then_branch")
+    branch.node[0].output[0] = "sum"
+    branch.node.append(helper.make_node("FastGelu", ["sum"], ["then_out"], domain="com.microsoft"))
+    folded = read_model(model).proto
+    assert "FastGelu" in {node.op_type for node in nodes_of(folded.graph)}
+    assert {entry.domain for entry in folded.opset_import} == {"", "com.microsoft"}
+
+
+def test_local_functions_are_looked_into():
+    """A convolution inside a local function, as some exporters write modules, is found."""
+    model = networks.classifier()
+    conv = model.graph.node[0]
+    body = helper.make_function(
+        "local",
+        "Block",
+        ["x", "w", "b"],
+        ["y"],
+        [helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[1, 1, 1, 1])],
+        [helper.make_opsetid("", 17)],
+    )
+    call = helper.make_node("Block", list(conv.input), list(conv.output), domain="local", name="block")
+    conv.CopyFrom(call)
+    model.functions.append(body)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    assert [la.operator for la in layers_of(model).values()] == ["Conv", "Conv", "Conv", "Gemm"]
+
+
+# --- layers
+
+
+def geometry(n_o: int, n_i: int, kh: int, kw: int, **options) -> ConvGeometry:
+    return ConvGeometry(n_o, n_i, kh, kw, **options)
+
+
+KINDS = {
+    # name: geometry, size of its input, MACs by hand, reason
+    "grouped": (geometry(8, 3, 3, 3, pads=(1, 1, 1, 1)), (12, 12), 8 * 3 * 9 * 144, ""),
+    "halves": (geometry(12, 8, 3, 3, pads=(1, 1, 1, 1), groups=2), (12, 12), 12 * 4 * 9 * 144, ""),
+    "depthwise": (
+        geometry(12, 12, 3, 3, pads=(1, 1, 1, 1), groups=12),
+        (12, 12),
+        12 * 9 * 144,
+        "depthwise convolution",
+    ),
+    "pointwise": (geometry(8, 12, 1, 1), (12, 12), 8 * 12 * 144, "1×1 convolution"),
+    "dilated": (
+        geometry(8, 8, 3, 3, pads=(2, 1, 2, 1), dilations=(2, 1)),
+        (12, 12),
+        8 * 8 * 9 * 144,
+        "",
+    ),
+    "lopsided": (geometry(10, 8, 3, 3, pads=(0, 1, 2, 1)), (12, 12), 10 * 8 * 9 * 144, ""),
+    "five": (geometry(8, 10, 5, 5, pads=(2, 2, 2, 2)), (12, 12), 8 * 10 * 25 * 144, ""),
+    "flat": (geometry(8, 8, 1, 3, pads=(0, 1, 0, 1)), (12, 12), 8 * 8 * 3 * 144, ""),
+    "tall": (geometry(8, 8, 3, 1, pads=(1, 0, 1, 0)), (12, 12), 8 * 8 * 3 * 144, ""),
+    # 12 → 6 at stride 2 needs one pixel, and UPPER puts it last
+    "upper": (geometry(8, 8, 3, 3, pads=(0, 0, 1, 1), strides=(2, 2)), (12, 12), 8 * 8 * 9 * 36, ""),
+    # a 2 × 4 kernel needs 1 and 3 pixels, and LOWER puts the odd one first
+    "lower": (geometry(8, 8, 2, 4, pads=(1, 2, 0, 1)), (6, 6), 8 * 8 * 8 * 36, ""),
+    "strided": (geometry(12, 8, 3, 3, pads=(1, 1, 1, 1), strides=(1, 2)), (6, 6), 12 * 8 * 9 * 18, ""),
+    "valid": (geometry(8, 12, 3, 3), (6, 3), 8 * 12 * 9 * 4, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds() -> dict[str, Layer]:
+    return layers_of(networks.kinds())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_have_their_geometry(kinds: dict[str, Layer], name: str):
+    """Geometry, MACs, parameters and reason of every kind of convolution, as computed by hand."""
+    expected, size, macs, reason = KINDS[name]
+    layer = kinds[name]
+    assert layer.geometry == expected
+    assert layer.size == size
+    assert layer.macs == macs == expected.macs(*size)
+    assert layer.parameters == np.prod(expected.weight_shape) + expected.n_o
+    assert layer.reason == reason
+
+
+def test_layers_are_listed_in_order(kinds: dict[str, Layer]):
+    """All of them, in the order they run, fully connected ones included."""
+    assert list(kinds) == [*KINDS, "logits"]
+    fc = kinds["logits"]
+    assert (fc.operator, fc.macs, fc.parameters, fc.reason) == ("Gemm", 80, 90, "fully connected layer")
+
+
+def test_macs_are_for_one_image():
+    """Whatever the batch."""
+    one = OnnxNetwork(read_model(networks.classifier()), np.zeros((7, 3, 8, 8), np.float32))
+    two = OnnxNetwork(read_model(networks.classifier(batch=2)), np.zeros((7, 3, 8, 8), np.float32))
+    assert [la.macs for la in one.layers] == [la.macs for la in two.layers]
+    assert one.layers[0].macs == 12 * 3 * 9 * 64
+
+
+def test_layers_say_why_they_are_kept():
+    """Transposed, computed, float16, reading one channel: each has its reason."""
+    assert layers_of(networks.restorer())["mask"].reason == "transposed convolution"
+    assert (
+        layers_of(networks.computed_weight())["computed"].reason == "its weights are computed, not constant"
+    )
+    assert layers_of(networks.half_precision())["half"].reason == "its weights are float16, not float32"
+    b = Builder()
+    b.classifier(b.conv(b.node("ReduceMean", "image", axes=[1]), 1, 8, 3, "grey"), 8)
+    assert layers_of(b.model())["grey"].reason == "reads a single channel"
+
+
+def test_a_layer_that_sees_more_maps_than_images_is_kept():
+    """Images cut into patches that are convolved on their own: its costs are counted, it is left alone."""
+    b = Builder()
+    x = b.node("Reshape", "image", b.constant("cut", [-1, 3, 4, 8], np.int64))
+    x = b.conv(x, 3, 8, 3, "patchwise")
+    x = b.node("Reshape", x, b.constant("join", [-1, 16, 4, 8], np.int64))
+    b.classifier(b.conv(x, 16, 8, 3, "whole"), 8)
+    layers = layers_of(b.model())
+    assert layers["patchwise"].reason == "it does not see one map per image"
+    assert layers["patchwise"].macs == 8 * 3 * 9 * 64
+    assert layers["whole"].reason == ""
+
+
+def test_a_transposed_convolution_counts_its_input_pixels():
+    """One multiply-add per weight and input pixel."""
+    mask = layers_of(networks.restorer())["mask"]
+    assert (mask.macs, mask.parameters) == (8 * 4 * 10 * 14, 8 * 4)
+
+
+def test_dynamic_size_with_strided_same_padding_is_kept():
+    """Its pads depend on the image size; at stride 1 they do not."""
+    b = Builder()
+    x = b.conv("image", 3, 8, 3, "one", auto_pad="SAME_UPPER")
+    b.conv(x, 8, 8, 3, "two", auto_pad="SAME_LOWER", strides=[2, 2])
+    layers = layers_of(b.model([("two", ("N", 8, "H", "W"))], ("N", 3, "H", "W")))
+    assert layers["one"].reason == ""
+    assert "SAME_LOWER" in layers["two"].reason
+
+
+def test_nodes_without_names_are_named_after_their_outputs():
+    """The operator and what it puts out, which no two nodes share."""
+    assert list(layers_of(networks.without_names())) == ["Conv:bn1", "Conv:bn2", "Conv:bn3", "Gemm:logits"]
+
+
+# --- writing
+
+
+def test_write_replaces_in_one_step(tmp_path: Path):
+    """A file is there afterwards, readable by all, and nothing else; what was there is gone."""
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"old")
+    write_model(networks.classifier(), target)
+    assert onnx.load(target) == networks.classifier()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+def test_write_keeps_what_was_there_if_the_check_fails(tmp_path: Path):
+    """A model that does not pass its check never gets the name."""
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"old")
+
+    def refuse(path: Path) -> None:
+        assert path.exists()
+        raise ModelError("no good")
+
+    with pytest.raises(ModelError, match="no good"):
+        write_model(networks.classifier(), target, refuse)
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_write_large_models_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beyond what protobuf can hold the weights go beside the file, under a name that stays valid."""
+    monkeypatch.setattr("netdecouple.frontends.onnx.model.PROTOBUF_LIMIT", 1000)
+    model = networks.classifier()
+    write_model(model, tmp_path / "out.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
+    images = images_for(model)
+    np.testing.assert_array_equal(
+        outputs_of(onnx.load(tmp_path / "out.onnx"), images)[0], outputs_of(networks.classifier(), images)[0]
+    )
+    assert read_model(tmp_path / "out.onnx").fingerprint == read_model(networks.classifier()).fingerprint
+
+
+def test_write_leaves_the_proto_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also when its weights go to another file."""
+    monkeypatch.setattr("netdecouple.frontends.onnx.model.PROTOBUF_LIMIT", 1000)
+    model = networks.classifier()
+    write_model(model, tmp_path / "out.onnx")
+    assert model == networks.classifier()
+
+
+@pytest.mark.parametrize("place", ["folder", "missing/out.onnx", "file/out.onnx", "pipe", "n" * 300])
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path, place: str):
+    """Folders, missing folders, devices and impossible names, each in one line that names the place."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError) as caught:
+        check_writable(tmp_path / place)
+    assert place in str(caught.value)
+    assert "\n" not in str(caught.value)

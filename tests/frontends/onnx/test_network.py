@@ -1,0 +1,392 @@
+"""An ONNX network at work: run, observe, walk, decouple."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import pytest
+
+from netdecouple.convolution import Factorization
+from netdecouple.errors import ModelError
+from netdecouple.families import Problem, decoupling
+from netdecouple.frontends import Layer
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.storage import ArrayStore
+from netdecouple.runtimes.onnxruntime import open_session, run
+from tests import networks
+from tests.networks import Builder, images_for
+
+
+def opened(model: onnx.ModelProto) -> OnnxNetwork:
+    return OnnxNetwork(read_model(model), images_for(model))
+
+
+def can_change(network: OnnxNetwork) -> list[Layer]:
+    return [la for la in network.layers if la.geometry is not None and not la.reason]
+
+
+def positions_of(network: OnnxNetwork, count: int, p: int = 5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {la.name: rng.integers(0, np.prod(la.output_size), (count, p)) for la in can_change(network)}
+
+
+def full_rank(layer: Layer) -> Factorization:
+    """The lossless expansion of a layer."""
+    assert layer.geometry is not None
+    g = layer.geometry
+    rank = min(g.kh * g.kw, g.n_o // g.groups)
+    problem = Problem.data_free(g, layer.weight, layer.bias)
+    return decoupling.fit(problem, np.full(g.n_i, rank), sweeps=0).astype(np.float32)
+
+
+def low_rank(layer: Layer) -> Factorization:
+    """Ranks that differ per channel, 0 included where there is more than one channel in a group."""
+    assert layer.geometry is not None
+    g = layer.geometry
+    ranks = np.tile(np.arange(g.n_i // g.groups) % 3, g.groups)
+    ranks[:: g.n_i // g.groups] += g.n_i // g.groups < 2
+    problem = Problem.data_free(g, layer.weight, layer.bias)
+    return decoupling.fit(problem, ranks, sweeps=0).astype(np.float32)
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float = 1e-4) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()))
+
+
+# --- running
+
+
+@pytest.mark.parametrize("count", [2, 5, 6])
+def test_a_fixed_batch_takes_any_number_of_images(count: int):
+    """The last batch is filled up, and what that adds is taken away again."""
+    images = images_for(networks.classifier(), count)
+    expected = opened(networks.classifier()).run(images)
+    network = opened(networks.classifier(batch=4))
+    assert_same(network.run(images), expected, 1e-6)
+    assert_same(network.walk(images).outputs(), expected, 1e-6)
+    seen = {
+        la: np.concatenate([s.outputs for s in network.observe(images, {la: np.zeros((count, 1), int)})])
+        for la in ("conv1", "conv2")
+    }
+    assert {name: len(outputs) for name, outputs in seen.items()} == {"conv1": count, "conv2": count}
+
+
+def test_outputs_without_a_batch_axis_are_returned():
+    """Boxes of the whole batch in one list, and a scalar."""
+    network = opened(networks.detector())
+    boxes, best = network.run(images_for(networks.detector(), 3))
+    assert boxes.shape == (3 * 64, 4)
+    assert best.shape == (1,)
+
+
+def test_batches_hold_bounded_memory():
+    """Large activations mean small batches; every image is in exactly one."""
+    network = opened(networks.classifier())
+    batches = network.batches(300, bytes_per_image=64 << 20)
+    assert {b.stop - b.start for b in batches} == {4}
+    assert [i for b in batches for i in range(300)[b]] == list(range(300))
+
+
+def test_with_kernels_replaces_weight_and_bias():
+    """A layer with other numbers, computed by NumPy; the network itself stays as it is."""
+    network = opened(networks.classifier())
+    images = images_for(networks.classifier())
+    layer = network.layers[0]
+    weight, bias = -layer.weight, layer.bias + 1
+    changed = OnnxNetwork(read_model(network.with_kernels({layer.name: (weight, bias)})), images)
+    where = {layer.name: np.zeros((len(images), 1), int)}
+    before = next(iter(network.observe(images, where)))
+    after = next(iter(changed.observe(images, where)))
+    patches = after.patches.reshape(len(images), -1)
+    np.testing.assert_allclose(after.outputs, patches @ weight.reshape(len(weight), -1).T + bias, atol=1e-4)
+    assert not np.allclose(before.outputs, after.outputs)
+
+
+def test_run_says_what_does_not_fit():
+    """Images of the wrong shape give a ModelError of one line, not a runtime's traceback."""
+    network = opened(networks.classifier())
+    with pytest.raises(ModelError, match="the network failed on its input"):
+        network.run(np.zeros((2, 3, 9, 8), np.float32))
+
+
+# --- observing
+
+
+@pytest.mark.parametrize("make", [networks.kinds, networks.residual, networks.restorer, networks.with_if])
+def test_observed_patches_give_the_outputs(make):
+    """weight @ patch + bias is what the layer put out at that position, for every kind of convolution."""
+    network = opened(make())
+    images = images_for(make())
+    layers = {la.name: la for la in network.layers}
+    found = set()
+    for seen in network.observe(images, positions_of(network, len(images))):
+        layer = layers[seen.layer]
+        g = layer.geometry
+        weight = layer.weight.reshape(g.groups, g.n_o // g.groups, -1)
+        outputs = np.einsum("god,ngd->ngo", weight, seen.patches).reshape(len(seen.patches), -1)
+        np.testing.assert_allclose(outputs + layer.bias, seen.outputs, atol=1e-4)
+        assert np.ptp(seen.outputs) > 0
+        found.add(seen.layer)
+    assert found == {la.name for la in can_change(network)}
+
+
+def test_observed_positions_are_those_asked_for():
+    """In order, image by image, batch by batch."""
+    network = opened(networks.restorer())
+    images = images_for(networks.restorer(), 150)  # two batches
+    where = positions_of(network, 150, 3)["tail"]
+    seen = list(network.observe(images, {"tail": where}))
+    assert [s.images for s in seen] == [slice(0, 128), slice(128, 150)]
+    restored = network.run(images)[0]
+    flat = (restored - images).reshape(150, 3, -1)  # the tail's own output: the skip is the image
+    expected = np.stack([flat[i][:, p] for i in range(150) for p in where[i]])
+    np.testing.assert_allclose(np.concatenate([s.outputs for s in seen]), expected, atol=1e-5)
+
+
+def test_observed_shortcuts_are_what_is_added():
+    """The sum behind the block is the layer's output plus its shortcut."""
+    network = opened(networks.residual())
+    images = images_for(networks.residual())
+    tensors = ["b2.sum"]
+    proto = onnx.ModelProto()
+    proto.CopyFrom(network.model.proto)
+    proto.graph.output.append(onnx.ValueInfoProto(name=tensors[0]))
+    total = run(open_session(proto), tensors, {"image": images})[0].reshape(len(images), 12, -1)
+    where = positions_of(network, len(images))["b2.second"]
+    (seen,) = network.observe(images, {"b2.second": where})
+    expected = np.stack([total[i][:, p] for i in range(len(images)) for p in where[i]])
+    np.testing.assert_allclose(seen.outputs + seen.shortcut, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("walking", [False, True])
+def test_activations_that_are_not_finite_name_the_layer(walking: bool):
+    """Inf on the way, clipped before the end: the layer that saw it is named."""
+    b = Builder()
+    x = b.node("Div", b.conv("image", 3, 8, 3, "first"), b.constant("zero", np.zeros((1, 8, 1, 1))))
+    x = b.conv(x, 8, 8, 3, "second")
+    b.classifier(b.node("Clip", x, b.constant("low", -1), b.constant("high", 1)), 8)
+    network = opened(b.model())
+    images = images_for(b.model())
+    where = positions_of(network, len(images))
+    first = network.walk(images) if walking else None
+    with pytest.raises(ModelError, match=r"NaN or Inf in the activations of layer 'second'"):
+        list(first.observe("second", where["second"]) if first else network.observe(images, where))
+
+
+# --- shortcuts
+
+
+def shortcuts(model: onnx.ModelProto) -> dict[str, str]:
+    network = opened(model)
+    found = {la.name: network.shortcut(la.name) for la in can_change(network)}
+    return {name: tensor for name, tensor in found.items() if tensor}
+
+
+def test_shortcuts_of_residual_blocks_are_found():
+    """Identity and projection, for the last convolution of each block only."""
+    assert shortcuts(networks.residual()) == {
+        "b1.second": "relu1",
+        "b2.second": "b2.short",
+        "b3.second": "b2.out",
+    }
+
+
+def test_additions_that_are_no_shortcuts_are_not_taken_for_any():
+    """A broadcast gate or map, a doubled output, a constant, an output that others read, a later tensor."""
+    assert shortcuts(networks.additions()) == {"late": "early"}
+
+
+def test_the_image_is_no_shortcut():
+    """A global skip adds the input, which decoupling never changes."""
+    assert shortcuts(networks.restorer()) == {}
+
+
+def test_an_output_read_by_a_branch_has_no_shortcut():
+    """The subgraph of an If reads it too, so the sum is not all it is for."""
+    model = networks.with_if()
+    node = next(n for n in model.graph.node if n.op_type == "If")
+    chosen = next(n for n in model.graph.node if list(n.input) == ["chosen", "last"])
+    assert chosen.op_type == "Add"
+    second = next(n for n in model.graph.node if n.output[0] == "recent")
+    second.op_type = "Add"
+    second.input.append("early")
+    assert shortcuts(model) == {"second": "early"}
+    branch = next(a.g for a in node.attribute if a.name == "else_branch")
+    branch.node[0].input[1] = "second"
+    assert shortcuts(model) == {}
+
+
+# --- walking
+
+
+def test_a_walk_without_replacement_reproduces_the_outputs(model: onnx.ModelProto, images: np.ndarray):
+    """Cut at every layer, the network computes what it computes in one piece."""
+    network = opened(model)
+    walk = network.walk(images)
+    for name, where in positions_of(network, len(images)).items():
+        list(walk.observe(name, where))
+    assert_same(walk.outputs(), network.run(images), 1e-5)
+
+
+def test_a_walk_sees_what_the_network_sees(model: onnx.ModelProto, images: np.ndarray):
+    """Patches and shortcuts of an unchanged network are those that observe() yields."""
+    network = opened(model)
+    positions = positions_of(network, len(images))
+    expected = {seen.layer: seen for seen in network.observe(images, positions)}
+    walk = network.walk(images)
+    for name, where in positions.items():
+        (seen,) = walk.observe(name, where)
+        np.testing.assert_allclose(seen.patches, expected[name].patches, atol=1e-4)
+        assert (seen.shortcut is None) == (expected[name].shortcut is None)
+        if seen.shortcut is not None:
+            np.testing.assert_allclose(seen.shortcut, expected[name].shortcut, atol=1e-4)
+
+
+def test_a_walk_with_full_rank_factorizations_is_lossless(model: onnx.ModelProto, images: np.ndarray):
+    """Every layer replaced by its exact expansion: the outputs stay."""
+    network = opened(model)
+    walk = network.walk(images)
+    for layer in can_change(network):
+        list(walk.observe(layer.name, np.zeros((len(images), 1), int)))
+        walk.replace(layer.name, full_rank(layer))
+    assert_same(walk.outputs(), network.run(images))
+
+
+def test_a_walk_ends_at_the_decoupled_network(model: onnx.ModelProto, images: np.ndarray):
+    """What the walk computes with lossy stages is what the written model computes."""
+    network = opened(model)
+    walk = network.walk(images)
+    chosen = {la.name: low_rank(la) for la in can_change(network)}
+    for name, factorization in chosen.items():
+        list(walk.observe(name, np.zeros((len(images), 1), int)))
+        walk.replace(name, factorization)
+    found = walk.outputs()
+    assert_same(found, network.run_model(network.decoupled(chosen), images))
+    assert not np.allclose(found[0], network.run(images)[0], atol=1e-3)
+
+
+def test_a_walk_may_skip_layers_and_dead_nodes():
+    """Observing only the last layer runs everything before it; nodes nobody reads do no harm."""
+    model = networks.half_precision()  # is not folded, so dead nodes stay
+    model.graph.node.insert(0, onnx.helper.make_node("Relu", ["image"], ["dead"], name="dead"))
+    network = opened(model)
+    images = images_for(model)
+    walk = network.walk(images)
+    list(walk.observe("before", np.zeros((len(images), 1), int)))
+    list(walk.observe("after", np.zeros((len(images), 1), int)))
+    assert_same(walk.outputs(), network.run(images), 1e-3)
+
+
+def test_a_walk_spills_to_disk(monkeypatch: pytest.MonkeyPatch):
+    """What memory should not hold is held in files, and the outputs stay."""
+    monkeypatch.setattr("netdecouple.frontends.onnx.network.ArrayStore", lambda: ArrayStore(limit=10_000))
+    network = opened(networks.residual())
+    images = images_for(networks.residual(), 40)
+    walk = network.walk(images)
+    for name, where in positions_of(network, 40).items():
+        list(walk.observe(name, where))
+    assert_same(walk.outputs(), network.run(images), 1e-5)
+
+
+def test_a_walk_holds_live_tensors_only():
+    """After every step the store holds what the rest of the network reads, and nothing else."""
+    network = opened(networks.residual())
+    images = images_for(networks.residual())
+    walk = network.walk(images)
+    list(walk.observe("b1.second", np.zeros((len(images), 1), int)))
+    assert sorted(walk._live) == ["relu1", "relu3"]
+    assert len(walk._store) == 2
+
+
+# --- decoupling
+
+
+def decoupled(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None, **options):
+    network = opened(model)
+    chosen = {la.name: low_rank(la) for la in can_change(network)}
+    return network, network.decoupled(chosen, metadata=metadata, **options)
+
+
+def test_decoupled_keeps_the_interface(model: onnx.ModelProto):
+    """Inputs, outputs, dynamic axes, opset and metadata; new metadata is added."""
+    _, new = decoupled(model, {"netdecouple.version": "1", "classes": "eleven"})
+    onnx.checker.check_model(new, full_check=True)
+    for field in ("input", "output"):
+        given, found = getattr(model.graph, field), getattr(new.graph, field)
+        assert list(found) == list(given)[: len(found)]
+    assert [v.name for v in new.graph.input] == ["image"]
+    assert list(new.opset_import) == list(model.opset_import)
+    metadata = {entry.key: entry.value for entry in new.metadata_props}
+    assert metadata == {"classes": "eleven", "licence": "none", "netdecouple.version": "1"}
+
+
+@pytest.mark.parametrize("form", ["parallel", "gather"])
+def test_decoupled_computes_the_factorizations(model: onnx.ModelProto, images: np.ndarray, form):
+    """The written network is the network with each layer's composed kernel, in both forms."""
+    network, new = decoupled(model, form=form)
+    kernels = {}
+    for layer in can_change(network):
+        factorization = low_rank(layer)
+        kernels[layer.name] = (factorization.dense(), factorization.bias)
+    assert_same(network.run_model(new, images), network.run(images, kernels))
+
+
+def test_decoupled_changes_only_the_layers_named():
+    """Every other node is as it was, and weights nobody reads any more are dropped."""
+    network = opened(networks.classifier())
+    before = network.model.proto.SerializeToString(deterministic=True)
+    layer = network.layers[1]
+    new = network.decoupled({layer.name: low_rank(layer)})
+    assert network.model.proto.SerializeToString(deterministic=True) == before
+    kept = [n for n in new.graph.node if not n.name.startswith(f"{layer.name}/")]
+    assert kept == [n for n in network.model.proto.graph.node if n.output[0] != "bn2"]
+    read = {t for n in new.graph.node for t in n.input}
+    assert {t.name for t in new.graph.initializer} <= read
+
+
+def test_a_shared_weight_stays_for_the_layer_that_keeps_it():
+    """Two layers read one initializer; decoupling one leaves it in place for the other."""
+    network = opened(networks.shared_weight())
+    images = images_for(networks.shared_weight())
+    layers = {la.name: la for la in network.layers}
+    for name in ("one", "two"):
+        new = network.decoupled({name: full_rank(layers[name])})
+        assert "shared.weight" in {t.name for t in new.graph.initializer}
+        assert_same(network.run_model(new, images), network.run(images))
+    both = network.decoupled({name: full_rank(layers[name]) for name in ("one", "two")})
+    assert "shared.weight" not in {t.name for t in both.graph.initializer}
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
+def test_decoupled_models_keep_their_opset(opset: int):
+    """And run at it, losslessly at full rank."""
+    network = opened(networks.classifier(opset))
+    images = images_for(networks.classifier())
+    new = network.decoupled({la.name: full_rank(la) for la in can_change(network)})
+    assert [(o.domain, o.version) for o in new.opset_import] == [("", opset)]
+    onnx.checker.check_model(new, full_check=True)
+    assert_same(network.run_model(new, images), network.run(images))
+
+
+def test_decoupled_networks_take_any_batch_and_size():
+    """Dynamic axes stay dynamic in what they compute, not only in what they declare."""
+    _, new = decoupled(networks.restorer())
+    session = open_session(new)
+    for shape in [(1, 3, 6, 6), (3, 3, 9, 17)]:
+        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        restored, mask = run(session, None, {"image": images})
+        assert restored.shape == shape
+        assert mask.shape == (shape[0], 1, 2 * shape[2], 2 * shape[3])
+
+
+def test_a_decoupled_network_can_be_read_again():
+    """Its layers are depthwise and pointwise now, and none is offered for decoupling twice."""
+    network, new = decoupled(networks.classifier())
+    again = OnnxNetwork(read_model(new), images_for(networks.classifier()))
+    assert can_change(again) == []
+    assert again.fingerprint != network.fingerprint

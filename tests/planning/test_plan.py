@@ -1,0 +1,76 @@
+"""Plans round-trip through JSON, and anything that is not a plan is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from netdecouple.errors import PlanError
+from netdecouple.planning.plan import VERSION, LayerPlan, Plan
+
+LAYER = LayerPlan("a/b", "Conv", "nd-dp", "", 7, (3, 0, 4), 0.01, 900, 300, 90, 30, 0.05, 0.002)
+KEPT = LayerPlan("fc", "Gemm", "kept", "fully connected layer", 0, (), 0.0, 100, 100, 110, 110, 0.0, 0.0)
+PLAN = Plan(VERSION, "ab12", "cd34", 100, 0, "kl", False, False, "50% MACs", (LAYER, KEPT))
+
+
+def test_a_plan_comes_back_equal_and_as_the_same_text() -> None:
+    text = PLAN.to_json()
+    assert Plan.from_json(text) == PLAN
+    assert Plan.from_json(text).to_json() == text
+
+
+def test_a_plan_adds_its_layers_up() -> None:
+    assert (PLAN.macs_before, PLAN.macs) == (1000, 400)
+    assert (PLAN.parameters_before, PLAN.parameters) == (200, 140)
+    assert PLAN.predicted_loss == 0.002
+    assert [la.changed for la in PLAN.layers] == [True, False]
+
+
+def test_a_plan_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PLAN.seed = 1  # type: ignore[misc]
+
+
+def changed(**values: object) -> str:
+    return json.dumps(json.loads(PLAN.to_json()) | values)
+
+
+def layer(**values: object) -> str:
+    rows = json.loads(PLAN.to_json())["layers"]
+    return changed(layers=[rows[0] | values, rows[1]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a plan"),
+        ("{", "not a plan"),
+        ("[1, 2]", "not a plan"),
+        ("{}", "not a plan"),
+        ("[" * 100_000, "not a plan"),
+        (changed(version=99), "version 99"),
+        (changed(extra=1), "fields"),
+        (changed(samples="100"), "'samples' must be int"),
+        (changed(samples=True), "'samples' must be int"),
+        (changed(samples=-1), "not negative"),
+        (changed(layers={}), "'layers' must be a list"),
+        (changed(layers=[1]), "fields"),
+        (layer(ranks=[1.5]), "'ranks' must be int"),
+        (layer(ridge="x"), "'ridge' must be float"),
+        (layer(ridge=float("nan")), "finite"),
+        (layer(terms=None), "'terms' must be int"),
+    ],
+)
+def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_json(text, "plan.json")
+    assert "\n" not in str(caught.value)
+    assert "plan.json" in str(caught.value)
+
+
+def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"nowhere\.json"):
+        Plan.load(tmp_path / "nowhere.json")

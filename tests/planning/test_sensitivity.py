@@ -1,0 +1,51 @@
+"""Divergences between outputs, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from netdecouple.planning.sensitivity import (
+    agreement,
+    divergence,
+    log_probabilities,
+    loss_kind,
+    relative_error,
+)
+
+
+def test_kl_is_the_textbook_formula_on_logits_and_on_probabilities() -> None:
+    p, q = np.array([[0.7, 0.2, 0.1]]), np.array([[0.5, 0.25, 0.25]])
+    expected = (p * np.log(p / q)).sum()
+    assert divergence([p], [q], "kl") == pytest.approx(expected)
+    assert divergence([np.log(p) + 3], [np.log(q) - 50], "kl") == pytest.approx(expected)
+
+
+def test_kl_survives_logits_that_overflow_exp() -> None:
+    assert np.isfinite(divergence([np.array([[1e4, -1e4]])], [np.array([[-1e4, 1e4]])], "kl"))
+    assert log_probabilities(np.array([[1e4, 0.0]]))[0, 0] == 0
+
+
+def test_relative_error_is_in_units_of_the_original_variance() -> None:
+    a = np.array([1.0, 2, 3, 4])
+    assert relative_error(a, a) == 0
+    assert relative_error(a, np.full(4, a.mean())) == pytest.approx(1)
+    assert relative_error(a, a[:3]) == 1.0
+    assert np.isfinite(relative_error(np.zeros(3), np.zeros(3)))
+
+
+def test_several_outputs_weigh_alike() -> None:
+    a, b = np.array([0.0, 2]), np.array([1.0, 1])
+    assert divergence([a, a * 100], [b, a * 100], "relative") == pytest.approx(0.5)
+
+
+def test_a_single_table_of_scores_is_taken_for_a_classifier() -> None:
+    assert loss_kind([np.zeros((5, 10))]) == "kl"
+    assert loss_kind([np.zeros((5, 1))]) == "relative"
+    assert loss_kind([np.zeros((5, 3, 8, 8))]) == "relative"
+    assert loss_kind([np.zeros((5, 10)), np.zeros((5, 4))]) == "relative"
+
+
+def test_agreement_is_the_share_of_equal_choices() -> None:
+    a, b = np.eye(4), np.eye(4)[[0, 1, 3, 2]]
+    assert agreement(a, b) == 0.5

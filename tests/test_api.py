@@ -1,0 +1,141 @@
+"""The whole job on the network that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import netdecouple
+from netdecouple import Plan, Result, Settings
+from netdecouple.api import evaluate, inspect
+from netdecouple.errors import BudgetError, CalibrationError, PlanError
+
+DEMO = Path(netdecouple.__file__).parent / "demo"
+MODEL, CALIB, LABELS = DEMO / "digits.onnx", f"{DEMO / 'digits.npz'}:calib", f"{DEMO / 'digits.npz'}:images,labels"
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200)
+
+
+def test_the_budget_holds_and_accuracy_stays(result: Result, tmp_path: Path) -> None:
+    """Three times fewer MACs; at most a point is lost on 1,000 images no fit has seen."""
+    assert result.report.macs_before / result.report.macs >= 3.0
+    result.save(tmp_path / "faster.onnx")
+    before, after = evaluate([MODEL, tmp_path / "faster.onnx"], LABELS)
+    assert before.top1 == 0.986
+    assert after.top1 >= before.top1 - 0.01
+    assert after.same_class is not None
+    assert after.same_class >= 0.98
+
+
+def test_the_report_lists_every_layer_and_counts_what_the_new_file_has(result: Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "faster.onnx")
+    new = inspect(tmp_path / "faster.onnx")
+    assert sum(layer.macs for layer in new.layers) == result.report.macs
+    assert sum(layer.parameters for layer in new.layers) == result.report.parameters
+    assert [layer.family for layer in result.report.layers] == ["kept", *["nd-dp"] * 5, "kept"]
+    assert [layer.reason for layer in result.report.layers if layer.family == "kept"] == [
+        "reads a single channel",
+        "fully connected layer",
+    ]
+
+
+def test_the_prediction_is_of_the_right_size(result: Result) -> None:
+    agreement = result.report.agreement
+    assert agreement is not None
+    assert agreement.images == 40
+    assert agreement.predicted / 5 < agreement.divergence < agreement.predicted * 5
+    assert agreement.same_class is not None
+    assert 0.9 <= agreement.same_class <= 1
+
+
+def test_the_saved_file_computes_the_plans_own_arithmetic(result: Result) -> None:
+    assert 0 <= result.report.difference < 1e-5
+
+
+def test_the_same_call_gives_the_same_bytes(result: Result) -> None:
+    again = netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200)
+    assert again.plan == result.plan
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+def test_a_saved_plan_gives_the_same_network(result: Result) -> None:
+    plan = Plan.from_json(result.plan.to_json())
+    applied = netdecouple.apply_plan(MODEL, plan, CALIB)
+    assert applied.plan == result.plan
+    assert applied.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+def test_the_plan_travels_in_the_models_metadata(result: Result) -> None:
+    metadata = {entry.key: entry.value for entry in result.model.metadata_props}
+    assert metadata["netdecouple.version"] == netdecouple.__version__
+    assert Plan.from_json(metadata["netdecouple.plan"]) == result.plan
+
+
+def test_another_seed_or_other_images_are_another_matter(result: Result) -> None:
+    with pytest.raises(PlanError, match="other calibration images"):
+        images = np.random.default_rng(0).random((200, 1, 32, 32), np.float32)
+        netdecouple.apply_plan(MODEL, result.plan, images)
+
+
+def test_fitting_to_inputs_beats_the_published_method_by_far() -> None:
+    """At no more MACs than the paper's own procedure (data-free, one T)."""
+    images = np.load(DEMO / "digits.npz")["calib"][:100]
+    paper = netdecouple.decouple(MODEL, CALIB, macs="2x", samples=100, settings=Settings(data_free=True, uniform_rank=True))
+    share = paper.report.macs / paper.report.macs_before
+    aware = netdecouple.decouple(MODEL, images[..., 0].astype(np.float32)[:, None] / 255, macs=share, samples=100)
+    assert aware.report.macs <= paper.report.macs
+    assert paper.report.agreement is not None
+    assert aware.report.agreement is not None
+    assert aware.report.agreement.divergence < 0.1 * paper.report.agreement.divergence
+
+
+def test_the_published_method_has_one_rank_and_keeps_the_first_layer() -> None:
+    paper = netdecouple.decouple(MODEL, macs="2x", settings=Settings(data_free=True, uniform_rank=True))
+    ranks = {rank for row in paper.plan.layers for rank in row.ranks}
+    assert len(ranks) == 1
+    assert paper.plan.layers[0].family == "kept"
+    assert paper.report.agreement is None  # there was nothing to compare on
+
+
+def test_a_budget_in_parameters_holds_too() -> None:
+    result = netdecouple.decouple(MODEL, CALIB, macs="60%", parameters="40%", samples=60)
+    assert result.report.parameters <= 0.4 * result.report.parameters_before
+    assert result.report.macs <= 0.6 * result.report.macs_before
+
+
+def test_the_smallest_network_within_a_drop_is_found() -> None:
+    result = netdecouple.decouple(MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100)
+    assert result.report.accuracy is not None
+    before, after = result.report.accuracy
+    assert after >= before - 0.01 - 1e-9
+    assert result.report.macs_before / result.report.macs > 3
+
+
+def test_the_original_is_never_changed() -> None:
+    model = onnx.load(MODEL)
+    before = model.SerializeToString(deterministic=True)
+    netdecouple.decouple(model, CALIB, macs="2x", samples=40)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"macs": "30x"}, BudgetError, r"the least this network can have is \d"),
+        ({}, BudgetError, "give either a budget"),
+        ({"max_drop": 1.0}, BudgetError, "--labels"),
+        ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give either"),
+        ({"macs": "2x", "calib": None}, CalibrationError, "--calib"),
+        ({"macs": "2x", "calib": np.zeros((20, 3, 32, 32), np.float32)}, CalibrationError, r"expected .*1, 32, 32"),
+        ({"macs": "2x", "calib": np.zeros((5, 1, 32, 32), np.float32)}, CalibrationError, "too few"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        netdecouple.decouple(MODEL, **({"calib": CALIB, "samples": 40} | arguments))

@@ -1,0 +1,94 @@
+"""Applying a plan: linear in depth, and each layer makes up for the ones before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import netdecouple
+from netdecouple import Settings
+from netdecouple.application import apply
+from netdecouple.families import Problem, decoupling
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork, OnnxWalk
+from netdecouple.frontends.storage import ArrayStore
+from netdecouple.planning.analysis import analyze
+from netdecouple.planning.cost import Budget, Macs
+from netdecouple.planning.sensitivity import divergence
+from netdecouple.planning.solve import make_plan
+from netdecouple.sampling import Inputs, SplitMoments, sample_positions
+from tests.test_api import DEMO, MODEL
+
+
+@pytest.fixture(scope="module")
+def pieces() -> tuple:
+    images = np.load(DEMO / "digits.npz")["calib"][:100].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    network = OnnxNetwork(read_model(MODEL), images)
+    inputs = Inputs.split(images, 0)
+    analysis = analyze(network, inputs, Settings())
+    return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
+
+
+def test_every_node_of_the_network_runs_once_per_batch_on_the_walk(pieces: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the depth, walking costs one forward pass, not one per layer (DESIGN §4, cost of applying)."""
+    network, inputs, plan = pieces
+    seen: list[str] = []
+    segment = OnnxWalk._segment
+
+    def record(walk: OnnxWalk, nodes: list, *others: object) -> object:
+        seen.extend(node.output[0] for node in nodes)
+        return segment(walk, nodes, *others)
+
+    monkeypatch.setattr(OnnxWalk, "_segment", record)
+    applied = apply(network, inputs, plan)
+    assert len(applied.factorizations) == 5
+    assert len(seen) == len(set(seen))
+
+
+def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
+    """Fitting on what the decoupled network feeds a layer beats fitting each layer on its own."""
+    network, inputs, plan = pieces
+    applied = apply(network, inputs, plan)
+    layers = {layer.name: layer for layer in network.layers}
+    positions = {name: sample_positions(layers[name], 100, 0) for name in applied.factorizations}
+    moments = {name: SplitMoments.empty(layers[name], inputs) for name in positions}
+    for seen in network.observe(inputs.images, positions):
+        moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
+    alone = {}
+    for row in applied.plan.layers:
+        if row.changed:
+            layer = layers[row.name]
+            problem = Problem.of(layer.geometry, layer.weight, moments[row.name].fitted)
+            alone[row.name] = decoupling.fit(problem.regularized(row.ridge), np.array(row.ranks))
+    original = network.run(inputs.held_back)
+    together, separately = (
+        network.run_model(network.decoupled(f), inputs.held_back) for f in (applied.factorizations, alone)
+    )
+    assert divergence(original, together, "kl") < 0.8 * divergence(original, separately, "kl")
+
+
+def test_measured_errors_are_those_of_layers_fitted_at_all(pieces: tuple) -> None:
+    network, inputs, plan = pieces
+    applied = apply(network, inputs, plan)
+    assert set(applied.errors) == set(applied.factorizations)
+    assert all(0 < e < 1 for e in applied.errors.values())
+    assert all(row.ranks and row.ridge for row in applied.plan.layers if row.changed)
+    assert all(sum(row.ranks) == row.terms for row in applied.plan.layers if row.changed)
+
+
+def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:
+    store = ArrayStore(limit=100)
+    small, large = np.arange(10.0), np.arange(1000.0)
+    store["small"], store["large"] = small, large
+    np.testing.assert_array_equal(store["small"], small)
+    np.testing.assert_array_equal(store["large"], large)
+    store["small"] = large  # replaced by something too big to hold
+    np.testing.assert_array_equal(store["small"], large)
+    store.pop("large")
+    assert "large" not in store
+    assert len(store) == 1
+    store.pop("large")  # forgetting twice is no error
+
+
+def test_importing_the_package_has_no_side_effects() -> None:
+    assert set(netdecouple.__all__) <= set(dir(netdecouple))
