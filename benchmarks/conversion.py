@@ -1,6 +1,6 @@
 """Time and memory of converting a VGG16-shaped network at 224 × 224 (random weights). Prints a table.
 
-    python benchmarks/conversion.py            # 256 images, half the MACs
+python benchmarks/conversion.py            # 256 images, half the MACs
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 def vgg16(seed: int = 0) -> onnx.ModelProto:
-    """VGG16 (Simonyan and Zisserman 2015, configuration D) with weights drawn as He et al. (2015) initialise."""
+    """VGG16 (Simonyan and Zisserman 2015, configuration D) with He et al. (2015) weights."""
     rng = np.random.default_rng(seed)
     nodes, weights, x, n_i = [], [], "input", 3
 
@@ -42,13 +42,17 @@ def vgg16(seed: int = 0) -> onnx.ModelProto:
         for index, n_o in enumerate(widths):
             name = f"conv{stage + 1}_{index + 1}"
             inputs = [x, constant(f"{name}.weight", n_o, n_i, 3, 3), constant(f"{name}.bias", n_o)]
-            x = node("Relu", [node("Conv", inputs, name, kernel_shape=[3, 3], pads=[1, 1, 1, 1])], f"{name}.relu")
+            x = node(
+                "Relu", [node("Conv", inputs, name, kernel_shape=[3, 3], pads=[1, 1, 1, 1])], f"{name}.relu"
+            )
             n_i = n_o
         x = node("MaxPool", [x], f"pool{stage + 1}", kernel_shape=[2, 2], strides=[2, 2])
     x, width = node("Flatten", [x], "flatten"), 512 * 49
     for index, n_o in enumerate((4096, 4096, 1000)):
         name = f"fc{index + 6}"
-        x = node("Gemm", [x, constant(f"{name}.weight", n_o, width), constant(f"{name}.bias", n_o)], name, transB=1)
+        x = node(
+            "Gemm", [x, constant(f"{name}.weight", n_o, width), constant(f"{name}.bias", n_o)], name, transB=1
+        )
         x, width = (node("Relu", [x], f"{name}.relu") if index < 2 else x), n_o
     graph = helper.make_graph(
         nodes,
@@ -61,7 +65,7 @@ def vgg16(seed: int = 0) -> onnx.ModelProto:
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
-    """Random images (n, 3, 224, 224) with the spectrum of natural ones: power falls with frequency squared."""
+    """Random images (n, 3, 224, 224) as smooth as natural ones: power falls with frequency squared."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None])
     frequency[0, 0] = np.inf
@@ -82,7 +86,17 @@ def main(
         model, data, output = (Path(folder) / name for name in ("vgg16.onnx", "images.npy", "faster.onnx"))
         onnx.save_model(vgg16(), model)
         np.save(data, pictures(images))
-        command = [sys.executable, "-m", "netdecouple", "run", str(model), "-o", str(output), "--calib", str(data)]
+        command = [
+            sys.executable,
+            "-m",
+            "netdecouple",
+            "run",
+            str(model),
+            "-o",
+            str(output),
+            "--calib",
+            str(data),
+        ]
         start = time.perf_counter()
         done = subprocess.run([*command, "--macs", macs, "--samples", str(images)], check=False)
         seconds = time.perf_counter() - start

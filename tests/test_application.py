@@ -51,7 +51,7 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
     applied = apply(network, inputs, plan)
     layers = {layer.name: layer for layer in network.layers}
     positions = {name: sample_positions(layers[name], 100, 0) for name in applied.factorizations}
-    moments = {name: SplitMoments.empty(layers[name], inputs) for name in positions}
+    moments = {name: SplitMoments(layers[name], inputs) for name in positions}
     for seen in network.observe(inputs.images, positions):
         moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
     alone = {}

@@ -80,7 +80,7 @@ def _apply_asymmetric(
             continue
         layer = layers[row.name]
         assert layer.geometry is not None
-        own = SplitMoments.empty(layer, inputs)
+        own = SplitMoments(layer, inputs)
         for seen in walk.observe(layer.name, targets.positions[layer.name]):
             wanted = targets.of(layer.name, seen.images)
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)

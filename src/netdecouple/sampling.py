@@ -60,36 +60,53 @@ def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
     return edges[:-1] + (rng.random((images, p)) * np.diff(edges)).astype(np.int64)
 
 
-@dataclass(frozen=True)
 class SplitMoments:
-    """Moments of one layer on the images fitted on, and on those held back."""
+    """Moments of one layer on the images fitted on, and on those held back.
 
-    inputs: Inputs
-    fitted: Moments
-    held_back: Moments
+    Samples are gathered until there are as many as unknowns: one product of tall matrices costs far
+    less than many of flat ones, and what waits never takes more memory than the moments themselves.
+    """
 
-    @classmethod
-    def empty(cls, layer: Layer, inputs: Inputs) -> SplitMoments:
-        """Moments of no samples, of the layer's size."""
+    def __init__(self, layer: Layer, inputs: Inputs) -> None:
         g = layer.geometry
         assert g is not None
-        shape = (g.groups, g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups)
-        return cls(inputs, Moments.empty(*shape), Moments.empty(*shape))
+        self._cut = inputs.fitted
+        self._size = g.n_i // g.groups * g.kh * g.kw
+        shape = (g.groups, self._size, g.n_o // g.groups)
+        self._sides = (Moments.empty(*shape), Moments.empty(*shape))
+        self._waiting: tuple[list[tuple[Array, Array]], ...] = ([], [])
 
     @staticmethod
     def nbytes(layer: Layer) -> int:
-        """Memory that a layer's moments take."""
+        """Memory that a layer's moments take, waiting samples included."""
         g = layer.geometry
         assert g is not None
-        d = g.n_i // g.groups * g.kh * g.kw
-        return 2 * 8 * g.groups * d * (d + g.n_o // g.groups)
+        d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
+        return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
+
+    @property
+    def fitted(self) -> Moments:
+        """Moments to fit on."""
+        return self._flushed(0)
+
+    @property
+    def held_back(self) -> Moments:
+        """Moments that no fit has seen."""
+        return self._flushed(1)
 
     def add(self, batch: slice, x: Array, y: Array) -> None:
         """Add a batch of images' samples, x (n · p, groups, d) and y (n · p, n_o), each to its own side."""
         y = y.reshape(len(x), x.shape[1], -1)
         images = batch.stop - batch.start
-        cut = int(np.clip(self.inputs.fitted - batch.start, 0, images)) * len(x) // images
-        if cut:
-            self.fitted.add(x[:cut], y[:cut])
-        if cut < len(x):
-            self.held_back.add(x[cut:], y[cut:])
+        cut = int(np.clip(self._cut - batch.start, 0, images)) * len(x) // images
+        for side, rows in enumerate((slice(0, cut), slice(cut, len(x)))):
+            self._waiting[side].append((x[rows], y[rows]))
+            if sum(len(waiting) for waiting, _ in self._waiting[side]) >= self._size:
+                self._flushed(side)
+
+    def _flushed(self, side: int) -> Moments:
+        waiting = self._waiting[side]
+        if sum(len(x) for x, _ in waiting):
+            self._sides[side].add(*(np.concatenate(parts) for parts in zip(*waiting, strict=True)))
+        waiting.clear()
+        return self._sides[side]

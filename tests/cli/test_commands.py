@@ -336,7 +336,7 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", "from netdecouple.cli import main; main()", *arguments],
         cwd=folder,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -347,7 +347,7 @@ def long_run(folder: Path) -> list[str]:
     """Arguments of a run that takes seconds, so that a signal finds it at work."""
     b = networks.Builder()
     x = b.conv("image", 3, 64, 3, "first")
-    for index in range(6):
+    for index in range(12):
         x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
     b.classifier(x, 64)
     onnx.save(b.model(), folder / "net.onnx")
@@ -372,7 +372,8 @@ def test_an_interrupted_run_says_so(folder: Path, long_run: list[str]):
     """Ctrl-C: exit code 130, one line, no output, no temporary files."""
     before = set(folder.rglob("*"))
     process = started(folder, *long_run)
-    time.sleep(2.0)
+    assert process.stdout is not None
+    assert "Budgets that can be met" in process.stdout.readline()  # then it is at work
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, "interrupted: nothing was written\n")

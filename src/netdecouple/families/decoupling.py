@@ -12,6 +12,7 @@ the input channels in the metric of the layer's own inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,9 +119,9 @@ def fit(
 ) -> Factorization:
     """Fit depthwise and pointwise stages with ``ranks`` (n_i,) terms per input channel.
 
-    Terms start from the slices' own spectra (``start``, if it is known already); the pointwise stage is refitted to all of them
-    together; block coordinate descent then improves both. The error never rises on the way. Every
-    group has the same number of terms in all.
+    Terms start from the slices' own spectra (``start``, if it is known already); the pointwise stage
+    is refitted to all of them together; block coordinate descent then improves both. The error never
+    rises on the way. Every group has the same number of terms in all.
     """
     g = problem.geometry
     per_group = ranks.reshape(g.groups, -1)
@@ -183,23 +184,29 @@ def _stack(filters: Array, ranks: IntArray) -> Array:
     return np.concatenate([f[:r] for f, r in zip(filters, ranks, strict=True)])
 
 
-def _matrix(filters: Array, ranks: IntArray) -> Array:
-    """The depthwise stage as one matrix (d, R): block diagonal, a filter per column."""
-    k = filters.shape[1]
-    channels = np.repeat(np.arange(len(ranks)), ranks)
-    matrix = np.zeros((len(ranks) * k, len(filters)))
-    matrix[channels[:, None] * k + np.arange(k), np.arange(len(filters))[:, None]] = filters
-    return matrix
+def _blocks(ranks: IntArray, k: int) -> Iterator[tuple[slice, slice]]:
+    """For every channel with terms: where its taps stand among all taps, and its terms among all terms."""
+    ends = np.cumsum(ranks)
+    for i in np.flatnonzero(ranks):
+        yield slice(i * k, i * k + k), slice(ends[i] - ranks[i], ends[i])
+
+
+def _depthwise(matrix: Array, filters: Array, ranks: IntArray) -> Array:
+    """What the depthwise stage makes of a matrix with a column per tap: (·, d) → (·, R)."""
+    seen = np.empty((len(matrix), len(filters)))
+    for taps, terms in _blocks(ranks, filters.shape[1]):
+        seen[:, terms] = matrix[:, taps] @ filters[terms].T
+    return seen
 
 
 def _refit_pointwise(metric: Array, target: Array, filters: Array, ranks: IntArray) -> Array:
     """Least squares for all pointwise columns together: (m, R)."""
-    depthwise = _matrix(filters, ranks)
-    seen = metric @ depthwise
-    gram = depthwise.T @ seen
+    seen = _depthwise(metric, filters, ranks)
+    gram = _depthwise(np.ascontiguousarray(seen.T), filters, ranks)
     gram.flat[:: len(gram) + 1] *= 1 + 1e-10
     gram.flat[:: len(gram) + 1] += np.finfo(float).tiny ** 0.5
-    return scipy.linalg.solve(gram, (target @ seen).T, assume_a="pos", check_finite=False).T  # type: ignore[no-any-return]
+    columns: Array = scipy.linalg.solve(gram, (target @ seen).T, assume_a="pos", check_finite=False).T
+    return columns
 
 
 def _descend(
@@ -215,7 +222,9 @@ def _descend(
     factors = _block_factors(metric, k)
     inverses = np.linalg.inv(factors)
     ends = np.cumsum(ranks)
-    rest = target - points @ _matrix(filters, ranks).T  # W* − Ŵ
+    rest = target.copy()  # W* − Ŵ
+    for taps, terms in _blocks(ranks, k):
+        rest[:, taps] -= points[:, terms] @ filters[terms]
     filters, points = filters.copy(), points.copy()
     error = np.einsum("md,md->", rest @ metric, rest)
     for _ in range(sweeps):

@@ -129,7 +129,7 @@ def _weigh(
         return
     for group in _in_groups(layers):
         positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in group}
-        moments = {la.name: SplitMoments.empty(la, inputs) for la in group}
+        moments = {la.name: SplitMoments(la, inputs) for la in group}
         for seen in network.observe(inputs.images, positions):
             moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
             progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))

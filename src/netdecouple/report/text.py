@@ -85,7 +85,8 @@ def short_name(name: str, width: int = 26) -> str:
 
 
 def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    look = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    table = Table(title=title, pad_edge=False, **look)  # type: ignore[arg-type]
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("layer", "note"))
     return table
@@ -197,8 +198,10 @@ def scores_table(scores: Sequence[Score]) -> Table:
 
 def timing_table(names: Sequence[str], timings: Sequence[Timing]) -> Table:
     """Times side by side, and how many times faster than the first."""
-    columns = ("median ms", "quartiles", "speed")
-    table = _table("ONNX Runtime, one image, one thread", ("network", "left"), *((c, "right") for c in columns))
+    title = "ONNX Runtime, one image, one thread"
+    table = _table(
+        title, ("network", "left"), ("median ms", "right"), ("quartiles", "right"), ("speed", "right")
+    )
     for name, time in zip(names, timings, strict=True):
         speed = f"{timings[0].median / time.median:.2f}×"
         table.add_row(name, f"{time.median:.3f}", f"{time.lower:.3f}–{time.upper:.3f}", speed)

@@ -73,7 +73,9 @@ def test_read_takes_external_data(tmp_path: Path):
         size_threshold=0,
     )
     assert (tmp_path / "net.data").exists()
-    assert read_model(tmp_path / "net.onnx").fingerprint == read_model(networks.classifier()).fingerprint
+    beside, inside = read_model(tmp_path / "net.onnx"), read_model(networks.classifier())
+    assert beside.fingerprint == inside.fingerprint
+    assert beside.proto == inside.proto
 
 
 def test_read_leaves_the_proto_as_it_is(network_maker):
@@ -397,6 +399,13 @@ def test_dynamic_size_with_strided_same_padding_is_kept():
     layers = layers_of(b.model([("two", ("N", 8, "H", "W"))], ("N", 3, "H", "W")))
     assert layers["one"].reason == ""
     assert "SAME_LOWER" in layers["two"].reason
+
+
+def test_negative_padding_is_kept():
+    """Pads below zero cut pixels away; ONNX Runtime takes them."""
+    b = Builder()
+    b.classifier(b.conv("image", 3, 8, 3, "cropped", pads=[1, 1, -1, 1]), 8)
+    assert layers_of(b.model())["cropped"].reason == "negative padding"
 
 
 def test_nodes_without_names_are_named_after_their_outputs():

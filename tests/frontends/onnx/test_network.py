@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
@@ -221,6 +223,13 @@ def test_an_output_read_by_a_branch_has_no_shortcut():
     assert shortcuts(model) == {}
 
 
+def test_an_output_of_the_network_has_no_shortcut():
+    """What the last convolution of a block puts out is asked for itself, not only the sum."""
+    model = networks.residual()
+    model.graph.output.append(helper.make_tensor_value_info("b1.second", TensorProto.FLOAT, ("N", 8, 8, 8)))
+    assert sorted(shortcuts(model)) == ["b2.second", "b3.second"]
+
+
 # --- walking
 
 
@@ -278,6 +287,25 @@ def test_a_walk_may_skip_layers_and_dead_nodes():
     images = images_for(model)
     walk = network.walk(images)
     list(walk.observe("before", np.zeros((len(images), 1), int)))
+    list(walk.observe("after", np.zeros((len(images), 1), int)))
+    assert_same(walk.outputs(), network.run(images), 1e-3)
+
+
+def test_a_walk_takes_local_functions():
+    """Where the network is not folded, calls of its own functions stay calls."""
+    model = networks.half_precision()
+    body = helper.make_function(
+        "local", "Activate", ["x"], ["y"], [helper.make_node("Tanh", ["x"], ["y"])], list(model.opset_import)
+    )
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type, node.domain = "Activate", "local"
+    model.functions.append(body)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    network = opened(model)
+    assert {la.name for la in can_change(network)} == {"before", "after"}
+    images = images_for(model)
+    walk = network.walk(images)
     list(walk.observe("after", np.zeros((len(images), 1), int)))
     assert_same(walk.outputs(), network.run(images), 1e-3)
 
@@ -390,3 +418,27 @@ def test_a_decoupled_network_can_be_read_again():
     again = OnnxNetwork(read_model(new), images_for(networks.classifier()))
     assert can_change(again) == []
     assert again.fingerprint != network.fingerprint
+
+
+# --- pretrained networks
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["resnet20", "vgg16_cifar10"])
+def test_pretrained_networks_are_walked_and_rebuilt_without_loss(shared: Path, name: str):
+    """Folding, walking and full-rank stages keep what real networks put out."""
+    model = onnx.load(shared / "models" / f"{name}.onnx")
+    images = images_for(model, 4)
+    network = opened(model)
+    original = run(open_session(model), None, {model.graph.input[0].name: images})
+    assert_same(network.run(images), original)
+    assert_same(network.walk(images).outputs(), original)
+    small = [la for la in can_change(network) if la.weight.size < 100_000]
+    chosen = {la.name: full_rank(la) for la in small[::3]}
+    assert_same(network.run_model(network.decoupled(chosen), images), original, 1e-3)
+
+
+@pytest.mark.shared
+def test_the_shortcuts_of_resnet20_are_found(shared: Path):
+    """One for the last convolution of each of its nine blocks."""
+    assert len(shortcuts(onnx.load(shared / "models" / "resnet20.onnx"))) == 9
