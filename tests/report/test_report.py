@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from tests.planning.layers import conv, linear
 @pytest.fixture
 def report() -> Report:
     layers = {la.name: la for la in (conv("/net/conv1/Conv", 8, 16, 10), linear("fc", 16, 10))}
-    first, last = layers.values()
+    first = layers["/net/conv1/Conv"]
     rows = (
         LayerPlan(
             first.name,
@@ -44,9 +45,9 @@ def report() -> Report:
 
 
 def text(report: Report) -> str:
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=160, file=io.StringIO())
     console.print(report_table(report))
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def test_json_has_the_totals_and_every_layer(report: Report) -> None:
@@ -72,7 +73,7 @@ def test_text_says_gain_loss_and_why(report: Report) -> None:
 def test_a_layer_with_few_samples_is_pointed_out(report: Report) -> None:
     """Ten samples per unknown are wanted: 72 unknowns, 400 samples."""
     assert "400 of 720 samples wanted" in text(report)
-    assert "1 layers had fewer samples than wanted" in text(report)
+    assert "1 layer had fewer samples than wanted" in text(report)
 
 
 def test_skipped_images_and_accuracy_are_told(report: Report) -> None:

@@ -113,10 +113,9 @@ def summary(report: Report) -> list[Text]:
         lines.append(f"Accuracy    {100 * before:.1f}% → {100 * after:.1f}% top-1 on the labelled images")
     lines.append(f"Saved file  differs from the plan's own arithmetic by {report.difference:.1e} (relative)")
     short = sum(la.samples is not None and la.samples < (la.samples_wanted or 0) for la in report.layers)
+    plural = "layer had" if short == 1 else "layers had"
     if short:
-        lines.append(
-            f"Note        {short} layers had fewer samples than wanted; more calibration images help them"
-        )
+        lines.append(f"Note        {short} {plural} fewer samples than wanted; more calibration images help")
     if report.skipped:
         names = ", ".join(report.skipped[:3]) + (", …" if len(report.skipped) > 3 else "")
         lines.append(f"Skipped     {len(report.skipped)} unreadable images: {names}")

@@ -401,13 +401,6 @@ def test_dynamic_size_with_strided_same_padding_is_kept():
     assert "SAME_LOWER" in layers["two"].reason
 
 
-def test_negative_padding_is_kept():
-    """Pads below zero cut pixels away; ONNX Runtime takes them."""
-    b = Builder()
-    b.classifier(b.conv("image", 3, 8, 3, "cropped", pads=[1, 1, -1, 1]), 8)
-    assert layers_of(b.model())["cropped"].reason == "negative padding"
-
-
 def test_nodes_without_names_are_named_after_their_outputs():
     """The operator and what it puts out, which no two nodes share."""
     assert list(layers_of(networks.without_names())) == ["Conv:bn1", "Conv:bn2", "Conv:bn3", "Gemm:logits"]
