@@ -29,7 +29,9 @@ def pieces() -> tuple:
     return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
 
 
-def test_every_node_of_the_network_runs_once_per_batch_on_the_walk(pieces: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_node_of_the_network_runs_once_per_batch_on_the_walk(
+    pieces: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the depth, walking costs one forward pass, not one per layer (DESIGN §4, cost of applying)."""
     network, inputs, plan = pieces
     seen: list[str] = []

@@ -24,7 +24,7 @@ from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, reachable
 from netdecouple.report.report import Agreement, Report, Score, layer_reports
-from netdecouple.runtimes.onnxruntime import Timing, time_models
+from netdecouple.runtimes.onnxruntime import Timing, first_line, time_models
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
@@ -87,6 +87,8 @@ def decouple(
     """
     if (macs is None and parameters is None) == (max_drop is None):
         raise BudgetError("give either a budget (--macs 50%, --params 2x) or --max-drop with --labels")
+    if max_drop is not None and not max_drop >= 0:
+        raise BudgetError(f"--max-drop {max_drop}: give points of accuracy, 0 or more")
     if max_drop is not None and labels is None:
         raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
     budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
@@ -157,9 +159,7 @@ def _images(
         if size is None:
             raise CalibrationError(f"{model.origin} takes images of any size; say which with --input-size")
         # without inputs, noise tells the shapes of things
-        noise = np.random.default_rng(settings.seed).standard_normal(
-            (max(model.batch or 1, 10), channels, *size)
-        )
+        noise = np.random.default_rng(settings.seed).standard_normal((10, channels, *size))
         return Samples(noise.astype(np.float32), "noise")
     options = {
         "channels": channels,
@@ -285,13 +285,14 @@ def _check_model(model: onnx.ModelProto) -> None:
         try:
             onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
-            raise ModelError(
-                f"the decoupled model is not valid ONNX ({str(error).splitlines()[0]})"
-            ) from error
+            raise ModelError(f"the decoupled model is not valid ONNX ({first_line(error)})") from error
 
 
 def _check_file(path: Path) -> None:
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"{path.name}: not valid ONNX once written ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)

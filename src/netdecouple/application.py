@@ -37,17 +37,39 @@ def apply(network: Network, inputs: Inputs, plan: Plan, progress: Progress = qui
     Ranks and ridges that the plan already has are kept, so a plan applied twice gives the same network.
 
     Raises:
-        PlanError: the plan names other layers than the network has.
+        PlanError: the plan names other layers than the network has, or asks for what a layer cannot be.
     """
     layers = {layer.name: layer for layer in network.layers}
     if [row.name for row in plan.layers] != list(layers):
         raise PlanError("the plan is for a network of other layers; make it again for this model")
+    for row in plan.layers:
+        _check_row(row, layers[row.name])
     applied = Applied(plan, {}, {}, {})
     if plan.data_free:
         rows = [_apply_data_free(row, layers[row.name], plan.uniform_rank, applied) for row in plan.layers]
     else:
         rows = _apply_asymmetric(network, inputs, plan, layers, applied, progress)
     return replace(applied, plan=replace(plan, layers=tuple(rows)))
+
+
+def _check_row(row: LayerPlan, layer: Layer) -> None:
+    """Refuse what cannot be carried out, before any work."""
+    if not row.changed:
+        return
+    g = layer.geometry
+    if row.family != decoupling.NAME:
+        raise PlanError(f"layer {row.name!r}: unknown family {row.family!r}; make the plan again")
+    if g is None or layer.reason:
+        raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
+    most = decoupling.full_rank(g)
+    if not 1 <= row.terms <= most * g.n_i // g.groups:
+        raise PlanError(f"layer {row.name!r}: {row.terms} terms, it can have 1 to {most * g.n_i // g.groups}")
+    if row.ranks:
+        fits = len(row.ranks) == g.n_i and max(row.ranks) <= g.kh * g.kw
+        if not fits or any(np.reshape(row.ranks, (g.groups, -1)).sum(axis=1) != row.terms):
+            raise PlanError(
+                f"layer {row.name!r}: its ranks do not fit its {g.n_i} channels and {row.terms} terms"
+            )
 
 
 def _apply_data_free(row: LayerPlan, layer: Layer, uniform: bool, applied: Applied) -> LayerPlan:

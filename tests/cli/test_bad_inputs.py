@@ -135,7 +135,6 @@ def test_activations_that_are_not_finite(refused, folder: Path):
     refused(RUN, "NaN or Inf", "'second'")
 
 
-@pytest.mark.xfail(strict=True, reason="planning.analysis.analyze checks the outputs before any layer")
 def test_outputs_that_are_not_finite(refused, folder: Path):
     """Overflow between two layers that reaches the output: the layer that saw it first is named."""
     b = Builder()
@@ -423,9 +422,6 @@ def test_a_plan_with_wrong_types(refused, folder: Path, plan: dict, field: str, 
     refused(APPLY, "plan.json")
 
 
-NO_SENSE = pytest.mark.xfail(strict=True, reason="application.apply does not hold plans against the layers")
-
-
 def edit_layer(plan: dict, folder: Path, **changes: object) -> None:
     """Change the plan of its last decoupled layer."""
     row = [row for row in plan["layers"] if row["family"] != "kept"][-1]
@@ -452,7 +448,6 @@ def test_a_plan_with_layers_of_wrong_types(refused, folder: Path, plan: dict, ch
     refused(APPLY, "plan")
 
 
-@NO_SENSE
 @pytest.mark.parametrize(
     "changes",
     [
@@ -470,7 +465,6 @@ def test_a_plan_that_makes_no_sense_for_the_layer(refused, folder: Path, plan: d
     refused(APPLY, "conv3")
 
 
-@NO_SENSE
 def test_a_plan_that_changes_a_layer_that_cannot_be(refused, folder: Path, plan: dict):
     """A fully connected layer with terms."""
     plan["layers"][-1] |= {"family": "nd-dp", "terms": 3, "reason": ""}

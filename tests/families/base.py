@@ -6,6 +6,7 @@ The oracle is always the dense convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -73,7 +74,7 @@ class FamilyTests:
         problem = aware_problem(g, seed) if aware else data_free_problem(g, seed)
         errors = [error_of(problem, self.fit(problem, level)) for level in self.levels(g)]
         slack = 1e-7 * max(errors[0], problem.moments.variance)
-        assert all(b <= a + slack for a, b in zip(errors, errors[1:], strict=False)), errors
+        assert all(b <= a + slack for a, b in pairwise(errors)), errors
 
     @given(geometries(), st.integers(0, 99), st.floats(0, 1))
     @settings(INHERITED, max_examples=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_descent_improves_on_the_refit_and_never_rises() -> None:
     problem = aware_problem(ConvGeometry(16, 24, 3, 3), 0)
     ranks = nd.spectrum(problem).pooled_ranks(50)
     errors = [error_of(problem, nd.fit(problem, ranks, sweeps=n)) for n in range(5)]
-    assert all(b <= a * (1 + 1e-10) for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(b <= a * (1 + 1e-10) for a, b in pairwise(errors)), errors
     assert errors[-1] < 0.97 * errors[0]
 
 

@@ -86,7 +86,7 @@ def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Prog
     reasons = kept_reasons(layers, settings.exclude)
     open_layers = [la for la in layers if la.name not in reasons]
     original = network.run(inputs.held_back)
-    _check_outputs(original)
+    _check_outputs(network, inputs, open_layers, original)
     loss = settings.loss or loss_kind(original)
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)
@@ -169,8 +169,14 @@ def _losses(weighed: LayerCandidates, shown: Sequence[float]) -> tuple[float, ..
     return tuple(float(v) for v in np.maximum.accumulate(losses))
 
 
-def _check_outputs(outputs: Sequence[Array]) -> None:
-    if not all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f"):
-        raise ModelError(
-            "the network's outputs are NaN or Inf on the calibration images; check the preprocessing"
-        )
+def _check_outputs(
+    network: Network, inputs: Inputs, layers: Sequence[Layer], outputs: Sequence[Array]
+) -> None:
+    if all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f"):
+        return
+    positions = {la.name: sample_positions(la, len(inputs.held_back), 0) for la in layers}
+    for _ in network.observe(inputs.held_back, positions):
+        pass  # raises, with its name, at the first layer that sees or makes NaN or Inf
+    raise ModelError(
+        "the network's outputs are NaN or Inf on the calibration images; check the preprocessing"
+    )
