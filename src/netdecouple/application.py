@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from netdecouple import threads
 from netdecouple.convolution import Factorization
 from netdecouple.errors import PlanError
 from netdecouple.families import Problem, decoupling
@@ -107,10 +108,11 @@ def _apply_asymmetric(
             wanted = targets.of(layer.name, seen.images)
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
-        row = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
-        problem = problem.regularized(row.ridge)
-        row = _with_ranks(row, problem, plan.uniform_rank)
-        fitted = decoupling.fit(problem, np.array(row.ranks)).astype(np.float32)
+        with threads.for_unknowns(problem.weight.shape[2]):
+            row = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
+            regular = problem.regularized(row.ridge)
+            row = _with_ranks(row, regular, plan.uniform_rank)
+            fitted = decoupling.fit(regular, np.array(row.ranks)).astype(np.float32)
         walk.replace(layer.name, fitted)
         rows.append(row)
         applied.factorizations[layer.name] = fitted

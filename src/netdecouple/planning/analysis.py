@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from netdecouple import threads
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem, decoupling
 from netdecouple.frontends import Array, Layer, Network
@@ -123,9 +124,10 @@ def _weigh(
     if settings.data_free:
         for layer in layers:
             assert layer.geometry is not None
-            yield data_free_candidates(
-                layer.name, Problem.data_free(layer.geometry, layer.weight, layer.bias), settings.uniform_rank
-            )
+            problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+            with threads.for_unknowns(problem.weight.shape[2]):
+                weighed = data_free_candidates(layer.name, problem, settings.uniform_rank)
+            yield weighed
         return
     for group in _in_groups(layers):
         positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in group}
@@ -137,7 +139,9 @@ def _weigh(
             assert layer.geometry is not None
             own = moments.pop(layer.name)
             problem = Problem.of(layer.geometry, layer.weight, own.fitted)
-            yield candidates(layer.name, problem, own.held_back, settings.uniform_rank, probes)
+            with threads.for_unknowns(problem.weight.shape[2]):
+                weighed = candidates(layer.name, problem, own.held_back, settings.uniform_rank, probes)
+            yield weighed
 
 
 def _in_groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
