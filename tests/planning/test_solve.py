@@ -35,7 +35,7 @@ def test_the_choice_is_the_best_of_all(seed: int, depth: int, budgets: int, shar
         return
     chosen = [options[i] for options, i in zip(layers, choose(layers, limits), strict=True)]
     for b in range(budgets):
-        assert sum(o.costs[b] for o in chosen) <= limits[b] * (1 + 1e-6)
+        assert sum(o.costs[b] for o in chosen) <= limits[b] * (1 + 1e-12)
     worst = max(o.loss for options in layers for o in options)
     assert sum(o.loss for o in chosen) <= best + 1e-4 * worst
 

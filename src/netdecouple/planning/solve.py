@@ -41,19 +41,24 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     for row, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         once[row, end - size : end] = 1
     scale = np.maximum(np.abs(limits), 1)
-    solution = milp(
-        losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
-        constraints=[
-            LinearConstraint(once, 1, 1),
-            LinearConstraint(costs / scale[:, None], -np.inf, np.asarray(limits) / scale),
-        ],
-        integrality=np.ones(len(losses)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-5, "time_limit": 60.0},
-    )
-    if solution.x is None:
-        raise BudgetError("no choice of ranks meets the budget")
-    return [int(np.argmax(solution.x[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
+    for slack in (0.0, 2e-6, 1e-5):  # the solver may overshoot a limit by its tolerance of 1e-6; we may not
+        solution = milp(
+            losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
+            constraints=[
+                LinearConstraint(once, 1, 1),
+                LinearConstraint(costs / scale[:, None], -np.inf, np.asarray(limits) / scale * (1 - slack)),
+            ],
+            integrality=np.ones(len(losses)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-5, "time_limit": 60.0},
+        )
+        if solution.x is None:
+            break
+        picks = [int(np.argmax(solution.x[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
+        chosen = np.array(picks) + ends - sizes
+        if np.all(costs[:, chosen].sum(axis=1) <= limits):
+            return picks
+    raise BudgetError("no choice of ranks meets the budget")
 
 
 def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[int]:
