@@ -16,7 +16,7 @@ from netdecouple.planning.candidates import LayerCandidates, candidates, data_fr
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
-MOMENT_BYTES = 1 << 30  # of moments held at once
+MOMENT_BYTES = 2 << 30  # of moments held at once
 PROBE_MACS = 6e12  # all sensitivity probes together
 
 Progress = Callable[[str, int, int], None]  # step, done, total

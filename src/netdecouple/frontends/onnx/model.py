@@ -214,7 +214,7 @@ def find_layers(
     ends = [t for n in nodes for t in (n.input[0], n.input[1], n.output[0])]
     ends += [t for n in graph.node if n.op_type == "Add" for t in n.input]
     tensors = [t for t in dict.fromkeys(ends) if t not in constants and t != model.input_name]
-    values = run(open_session(with_outputs(model.proto, tensors)), tensors, {model.input_name: sample})
+    values = run(open_session(up_to(model.proto, tensors)), tensors, {model.input_name: sample})
     shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
@@ -315,13 +315,33 @@ def _read_matmul(
 _READERS = {"Conv": _read_conv, "ConvTranspose": _read_conv, "Gemm": _read_matmul, "MatMul": _read_matmul}
 
 
-def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """Copy a model with more of its tensors as outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    present = {value.name for value in copy.graph.output} | {value.name for value in copy.graph.input}
-    copy.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors if t not in present)
+def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Copy as much of a model as some of its tensors need, with those as its only outputs."""
+    needed = set(tensors)
+    nodes = []
+    for node in reversed(proto.graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(reads(node))
+    copy = onnx.ModelProto(ir_version=proto.ir_version)
+    _replace(copy.opset_import, proto.opset_import)
+    _replace(copy.functions, proto.functions)
+    copy.graph.name = proto.graph.name
+    _replace(copy.graph.node, reversed(nodes))
+    _replace(copy.graph.input, proto.graph.input)
+    _replace(copy.graph.initializer, (t for t in proto.graph.initializer if t.name in needed))
+    copy.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors)
     return copy
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Every tensor a node reads, those of its subgraphs included."""
+    yield from (t for t in node.input if t)
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in graph.node:
+                yield from reads(inner)
+            yield from (value.name for value in graph.output)
 
 
 def write_model(

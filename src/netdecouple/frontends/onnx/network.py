@@ -15,7 +15,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import Form, emit
-from netdecouple.frontends.onnx.model import OnnxModel, find_layers, with_outputs
+from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.runtimes.onnxruntime import open_session, run
 
@@ -103,8 +103,8 @@ class OnnxNetwork:
                 if t
             )
         )
-        session = open_session(with_outputs(self.model.proto, tensors))
         fetched = [t for t in tensors if t != self.model.input_name]
+        session = open_session(up_to(self.model.proto, fetched))
         held = sum(
             4
             * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
@@ -153,7 +153,7 @@ class OnnxNetwork:
     def _readers(self) -> dict[str, list[onnx.NodeProto]]:
         readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.model.proto.graph.node:
-            for tensor in _inputs(node):
+            for tensor in reads(node):
                 readers.setdefault(tensor, []).append(node)
         return readers
 
@@ -245,8 +245,8 @@ class OnnxWalk:
 
     def _advance(self, target: int) -> None:
         nodes = self._nodes[self._at : target]
-        wanted = {t for n in self._nodes[target:] for t in _inputs(n)} | self._network._outputs
-        read = {t for n in nodes for t in _inputs(n)}
+        wanted = {t for n in self._nodes[target:] for t in reads(n)} | self._network._outputs
+        read = {t for n in nodes for t in reads(n)}
         fed = [t for t in self._live if t in read]
         made = [t for n in nodes for t in n.output if t in wanted]
         session = open_session(self._segment(nodes, fed, made)) if made else None
@@ -263,7 +263,7 @@ class OnnxWalk:
     def _segment(
         self, nodes: Sequence[onnx.NodeProto], fed: Sequence[str], outputs: Sequence[str]
     ) -> onnx.ModelProto:
-        used = {t for n in nodes for t in _inputs(n)}
+        used = {t for n in nodes for t in reads(n)}
         inputs = []
         for name in fed:
             value = self._store[0, name]
@@ -291,18 +291,8 @@ def pick(values: Array, positions: NDArray[np.int64]) -> Array:
     return flat[np.arange(len(positions))[:, None], :, positions].reshape(-1, values.shape[1])
 
 
-def _inputs(node: onnx.NodeProto) -> Iterator[str]:
-    """Every tensor a node reads, those of its subgraphs included."""
-    yield from (t for t in node.input if t)
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                yield from _inputs(inner)
-            yield from (value.name for value in graph.output)
-
-
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {t for node in graph.node for t in _inputs(node)} | {value.name for value in graph.output}
+    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
     kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
