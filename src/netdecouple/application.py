@@ -154,33 +154,28 @@ class _Targets:
     ) -> None:
         count = len(inputs.images)
         self.positions = {la.name: sample_positions(la, count, seed) for la in layers}
-        self.variances: dict[str, float] = {}
         self._store = ArrayStore()
-        parts: dict[str, list[tuple[int, int]]] = {}
-        sums: dict[str, list[np.ndarray]] = {la.name: [] for la in layers}
+        self._recorded: dict[str, list[slice]] = {la.name: [] for la in layers}
+        sums = {la.name: np.zeros((2, len(la.bias))) for la in layers}
         for seen in network.observe(inputs.images, self.positions):
             y = seen.outputs
-            sums[seen.layer].append(
-                np.stack(
-                    [np.full(y.shape[1], len(y)), y.sum(0, np.float64), np.square(y, dtype=np.float64).sum(0)]
-                )
-            )
+            sums[seen.layer] += [y.sum(axis=0, dtype=np.float64), np.square(y, dtype=np.float64).sum(axis=0)]
             self._store[seen.layer, seen.images.start] = y if seen.shortcut is None else y + seen.shortcut
-            parts.setdefault(seen.layer, []).append((seen.images.start, seen.images.stop))
+            self._recorded[seen.layer].append(seen.images)
             progress("Recording targets", min(seen.images.stop, count), count)
-        for name, found in sums.items():
-            n, first, second = np.sum(found, axis=0)
-            self.variances[name] = float((second / n - (first / n) ** 2).sum())
-        self._parts = parts
+        self.variances = {}
+        for name, (first, second) in sums.items():
+            rows = self.positions[name].size
+            self.variances[name] = float((second / rows - (first / rows) ** 2).sum())
 
     def of(self, layer: str, images: slice) -> np.ndarray:
         """Targets (n · p, n_o) of a run of images, whatever batches they were recorded in."""
         per_image = self.positions[layer].shape[1]
         found = []
-        for start, stop in self._parts[layer]:
-            low, high = max(start, images.start), min(stop, images.stop)
-            if low < high:
-                found.append(
-                    self._store[layer, start][(low - start) * per_image : (high - start) * per_image]
-                )
+        for batch in self._recorded[layer]:
+            rows = slice(
+                max(images.start - batch.start, 0) * per_image, (images.stop - batch.start) * per_image
+            )
+            if batch.start < images.stop and images.start < batch.stop:
+                found.append(self._store[layer, batch.start][rows])
         return np.concatenate(found)

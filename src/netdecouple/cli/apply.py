@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from netdecouple import api
 from netdecouple.cli import options
@@ -38,4 +37,4 @@ def apply(
             preprocessing=options.preprocessing(preset, input_size, mean, std),
             progress=bars,
         )
-    write_result(Console(), result, output, None, report)
+    write_result(options.console(), result, output, None, report)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from netdecouple import api
 from netdecouple.cli import options
@@ -22,7 +21,7 @@ def demo(
     macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "2x",
 ) -> None:
     """Decouple a small digit classifier and show MACs, accuracy and time before and after."""
-    console = Console()
+    console = options.console()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from netdecouple import api
 from netdecouple.cli import options
@@ -33,4 +32,4 @@ def evaluate(
         data,
         options.preprocessing(preset, input_size, mean, std),
     )
-    Console().print(scores_table(scores))
+    options.console().print(scores_table(scores))

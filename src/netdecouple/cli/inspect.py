@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from netdecouple import api
 from netdecouple.cli import options
 from netdecouple.report.text import inspect_table, reach_table
@@ -15,6 +13,6 @@ def inspect(model: options.Model, input_size: options.InputSize = None) -> None:
     Example: netdecouple inspect model.onnx
     """
     seen = api.inspect(model, options.preprocessing("none", input_size, None, None).size)
-    console = Console()
+    console = options.console()
     console.print(inspect_table(seen.model, seen.layers, seen.energy))
     console.print(reach_table(seen.layers, seen.least_macs, seen.least_parameters))

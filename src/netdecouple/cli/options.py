@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +73,11 @@ def _floats(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(t) for t in text.replace(",", " ").split())
     except ValueError as error:
         raise CalibrationError(f"{option} {text!r}: write numbers separated by commas") from error
+
+
+def console() -> Console:
+    """Standard output; where it is no terminal, lines are wide enough for every table."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=150)
 
 
 class Bars:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from netdecouple import api
 from netdecouple.cli import options
@@ -56,7 +55,7 @@ def run(
 
     Example: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
     """
-    console = Console()
+    console = options.console()
     check_outputs([model], output, plan_out, report)
 
     def show(rows: list[BudgetRow], loss: str) -> None:

@@ -16,8 +16,8 @@ from netdecouple.planning.candidates import LayerCandidates, candidates, data_fr
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
-MOMENT_BYTES = 2 << 30  # of moments held at once
-PROBE_MACS = 6e12  # all sensitivity probes together
+MOMENT_BYTES = 5 << 28  # of moments held at once
+PROBE_MACS = 5e12  # all sensitivity probes together
 
 Progress = Callable[[str, int, int], None]  # step, done, total
 

@@ -69,11 +69,14 @@ class OnnxNetwork:
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
-        return self.run_model(self.with_kernels(kernels) if kernels else self.model.proto, images)
+        # opened here, so that the copy with other kernels is gone before it runs
+        return self._run(open_session(self.with_kernels(kernels) if kernels else self.model.proto), images)
 
     def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input, joined along the first axis."""
-        session = open_session(proto)
+        return self._run(open_session(proto), images)
+
+    def _run(self, session: Any, images: Array) -> list[Array]:
         batches = [self.padded(images, batch) for batch in self.batches(len(images))]
         return self.joined([run(session, None, {self.model.input_name: b}) for b in batches], len(images))
 
