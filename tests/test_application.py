@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import netdecouple
 from netdecouple import Settings
 from netdecouple.application import apply
 from netdecouple.families import Problem, decoupling
@@ -90,7 +89,3 @@ def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:
     assert "large" not in store
     assert len(store) == 1
     store.pop("large")  # forgetting twice is no error
-
-
-def test_importing_the_package_has_no_side_effects() -> None:
-    assert set(netdecouple.__all__) <= set(dir(netdecouple))
