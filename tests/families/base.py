@@ -89,7 +89,7 @@ class FamilyTests:
 
     @pytest.mark.parametrize("seed", range(4))
     def test_fitting_to_data_beats_truncating_the_weights(self, seed: int) -> None:
-        """At the same number of terms, in the metric of the inputs; no theorem, but so on layers of real size."""
+        """At the same number of terms, in the inputs' metric; no theorem, but so on real sizes."""
         g = ConvGeometry(12, 10, 3, 3)
         problem = aware_problem(g, seed)
         for level in self.levels(g)[:3]:
