@@ -24,7 +24,7 @@ from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, reachable
 from netdecouple.report.report import Agreement, Report, Score, layer_reports
-from netdecouple.runtimes.onnxruntime import Timing, first_line, time_models
+from netdecouple.runtimes.onnxruntime import first_line
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
@@ -355,15 +355,3 @@ def evaluate(
         first = outputs if first is None else first
         scores.append(Score(model.origin, len(outputs), top1, top5, same, kl))
     return scores
-
-
-def compare_times(
-    models: Sequence[str | os.PathLike[str]], threads: int = 1, seconds: float = 4.0
-) -> list[Timing]:
-    """Time models with one input in ONNX Runtime, interleaved, one image at a time."""
-    opened = read_model(models[0])
-    if opened.size is None:
-        raise ModelError(f"{opened.origin} takes images of any size; timing needs a fixed one")
-    shape = (opened.batch or 1, opened.channels or 3, *opened.size)
-    feeds = {opened.input_name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
-    return time_models(models, feeds, threads=threads, seconds=seconds)

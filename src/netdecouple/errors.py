@@ -27,3 +27,7 @@ class PlanError(NetDecoupleError):
 
 class OutputError(NetDecoupleError):
     """A result cannot be written where it was asked for."""
+
+
+class UnavailableError(NetDecoupleError):
+    """A runtime is not known, or the package it needs is not installed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_no_such_model(refused):
         ["inspect", "gone.onnx"],
         ["eval", "gone.onnx", "--data", "data.npz:images,labels"],
         ["eval", "net.onnx", "gone.onnx", "--data", "data.npz:images,labels"],
+        ["bench", "net.onnx", "gone.onnx"],
     ):
         refused(command, "gone.onnx", "no such file")
 
@@ -83,7 +85,7 @@ def test_a_truncated_model(refused, folder: Path, share: float):
     """A file that was not copied to its end."""
     whole = (folder / "net.onnx").read_bytes()
     (folder / "net.onnx").write_bytes(whole[: int(share * len(whole))])
-    for command in (RUN, ["inspect", "net.onnx"]):
+    for command in (RUN, ["inspect", "net.onnx"], ["bench", "net.onnx"]):
         refused(command, "net.onnx", "copy it again")
 
 
@@ -346,6 +348,37 @@ def test_two_outputs_are_one(refused):
     """One would overwrite the other."""
     refused(changed(RUN, plan_out="out.onnx"), "out.onnx", "asked for twice")
     refused(changed(RUN, plan_out="a.json", report="./a.json"), "a.json", "asked for twice")
+
+
+# --- benchmarks
+
+
+def test_shapes_that_do_not_fit(refused, folder: Path):
+    """Nonsense, a shape that the network does not take, and one that is needed but missing."""
+    onnx.save(networks.restorer(), folder / "any.onnx")
+    refused(["bench", "net.onnx", "--shape", "big"], "'big'", "1x3x224x224")
+    refused(["bench", "net.onnx", "--shape", "1x3x9x9"], "net.onnx", "'image'", "?×3×8×8")
+    refused(["bench", "any.onnx"], "any.onnx", "'image'", "--shape")
+
+
+def test_networks_that_take_different_inputs(refused, folder: Path):
+    """There would be nothing to compare."""
+    onnx.save(networks.kinds(), folder / "larger.onnx")
+    refused(["bench", "net.onnx", "larger.onnx"], "larger.onnx", "12×12", "net.onnx", "8×8")
+
+
+def test_runtimes_that_are_not_there(refused, monkeypatch: pytest.MonkeyPatch):
+    """A name nobody has, and a package that is not installed."""
+    refused(["bench", "net.onnx", "--runtime", "tvm"], "'tvm'", "onnxruntime, openvino")
+    monkeypatch.delitem(sys.modules, "netdecouple.runtimes.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    refused(["bench", "net.onnx", "--runtime", "openvino"], "pip install 'netdecouple[openvino]'")
+
+
+def test_times_that_cannot_be_written(refused, folder: Path):
+    """It is found out before anything is timed."""
+    refused(["bench", "net.onnx", "--json", "missing/times.json"], "missing", "cannot write")
+    refused(["bench", "net.onnx", "--json", "net.onnx"], "net.onnx", "is an input")
 
 
 # --- plans

@@ -21,6 +21,7 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.runtimes.onnxruntime import open_session, run
 from netdecouple.version import __version__
 from tests import networks
+from tests.runtimes.base import installed
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
 
@@ -323,9 +324,47 @@ def test_version_and_help(netdecouple):
     """The version; every command, with an example each."""
     assert netdecouple("--version").out == f"{__version__}\n"
     shown = netdecouple("--help").out
-    for command in ("run", "inspect", "apply", "eval", "demo"):
+    for command in ("run", "inspect", "apply", "eval", "bench", "demo"):
         assert command in shown
         assert f"netdecouple {command}" in netdecouple(command, "-h").out
+
+
+# --- bench
+
+
+def test_bench_times_and_tells_of_layers(netdecouple, folder: Path):
+    """Tables for the reader, the same as JSON, and MACs beside the times."""
+    ended = netdecouple(
+        *("bench", "net.onnx", "other.onnx", "--threads", "1", "--threads", "2", "--seconds", "0"),
+        *("--layers", "--json", "times.json"),
+    )
+    assert (ended.code, ended.err) == (0, "")
+    for part in ("1 thread, input 1×3×8×8", "2 threads", "net.onnx", "MACs", "faster", "conv2", "all nodes"):
+        assert part in ended.out
+    read = json.loads((folder / "times.json").read_text())
+    rows = [(row["model"], row["threads"], row["macs"]) for row in read["models"]]
+    macs = total_macs(folder / "net.onnx")
+    assert rows == [(name, threads, macs) for threads in (1, 2) for name in ("net.onnx", "other.onnx")]
+    assert [times["threads"] for times in read["layers"]] == [1, 2]
+
+
+def test_bench_says_that_there_is_no_difference(netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Times that go up and down are told; a ratio they do not bear out is not."""
+    noise = np.array([[1.0, 2.0], [2.0, 1.0], [1.5, 1.4], [1.4, 1.5]])
+    monkeypatch.setattr("netdecouple.benchmark.measure", lambda calls, seconds: noise[:, : len(calls)])
+    out = netdecouple("bench", "net.onnx", "other.onnx").out
+    assert "no measurable difference (0.82–1.30)" in out
+    monkeypatch.setattr("netdecouple.benchmark.measure", lambda calls, seconds: np.array([[3.0, 1.5]] * 4))
+    assert "2.00× (2.00–2.00)" in netdecouple("bench", "net.onnx", "other.onnx").out
+
+
+def test_bench_in_another_runtime(netdecouple, folder: Path):
+    """Each has a table of its own."""
+    installed("openvino")
+    out = netdecouple(
+        "bench", "net.onnx", "--runtime", "openvino", "--runtime", "onnxruntime", "--seconds", "0"
+    ).out
+    assert re.search(r"openvino \d+\..*1 thread(.|\n)*onnxruntime \d+\..*1 thread", out)
 
 
 # --- killed

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from netdecouple import api
+from netdecouple.benchmark import benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
 from netdecouple.errors import OutputError
-from netdecouple.report.text import budget_table, scores_table, timing_table
+from netdecouple.report.text import budget_table, scores_table, timing_tables
 
 
 def demo(
@@ -42,6 +43,6 @@ def demo(
     write_result(console, result, faster, output / "plan.json", output / "report.json")
     scores = api.evaluate([model, faster], f"{data}:images,labels")
     console.print(scores_table(scores))
-    timings = api.compare_times([model, faster])
-    console.print(timing_table([model.name, faster.name], timings))
+    for table in timing_tables(benchmark([model, faster])):
+        console.print(table)
     console.print(f"Results are in {output}/", **options.PLAIN)

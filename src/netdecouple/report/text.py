@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,8 +15,11 @@ from rich.text import Text
 
 from netdecouple.frontends import Layer
 from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.report.report import LayerReport, Report, Score, describe
-from netdecouple.runtimes.onnxruntime import Timing
+from netdecouple.runtimes.feeds import describe_shape
+from netdecouple.runtimes.layers import REORDER, REST
+from netdecouple.runtimes.timing import Ratio, Timing
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -195,13 +199,77 @@ def scores_table(scores: Sequence[Score]) -> Table:
     return table
 
 
-def timing_table(names: Sequence[str], timings: Sequence[Timing]) -> Table:
-    """Times side by side, and how many times faster than the first."""
-    title = "ONNX Runtime, one image, one thread"
+def timing_tables(timed: Benchmark) -> list[Table]:
+    """Times side by side, one table per runtime and number of threads."""
+    groups = dict.fromkeys((m.runtime, m.version, m.threads, m.shapes) for m in timed.models)
+    return [
+        _timing_table([m for m in timed.models if (m.runtime, m.version, m.threads, m.shapes) == group])
+        for group in groups
+    ]
+
+
+def _timing_table(models: Sequence[TimedModel]) -> Table:
+    first = models[0]
     table = _table(
-        title, ("network", "left"), ("median ms", "right"), ("quartiles", "right"), ("speed", "right")
+        f"{first.runtime} {first.version}, {_threads(first.threads)}, "
+        f"input {', '.join(map(describe_shape, first.shapes))}",
+        ("network", "left"),
+        ("MACs", "right"),
+        ("median ms", "right"),
+        ("quartiles", "right"),
+        ("faster", "left"),
     )
-    for name, time in zip(names, timings, strict=True):
-        speed = f"{timings[0].median / time.median:.2f}×"
-        table.add_row(name, f"{time.median:.3f}", f"{time.lower:.3f}–{time.upper:.3f}", speed)
+    for model in models:
+        time = model.timing
+        table.add_row(
+            Text(model.model),
+            "–" if model.macs is None else count(model.macs),
+            f"{time.median:.3f}",
+            f"{time.lower:.3f}–{time.upper:.3f}",
+            faster(model.faster),
+        )
     return table
+
+
+def faster(ratio: Ratio | None) -> str:
+    """How many times faster, with quartiles: 1.97× (1.95–1.99); or that no difference could be measured."""
+    if ratio is None:
+        return ""
+    return ("no measurable difference " if ratio.median is None else "") + _span(ratio).removeprefix("≈ ")
+
+
+def _span(ratio: Ratio) -> str:
+    median = "≈" if ratio.median is None else f"{ratio.median:.2f}×"
+    return f"{median} ({ratio.lower:.2f}–{ratio.upper:.2f})"
+
+
+def layer_times_tables(timed: Benchmark) -> list[Group]:
+    """Median times per layer of every network side by side, one table per number of threads."""
+    return [_layer_times_table(times) for times in timed.layers]
+
+
+def _layer_times_table(times: LayerTimes) -> Group:
+    title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {_threads(times.threads)}"
+    first, *others = (short_name(Path(name).name, 20) for name in times.models)
+    columns: list[tuple[str, Literal["left", "right"]]] = [("layer", "left"), (first, "right")]
+    for name in others:
+        columns += [(name, "right"), ("faster", "left")]
+    table = _table(title, *columns)
+    for layer in times.layers:
+        row = [_milliseconds(layer.timings[0])]
+        for timing, ratio in zip(layer.timings[1:], layer.faster[1:], strict=True):
+            row += [_milliseconds(timing), "" if ratio is None else _span(ratio)]
+        table.add_row(Text(short_name(layer.name)), *row)
+    note = (
+        f"{REORDER}: between ONNX Runtime's plain and its blocked tensors; {REST}: nodes of no layer; "
+        "≈: no measurable difference; the profiler itself adds to every node"
+    )
+    return Group(table, Text(note))
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median:.3f}"
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"

@@ -1,1 +1,91 @@
-"""Opening, running and timing a network in the runtimes it will live in."""
+"""Opening, running and timing a network in the runtimes it will live in.
+
+A runtime opens a model for a number of threads; what it returns runs. Everything else is built on that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.errors import UnavailableError
+
+Feeds = dict[str, NDArray[Any]]
+NAMES = ("onnxruntime", "openvino", "torch", "torch.compile")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input as a model declares it; sizes that it leaves open are None."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+
+class Session(Protocol):
+    """A model that is ready to run."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What the model takes; empty where it does not say."""
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Run once and return every output.
+
+        Raises:
+            ModelError: the inputs do not fit the network, or it fails on them.
+        """
+
+
+class Runtime(Protocol):
+    """Something that runs networks on the CPU."""
+
+    @property
+    def name(self) -> str:
+        """One of `NAMES`."""
+
+    @property
+    def version(self) -> str:
+        """The package's own."""
+
+    def open(self, model: object, threads: int) -> Session:
+        """Open ``model`` (a path, or the runtime's own kind of object) to run with so many threads.
+
+        Raises:
+            ModelError: it is nothing that this runtime can open.
+        """
+
+
+def runtime(name: str, *, trust: bool = False) -> Runtime:
+    """Find a runtime by its name.
+
+    ``trust`` allows it to open files that may run code of their maker's, as PyTorch's do.
+
+    Raises:
+        UnavailableError: there is none of this name, or its package is not installed.
+    """
+    try:
+        if name == "onnxruntime":
+            from netdecouple.runtimes.onnxruntime import OnnxRuntime
+
+            return OnnxRuntime()
+        if name == "openvino":
+            from netdecouple.runtimes.openvino import OpenVino
+
+            return OpenVino()
+        if name in ("torch", "torch.compile"):
+            from netdecouple.runtimes.torch import Torch
+
+            return Torch(compiled=name == "torch.compile", trust=trust)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name != package:
+            raise
+        raise UnavailableError(
+            f"{package} is not installed; install it with: pip install 'netdecouple[{package}]'"
+        ) from error
+    raise UnavailableError(f"there is no runtime {name!r}; there are {', '.join(NAMES)}")

@@ -1,33 +1,41 @@
-"""ONNX Runtime: open a model, run it in batches, time two models fairly."""
+"""ONNX Runtime: open a model, run it, look into it with its profiler."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
+from netdecouple.runtimes import Feeds, Input
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
+KERNEL_DOMAIN = "netdecouple"  # of our own operators
 
 
 def options(threads: int | None = None) -> ort.SessionOptions:
-    """Session options: quiet, CPU, ``threads`` intra-op threads (default: all this process may use)."""
+    """Session options: quiet, CPU, ``threads`` intra-op threads (default: all this process may use).
+
+    With ``threads`` given the session is one to be timed: its threads spin while it runs, as they do by
+    default, but not after, when it is another session's turn.
+    """
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
     chosen.inter_op_num_threads = 1
     chosen.intra_op_num_threads = threads or _cores()
     if threads is None:  # between runs NumPy works; threads that spin while they wait would slow it down
         chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    else:
+        chosen.add_session_config_entry("session.force_spinning_stop", "1")
     return chosen
 
 
@@ -43,8 +51,13 @@ def open_session(
 
     Raises:
         ModelError: ONNX Runtime refuses it.
+        NetDecoupleError: it uses netdecouple's own operators, which are not to be had here.
     """
     chosen = chosen or options()
+    if uses_kernels(model):
+        from netdecouple import kernels
+
+        kernels.register(chosen)
     try:
         if not isinstance(model, onnx.ModelProto):
             return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
@@ -58,6 +71,38 @@ def open_session(
             return ort.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
+
+
+def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
+    """Tell whether a model holds operators of our own, which only ONNX Runtime is taught."""
+    graph = model.graph if isinstance(model, onnx.ModelProto) else _graph(model)
+    return any(node.domain == KERNEL_DOMAIN for node in graph.node)
+
+
+def _graph(path: str | os.PathLike[str]) -> onnx.GraphProto:
+    """A file's graph without weights that lie elsewhere; an empty one if it is no ONNX file."""
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except (DecodeError, ValueError, OSError):
+        return onnx.GraphProto()
+
+
+def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
+    """Return what a runtime that opens ONNX files is given: a ModelProto, or the path of a file.
+
+    Raises:
+        ModelError: it is neither, or there is no such file, or it is cut short.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(f"{runtime} runs .onnx files and not a {type(model).__name__}; export it first")
+    path = Path(model)
+    if not path.is_file():
+        raise ModelError("no such file; give the path of an .onnx model")
+    if path.suffix == ".onnx" and not _graph(path).node:
+        raise ModelError("not an ONNX file, or cut short; export or copy it again")
+    return str(path)
 
 
 def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -77,32 +122,96 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per call: quartiles over interleaved rounds."""
+class OnnxRuntime:
+    """ONNX Runtime on the CPU."""
 
-    lower: float
-    median: float
-    upper: float
+    name = "onnxruntime"
+    version: str = ort.__version__
+
+    def open(self, model: object, threads: int) -> OnnxRuntimeSession:
+        """Open a file or a ModelProto.
+
+        Raises:
+            ModelError: it is neither, or ONNX Runtime refuses it.
+        """
+        source = onnx_source(model, "ONNX Runtime")
+        return OnnxRuntimeSession(open_session(source, options(threads)))
 
 
-def time_models(
-    models: Sequence[onnx.ModelProto | str | os.PathLike[str]],
-    feeds: dict[str, NDArray[Any]],
-    *,
-    threads: int = 1,
-    seconds: float = 4.0,
-) -> list[Timing]:
-    """Time several models on the same input: in turn, round by round, so that drift hits all alike."""
-    sessions = [open_session(m, options(threads)) for m in models]
-    rounds: list[list[float]] = [[] for _ in sessions]
-    for session in sessions:
-        for _ in range(3):
-            run(session, None, feeds)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rounds[0]) < 5:
-        for session, times in zip(sessions, rounds, strict=True):
-            start = time.perf_counter()
-            run(session, None, feeds)
-            times.append(1e3 * (time.perf_counter() - start))
-    return [Timing(*(float(q) for q in np.percentile(times, (25, 50, 75)))) for times in rounds]
+class OnnxRuntimeSession:
+    """A model that is ready to run in ONNX Runtime."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs = tuple(_input(value) for value in session.get_inputs())
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Run once.
+
+        Raises:
+            ModelError: the inputs do not fit the network, or it fails on them.
+        """
+        return run(self._session, None, feeds)
+
+
+_TYPES = {
+    f"tensor({name})": np.dtype(kind)
+    for name, kind in (
+        ("float", "float32"),
+        ("double", "float64"),
+        ("float16", "float16"),
+        ("uint8", "uint8"),
+        ("int8", "int8"),
+        ("int32", "int32"),
+        ("int64", "int64"),
+        ("bool", "bool"),
+    )
+}
+
+
+def _input(value: Any) -> Input:
+    if value.type not in _TYPES:
+        raise ModelError(f"input {value.name!r} is a {value.type}; numbers are supported")
+    shape = tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape)
+    return Input(value.name, shape, _TYPES[value.type])
+
+
+class Profiled:
+    """A model that is run while ONNX Runtime's profiler looks on.
+
+    It writes to a file whose name begins with ``prefix``, goes on with the time, and ends in milliseconds:
+    two models need two prefixes.
+    """
+
+    def __init__(self, model: onnx.ModelProto, threads: int, prefix: Path) -> None:
+        chosen = options(threads)
+        chosen.enable_profiling = True
+        chosen.profile_file_prefix = str(prefix)
+        self._session = open_session(model, chosen)
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Run once.
+
+        Raises:
+            ModelError: the inputs do not fit the network, or it fails on them.
+        """
+        return run(self._session, None, feeds)
+
+    def finish(self) -> list[dict[tuple[str, str], float]]:
+        """End profiling; return every run's milliseconds by a node's name and operator."""
+        path = Path(self._session.end_profiling())
+        return node_times(json.loads(path.read_text(encoding="utf-8")))
+
+
+def node_times(events: Sequence[dict[str, Any]]) -> list[dict[tuple[str, str], float]]:
+    """Sum a profile's events, run by run, by a node's name (as it is after optimisation) and operator."""
+    runs: list[dict[tuple[str, str], float]] = []
+    current: dict[tuple[str, str], float] = {}
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            node = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
+            current[node] = current.get(node, 0.0) + event["dur"] / 1000
+        elif event["name"] == "model_run":  # is written after the nodes that ran in it
+            runs.append(current)
+            current = {}
+    return runs

@@ -1,0 +1,82 @@
+"""Time per original layer: which nodes of an optimised network belong to which layer.
+
+ONNX Runtime renames and fuses nodes before it runs them, and its profiler speaks of what is left. A
+node belongs to a layer if it has the layer's name or stands below it (``conv1/depthwise0.2``). In the
+blocked layout a convolution is named after the tensor it writes, which is that of the normalisation or
+the activation it was fused with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+REORDER = "changes of layout"
+REST = "rest"
+TOTAL = "all nodes"
+_FUSED = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "HardSigmoid")
+_BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")
+
+
+def original_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """Leave out the names that stand below another: the stages of a layer that is decoupled elsewhere."""
+    every = tuple(dict.fromkeys(names))
+    return tuple(name for name in every if name.rpartition("/")[0] not in every)
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which layer each node, and each tensor that a layer's last node may be made to write, belongs to."""
+
+    nodes: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+    @classmethod
+    def of(cls, graph: onnx.GraphProto, layers: Iterable[str]) -> Owners:
+        """Walk a graph, in the order of its nodes."""
+        known = frozenset(layers)
+        nodes: dict[str, str] = {}
+        tensors: dict[str, str] = {}
+        for node in graph.node:
+            name = node_name(node)
+            layer = next((n for n in (name, name.rpartition("/")[0]) if n in known), None)
+            if layer is not None:
+                nodes[name] = layer
+            elif node.op_type in _FUSED:
+                layer = tensors.get(node.input[0])
+            if layer is not None:
+                tensors[node.output[0]] = layer
+        return cls(nodes, tensors)
+
+    def find(self, name: str, operator: str) -> str:
+        """The layer of a profiled node, or what it is summed under if it is of no layer."""
+        layer = self.nodes.get(name) or self.nodes.get(name.rpartition("/")[0])
+        if layer is None and _BLOCKED.search(name):
+            layer = self.tensors.get(_BLOCKED.sub("", name))
+        return layer or (REORDER if operator.startswith("Reorder") else REST)
+
+
+def node_name(node: onnx.NodeProto) -> str:
+    """A node's name, or one made of what it writes; as the layers of a network are named."""
+    return node.name or f"{node.op_type}:{node.output[0]}"
+
+
+def with_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every node named; the profiler would number those that are not."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        node.name = node_name(node)
+    return copy
+
+
+def by_layer(times: Mapping[tuple[str, str], float], owners: Owners) -> dict[str, float]:
+    """Sum one run's milliseconds by node over every layer, and over all."""
+    sums = {TOTAL: sum(times.values())}
+    for (name, operator), spent in times.items():
+        layer = owners.find(name, operator)
+        sums[layer] = sums.get(layer, 0.0) + spent
+    return sums

@@ -1,0 +1,103 @@
+"""OpenVINO: open a model and run it in float32, one request at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from netdecouple.errors import ModelError
+from netdecouple.runtimes import Feeds, Input
+from netdecouple.runtimes.onnxruntime import first_line, onnx_source, uses_kernels
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Within, OpenVINO finds its telemetry package missing: importing it would report home."""
+    package = "openvino_telemetry"
+    missing = package not in sys.modules
+    if missing:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules[package]
+
+
+with _without_telemetry():
+    import openvino
+
+
+class OpenVino:
+    """OpenVINO on the CPU."""
+
+    name = "openvino"
+    version: str = openvino.__version__.partition("-")[0]
+
+    def open(self, model: object, threads: int) -> OpenVinoSession:
+        """Open an .onnx file or a ModelProto.
+
+        Raises:
+            ModelError: it is neither, or OpenVINO refuses it.
+        """
+        source = onnx_source(model, "OpenVINO")
+        if uses_kernels(source):
+            raise ModelError("it holds netdecouple's own operators, which run in onnxruntime only")
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",  # some processors would be given bfloat16
+        }
+        try:
+            read = core.read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
+            return OpenVinoSession(core.compile_model(read, "CPU", settings))
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO cannot open the model: {_reason(error)}; try onnxruntime") from error
+
+
+def _bytes(model: onnx.ModelProto) -> bytes:
+    try:
+        return bytes(model.SerializeToString())
+    except ValueError as error:  # protobuf's own limit
+        raise ModelError("it is too large to be opened from memory; save it, and open the file") from error
+
+
+class OpenVinoSession:
+    """A model that is ready to run in OpenVINO."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(_input(port) for port in compiled.inputs)
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Run once.
+
+        Raises:
+            ModelError: the inputs do not fit the network, or it fails on them.
+        """
+        try:
+            results = self._request.infer(feeds, share_inputs=True)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ModelError(f"the network failed on its input: {_reason(error)}") from error
+        return [np.asarray(value) for value in results.values()]
+
+
+def _input(port: Any) -> Input:
+    shape = port.partial_shape
+    sizes = () if shape.rank.is_dynamic else tuple(None if d.is_dynamic else d.get_length() for d in shape)
+    return Input(port.get_any_name(), sizes, np.dtype(port.element_type.to_dtype()))
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error's message that says something; others tell where OpenVINO was."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [t for t in lines if t and not t.startswith(("Exception from", "Check '")) and t[-1] != ":"]
+    return told[0].rstrip(".") if told else first_line(error)

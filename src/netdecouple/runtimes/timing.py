@@ -1,0 +1,87 @@
+"""The stopwatch: the only place where networks are timed.
+
+What is compared takes turns: round by round, in a new random order each time, so that whatever else the
+machine does hits all alike and none always runs after the same other. A speedup is read from the ratios
+within the rounds, and is not quoted where they spread further than they are from 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+WARM_UP = 3  # calls before the first round
+FEWEST = 5  # rounds, whatever the time
+TURN = 5.0  # ms that a turn lasts at least: long enough for the caches to be the network's own
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call: quartiles over rounds."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, times: NDArray[np.floating]) -> Timing:
+        """Summarise milliseconds per call (rounds,)."""
+        lower, median, upper = np.percentile(times, (25, 50, 75))
+        return cls(float(lower), float(median), float(upper))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one network is than another: quartiles of the ratios within each round."""
+
+    lower: float
+    median: float | None  # None: no measurable difference, the quartiles lie on either side of 1
+    upper: float
+
+    @classmethod
+    def of(cls, slower: NDArray[np.floating], faster: NDArray[np.floating]) -> Ratio:
+        """Compare milliseconds per call (rounds,) of two networks that took turns."""
+        lower, median, upper = (float(q) for q in np.percentile(slower / faster, (25, 50, 75)))
+        return cls(lower, None if lower <= 1 <= upper else median, upper)
+
+
+def rounds(count: int, seconds: float, *, most: int | None = None, seed: int = 0) -> Iterator[list[int]]:
+    """Yield orders in which ``count`` networks take their turns, until the time is up."""
+    rng = np.random.default_rng(seed)
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < FEWEST or (time.perf_counter() < end and (most is None or done < most)):
+        yield rng.permutation(count).tolist()
+        done += 1
+
+
+def measure(calls: Sequence[Callable[[], Any]], seconds: float, *, seed: int = 0) -> NDArray[np.float64]:
+    """Return milliseconds per call (rounds, calls), measured in turn for ``seconds``."""
+    repeats = [_repeats(call) for call in calls]
+    rows: list[list[float]] = []
+    for order in rounds(len(calls), seconds, seed=seed):
+        row = [0.0] * len(calls)
+        for index in order:
+            row[index] = _turn(calls[index], repeats[index])
+        rows.append(row)
+    return np.array(rows)
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    """Warm up, and tell how many calls fill a turn."""
+    last = min(_turn(call, 1) for _ in range(WARM_UP))
+    return max(1, ceil(TURN / max(last, 1e-3)))
+
+
+def _turn(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds per call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return 1e3 * (time.perf_counter() - start) / repeats

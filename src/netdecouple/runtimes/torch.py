@@ -1,0 +1,118 @@
+"""PyTorch, eager or compiled: open a module or an exported program and run it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from netdecouple.errors import ModelError
+from netdecouple.runtimes import Feeds, Input
+from netdecouple.runtimes.onnxruntime import first_line
+
+
+class Torch:
+    """PyTorch on the CPU; ``trust`` allows it to open files, whose makers can have them run any code."""
+
+    def __init__(self, *, compiled: bool = False, trust: bool = False) -> None:
+        self.name = "torch.compile" if compiled else "torch"
+        self.version: str = torch.__version__.partition("+")[0]
+        self._compiled = compiled
+        self._trust = trust
+
+    def open(self, model: object, threads: int) -> TorchSession:
+        """Open a module, an exported program, or, if files are trusted, a .pt2 file.
+
+        Raises:
+            ModelError: it is none of these.
+        """
+        if isinstance(model, str | os.PathLike):
+            model = self._load(Path(model))
+        if isinstance(model, torch.export.ExportedProgram):
+            inputs, call = _inputs(model), model.module()
+        elif isinstance(model, torch.nn.Module):
+            inputs, call = (), copy.deepcopy(model).eval()
+        else:
+            raise ModelError(f"PyTorch runs modules and exported programs, and not a {type(model).__name__}")
+        return TorchSession(torch.compile(call) if self._compiled else call, inputs, threads)
+
+    def _load(self, path: Path) -> Any:
+        if path.suffix != ".pt2":
+            raise ModelError(
+                "PyTorch runs modules and exported programs (.pt2), not ONNX files; "
+                "run it with --runtime onnxruntime or openvino"
+            )
+        if not path.is_file():
+            raise ModelError("no such file; give the path of an exported program (.pt2)")
+        if not self._trust:
+            raise ModelError(
+                "PyTorch unpickles .pt2 files, which can run any code; if you trust its maker, add --trust "
+                "(in Python: runtime(name, trust=True))"
+            )
+        if not zipfile.is_zipfile(path):  # PyTorch would print a stack trace of its own
+            raise ModelError("not an exported program, or cut short; export or copy it again")
+        try:
+            return torch.export.load(path)
+        except Exception as error:  # whatever unpickling comes upon
+            raise ModelError(f"PyTorch cannot open the file: {first_line(error)}") from error
+
+
+class TorchSession:
+    """A module that is ready to run. Its inputs are given in their order; PyTorch knows no names."""
+
+    def __init__(self, call: Callable[..., Any], inputs: tuple[Input, ...], threads: int) -> None:
+        self._call = call
+        self._threads = threads
+        self.inputs = inputs
+
+    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """Run once.
+
+        Raises:
+            ModelError: the inputs do not fit the network, or it fails on them.
+        """
+        before = torch.get_num_threads()  # of the process, not of the session
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                outputs = self._call(*(torch.from_numpy(array) for array in feeds.values()))
+            return [tensor.numpy() for tensor in _tensors(outputs)]
+        except Exception as error:  # modules raise what they like
+            raise ModelError(f"the network failed on its input: {first_line(error)}") from error
+        finally:
+            torch.set_num_threads(before)
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
+            yield from _tensors(value)
+
+
+def _inputs(program: torch.export.ExportedProgram) -> tuple[Input, ...]:
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [(name, values[name]) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    return tuple(
+        Input(name, tuple(size if isinstance(size, int) else None for size in value.shape), _dtype(value))
+        for name, value in tensors
+    )
+
+
+def _dtype(value: torch.Tensor) -> np.dtype[Any]:
+    try:
+        empty: NDArray[Any] = torch.empty(0, dtype=value.dtype).numpy()
+        return empty.dtype
+    except TypeError as error:
+        raise ModelError(f"an input is {value.dtype}, which NumPy does not know") from error

@@ -1,0 +1,97 @@
+"""The stopwatch's arithmetic on made-up times, and in which order things take their turns."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from netdecouple.runtimes.timing import FEWEST, WARM_UP, Ratio, Timing, measure, rounds
+
+
+def test_timing_is_quartiles():
+    """A quarter of the rounds was faster than `lower`, half than `median`, three quarters than `upper`."""
+    assert Timing.of(np.array([5.0, 1.0, 2.0, 4.0, 3.0])) == Timing(2, 3, 4)
+
+
+def test_timing_withstands_an_interruption():
+    """One round in which the machine did something else moves none of the three."""
+    times = np.full(9, 2.0)
+    times[4] = 500.0
+    assert Timing.of(times) == Timing(2, 2, 2)
+
+
+def test_ratio_is_how_many_times_faster():
+    """10 ms against 5 ms is twice as fast; 5 ms against 10 ms half."""
+    slow, fast = np.full(7, 10.0), np.full(7, 5.0)
+    assert Ratio.of(slow, fast) == Ratio(2, 2, 2)
+    assert Ratio.of(fast, slow) == Ratio(0.5, 0.5, 0.5)
+
+
+def test_ratio_pairs_the_rounds():
+    """The machine slows down fourfold meanwhile: each network's times spread, their ratio does not."""
+    drift = np.linspace(1, 4, 50)
+    assert Timing.of(10 * drift).lower < Timing.of(12 * drift).median < Timing.of(10 * drift).upper
+    ratio = Ratio.of(12 * drift, 10 * drift)
+    assert ratio.median == pytest.approx(1.2)
+    assert ratio.upper - ratio.lower == pytest.approx(0)
+
+
+def test_ratio_is_not_of_the_medians():
+    """Three rounds, with ratios 1.5, 2 and 4."""
+    assert Ratio.of(np.array([3.0, 4.0, 20.0]), np.array([2.0, 2.0, 5.0])).median == 2
+
+
+@pytest.mark.parametrize(
+    "ratios", [[0.9, 0.95, 1.0, 1.05, 1.1], [0.97, 0.99, 1.2, 1.3], [1.0, 1.0, 1.0], [0.8, 0.9, 1.3]]
+)
+def test_ratio_that_spreads_beyond_one_is_refused(ratios: list[float]):
+    """If 1 lies within the quartiles there is no median to quote; the interval is told."""
+    ratio = Ratio.of(np.array(ratios), np.ones(len(ratios)))
+    assert ratio.median is None
+    assert (ratio.lower, ratio.upper) == pytest.approx(tuple(np.percentile(ratios, (25, 75))))
+
+
+def test_a_small_difference_that_is_steady_is_quoted():
+    """Two percent in every round."""
+    assert Ratio.of(np.linspace(1.015, 1.025, 21), np.ones(21)).median == pytest.approx(1.02)
+
+
+def test_the_same_network_twice_is_refused():
+    """Noise on both sides, no difference."""
+    first, second = np.random.default_rng(0).lognormal(0, 0.1, (2, 200))
+    assert Ratio.of(first, second).median is None
+
+
+def test_rounds_take_all_and_mix_them():
+    """Every round has everyone once, and nobody always comes after the same other."""
+    orders = list(rounds(3, 3600, most=60))
+    assert len(orders) == 60
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert len(Counter(map(tuple, orders))) == 6
+
+
+def test_rounds_are_the_same_every_time():
+    """The order follows from the seed."""
+    assert list(rounds(4, 0, seed=1)) == list(rounds(4, 0, seed=1)) != list(rounds(4, 0, seed=2))
+
+
+def test_there_are_a_few_rounds_however_short_the_time():
+    """Quartiles need them."""
+    assert len(list(rounds(2, 0))) == FEWEST
+
+
+def test_measure_warms_up_and_calls_everyone_as_often():
+    """A row per round, a column per call; the first calls are not counted."""
+    calls = [0, 0]
+
+    def work(index: int) -> None:
+        calls[index] += 1
+        np.linalg.svd(np.ones((120, 120)))
+
+    times = measure([lambda: work(0), lambda: work(1)], 0)
+    assert times.shape == (FEWEST, 2)
+    assert (times > 0).all()
+    assert min(calls) >= WARM_UP + FEWEST
+    assert all((n - WARM_UP) % FEWEST == 0 for n in calls)  # the same number in every turn
