@@ -99,6 +99,12 @@ class ConvStage:
         if self.weight.shape != self.geometry.weight_shape:
             raise ValueError(f"weight {self.weight.shape} does not fit {self.geometry.weight_shape}")
 
+    @property
+    def reads(self) -> IntArray:
+        """The one input channel that each filter of a depthwise stage reads, (n_o,)."""
+        channels = np.arange(self.geometry.n_i) if self.channels is None else self.channels
+        return channels.repeat(self.geometry.n_o // self.geometry.n_i)
+
     def __call__(self, x: Array) -> Array:
         """Convolve (n, c, h, w) in NumPy; the reference every runtime is held against."""
         g = self.geometry
@@ -156,6 +162,15 @@ class Factorization:
             total += stage.geometry.macs(h, w)
             h, w = stage.geometry.output_size(h, w)
         return total
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether this is a depthwise stage and then a pointwise one, as one fused operator computes them."""
+        if len(self.stages) != 2:
+            return False
+        depthwise, pointwise = self.stages
+        plain = ConvGeometry(self.geometry.n_o, depthwise.geometry.n_o, 1, 1, groups=self.geometry.groups)
+        return depthwise.geometry.is_depthwise and pointwise.channels is None and pointwise.geometry == plain
 
     @property
     def parameters(self) -> int:

@@ -1,8 +1,9 @@
-"""Write a factorization as standard ONNX nodes.
+"""Write a factorization as ONNX nodes.
 
 A depthwise stage with a channel multiplier is written as T parallel depthwise convolutions and a
 Concat ("parallel"), which CPU runtimes run faster than the literal form ("gather"): one Gather that
-repeats channels and one grouped convolution.
+repeats channels and one grouped convolution. "fused" is one node of our own operator for both stages
+(`netdecouple.kernels`), where they are depthwise and pointwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
 
-Form = Literal["parallel", "gather"]
+Form = Literal["parallel", "gather", "fused"]
+DOMAIN, OPERATOR = "netdecouple", "DecoupledConv"
 
 
 @dataclass
@@ -84,6 +86,9 @@ def emit(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``."""
     writer = _Writer(name)
+    if form == "fused" and factorization.is_separable:
+        _emit_fused(writer, factorization, x, output)
+        return writer.nodes, writer.initializers
     channels = factorization.geometry.n_i
     order: IntArray | None = None  # of the channels that the previous stage put out
     for index, stage in enumerate(factorization.stages):
@@ -96,7 +101,7 @@ def emit(
             else "conv"
         )
         label = f"{label}{index}"
-        spread = form == "parallel" and not last and factorization.stages[index + 1].geometry.groups == 1
+        spread = form != "gather" and not last and factorization.stages[index + 1].geometry.groups == 1
         if spread and stage.channels is not None and stage.geometry.n_o == stage.geometry.groups:
             x, order = _emit_parallel(writer, label, x, stage, channels)
         else:
@@ -132,3 +137,26 @@ def _emit_parallel(
     if len(parts) == 1:
         return parts[0], order[0]
     return writer.node("Concat", f"{label}.concat", parts, axis=1), np.concatenate(order)
+
+
+def _emit_fused(writer: _Writer, factorization: Factorization, x: str, output: str) -> None:
+    depthwise, pointwise = factorization.stages
+    g, bias = factorization.geometry, factorization.bias
+    weights = {
+        "depthwise": depthwise.weight,
+        "pointwise": pointwise.weight,
+        "bias": np.zeros(g.n_o) if bias is None else bias,
+    }
+    writer.node(
+        OPERATOR,
+        "fused",
+        [x, *(writer.constant(f"fused.{label}", w.astype(np.float32)) for label, w in weights.items())],
+        output,
+        domain=DOMAIN,
+        in_channels=g.n_i,
+        channels=depthwise.reads.tolist(),
+        strides=list(g.strides),
+        pads=list(g.pads),
+        dilations=list(g.dilations),
+        group=g.groups,
+    )

@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
-from netdecouple.frontends.onnx.emission import Form, emit
+from netdecouple.frontends.onnx.emission import DOMAIN, Form, emit
+from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -193,6 +194,9 @@ class OnnxNetwork:
             proto.graph.initializer.extend(constants)
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
+        if any(node.domain == DOMAIN for node in nodes):
+            proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+            absorb(proto.graph, self._shapes)
         _drop_unused(proto.graph)
         for key, value in (metadata or {}).items():
             _set_metadata(proto, key, value)

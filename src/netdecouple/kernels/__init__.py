@@ -1,0 +1,162 @@
+"""The fused depthwise + pointwise operator: a compiled library, and its ways into NumPy and ONNX Runtime.
+
+One line teaches an ONNX Runtime session the operator ``netdecouple::DecoupledConv``:
+
+    netdecouple.kernels.register(session_options)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.convolution import Array, Factorization
+from netdecouple.errors import UnavailableError
+
+OPERATOR = "DecoupledConv"
+DOMAIN = "netdecouple"
+FILE = "netdecouple_kernels.so"
+
+
+def library_path() -> Path | None:
+    """Where the compiled library is; None if it was not built when netdecouple was installed."""
+    # an editable install keeps the sources and what was compiled in two places
+    found = (Path(folder) / FILE for folder in __path__)
+    return next((path for path in found if path.is_file()), None)
+
+
+def available() -> bool:
+    """Tell whether the operator was built."""
+    return library_path() is not None
+
+
+def register(options: Any) -> None:
+    """Teach the sessions that ``options`` (onnxruntime.SessionOptions) open the fused operator.
+
+    Raises:
+        UnavailableError: the operator was not built.
+    """
+    options.register_custom_ops_library(str(_existing()))
+
+
+def level() -> str:
+    """The instruction set in use: avx512, avx2 or baseline."""
+    return str(_library().netdecouple_level().decode())
+
+
+def _existing() -> Path:
+    path = library_path()
+    if path is None:
+        raise UnavailableError(
+            "the fused operator was not built when netdecouple was installed: install a C++ compiler (g++ or "
+            "clang++) and netdecouple again, or turn the model into standard operators with `netdecouple lower`"
+        )
+    return path
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_i", "n_o", "groups", "rows", "kh", "kw")),
+        ("strides", ctypes.c_int64 * 2),
+        ("pads", ctypes.c_int64 * 4),
+        ("dilations", ctypes.c_int64 * 2),
+        ("minimum", ctypes.c_float),
+        ("maximum", ctypes.c_float),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_existing()))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.netdecouple_create.restype = pointer
+    library.netdecouple_create.argtypes = [pointer] * 6 + [ctypes.c_char_p, ctypes.c_size_t]
+    library.netdecouple_run.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 2
+    library.netdecouple_destroy.argtypes = [pointer]
+    library.netdecouple_destroy.restype = None
+    library.netdecouple_level.restype = ctypes.c_char_p
+    return library
+
+
+class DecoupledConv:
+    """A depthwise and a pointwise stage packed together, run on NumPy arrays in the calling thread.
+
+    Args:
+        factorization: a depthwise stage and a pointwise one (`Factorization.is_separable`).
+        slope: factors for negative outputs (n_o,), as PReLU has; None for none.
+        limits: what outputs are clipped to; (0, inf) is ReLU.
+
+    Raises:
+        ValueError: the factorization cannot be fused, or the slope does not fit it.
+        UnavailableError: the operator was not built.
+    """
+
+    def __init__(
+        self,
+        factorization: Factorization,
+        slope: Array | None = None,
+        limits: Sequence[float] = (-np.inf, np.inf),
+    ) -> None:
+        if not factorization.is_separable:
+            raise ValueError("only a depthwise stage and a pointwise one can be fused")
+        self._geometry = g = factorization.geometry
+        if slope is not None and np.shape(slope) != (g.n_o,):
+            raise ValueError(f"the slope has shape {np.shape(slope)}, not {(g.n_o,)}")
+        depthwise, pointwise = factorization.stages
+        rows, groups = depthwise.geometry.n_o, pointwise.geometry.groups
+        shape = _Shape(g.n_i, g.n_o, groups, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, *limits)
+        channels = np.ascontiguousarray(depthwise.reads, np.int64)
+        bias = np.zeros(g.n_o) if factorization.bias is None else factorization.bias
+        weights = [np.ascontiguousarray(a, np.float32) for a in (depthwise.weight, pointwise.weight, bias)]
+        slopes = None if slope is None else np.ascontiguousarray(slope, np.float32)
+        error = ctypes.create_string_buffer(256)
+        self._handle = _library().netdecouple_create(
+            ctypes.addressof(shape),
+            channels.ctypes.data,
+            *(a.ctypes.data for a in weights),
+            _data(slopes),
+            error,
+            len(error),
+        )
+        if not self._handle:
+            raise ValueError(f"{OPERATOR}: {error.value.decode()}")
+
+    def __call__(
+        self, x: NDArray[np.float32], residual: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Return (n, n_o, h', w') for x (n, n_i, h, w); ``residual`` is added before slope and limits.
+
+        Raises:
+            ValueError: the input does not fit the layer.
+        """
+        g = self._geometry
+        if x.ndim != 4 or x.shape[1] != g.n_i:
+            raise ValueError(f"{OPERATOR}: the input has shape {x.shape}, not (n, {g.n_i}, h, w)")
+        n, _, h, w = x.shape
+        size = g.output_size(h, w)
+        if min(size) < 1:
+            raise ValueError(f"{OPERATOR}: an input of {h}×{w} is smaller than the kernel")
+        y = np.empty((n, g.n_o, *size), np.float32)
+        if residual is not None and residual.shape != y.shape:
+            raise ValueError(f"{OPERATOR}: the residual has shape {residual.shape}, not {y.shape}")
+        x = np.ascontiguousarray(x, np.float32)
+        added = None if residual is None else np.ascontiguousarray(residual, np.float32)
+        if _library().netdecouple_run(
+            self._handle, x.ctypes.data, _data(added), y.ctypes.data, n, h, w, None, None
+        ):
+            raise MemoryError(f"{OPERATOR}: out of memory")
+        return y
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            _library().netdecouple_destroy(self._handle)
+
+
+def _data(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else int(array.ctypes.data)

@@ -1,0 +1,218 @@
+// Checks and packs layers, chooses the instruction set, cuts a run into jobs.
+#include "fused.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "layer.h"
+
+namespace netdecouple {
+
+Aligned::Aligned(size_t floats) : size(floats) {
+    if (!floats) return;
+    data = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
+    std::fill(data, data + floats, 0.0f);
+}
+
+Aligned::~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+
+namespace {
+
+constexpr int64_t CHUNK = 128;       // rows of the panels; with TILE vectors they fill part of the L2 cache
+constexpr int64_t TILE = 14;         // vectors
+constexpr int64_t WIDE_TILE = 28;    // vectors; where rows are long, more of them share their neighbours' input
+constexpr int64_t SMALL = 1 << 16;   // weights that are cheap to read twice
+constexpr int64_t MOST = int64_t(1) << 40;
+
+const Level* best_level() {
+    const char* asked = std::getenv("NETDECOUPLE_LEVEL");  // to test the lower ones
+    const std::string wanted = asked ? asked : "";
+#if defined(NETDECOUPLE_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && (wanted.empty() || wanted == "avx512")) return level_avx512();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wanted != "baseline") return level_avx2();
+#endif
+    return level_baseline();
+}
+
+const Level* level() {
+    static const Level* chosen = best_level();
+    return chosen;
+}
+
+void check(bool good, const char* what) {
+    if (!good) throw std::invalid_argument(what);
+}
+
+void check(const netdecouple_shape& s, const int64_t* channels) {
+    check(s.n_i > 0 && s.n_o > 0 && s.groups > 0 && s.rows > 0 && s.kh > 0 && s.kw > 0,
+          "channels, groups, rows and kernel must be positive");
+    check(std::max({s.n_i, s.n_o, s.groups, s.rows}) < MOST / s.rows && s.kh < 1 << 10 && s.kw < 1 << 10, "the layer is too large");
+    check(s.n_i % s.groups == 0 && s.n_o % s.groups == 0 && s.rows % s.groups == 0,
+          "input channels, output channels and rows must be multiples of the groups");
+    for (int i = 0; i < 2; ++i)
+        check(s.strides[i] > 0 && s.dilations[i] > 0 && s.strides[i] < 1 << 20 && s.dilations[i] < 1 << 20,
+              "strides and dilations must be positive");
+    for (int64_t pad : s.pads) check(pad >= 0 && pad < 1 << 20, "pads must not be negative");
+    check(!std::isnan(s.minimum) && !std::isnan(s.maximum), "minimum and maximum must be numbers");
+    const int64_t rows = s.rows / s.groups, inputs = s.n_i / s.groups;
+    for (int64_t r = 0; r < s.rows; ++r)
+        check(channels[r] >= r / rows * inputs && channels[r] < (r / rows + 1) * inputs,
+              "a row reads a channel that its group does not have");
+}
+
+std::unique_ptr<Layer> pack(const netdecouple_shape& s, const int64_t* channels, const float* depthwise,
+                            const float* pointwise, const float* bias, const float* slope) {
+    auto layer = std::make_unique<Layer>();
+    layer->shape = s;
+    layer->level = level();
+    layer->inputs = s.n_i / s.groups;
+    layer->outputs = s.n_o / s.groups;
+    const int64_t rows = s.rows / s.groups, taps = s.kh * s.kw, block = layer->level->block_rows;
+    layer->blocks = (layer->outputs + block - 1) / block;
+    const int64_t padded = layer->blocks * block;
+
+    for (int64_t ky = 0; ky < s.kh; ++ky) {
+        const int remainder = static_cast<int>(ky * s.dilations[0] % s.strides[0]);
+        auto found = std::find(layer->phases.begin(), layer->phases.end(), remainder);
+        layer->phase.push_back(static_cast<int>(found - layer->phases.begin()));
+        if (found == layer->phases.end()) layer->phases.push_back(remainder);
+        layer->shift.push_back(static_cast<int>(ky * s.dilations[0] / s.strides[0]));
+    }
+    layer->deepest = layer->shift.back();
+
+    layer->depthwise = Aligned(s.rows * taps);
+    layer->pointwise = Aligned(s.groups * padded * rows + 64);  // read a little ahead
+    float *filter = layer->depthwise.data, *packed = layer->pointwise.data;
+    for (int64_t g = 0; g < s.groups; ++g) {
+        std::vector<int64_t> order(rows);  // rows by channel
+        for (int64_t r = 0; r < rows; ++r) order[r] = g * rows + r;
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return channels[a] < channels[b]; });
+        Group group;
+        const int64_t chunks = (rows + CHUNK - 1) / CHUNK, size = (rows + chunks - 1) / chunks;
+        for (int64_t first = 0; first < rows;) {
+            Chunk chunk{layer->filters.size(), 0, 0, packed};
+            int64_t last = first;
+            while (last < rows && last - first < size) {
+                const int64_t channel = channels[order[last]];
+                int64_t same = 1;
+                while (last + same < rows && channels[order[last + same]] == channel) ++same;
+                // filters of one channel share the terms evenly: 5 as 3 + 2
+                const int64_t parts = (same + MOST_TERMS - 1) / MOST_TERMS;
+                const size_t next = layer->filters.size() + parts;
+                for (int64_t p = 0; p < parts; ++p) {
+                    const int64_t from = p * same / parts, count = (p + 1) * same / parts - from;
+                    layer->filters.push_back({channel - g * layer->inputs, static_cast<int>(count), filter, next});
+                    for (int64_t tap = 0; tap < taps; ++tap)
+                        for (int64_t t = 0; t < count; ++t) *filter++ = depthwise[order[last + from + t] * taps + tap];
+                }
+                last += same;
+            }
+            chunk.last = layer->filters.size();
+            chunk.depth = last - first;
+            for (int64_t o = 0; o < padded; o += block)
+                for (int64_t k = first; k < last; ++k)
+                    for (int64_t i = 0; i < block; ++i) {
+                        const int64_t output = g * layer->outputs + o + i;
+                        *packed++ = o + i < layer->outputs ? pointwise[output * rows + order[k] - g * rows] : 0.0f;
+                    }
+            group.chunks.push_back(chunk);
+            first = last;
+        }
+        layer->groups.push_back(std::move(group));
+    }
+    layer->bias = Aligned(s.groups * padded);
+    layer->slope = Aligned(s.groups * padded);
+    layer->has_slope = slope != nullptr;
+    for (int64_t o = 0; o < s.n_o; ++o) {
+        const int64_t at = o / layer->outputs * padded + o % layer->outputs;
+        layer->bias.data[at] = bias[o];
+        if (slope) layer->slope.data[at] = slope[o];
+    }
+    return layer;
+}
+
+int64_t output_length(const netdecouple_shape& s, int axis, int64_t length) {
+    const int64_t kernel = (axis ? s.kw : s.kh) - 1;
+    const int64_t room = length + s.pads[axis] + s.pads[axis + 2] - s.dilations[axis] * kernel - 1;
+    return room < 0 ? 0 : room / s.strides[axis] + 1;
+}
+
+}  // namespace
+}  // namespace netdecouple
+
+using namespace netdecouple;
+
+struct netdecouple_layer {
+    std::unique_ptr<Layer> packed;
+};
+
+netdecouple_layer* netdecouple_create(const netdecouple_shape* shape, const int64_t* channels, const float* depthwise,
+                                      const float* pointwise, const float* bias, const float* slope, char* error,
+                                      size_t error_size) {
+    try {
+        check(*shape, channels);
+        return new netdecouple_layer{pack(*shape, channels, depthwise, pointwise, bias, slope)};
+    } catch (const std::bad_alloc&) {
+        std::snprintf(error, error_size, "out of memory");
+    } catch (const std::exception& problem) {
+        std::snprintf(error, error_size, "%s", problem.what());
+    }
+    return nullptr;
+}
+
+void netdecouple_output_size(const netdecouple_layer* layer, int64_t h, int64_t w, int64_t* output_h, int64_t* output_w) {
+    *output_h = output_length(layer->packed->shape, 0, h);
+    *output_w = output_length(layer->packed->shape, 1, w);
+}
+
+int netdecouple_run(const netdecouple_layer* handle, const float* x, const float* residual, float* y, int64_t n,
+                    int64_t h, int64_t w, netdecouple_parallel_for parallel_for, void* pool) {
+    const Layer& layer = *handle->packed;
+    const netdecouple_shape& s = layer.shape;
+    try {
+        Run run{&layer, x, residual, y, h, w, output_length(s, 0, h), output_length(s, 1, w), 0, 0, 1, x + n * s.n_i * h * w, {}, 0, false, -1, false};
+        if (n <= 0 || run.output_h <= 0 || run.output_w <= 0) return 0;
+        const int64_t lanes = layer.level->lanes;
+        run.vectors = (run.output_h * run.output_w + lanes - 1) / lanes;
+        const int64_t target = std::clamp((8 * run.output_w + lanes - 1) / lanes, TILE, WIDE_TILE);
+        run.tiles = (run.vectors + target - 1) / target;
+        if (parallel_for && n * s.groups * run.tiles < 4) {
+            // threads need something to share: tiles where weights are few, else output channels
+            if (layer.outputs * (s.rows / s.groups) <= SMALL)
+                run.tiles = std::min<int64_t>(run.vectors, 2 * run.tiles);
+            else
+                run.parts = std::min<int64_t>(4, layer.blocks);
+        }
+        run.flat = s.strides[0] == 1 && s.strides[1] == 1 && run.output_w == w;
+        if (s.pads[1] % s.dilations[1] == 0) run.direct = s.pads[1] / s.dilations[1];
+        const int64_t rows = run.flat ? target * lanes / w + 2 + layer.deepest : 1;
+        run.mask_size = (rows * run.output_w + 2 * lanes - 1) / lanes * lanes;
+        run.masks.resize(s.kw * run.mask_size);
+        int32_t* mask = run.masks.data();
+        for (int64_t kx = 0; kx < s.kw; ++kx, mask = run.masks.data() + kx * run.mask_size)
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t column = 0; column < run.output_w; ++column) {
+                    const int64_t from = column * s.strides[1] + kx * s.dilations[1] - s.pads[1];
+                    *mask++ = from >= 0 && from < w ? -1 : 0;
+                }
+        const size_t jobs = n * s.groups * run.parts * run.tiles;
+        if (parallel_for && jobs > 1)
+            parallel_for(pool, layer.level->work, jobs, &run);
+        else
+            for (size_t job = 0; job < jobs; ++job) layer.level->work(&run, job);
+        return run.failed;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+void netdecouple_destroy(netdecouple_layer* layer) { delete layer; }
+
+const char* netdecouple_level(void) { return level()->name; }
