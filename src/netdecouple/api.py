@@ -10,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from netdecouple import calibration
+from netdecouple import calibration, kernels, runtimes
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
 from netdecouple.families import Problem, decoupling
 from netdecouple.frontends import Array, Layer
+from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, Parameters, least_cost, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
-from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, reachable
+from netdecouple.planning.solve import BudgetRow, FormOf, budget_rows, make_plan, published_plan, reachable
 from netdecouple.report.report import Agreement, Report, Score, layer_reports
 from netdecouple.runtimes.onnxruntime import first_line
 from netdecouple.sampling import Inputs
@@ -59,9 +61,13 @@ def decouple(
     *,
     macs: str | float | None = None,
     parameters: str | float | None = None,
+    latency: str | float | None = None,
     max_drop: float | None = None,
     labels: str | os.PathLike[str] | None = None,
     settings: Settings = Settings(),
+    emit: str = "standard",
+    runtime: str | None = None,
+    threads: int = 1,
     preprocessing: Preprocessing = Preprocessing(),
     samples: int | None = SAMPLES,
     progress: Progress = quiet,
@@ -74,9 +80,14 @@ def decouple(
         calib: unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION, or arrays
             (N, C, H, W) that are ready for the network. May be left out when ``settings.data_free``.
         macs, parameters: the share that may stay: 0.5, "50%" or "2x" (two times fewer).
+        latency: the share of its time that the network may still take, for one input in ``runtime``.
         max_drop: instead of a budget, the points of top-1 accuracy that may be lost on ``labels``
             (FILE.npz:IMAGES,LABELS); the smallest network within them is searched for.
         settings: layers to leave alone, how to fit, seed.
+        emit: "standard" writes standard operators, "fused" netdecouple's own, which is faster and which ONNX
+            Runtime is taught with `netdecouple.kernels.register`.
+        runtime: "onnxruntime" or "openvino". Named, or with ``latency``, the standard operators that a layer
+            is written with are those that are fastest there, measured with ``threads`` threads.
         preprocessing: how uint8 images become network inputs.
         samples: how many calibration images to take at most; None takes all.
         progress: called with a step's name, what is done and what there is to do.
@@ -85,14 +96,18 @@ def decouple(
     Raises:
         NetDecoupleError: one of its children, with one line that says what to do.
     """
-    if (macs is None and parameters is None) == (max_drop is None):
-        raise BudgetError("give either a budget (--macs 50%, --params 2x) or --max-drop with --labels")
+    if (macs is None and parameters is None and latency is None) == (max_drop is None):
+        raise BudgetError(
+            "give either a budget (--macs 50%, --params 2x, --latency 60%) or --max-drop with --labels"
+        )
     if max_drop is not None and not max_drop >= 0:
         raise BudgetError(f"--max-drop {max_drop}: give points of accuracy, 0 or more")
     if max_drop is not None and labels is None:
         raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
     budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
     budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
+    share = None if latency is None else parse_share(latency)
+    place = _place(emit, runtime, threads)
     opened = read_model(model)
     images = _images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else _labelled(opened, labels, preprocessing, settings.seed)
@@ -101,13 +116,48 @@ def decouple(
     analysis = analyze(network, inputs, settings, progress)
     if show_budgets is not None:
         show_budgets(budget_rows(analysis), analysis.loss)
+    clock, form = None, _first_form(place)
+    if share is not None or runtime is not None:
+        image = network.padded(images.images, slice(0, opened.batch or 1))
+        clock = Latency(network, analysis.candidates, place, image, progress=progress)
+        form = clock.form
     plan_for = published_plan if settings.data_free and settings.uniform_rank else make_plan
-    if max_drop is None:
-        applied = apply(network, inputs, plan_for(analysis, budgets), progress)
-    else:
+    if max_drop is not None:
         assert labelled is not None
-        applied = _search(analysis, max_drop, labelled, progress)
-    return _result(network, inputs, applied, images, labelled, None if calib is None else analysis)
+        applied = _search(analysis, max_drop, labelled, form, progress)
+    elif share is not None:
+        assert clock is not None
+        applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
+    else:
+        applied = apply(network, inputs, plan_for(analysis, budgets, form), progress)
+    return _result(network, inputs, applied, images, labelled, None if calib is None else analysis, clock)
+
+
+def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
+    """Where the network is to run.
+
+    Raises:
+        UnavailableError: a runtime, or the fused operator, is not to be had here.
+        ModelError: the two do not go together.
+    """
+    if emit not in ("standard", "fused"):
+        raise ModelError(f"--emit {emit}: there are standard and fused")
+    if threads < 1:
+        raise ModelError(f"--threads {threads}: give 1 or more")
+    name = runtime_name or "onnxruntime"
+    if name.startswith("torch"):
+        raise ModelError(
+            f"--runtime {name} is for PyTorch modules; ONNX models run in onnxruntime or openvino"
+        )
+    if emit == "fused":
+        if name != "onnxruntime":
+            raise ModelError(f"--emit fused is for onnxruntime; {name} runs standard operators only")
+        kernels.check_available()
+    return Place(runtimes.runtime(name), threads, FUSED if emit == "fused" else STANDARD)
+
+
+def _first_form(place: Place) -> FormOf:
+    return lambda layer, terms: place.forms[0]
 
 
 def apply_plan(
@@ -199,7 +249,11 @@ def accuracy(outputs: Array, labels: np.ndarray) -> float:
 
 
 def _search(
-    analysis: Analysis, max_drop: float, labelled: tuple[Array, np.ndarray], progress: Progress
+    analysis: Analysis,
+    max_drop: float,
+    labelled: tuple[Array, np.ndarray],
+    form: FormOf,
+    progress: Progress,
 ) -> Applied:
     """Bisect the budget for the smallest network that loses at most ``max_drop`` points of accuracy."""
     network, inputs = analysis.network, analysis.inputs
@@ -209,12 +263,12 @@ def _search(
     total = sum(layer.macs for layer in network.layers)
     # shares: `low` is too small or unknown, `high` is known to do
     low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
-    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)]))
+    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form))
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
         progress("Searching the budget", step, steps)
         share = float(np.sqrt(low * high))
-        applied = apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)]))
+        applied = apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form))
         outputs = network.run_model(network.decoupled(applied.factorizations), images)
         if accuracy(outputs[0], labels) >= wanted:
             best, high = applied, share
@@ -231,11 +285,13 @@ def _result(
     images: Samples,
     labelled: tuple[Array, np.ndarray] | None,
     calib: object | None,
+    clock: Latency | None = None,
 ) -> Result:
     """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
     plan = applied.plan
     metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
-    model = network.decoupled(applied.factorizations, metadata=metadata)
+    forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
+    model = network.decoupled(applied.factorizations, forms, metadata)
     _check_model(model)
     shown = inputs.held_back
     original, new = network.run(shown), network.run_model(model, shown)
@@ -259,6 +315,7 @@ def _result(
         quality if calib is not None else None,
         difference,
         both,
+        None if clock is None else clock.speed(model, plan),
         images.skipped,
     )
     return Result(model, plan, report)

@@ -416,7 +416,7 @@ def test_a_plan_that_is_binary(refused, folder: Path):
 
 def test_a_plan_of_another_version(refused, folder: Path, plan: dict):
     """It is said which version this is."""
-    for version in (0, 2, "1", None, 1.5):
+    for version in (0, 1, "1", None, 1.5):
         (folder / "plan.json").write_text(json.dumps(plan | {"version": version}))
         refused(APPLY, "plan.json", "version", repr(version))
 

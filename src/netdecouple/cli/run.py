@@ -21,6 +21,9 @@ def run(
     calib: options.Calib = None,
     macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Time that may stay, measured here for one input: 60% or 2x.")
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -40,6 +43,17 @@ def run(
             "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
         ),
     ] = False,
+    emit: Annotated[
+        str,
+        typer.Option(help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple)."),
+    ] = "standard",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose by measuring in onnxruntime or openvino how layers are written.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
     samples: Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")] = api.SAMPLES,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     preset: options.Preset = "none",
@@ -67,9 +81,13 @@ def run(
             calib,
             macs=macs,
             parameters=params,
+            latency=latency,
             max_drop=max_drop,
             labels=labels,
             settings=Settings(tuple(exclude or ()), data_free, uniform_rank, seed),
+            emit=emit,
+            runtime=runtime,
+            threads=threads,
             preprocessing=options.preprocessing(preset, input_size, mean, std),
             samples=samples,
             progress=bars,

@@ -36,6 +36,15 @@ def available() -> bool:
     return library_path() is not None
 
 
+def check_available() -> None:
+    """Make sure that the operator was built.
+
+    Raises:
+        UnavailableError: it was not; the message says what to do.
+    """
+    _existing()
+
+
 def register(options: Any) -> None:
     """Teach the sessions that ``options`` (onnxruntime.SessionOptions) open the fused operator.
 
@@ -54,8 +63,8 @@ def _existing() -> Path:
     path = library_path()
     if path is None:
         raise UnavailableError(
-            "the fused operator was not built when netdecouple was installed: install a C++ compiler (g++ or "
-            "clang++) and netdecouple again, or turn the model into standard operators with `netdecouple lower`"
+            "the fused operator was not built when netdecouple was installed; install a C++ compiler (g++ or "
+            "clang++) and then netdecouple again, or use standard operators (`netdecouple lower`)"
         )
     return path
 

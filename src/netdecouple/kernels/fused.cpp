@@ -163,6 +163,8 @@ netdecouple_layer* netdecouple_create(const netdecouple_shape* shape, const int6
         std::snprintf(error, error_size, "out of memory");
     } catch (const std::exception& problem) {
         std::snprintf(error, error_size, "%s", problem.what());
+    } catch (...) {
+        std::snprintf(error, error_size, "failed");
     }
     return nullptr;
 }
@@ -208,7 +210,7 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
         else
             for (size_t job = 0; job < jobs; ++job) layer.level->work(&run, job);
         return run.failed;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return 1;
     }
 }

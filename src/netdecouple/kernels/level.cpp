@@ -355,7 +355,7 @@ void tile(Run& run, size_t job) {
 void work(void* run, size_t job) {
     try {
         tile(*static_cast<Run*>(run), job);
-    } catch (const std::bad_alloc&) {
+    } catch (...) {  // nothing may be thrown through the caller's threads
         static_cast<Run*>(run)->failed = true;
     }
 }

@@ -6,9 +6,10 @@
 //
 // The runtime's headers do not come with its Python package, so the few entries of its C interface that are used
 // are declared here. The interface is versioned and only ever grows at the end: positions never change.
-#include <cmath>
-#include <cstdio>
 #include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -37,8 +38,8 @@ struct ApiBase {
 // Positions in the table.
 constexpr int CREATE_STATUS = 0, CREATE_DOMAIN = 26, DOMAIN_ADD = 27, ADD_DOMAIN = 28, TENSOR_DATA = 51, ELEMENT_TYPE = 60,
               DIMENSION_COUNT = 61, DIMENSIONS = 62, TYPE_AND_SHAPE = 65, ATTRIBUTE_FLOAT = 85, ATTRIBUTE_INT = 86,
-              GET_INPUT = 90, GET_OUTPUT = 91, RELEASE_STATUS = 93, RELEASE_TYPE_AND_SHAPE = 99, ATTRIBUTE_INTS = 163,
-              CONSTANT_INPUT = 249, PARALLEL_FOR = 274;
+              ATTRIBUTE_STRING = 87, GET_INPUT = 90, GET_OUTPUT = 91, RELEASE_STATUS = 93, RELEASE_TYPE_AND_SHAPE = 99,
+              ATTRIBUTE_FLOATS = 162, ATTRIBUTE_INTS = 163, CONSTANT_INPUT = 249, PARALLEL_FOR = 274;
 constexpr int FAIL = 1, INVALID_ARGUMENT = 2;  // status codes
 constexpr int FLOAT = 1;                       // element type
 constexpr int REQUIRED = 0, OPTIONAL = 1;      // inputs
@@ -50,8 +51,8 @@ struct Failed {
     Status* status;
 };
 
-Status* status(const Api* api, int code, const std::string& message) {
-    return api->call<int, const char*>(CREATE_STATUS, code, ("DecoupledConv: " + message).c_str());
+Status* status(const Api* api, int code, const char* message) {
+    return api->call<int, const char*>(CREATE_STATUS, code, message);
 }
 
 void must(Status* result) {
@@ -100,9 +101,10 @@ void check_shape(const Tensor& given, const std::vector<int64_t>& wanted, const 
 }
 
 struct Kernel {
-    const Api* api;
+    const Api* api = nullptr;
     netdecouple_layer* layer = nullptr;
     int64_t n_i = 0, n_o = 0;
+    bool has_slope = false;
     ~Kernel() {
         if (layer) netdecouple_destroy(layer);
     }
@@ -120,26 +122,58 @@ Tensor constant(const Api* api, const void* info, size_t index, const char* name
     return tensor(api, value, name);
 }
 
-void integers(const Api* api, const void* info, const char* name, int64_t* to, size_t count) {
+// What a call says that asks for an attribute; false if the node has no such attribute, of whatever type.
+bool given(const Api* api, const void* info, const char* name, const char* type, Status* answer) {
+    if (succeeded(api, answer)) return true;
+    float one = 0;
+    int64_t whole = 0;
     size_t size = 0;
-    if (!succeeded(api, api->call<const void*, const char*, int64_t*, size_t*>(ATTRIBUTE_INTS, info, name, nullptr, &size)))
-        return;  // the default stands
-    if (size != count) throw std::invalid_argument(std::string(name) + " must have " + std::to_string(count) + " values");
-    must(api->call<const void*, const char*, int64_t*, size_t*>(ATTRIBUTE_INTS, info, name, to, &size));
+    if (succeeded(api, api->call<const void*, const char*, float*>(ATTRIBUTE_FLOAT, info, name, &one)) ||
+        succeeded(api, api->call<const void*, const char*, int64_t*>(ATTRIBUTE_INT, info, name, &whole)) ||
+        succeeded(api, api->call<const void*, const char*, char*, size_t*>(ATTRIBUTE_STRING, info, name, nullptr, &size)) ||
+        succeeded(api, api->call<const void*, const char*, float*, size_t*>(ATTRIBUTE_FLOATS, info, name, nullptr, &size)) ||
+        succeeded(api, api->call<const void*, const char*, int64_t*, size_t*>(ATTRIBUTE_INTS, info, name, nullptr, &size)))
+        throw std::invalid_argument(std::string(name) + " must be " + type);
+    return false;
 }
 
-// Run `body`, and turn whatever it throws into a status.
+bool integer(const Api* api, const void* info, const char* name, int64_t* to) {
+    return given(api, info, name, "an integer",
+                 api->call<const void*, const char*, int64_t*>(ATTRIBUTE_INT, info, name, to));
+}
+
+void number(const Api* api, const void* info, const char* name, float* to) {
+    given(api, info, name, "a float", api->call<const void*, const char*, float*>(ATTRIBUTE_FLOAT, info, name, to));
+}
+
+bool integers(const Api* api, const void* info, const char* name, int64_t* to, size_t count) {
+    size_t size = 0;
+    if (!given(api, info, name, "a list of integers",
+               api->call<const void*, const char*, int64_t*, size_t*>(ATTRIBUTE_INTS, info, name, nullptr, &size)))
+        return false;
+    if (size != count)
+        throw std::invalid_argument(std::string(name) + " must have " + std::to_string(count) + " values, not " +
+                                    std::to_string(size));
+    must(api->call<const void*, const char*, int64_t*, size_t*>(ATTRIBUTE_INTS, info, name, to, &size));
+    return true;
+}
+
+// Run `body`, and turn whatever it throws into a status: nothing may be thrown through the runtime's C code.
 template <typename Body>
 Status* guarded(const Api* api, Body body) {
     try {
-        body();
-        return nullptr;
-    } catch (const Failed& failed) {
-        return failed.status;
+        try {
+            body();
+            return nullptr;
+        } catch (const Failed& failed) {
+            return failed.status;
+        } catch (const std::invalid_argument& problem) {
+            return status(api, INVALID_ARGUMENT, (std::string("DecoupledConv: ") + problem.what()).c_str());
+        }
     } catch (const std::bad_alloc&) {
-        return status(api, FAIL, "out of memory");
-    } catch (const std::exception& problem) {
-        return status(api, INVALID_ARGUMENT, problem.what());
+        return status(api, FAIL, "DecoupledConv: out of memory");
+    } catch (...) {
+        return status(api, FAIL, "DecoupledConv: failed");
     }
 }
 
@@ -155,10 +189,10 @@ Status* create(const void*, const Api* api, const void* info, void** made) {
         const float infinity = std::numeric_limits<float>::infinity();
         netdecouple_shape s{0, pointwise.shape[0], 1, depthwise.shape[0], depthwise.shape[2], depthwise.shape[3],
                             {1, 1}, {0, 0, 0, 0}, {1, 1}, -infinity, infinity};
-        succeeded(api, api->call<const void*, const char*, int64_t*>(ATTRIBUTE_INT, info, "group", &s.groups));
-        succeeded(api, api->call<const void*, const char*, float*>(ATTRIBUTE_FLOAT, info, "minimum", &s.minimum));
-        succeeded(api, api->call<const void*, const char*, float*>(ATTRIBUTE_FLOAT, info, "maximum", &s.maximum));
-        must(api->call<const void*, const char*, int64_t*>(ATTRIBUTE_INT, info, "in_channels", &s.n_i));
+        integer(api, info, "group", &s.groups);
+        number(api, info, "minimum", &s.minimum);
+        number(api, info, "maximum", &s.maximum);
+        if (!integer(api, info, "in_channels", &s.n_i)) throw std::invalid_argument("the attribute in_channels is missing");
         integers(api, info, "strides", s.strides, 2);
         integers(api, info, "pads", s.pads, 4);
         integers(api, info, "dilations", s.dilations, 2);
@@ -167,17 +201,16 @@ Status* create(const void*, const Api* api, const void* info, void** made) {
         check_shape(bias, {s.n_o}, "the bias");
         if (slope.data) check_shape(slope, {s.n_o}, "the slope");
         std::vector<int64_t> channels(s.rows, -1);
-        integers(api, info, "channels", channels.data(), channels.size());
+        if (!integers(api, info, "channels", channels.data(), channels.size()))
+            throw std::invalid_argument("the attribute channels is missing");
         char error[256] = "";
-        auto* kernel = new Kernel{api};
-        kernel->n_i = s.n_i, kernel->n_o = s.n_o;
+        auto kernel = std::make_unique<Kernel>();
+        kernel->api = api, kernel->n_i = s.n_i, kernel->n_o = s.n_o;
         kernel->layer = netdecouple_create(&s, channels.data(), depthwise.data, pointwise.data, bias.data, slope.data,
                                            error, sizeof error);
-        if (!kernel->layer) {
-            delete kernel;
-            throw std::invalid_argument(error);
-        }
-        *made = kernel;
+        if (!kernel->layer) throw std::invalid_argument(error);
+        kernel->has_slope = slope.data != nullptr;
+        *made = kernel.release();
     });
 }
 
@@ -193,11 +226,17 @@ void parallel_for(void* to, void (*work)(void*, size_t), size_t count, void* tas
         PARALLEL_FOR, pool->context, work, count, 0, task);
 }
 
+// An input of a run, or null if the node has none there.
+const void* optional(const Api* api, const void* context, size_t index) {
+    const void* value = nullptr;
+    return succeeded(api, api->call<const void*, size_t, const void**>(GET_INPUT, context, index, &value)) ? value : nullptr;
+}
+
 Status* compute(void* made, void* context) {
     const auto& kernel = *static_cast<Kernel*>(made);
     const Api* api = kernel.api;
     return guarded(api, [&] {
-        const void *input = nullptr, *residual = nullptr;
+        const void* input = nullptr;
         must(api->call<const void*, size_t, const void**>(GET_INPUT, context, X, &input));
         const Tensor x = tensor(api, input, "X");
         if (x.shape.size() != 4 || x.shape[1] != kernel.n_i)
@@ -206,8 +245,10 @@ Status* compute(void* made, void* context) {
         netdecouple_output_size(kernel.layer, x.shape[2], x.shape[3], &shape[2], &shape[3]);
         if (shape[2] <= 0 || shape[3] <= 0)
             throw std::invalid_argument("X of shape " + text(x.shape) + " is smaller than the kernel");
+        // one that is computed could not be seen when the kernel was made
+        if (!kernel.has_slope && optional(api, context, SLOPE)) throw std::invalid_argument("the slope must be an initializer");
         Tensor added;
-        if (succeeded(api, api->call<const void*, size_t, const void**>(GET_INPUT, context, RESIDUAL, &residual)) && residual) {
+        if (const void* residual = optional(api, context, RESIDUAL)) {
             added = tensor(api, residual, "the residual");
             check_shape(added, shape, "the residual");
         }
@@ -216,9 +257,10 @@ Status* compute(void* made, void* context) {
         float* y = nullptr;
         must(api->call<const void*, void**>(TENSOR_DATA, output, reinterpret_cast<void**>(&y)));
         Pool pool{api, context, nullptr};
-        if (netdecouple_run(kernel.layer, x.data, added.data, y, shape[0], x.shape[2], x.shape[3], parallel_for, &pool))
-            throw std::bad_alloc();
+        const bool failed =
+            netdecouple_run(kernel.layer, x.data, added.data, y, shape[0], x.shape[2], x.shape[3], parallel_for, &pool);
         must(pool.result);
+        if (failed) throw std::bad_alloc();
     });
 }
 
@@ -274,12 +316,23 @@ const CustomOp OPERATOR = {
 
 extern "C" NETDECOUPLE_EXPORT Status* RegisterCustomOps(void* options, const ApiBase* base) {
     const Api* api = base->get(VERSION);
-    if (!api) return base->get(1)->call<int, const char*>(CREATE_STATUS, FAIL, "DecoupledConv needs ONNX Runtime 1.16 or newer");
-    // A domain lives as long as the sessions that use it, and nothing tells when that ends: one for the whole process.
-    static void* domain = nullptr;
-    if (!domain) {
-        if (Status* bad = api->call<const char*, void**>(CREATE_DOMAIN, "netdecouple", &domain)) return bad;
-        if (Status* bad = api->call<void*, const CustomOp*>(DOMAIN_ADD, domain, &OPERATOR)) return bad;
+    if (!api) {
+        const Api* oldest = base->get(1);
+        return oldest ? status(oldest, FAIL, "DecoupledConv needs ONNX Runtime 1.16 or newer") : nullptr;
     }
-    return api->call<void*, void*>(ADD_DOMAIN, options, domain);
+    return guarded(api, [&] {
+        // A domain lives as long as the sessions that use it, and nothing tells when that ends: one for the whole
+        // process, and for each copy of ONNX Runtime in it.
+        static std::mutex turn;
+        static std::map<const Api*, void*> domains;
+        const std::lock_guard<std::mutex> mine(turn);
+        void*& domain = domains[api];
+        if (!domain) {
+            void* fresh = nullptr;
+            must(api->call<const char*, void**>(CREATE_DOMAIN, "netdecouple", &fresh));
+            must(api->call<void*, const CustomOp*>(DOMAIN_ADD, fresh, &OPERATOR));
+            domain = fresh;
+        }
+        must(api->call<void*, void*>(ADD_DOMAIN, options, domain));
+    });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class LayerCandidates:
     layer: str
     terms: tuple[int, ...]  # per group, falling
     errors: tuple[float, ...]  # relative, predicted for held-back inputs
+    ranks: tuple[NDArray[np.uint8], ...]  # (n_i,): how the terms are shared among the channels
     probes: tuple[Probe, ...]
 
 
@@ -57,6 +59,10 @@ def ranks_of(spectrum: Spectrum, terms: int, uniform: bool) -> NDArray[np.int64]
     )
 
 
+def _all_ranks(spectrum: Spectrum, levels: Sequence[int], uniform: bool) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(ranks_of(spectrum, terms, uniform).astype(np.uint8) for terms in levels)
+
+
 def data_free_candidates(layer: str, problem: Problem, uniform: bool) -> LayerCandidates:
     """Candidates by truncated SVD of the weights alone; errors are relative to the weights' energy."""
     spectrum = decoupling.spectrum(problem)
@@ -67,7 +73,8 @@ def data_free_candidates(layer: str, problem: Problem, uniform: bool) -> LayerCa
     for terms in _probed(problem.geometry, levels, 1):
         fitted = decoupling.fit(problem, ranks_of(spectrum, terms, uniform), spectrum, sweeps=0)
         probes.append(_probe(terms, fitted, float(curve[terms])))
-    return LayerCandidates(layer, levels, tuple(float(curve[t]) for t in levels), tuple(probes))
+    ranks = _all_ranks(spectrum, levels, uniform)
+    return LayerCandidates(layer, levels, tuple(float(curve[t]) for t in levels), ranks, tuple(probes))
 
 
 def candidates(
@@ -81,7 +88,7 @@ def candidates(
     geometry = problem.geometry
     levels = term_levels(geometry, uniform)
     if not levels:
-        return LayerCandidates(layer, (), (), ())
+        return LayerCandidates(layer, (), (), (), ())
     probed = _probed(geometry, levels, probes)
     middle = probed[len(probed) // 2]
 
@@ -111,7 +118,8 @@ def candidates(
         ]
     )
     errors = np.maximum.accumulate(errors)
-    return LayerCandidates(layer, levels, tuple(float(e) for e in errors), tuple(fitted))
+    ranks = _all_ranks(spectrum, levels, uniform)
+    return LayerCandidates(layer, levels, tuple(float(e) for e in errors), ranks, tuple(fitted))
 
 
 def _probe(terms: int, factorization: Factorization, error: float) -> Probe:

@@ -21,12 +21,13 @@ class Cost(Protocol):
     """A counter: what one layer costs as it is, and with so many terms per group."""
 
     unit: str
+    fixed: float  # what the network costs besides its layers
 
-    def dense(self, layer: Layer) -> int:
+    def dense(self, layer: Layer) -> float:
         """Cost of the layer as it is."""
         ...
 
-    def decoupled(self, layer: Layer, terms: int) -> int:
+    def decoupled(self, layer: Layer, terms: int) -> float:
         """Cost of the layer with ``terms`` depthwise separable terms per group."""
         ...
 
@@ -35,6 +36,7 @@ class Macs:
     """MACs for one image of the calibration images' size."""
 
     unit = "MACs"
+    fixed = 0.0
 
     def dense(self, layer: Layer) -> int:
         return layer.macs
@@ -48,6 +50,7 @@ class Parameters:
     """Weights and biases."""
 
     unit = "parameters"
+    fixed = 0.0
 
     def dense(self, layer: Layer) -> int:
         return layer.parameters
@@ -57,7 +60,7 @@ class Parameters:
         return decoupling.macs_per_term(layer.geometry) * terms + layer.geometry.n_o
 
 
-def least_cost(layer: Layer, cost: Cost) -> int:
+def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
     """The least a layer can be brought to: one term for every group, if that is less than it costs."""
     if layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
         return cost.dense(layer)
@@ -71,9 +74,10 @@ class Budget:
     cost: Cost
     share: float
 
-    def limit(self, layers: Iterable[Layer]) -> int:
-        """The most the whole network may cost."""
-        return int(self.share * sum(self.cost.dense(layer) for layer in layers))
+    def limit(self, layers: Iterable[Layer]) -> float:
+        """The most that the layers may cost, all together."""
+        total = self.cost.fixed + sum(self.cost.dense(layer) for layer in layers)
+        return self.share * total - self.cost.fixed
 
     def __str__(self) -> str:
         return f"{100 * self.share:.4g}% {self.cost.unit}"

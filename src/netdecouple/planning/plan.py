@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from netdecouple.errors import PlanError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class LayerPlan:
     parameters: int
     predicted_error: float  # relative to the variance of the layer's output
     predicted_loss: float
+    form: str = ""  # how its stages are written, if it is changed
 
     @property
     def changed(self) -> bool:

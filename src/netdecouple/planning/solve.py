@@ -5,7 +5,7 @@ A multiple-choice knapsack, solved exactly by HiGHS through scipy.optimize.milp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,13 @@ from netdecouple.frontends import Layer
 from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.cost import Budget, Macs, Parameters
 from netdecouple.planning.plan import VERSION, LayerPlan, Plan
+
+FormOf = Callable[[Layer, int], str]  # how a layer of so many terms is written
+
+
+def parallel(layer: Layer, terms: int) -> str:
+    """The form for standard operators that is fastest in most runtimes."""
+    return "parallel"
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     raise BudgetError("no choice of ranks meets the budget")
 
 
-def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[int]:
-    """The least the network can cost in each budget's unit."""
+def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[float]:
+    """The least the network's layers can cost in each budget's unit."""
     least = []
     for budget in budgets:
-        total = 0
+        total = 0.0
         for layer in analysis.network.layers:
             found = analysis.candidates.get(layer.name)
             costs = [budget.cost.decoupled(layer, t) for t in found.terms] if found else []
@@ -74,7 +81,7 @@ def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[int]:
     return least
 
 
-def make_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
+def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
     """Choose what to do to every layer: least predicted loss within the budgets.
 
     Raises:
@@ -82,11 +89,12 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
     """
     layers = analysis.network.layers
     for budget, least in zip(budgets, reachable(analysis, budgets), strict=True):
-        total = sum(budget.cost.dense(la) for la in layers)
         if budget.limit(layers) < least:
+            total = budget.cost.fixed + sum(budget.cost.dense(la) for la in layers)
+            share = (budget.cost.fixed + least) / total
             raise BudgetError(
-                f"{budget} is out of reach; the least this network can have is {100 * least / total:.1f}% "
-                f"({total / least:.2f} times fewer {budget.cost.unit}) with the layers that may be changed"
+                f"{budget} is out of reach; the least this network can have is {100 * share:.1f}% "
+                f"({1 / share:.2f} times fewer {budget.cost.unit}) with the layers that may be changed"
             )
     options = []
     for layer in layers:
@@ -98,8 +106,21 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
             ]
         options.append(choices)
     chosen = choose(options, [b.limit(layers) for b in budgets])
-    rows = [_layer_plan(analysis, la, pick - 1) for la, pick in zip(layers, chosen, strict=True)]
+    rows = [
+        _layer_plan(analysis, la, pick - 1, reason=_not_faster(analysis, la, budgets), form=form)
+        for la, pick in zip(layers, chosen, strict=True)
+    ]
     return _plan(analysis, rows, " and ".join(map(str, budgets)))
+
+
+def _not_faster(analysis: Analysis, layer: Layer, budgets: Sequence[Budget]) -> str:
+    """Why a layer is kept that could be changed: none of its candidates costs less, in some unit."""
+    found = analysis.candidates.get(layer.name)
+    for budget in budgets if found else ():
+        assert found is not None
+        if all(budget.cost.decoupled(layer, t) >= budget.cost.dense(layer) for t in found.terms):
+            return f"no candidate has less {budget.cost.unit}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +149,7 @@ def budget_rows(analysis: Analysis) -> list[BudgetRow]:
     return rows
 
 
-def published_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
+def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
     """The paper's own procedure: the first convolution kept, one rank T for all others, as large as fits.
 
     Raises:
@@ -152,15 +173,23 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget]) -> Plan:
                 continue
             terms = rank * layer.geometry.n_i // layer.geometry.groups
             index = found.terms.index(terms) if terms in found.terms else -1
-            rows.append(_layer_plan(analysis, layer, index))
+            rows.append(_layer_plan(analysis, layer, index, form=form))
         plan = _plan(analysis, rows, " and ".join(map(str, budgets)))
-        costs = [sum(r.macs if isinstance(b.cost, Macs) else r.parameters for r in rows) for b in budgets]
+        costs = [
+            sum(
+                b.cost.decoupled(la, r.terms) if r.changed else b.cost.dense(la)
+                for la, r in zip(layers, rows, strict=True)
+            )
+            for b in budgets
+        ]
         if all(cost <= b.limit(layers) for cost, b in zip(costs, budgets, strict=True)):
             return plan
     raise BudgetError(f"not even T = 1 meets {plan.budget}; leave --uniform-rank away")
 
 
-def _layer_plan(analysis: Analysis, layer: Layer, index: int, reason: str = "") -> LayerPlan:
+def _layer_plan(
+    analysis: Analysis, layer: Layer, index: int, reason: str = "", form: FormOf = parallel
+) -> LayerPlan:
     """Plan for one layer: its candidate number ``index``, or nothing at all if that is -1."""
     found = analysis.candidates.get(layer.name)
     if index < 0 or not found:
@@ -182,6 +211,7 @@ def _layer_plan(analysis: Analysis, layer: Layer, index: int, reason: str = "") 
         Parameters().decoupled(layer, terms),
         found.errors[index],
         analysis.losses[layer.name][index],
+        form(layer, terms),
     )
 
 

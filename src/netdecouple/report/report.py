@@ -11,6 +11,7 @@ import numpy as np
 from netdecouple.application import Applied
 from netdecouple.frontends import Layer
 from netdecouple.planning.plan import LayerPlan
+from netdecouple.runtimes.timing import Timing
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
 
@@ -49,6 +50,17 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What a network that was planned for a time takes. Shares are of the original's time."""
+
+    place: str  # runtime, version and threads
+    before: Timing
+    after: Timing
+    share: float  # measured: the median of the two networks' ratios
+    foreseen: float  # by the times of the layers alone
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything there is to say about one run."""
 
@@ -59,6 +71,7 @@ class Report:
     agreement: Agreement | None  # None without calibration images
     difference: float  # relative, between the saved network and the plan's own arithmetic
     accuracy: tuple[float, float] | None = None  # before, after; with --labels only
+    speed: Speed | None = None  # with a budget in time only
     skipped: tuple[str, ...] = ()  # calibration files that could not be read
 
     @property

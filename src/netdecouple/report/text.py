@@ -104,6 +104,12 @@ def summary(report: Report) -> list[Text]:
         f"Parameters  {count(report.parameters_before)} → {count(report.parameters)}   "
         f"{times(report.parameters_before, report.parameters)} fewer",
     ]
+    if report.speed:
+        s = report.speed
+        lines.append(
+            f"Time        {s.before.median:.3g} → {s.after.median:.3g} ms   {1 / s.share:.2f}× faster, "
+            f"{100 * s.share:.0f}% (the layers' times alone: {100 * s.foreseen:.0f}%) in {s.place}"
+        )
     if report.agreement:
         a = report.agreement
         loss = "KL divergence" if a.loss == "kl" else "relative error"

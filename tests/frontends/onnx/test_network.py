@@ -14,6 +14,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem, decoupling
 from netdecouple.frontends import Layer
+from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.storage import ArrayStore
@@ -353,10 +354,13 @@ def test_decoupled_keeps_the_interface(model: onnx.ModelProto):
     assert metadata == {"classes": "eleven", "licence": "none", "netdecouple.version": "1"}
 
 
-@pytest.mark.parametrize("form", ["parallel", "gather"])
+@pytest.mark.parametrize("form", FORMS)
 def test_decoupled_computes_the_factorizations(model: onnx.ModelProto, images: np.ndarray, form):
-    """The written network is the network with each layer's composed kernel, in both forms."""
-    network, new = decoupled(model, form=form)
+    """The written network is the network with each layer's composed kernel, in every form."""
+    network = opened(model)
+    new = network.decoupled(
+        {la.name: low_rank(la) for la in can_change(network)}, {la.name: form for la in network.layers}
+    )
     kernels = {}
     for layer in can_change(network):
         factorization = low_rank(layer)

@@ -10,16 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
+from netdecouple.errors import PlanError
 
 Form = Literal["parallel", "gather", "fused"]
+FORMS: tuple[Form, ...] = get_args(Form)
 DOMAIN, OPERATOR = "netdecouple", "DecoupledConv"
+
+
+def form_of(name: str) -> Form:
+    """The form of this name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    for form in FORMS:
+        if name == form:
+            return form
+    raise PlanError(f"there is no form {name!r} to write a layer in; make the plan again")
 
 
 @dataclass

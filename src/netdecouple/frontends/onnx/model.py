@@ -208,8 +208,8 @@ def find_layers(
     nodes = [
         n
         for n in graph.node
-        if n.domain in ("", "ai.onnx")
-        and (n.op_type in ("Conv", "ConvTranspose") or (n.op_type in _READERS and n.input[1] in constants))
+        if n.domain in ("", "ai.onnx", "netdecouple")
+        and (n.op_type in _ALWAYS or (n.op_type in _READERS and n.input[1] in constants))
     ]
     ends = [t for n in nodes for t in (n.input[0], n.input[1], n.output[0])]
     ends += [t for n in graph.node if n.op_type == "Add" for t in n.input]
@@ -312,7 +312,28 @@ def _read_matmul(
     return Layer(name, node.op_type, macs, parameters, reason="fully connected layer")
 
 
-_READERS = {"Conv": _read_conv, "ConvTranspose": _read_conv, "Gemm": _read_matmul, "MatMul": _read_matmul}
+def _read_fused(
+    name: str,
+    node: onnx.NodeProto,
+    constants: dict[str, onnx.TensorProto],
+    shapes: Shapes,
+    model: OnnxModel,
+) -> Layer:
+    weights = [shapes[t] for t in node.input[1:4]]
+    maps = math.prod(shapes[node.output[0]][2:])
+    macs = maps * sum(math.prod(shape) for shape in weights[:2])
+    parameters = sum(math.prod(shape) for shape in weights)
+    return Layer(name, node.op_type, macs, parameters, reason="already decoupled")
+
+
+_ALWAYS = ("Conv", "ConvTranspose", "DecoupledConv")  # others only if they have weights
+_READERS = {
+    "Conv": _read_conv,
+    "DecoupledConv": _read_fused,
+    "ConvTranspose": _read_conv,
+    "Gemm": _read_matmul,
+    "MatMul": _read_matmul,
+}
 
 
 def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:

@@ -176,10 +176,13 @@ class OnnxNetwork:
     def decoupled(
         self,
         factorizations: Mapping[str, Factorization],
-        form: Form = "parallel",
+        forms: Mapping[str, Form] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> onnx.ModelProto:
-        """Write the network anew with some layers as chains of stages; the rest stays as it is."""
+        """Write the network anew with some layers as chains of stages; the rest stays as it is.
+
+        ``forms`` says how each is written; those it does not name are "parallel".
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.model.proto)
         by_output = {self.nodes[name].output[0]: name for name in factorizations}
@@ -189,7 +192,9 @@ class OnnxNetwork:
             if name is None:
                 nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
                 continue
-            new, constants = emit(factorizations[name], name, node.input[0], node.output[0], form)
+            new, constants = emit(
+                factorizations[name], name, node.input[0], node.output[0], (forms or {}).get(name, "parallel")
+            )
             nodes += new
             proto.graph.initializer.extend(constants)
         del proto.graph.node[:]

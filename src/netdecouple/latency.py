@@ -1,0 +1,316 @@
+"""Latency as a budget: what layers take in a runtime, and plans that are timed before they are fitted.
+
+Time depends on the structure alone: candidates are timed with weights made up, layer by layer to choose,
+and as whole networks to see whether the choice is what it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.errors import BudgetError
+from netdecouple.frontends import Array, Layer
+from netdecouple.frontends.onnx.emission import Form, emit, form_of
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.planning.analysis import Analysis, Progress, quiet
+from netdecouple.planning.candidates import LayerCandidates
+from netdecouple.planning.cost import Budget
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.solve import make_plan, reachable
+from netdecouple.report.report import Speed
+from netdecouple.runtimes import Feeds, Runtime
+from netdecouple.runtimes.timing import Timing, measure
+
+STANDARD: tuple[Form, ...] = ("parallel", "gather")
+FUSED: tuple[Form, ...] = ("fused",)
+ANCHORS = 6  # numbers of terms that are timed per layer; the rest lies between them
+COLD = 4 << 20  # bytes of weights beside a layer's own, so that they come from beyond the second cache
+TRIES = 6  # plans measured as whole networks
+CLOSE = 0.02  # of the budget: a plan this near to it is good
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network will run, and how it may be written there."""
+
+    runtime: Runtime
+    threads: int = 1
+    forms: tuple[Form, ...] = STANDARD
+
+    def __str__(self) -> str:
+        return f"{self.runtime.name} {self.runtime.version}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+class Cache:
+    """Times of layers on disk, by machine, runtime and version; a file that cannot be read is made anew."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.path = path or Path(folder).expanduser() / "netdecouple" / "latency.json"
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            self._times = {str(k): float(v) for k, v in known.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            self._times = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._times
+
+    def __getitem__(self, key: str) -> float:
+        return self._times[key]
+
+    def update(self, times: Mapping[str, float]) -> None:
+        """Add times, and write the file if that can be done."""
+        self._times |= times
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                partial = Path(folder) / self.path.name
+                partial.write_text(json.dumps(self._times, indent=0, sort_keys=True), encoding="utf-8")
+                os.replace(partial, self.path)
+        except OSError:
+            pass  # measured again next time
+
+
+def machine() -> str:
+    """This machine's processor, as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{platform.machine()} {model}, {os.cpu_count()} cores"
+
+
+class Latency:
+    """A counter of milliseconds (`planning.cost.Cost`): every candidate layer measured as a tiny model.
+
+    Args:
+        network: is measured as a whole; what it takes besides its layers is ``fixed``.
+        candidates: the layers' numbers of terms, and how these are shared among channels.
+        place: the runtime, its threads, and the forms to choose from.
+        image: what the network is run on, (n, c, h, w).
+    """
+
+    unit = "latency"
+
+    def __init__(
+        self,
+        network: OnnxNetwork,
+        candidates: Mapping[str, LayerCandidates],
+        place: Place,
+        image: Array,
+        cache: Cache | None = None,
+        progress: Progress = quiet,
+    ) -> None:
+        self.place = place
+        self._network = network
+        self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(image)}
+        self._cache = cache or Cache()
+        self._prefix = f"{machine()} | {place} | "
+        self._dense: dict[str, float] = {}
+        self._forms: dict[str, dict[Form, NDArray[np.float64]]] = {}  # times at `_terms`
+        self._terms: dict[str, NDArray[np.int64]] = {}
+        layers = [la for la in network.layers if candidates.get(la.name) and candidates[la.name].terms]
+        for index, layer in enumerate(layers):
+            self._time_layer(layer, candidates[layer.name])
+            progress("Timing layers", index + 1, len(layers))
+        original = place.runtime.open(network.decoupled({}), place.threads)
+        self._original = original
+        times = measure([lambda: original.run(self._feeds)], 1.0)
+        self.total = Timing.of(times[:, 0]).median
+        self.fixed = self._besides = self.total - sum(self._dense.values())
+
+    def dense(self, layer: Layer) -> float:
+        """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
+        return self._dense.get(layer.name, 0.0)
+
+    def decoupled(self, layer: Layer, terms: int) -> float:
+        """Milliseconds in the form that is fastest at so many terms."""
+        return min(self._at(layer, terms).values())
+
+    def form(self, layer: Layer, terms: int) -> Form:
+        """The form that is fastest at so many terms."""
+        times = self._at(layer, terms)
+        return min(times, key=lambda form: times[form])
+
+    def _at(self, layer: Layer, terms: int) -> dict[Form, float]:
+        known = self._terms[layer.name]
+        return {f: float(np.interp(terms, known, t)) for f, t in self._forms[layer.name].items()}
+
+    def _time_layer(self, layer: Layer, found: LayerCandidates) -> None:
+        picks = np.unique(np.linspace(0, len(found.terms) - 1, ANCHORS).round().astype(int))[::-1]
+        kind = f"{layer.geometry} @{layer.size}"
+        wanted: dict[str, tuple[NDArray[np.uint8] | None, Form]] = {
+            f"{self._prefix}{kind} dense": (None, "parallel")
+        }
+        wanted |= {
+            f"{self._prefix}{kind} {form} {found.terms[i]}": (found.ranks[i], form)
+            for form in self.place.forms
+            for i in picks
+        }
+        if missing := {key: what for key, what in wanted.items() if key not in self._cache}:
+            self._cache.update(dict(zip(missing, self._times(layer, list(missing.values())), strict=True)))
+        self._dense[layer.name] = self._cache[f"{self._prefix}{kind} dense"]
+        self._terms[layer.name] = np.array([found.terms[i] for i in picks])
+        self._forms[layer.name] = {
+            form: np.array([self._cache[f"{self._prefix}{kind} {form} {found.terms[i]}"] for i in picks])
+            for form in self.place.forms
+        }
+
+    def _times(self, layer: Layer, kinds: Sequence[tuple[NDArray[np.uint8] | None, Form]]) -> list[float]:
+        """Milliseconds of a layer in several forms, which take turns."""
+        assert layer.geometry is not None
+        copies = int(np.clip(COLD / (4 * layer.parameters), 3, 8)) if layer.macs < 5e8 else 2
+        image = (
+            np.random.default_rng(0).standard_normal((1, layer.geometry.n_i, *layer.size)).astype(np.float32)
+        )
+        sessions = [
+            self.place.runtime.open(tiny_model(layer, ranks, form, copies), self.place.threads)
+            for ranks, form in kinds
+        ]
+        runs = [lambda s=session: s.run({"x": image}) for session in sessions]
+        return [Timing.of(column).median / copies for column in measure(runs, 0.2).T]
+
+    def speed(self, model: onnx.ModelProto, plan: Plan) -> Speed:
+        """Time a plan's network against the original."""
+        session = self.place.runtime.open(model, self.place.threads)
+        times = measure([lambda: self._original.run(self._feeds), lambda: session.run(self._feeds)], 1.0)
+        before, after = (Timing.of(column) for column in times.T)
+        share = float(np.median(times[:, 1] / times[:, 0]))
+        return Speed(str(self.place), before, after, share, self._foreseen(plan))
+
+    def sketch(self, plan: Plan, candidates: Mapping[str, LayerCandidates]) -> onnx.ModelProto:
+        """A plan's whole network, with weights made up."""
+        layers = {layer.name: layer for layer in self._network.layers}
+        factorizations, forms = {}, {}
+        for row in plan.layers:
+            if row.changed:
+                found, geometry = candidates[row.name], layers[row.name].geometry
+                assert geometry is not None
+                factorizations[row.name] = placeholder(geometry, found.ranks[found.terms.index(row.terms)])
+                forms[row.name] = form_of(row.form)
+        return self._network.decoupled(factorizations, forms)
+
+    def _foreseen(self, plan: Plan) -> float:
+        """The share of the original's time that the layers' times alone predict for a plan."""
+        layers = {layer.name: layer for layer in self._network.layers}
+        spent = sum(
+            self.decoupled(layers[row.name], row.terms) if row.changed else self.dense(layers[row.name])
+            for row in plan.layers
+        )
+        return (self._besides + spent) / self.total
+
+
+def plan_for_latency(analysis: Analysis, budgets: Sequence[Budget], latency: Latency, share: float) -> Plan:
+    """Plan for a share of the original's time, and correct by measuring: times do not just add up.
+
+    ``budgets`` come besides. What a plan takes more than its layers say counts as fixed from then on.
+
+    Raises:
+        BudgetError: it cannot be met; the message says what can.
+    """
+    best: Plan | None = None
+    fastest = np.inf
+    budget = Budget(latency, share)
+    for _ in range(TRIES):
+        layers = analysis.network.layers
+        if budget.limit(layers) < reachable(analysis, [budget])[0]:
+            if best is not None or np.isfinite(fastest):
+                break
+            # the prediction may be wrong: measure the fastest there is
+            least = reachable(analysis, [budget])[0]
+            total = latency.fixed + sum(latency.dense(la) for la in layers)
+            tight = Budget(latency, (latency.fixed + least * (1 + 1e-9) + 1e-9) / total)
+            plan = make_plan(analysis, [tight, *budgets], latency.form)
+        else:
+            plan = make_plan(analysis, [budget, *budgets], latency.form)
+        found = latency.speed(latency.sketch(plan, analysis.candidates), plan).share
+        fastest = min(fastest, found)
+        if found <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
+            best = plan
+        if abs(found / share - 1) <= CLOSE:
+            break
+        now = latency.fixed + sum(
+            latency.decoupled(la, row.terms) if row.changed else latency.dense(la)
+            for la, row in zip(layers, plan.layers, strict=True)
+        )
+        step = found * latency.total - now
+        if found < share and not any(row.changed for row in plan.layers):
+            break
+        latency.fixed += step
+    if best is None:
+        raise BudgetError(
+            f"{100 * share:.4g}% of the time is out of reach in {latency.place}; the fastest that was found "
+            f"takes {100 * fastest:.0f}%; {_advice(latency.place)}"
+        )
+    return best
+
+
+def _advice(place: Place) -> str:
+    if "fused" not in place.forms and place.runtime.name == "onnxruntime":
+        return "--emit fused goes further, or ask for less"
+    return "ask for less"
+
+
+def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8]) -> Factorization:
+    """A factorization of the right structure whose weights mean nothing."""
+    g, rng = geometry, np.random.default_rng(0)
+    channels = np.repeat(np.arange(g.n_i), ranks)
+    rows = len(channels)
+    depthwise = ConvGeometry(rows, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, rows)
+    pointwise = ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups)
+    stages = (
+        ConvStage(depthwise, rng.standard_normal(depthwise.weight_shape, np.float32) / 3, channels),
+        ConvStage(
+            pointwise, rng.standard_normal(pointwise.weight_shape, np.float32) / np.float32(np.sqrt(rows))
+        ),
+    )
+    return Factorization(g, stages, np.zeros(g.n_o, np.float32))
+
+
+def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies: int) -> onnx.ModelProto:
+    """Several copies of a layer, dense or with ``ranks``, with weights of their own on one input.
+
+    Each is followed by a pooling to one pixel, which blocked layouts go through as well: what the model
+    takes is the layer's time as it stands in a network.
+    """
+    g = layer.geometry
+    assert g is not None
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    for index in range(copies):
+        if ranks is None:
+            kernel = rng.standard_normal(g.weight_shape, np.float32) / np.float32(
+                np.sqrt(np.prod(g.weight_shape[1:]))
+            )
+            whole = Factorization(g, (ConvStage(g, kernel),), np.zeros(g.n_o, np.float32))
+            made = emit(whole, f"layer{index}", "x", f"y{index}", "gather")
+        else:
+            made = emit(placeholder(g, ranks), f"layer{index}", "x", f"y{index}", form)
+        nodes += [*made[0], helper.make_node("GlobalAveragePool", [f"y{index}"], [f"out{index}"])]
+        weights += made[1]
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, g.n_i, *layer.size])],
+        [
+            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [1, g.n_o, 1, 1])
+            for i in range(copies)
+        ],
+        weights,
+    )
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid("netdecouple", 1)]
+    return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)

@@ -1,0 +1,96 @@
+"""The fused operator itself: random layers at every instruction set, and again under the sanitizers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from netdecouple import kernels
+from tests.kernels.cases import COUNT, TOLERANCE
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src" / "netdecouple" / "kernels"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LEVELS = ("avx512", "avx2", "baseline") if X86 else ("baseline",)
+SANITIZED_CASES = 500
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
+def test_every_layer_comes_out_as_in_float64(level: str) -> None:
+    """Groups, ranks 0 to 9 per channel, strides, dilations, pads, borders, slopes, limits and residuals."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.cases"],
+        cwd=ROOT,
+        env=os.environ | {"NETDECOUPLE_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if result["level"] != level:
+        pytest.skip(f"this processor has no {level}")
+    assert len(result["errors"]) == COUNT >= 500
+    assert {case: error for case, error in result["errors"].items() if not error < TOLERANCE} == {}
+
+
+def levels() -> list[tuple[str, list[str]]]:
+    """The instruction sets that CMakeLists.txt compiles for this processor, and how."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    first, *others = re.split(r"\n(?:else)?if\(CMAKE_SYSTEM_PROCESSOR|\nelse\(\)", text)[1:]
+    branch = first if X86 else others[0] if "aarch64" in platform.machine() else others[-1]
+    return [
+        (name, [f"-DLEVEL={name}", f"-DLANES={lanes}", f"-DREGISTERS={registers}", *flags.split()])
+        for name, lanes, registers, flags in re.findall(r"add_level\((\w+) (\d+) (\d+) ?([^)]*)\)", branch)
+    ]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """The operator with AddressSanitizer and UndefinedBehaviorSanitizer in it, run at a level."""
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("sanitized")
+    common = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    common += f" -ffp-contract=fast -fno-math-errno -Wall -Wextra -I{SOURCES}" + " -DNETDECOUPLE_X86" * X86
+    parts = [("fused", SOURCES / "fused.cpp", []), ("sanitized", Path(__file__).with_name("sanitized.cpp"), [])]
+    parts += [(name, SOURCES / "level.cpp", flags) for name, flags in levels()]
+    objects = []
+    for name, source, flags in parts:
+        objects.append(folder / f"{name}.o")
+        subprocess.run([compiler, *common.split(), *flags, "-c", source, "-o", objects[-1]], check=True)
+    program = folder / "program"
+    subprocess.run([compiler, "-fsanitize=address,undefined", *objects, "-o", program], check=True)
+
+    def run(level: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"NETDECOUPLE_LEVEL": level}
+        return subprocess.run(
+            [program, str(SANITIZED_CASES)], env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_memory_is_read_and_written_only_where_it_may_be(
+    sanitized: Callable[[str], subprocess.CompletedProcess[str]], level: str
+) -> None:
+    """Random layers in buffers of exactly their size: no bad access, nothing undefined, no leak, right results."""
+    done = sanitized(level)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, cases, _ = done.stdout.split()
+    if found != level:
+        pytest.skip(f"this processor has no {level}")
+    assert int(cases) == SANITIZED_CASES
