@@ -42,19 +42,20 @@ SHAPES = (  # channels, height and width, terms per channel
 
 
 def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onnx.ModelProto:
-    """Layers in a row."""
+    """Layers in a row, and a pooling, so that no large output has to be copied for Python."""
     nodes, weights, x, n = [], [], "x", factorizations[0].geometry.n_i
     for index, factorization in enumerate(factorizations):
         made = emit(factorization, f"layer{index}", x, f"y{index}", form)
         nodes += made[0]
         weights += made[1]
         x = f"y{index}"
+    nodes.append(helper.make_node("GlobalAveragePool", [x], ["out"]))
     shape = [1, n, size, size]
     graph = helper.make_graph(
         nodes,
         "chain",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, n, 1, 1])],
         weights,
     )
     domains = [helper.make_opsetid("", 13), helper.make_opsetid("netdecouple", 1)]

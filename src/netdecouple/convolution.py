@@ -169,8 +169,10 @@ class Factorization:
         if len(self.stages) != 2:
             return False
         depthwise, pointwise = self.stages
-        plain = ConvGeometry(self.geometry.n_o, depthwise.geometry.n_o, 1, 1, groups=self.geometry.groups)
-        return depthwise.geometry.is_depthwise and pointwise.channels is None and pointwise.geometry == plain
+        rows, read = depthwise.geometry.n_o, depthwise.geometry.n_i
+        plain = ConvGeometry(self.geometry.n_o, rows, 1, 1, groups=self.geometry.groups)
+        same = depthwise.geometry == replace(self.geometry, n_o=rows, n_i=read, groups=read)
+        return same and pointwise.channels is None and pointwise.geometry == plain
 
     @property
     def parameters(self) -> int:
@@ -181,6 +183,24 @@ class Factorization:
         """Cast every number; float32 is what a network stores."""
         stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages)
         return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
+
+
+def spread(geometry: ConvGeometry, weight: Array, bias: Array | None) -> Factorization:
+    """Write a convolution (n_o, n_i / groups, kh, kw) as a separable one, at full rank and without arithmetic.
+
+    Each depthwise filter picks one pixel, and the pointwise stage holds the weights.
+    """
+    g = geometry
+    taps = g.kh * g.kw
+    rows = g.n_i * taps
+    depthwise = ConvGeometry(rows, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, rows)
+    pointwise = ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups)
+    picks = np.tile(np.eye(taps, dtype=weight.dtype).reshape(taps, 1, g.kh, g.kw), (g.n_i, 1, 1, 1))
+    stages = (
+        ConvStage(depthwise, picks, np.arange(g.n_i).repeat(taps)),
+        ConvStage(pointwise, weight.reshape(pointwise.weight_shape)),
+    )
+    return Factorization(g, stages, bias)
 
 
 def _compose(first: Array, second: Array, step: Sequence[int]) -> Array:

@@ -27,7 +27,6 @@ namespace {
 constexpr int64_t CHUNK = 128;       // rows of the panels; with TILE vectors they fill part of the L2 cache
 constexpr int64_t TILE = 14;         // vectors
 constexpr int64_t WIDE_TILE = 28;    // vectors; where rows are long, more of them share their neighbours' input
-constexpr int64_t SMALL = 1 << 16;   // weights that are cheap to read twice
 constexpr int64_t MOST = int64_t(1) << 40;
 
 const Level* best_level() {
@@ -67,6 +66,38 @@ void check(const netdecouple_shape& s, const int64_t* channels) {
               "a row reads a channel that its group does not have");
 }
 
+// Add the filters of one channel, `count` of them, in the order of their rows; they end as far as `weights` and `taps`
+// are filled.
+void add_filters(Layer& layer, int64_t channel, const float* depthwise, const int64_t* rows, int64_t count,
+                 float*& weights, int32_t*& taps) {
+    const int64_t size = layer.shape.kh * layer.shape.kw, before = layer.filters.size();
+    const auto used = [&](int64_t from, int64_t n, int64_t tap) {
+        return std::any_of(rows + from, rows + from + n, [&](int64_t row) { return depthwise[row * size + tap] != 0; });
+    };
+    const auto taps_of = [&](int64_t from, int64_t n) {
+        int64_t total = 0;
+        for (int64_t tap = 0; tap < size; ++tap) total += used(from, n, tap);
+        return total;
+    };
+    for (int64_t from = 0; from < count;) {
+        int64_t n = 1;
+        // those that only pick a pixel stay alone; others go together, evenly: 5 as 3 + 2
+        if (taps_of(from, 1) > 1) {
+            int64_t run = 1;
+            while (from + run < count && taps_of(from + run, 1) > 1) ++run;
+            n = (run + (run + MOST_TERMS - 1) / MOST_TERMS - 1) / ((run + MOST_TERMS - 1) / MOST_TERMS);
+        }
+        layer.filters.push_back({channel, static_cast<int>(n), taps_of(from, n), taps, weights, 0});
+        for (int64_t tap = 0; tap < size; ++tap) {
+            if (!used(from, n, tap)) continue;
+            *taps++ = static_cast<int32_t>(tap);
+            for (int64_t t = 0; t < n; ++t) *weights++ = depthwise[rows[from + t] * size + tap];
+        }
+        from += n;
+    }
+    for (size_t f = before; f < layer.filters.size(); ++f) layer.filters[f].next = layer.filters.size();
+}
+
 std::unique_ptr<Layer> pack(const netdecouple_shape& s, const int64_t* channels, const float* depthwise,
                             const float* pointwise, const float* bias, const float* slope) {
     auto layer = std::make_unique<Layer>();
@@ -88,8 +119,10 @@ std::unique_ptr<Layer> pack(const netdecouple_shape& s, const int64_t* channels,
     layer->deepest = layer->shift.back();
 
     layer->depthwise = Aligned(s.rows * taps);
+    layer->taps.resize(s.rows * taps);
     layer->pointwise = Aligned(s.groups * padded * rows + 64);  // read a little ahead
     float *filter = layer->depthwise.data, *packed = layer->pointwise.data;
+    int32_t* tap = layer->taps.data();
     for (int64_t g = 0; g < s.groups; ++g) {
         std::vector<int64_t> order(rows);  // rows by channel
         for (int64_t r = 0; r < rows; ++r) order[r] = g * rows + r;
@@ -103,15 +136,7 @@ std::unique_ptr<Layer> pack(const netdecouple_shape& s, const int64_t* channels,
                 const int64_t channel = channels[order[last]];
                 int64_t same = 1;
                 while (last + same < rows && channels[order[last + same]] == channel) ++same;
-                // filters of one channel share the terms evenly: 5 as 3 + 2
-                const int64_t parts = (same + MOST_TERMS - 1) / MOST_TERMS;
-                const size_t next = layer->filters.size() + parts;
-                for (int64_t p = 0; p < parts; ++p) {
-                    const int64_t from = p * same / parts, count = (p + 1) * same / parts - from;
-                    layer->filters.push_back({channel - g * layer->inputs, static_cast<int>(count), filter, next});
-                    for (int64_t tap = 0; tap < taps; ++tap)
-                        for (int64_t t = 0; t < count; ++t) *filter++ = depthwise[order[last + from + t] * taps + tap];
-                }
+                add_filters(*layer, channel - g * layer->inputs, depthwise, &order[last], same, filter, tap);
                 last += same;
             }
             chunk.last = layer->filters.size();
@@ -179,19 +204,13 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
     const Layer& layer = *handle->packed;
     const netdecouple_shape& s = layer.shape;
     try {
-        Run run{&layer, x, residual, y, h, w, output_length(s, 0, h), output_length(s, 1, w), 0, 0, 1, x + n * s.n_i * h * w, {}, 0, false, -1, false};
+        Run run{&layer, x, residual, y, h, w, output_length(s, 0, h), output_length(s, 1, w), 0, 0, x + n * s.n_i * h * w, {}, 0, false, -1, false};
         if (n <= 0 || run.output_h <= 0 || run.output_w <= 0) return 0;
         const int64_t lanes = layer.level->lanes;
         run.vectors = (run.output_h * run.output_w + lanes - 1) / lanes;
         const int64_t target = std::clamp((8 * run.output_w + lanes - 1) / lanes, TILE, WIDE_TILE);
         run.tiles = (run.vectors + target - 1) / target;
-        if (parallel_for && n * s.groups * run.tiles < 4) {
-            // threads need something to share: tiles where weights are few, else output channels
-            if (layer.outputs * (s.rows / s.groups) <= SMALL)
-                run.tiles = std::min<int64_t>(run.vectors, 2 * run.tiles);
-            else
-                run.parts = std::min<int64_t>(4, layer.blocks);
-        }
+        if (parallel_for && n * s.groups * run.tiles < 2) run.tiles = std::min<int64_t>(run.vectors, 2);
         run.flat = s.strides[0] == 1 && s.strides[1] == 1 && run.output_w == w;
         if (s.pads[1] % s.dilations[1] == 0) run.direct = s.pads[1] / s.dilations[1];
         const int64_t rows = run.flat ? target * lanes / w + 2 + layer.deepest : 1;
@@ -204,7 +223,7 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
                     const int64_t from = column * s.strides[1] + kx * s.dilations[1] - s.pads[1];
                     *mask++ = from >= 0 && from < w ? -1 : 0;
                 }
-        const size_t jobs = n * s.groups * run.parts * run.tiles;
+        const size_t jobs = n * s.groups * run.tiles;
         if (parallel_for && jobs > 1)
             parallel_for(pool, layer.level->work, jobs, &run);
         else

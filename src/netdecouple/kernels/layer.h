@@ -24,11 +24,14 @@ struct Aligned {
 
 constexpr int MOST_TERMS = 4;  // filters of one channel computed together: each loaded input feeds all of them
 
-// Up to MOST_TERMS filters that read the same channel; weights are (taps, count).
+// Up to MOST_TERMS filters that read the same channel. Taps where all of them are zero are left out: a filter that
+// only picks a pixel, as in a dense convolution written this way, costs a copy.
 struct Filters {
     int64_t channel;
     int count;
-    const float* weights;
+    int64_t taps;
+    const int32_t* which;  // (taps), in (kh, kw)
+    const float* weights;  // (taps, count)
     size_t next;  // the first after these that read another channel, or the end of the chunk
 };
 
@@ -59,6 +62,7 @@ struct Layer {
     std::vector<Filters> filters;
     std::vector<Group> groups;
     Aligned depthwise, pointwise;
+    std::vector<int32_t> taps;  // of all filters
     Aligned bias, slope;  // (groups, blocks * block_rows)
     bool has_slope;
     // taps: where the input of a filter's tap stands, as (plane, rows down); see Run
@@ -68,14 +72,14 @@ struct Layer {
     int deepest = 0;         // largest shift
 };
 
-// One call: the output is cut into tiles of consecutive pixels, and if those are few, output channels into parts.
+// One call: the output is cut into tiles of consecutive pixels.
 struct Run {
     const Layer* layer;
     const float *x, *residual;
     float* y;
     int64_t h, w, output_h, output_w;
     int64_t vectors;          // per image: output pixels / lanes, rounded up
-    int64_t tiles, parts;     // per image and group
+    int64_t tiles;            // per image and group
     const float* x_end;
     std::vector<int32_t> masks;  // (kw, mask_size): -1 for output columns whose tap lies inside the input, else 0
     int64_t mask_size;           // one row of the output, or of all a tile reads, and whole vectors

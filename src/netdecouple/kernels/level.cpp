@@ -64,10 +64,11 @@ struct Columns {
 
 // T filters of one channel on W vectors of output pixels, starting with vector v.
 template <int T, int W>
-void filter(const float* const* taps, int64_t count, const float* weights, const Columns& to, int64_t v, int64_t k) {
+void filter(const float* const* taps, const Filters& filters, const Columns& to, int64_t v, int64_t k) {
+    const float* weights = filters.weights;
     Vector sum[T][W] = {};
-    for (int64_t tap = 0; tap < count; ++tap, weights += T) {
-        const float* from = taps[tap] + v * LANES;
+    for (int64_t tap = 0; tap < filters.taps; ++tap, weights += T) {
+        const float* from = taps[filters.which[tap]] + v * LANES;
 #pragma GCC unroll 14
         for (int j = 0; j < W; ++j) {
             Vector x = load(from + j * LANES);
@@ -82,7 +83,7 @@ void filter(const float* const* taps, int64_t count, const float* weights, const
         for (int t = 0; t < T; ++t) store(to.at[v + j] + (k + t) * to.step[v + j], sum[t][j]);
 }
 
-using FilterFunction = void (*)(const float* const*, int64_t, const float*, const Columns&, int64_t, int64_t);
+using FilterFunction = void (*)(const float* const*, const Filters&, const Columns&, int64_t, int64_t);
 
 constexpr int widest(int terms) {
     const int fits = (REGISTERS - terms - 1) / terms;
@@ -256,7 +257,8 @@ struct Tile {
     }
 
     // Ask for the input of a channel that comes soon: rows are too short for the processor to notice a pattern.
-    void prefetch(const float* channel) const {
+    // (Inlined by force: GCC drops calls of a function that does nothing but this.)
+    __attribute__((always_inline)) void prefetch(const float* channel) const {
         const int64_t top = first_row * s.strides[0] - s.pads[0];
         const float* end = channel + std::min(top + rows * s.strides[0], run.h) * run.w;
         for (const float* at = channel + std::max<int64_t>(top, 0) * run.w; at < end; at += 16) __builtin_prefetch(at);
@@ -281,7 +283,7 @@ void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, const Co
             const int64_t pieces = (tile.vectors + WIDEST_FOR[terms - 1] - 1) / WIDEST_FOR[terms - 1];
             for (int64_t p = 0; p < pieces; ++p) {
                 const int64_t v0 = p * tile.vectors / pieces, v1 = (p + 1) * tile.vectors / pieces;
-                FILTER[terms - 1][v1 - v0 - 1](tile.taps + side * taps, taps, filters[f].weights, columns, v0, k);
+                FILTER[terms - 1][v1 - v0 - 1](tile.taps + side * taps, filters[f], columns, v0, k);
             }
             k += terms;
         }
@@ -292,9 +294,7 @@ void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, const Co
 void tile(Run& run, size_t job) {
     const Layer& layer = *run.layer;
     const netdecouple_shape& s = layer.shape;
-    const int64_t index = job % run.tiles, part = job / run.tiles % run.parts;
-    const int64_t group = job / (run.tiles * run.parts) % s.groups;
-    const int64_t image = job / (run.tiles * run.parts * s.groups);
+    const int64_t index = job % run.tiles, group = job / run.tiles % s.groups, image = job / (run.tiles * s.groups);
 
     const int64_t pixels = run.output_h * run.output_w;
     const int64_t begin = index * run.vectors / run.tiles;
@@ -318,7 +318,6 @@ void tile(Run& run, size_t job) {
     tile.plan();
 
     const int64_t count = (vectors + PANEL - 1) / PANEL;  // panels; vectors are shared evenly among them
-    const int64_t from_block = part * layer.blocks / run.parts, to_block = (part + 1) * layer.blocks / run.parts;
     const int64_t biases = group * layer.blocks * BLOCK_ROWS;
     const float* x = run.x + (image * s.n_i + group * layer.inputs) * run.h * run.w;
     for (const Chunk& chunk : chunks) {
@@ -338,7 +337,7 @@ void tile(Run& run, size_t job) {
         for (int64_t p = 0; p < count; ++p) {
             const int64_t v0 = p * vectors / count, v1 = (p + 1) * vectors / count;
             to.pixels = pixels - first - v0 * LANES;
-            for (int64_t block = from_block; block < to_block; ++block) {
+            for (int64_t block = 0; block < layer.blocks; ++block) {
                 const int64_t channel = block * BLOCK_ROWS;
                 const int64_t at = (image * s.n_o + group * layer.outputs + channel) * pixels + first + v0 * LANES;
                 to.y = run.y + at;
