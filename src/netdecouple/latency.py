@@ -131,7 +131,7 @@ class Latency:
         self._original = original
         times = measure([lambda: original.run(self._feeds)], 1.0)
         self.total = Timing.of(times[:, 0]).median
-        self.fixed = self._besides = self.total - sum(self._dense.values())
+        self.fixed = self.total - sum(self._dense.values())
 
     def dense(self, layer: Layer) -> float:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
@@ -211,47 +211,39 @@ class Latency:
             self.decoupled(layers[row.name], row.terms) if row.changed else self.dense(layers[row.name])
             for row in plan.layers
         )
-        return (self._besides + spent) / self.total
+        return (self.fixed + spent) / self.total
 
 
 def plan_for_latency(analysis: Analysis, budgets: Sequence[Budget], latency: Latency, share: float) -> Plan:
     """Plan for a share of the original's time, and correct by measuring: times do not just add up.
 
-    ``budgets`` come besides. What a plan takes more than its layers say counts as fixed from then on.
+    ``budgets`` come besides. What the layers' times foresee is asked for less or more until whole networks
+    measure what was wanted (secant method).
 
     Raises:
         BudgetError: it cannot be met; the message says what can.
     """
+    layers = analysis.network.layers
+    total = latency.fixed + sum(latency.dense(la) for la in layers)
+    least = (latency.fixed + reachable(analysis, [Budget(latency, 1.0)])[0]) / total * (1 + 1e-9) + 1e-9
     best: Plan | None = None
-    fastest = np.inf
-    budget = Budget(latency, share)
+    asked, seen = share, [(1.0, 1.0)]  # shares asked for, and measured
     for _ in range(TRIES):
-        layers = analysis.network.layers
-        if budget.limit(layers) < reachable(analysis, [budget])[0]:
-            if best is not None or np.isfinite(fastest):
-                break
-            # the prediction may be wrong: measure the fastest there is
-            least = reachable(analysis, [budget])[0]
-            total = latency.fixed + sum(latency.dense(la) for la in layers)
-            tight = Budget(latency, (latency.fixed + least * (1 + 1e-9) + 1e-9) / total)
-            plan = make_plan(analysis, [tight, *budgets], latency.form)
-        else:
-            plan = make_plan(analysis, [budget, *budgets], latency.form)
+        asked = float(np.clip(asked, least, 1.0))
+        plan = make_plan(analysis, [Budget(latency, asked), *budgets], latency.form)
         found = latency.speed(latency.sketch(plan, analysis.candidates), plan).share
-        fastest = min(fastest, found)
         if found <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
             best = plan
-        if abs(found / share - 1) <= CLOSE:
+        stuck = (asked <= least and found > share) or (asked >= 1 and found < share)
+        if abs(found / share - 1) <= CLOSE or stuck:
             break
-        now = latency.fixed + sum(
-            latency.decoupled(la, row.terms) if row.changed else latency.dense(la)
-            for la, row in zip(layers, plan.layers, strict=True)
-        )
-        step = found * latency.total - now
-        if found < share and not any(row.changed for row in plan.layers):
-            break
-        latency.fixed += step
+        before, slope = seen[-1], 1.0
+        if abs(asked - before[0]) > 1e-3:
+            slope = float(np.clip((found - before[1]) / (asked - before[0]), 0.5, 2.0))
+        seen.append((asked, found))
+        asked += (share - found) / slope
     if best is None:
+        fastest = min(found for _, found in [*seen, (asked, found)])
         raise BudgetError(
             f"{100 * share:.4g}% of the time is out of reach in {latency.place}; the fastest that was found "
             f"takes {100 * fastest:.0f}%; {_advice(latency.place)}"

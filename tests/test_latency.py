@@ -1,0 +1,215 @@
+"""Budgets in time, with a clock that is made up: what a model takes is counted from its nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from netdecouple import api, latency
+from netdecouple.errors import BudgetError, ModelError, UnavailableError
+from netdecouple.frontends import Layer
+from netdecouple.frontends.onnx.emission import FORMS, Form
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.latency import (
+    FUSED,
+    STANDARD,
+    Cache,
+    Latency,
+    Place,
+    placeholder,
+    plan_for_latency,
+    tiny_model,
+)
+from netdecouple.planning.analysis import Analysis, Settings, analyze
+from netdecouple.runtimes import Feeds
+from netdecouple.runtimes.onnxruntime import open_session
+from netdecouple.sampling import Inputs
+from tests.test_api import DEMO, MODEL
+
+
+@dataclass
+class Clock:
+    """A runtime in which a model takes a millisecond, and what ``cost`` says of each of its weights."""
+
+    cost: Callable[[str, int], float]  # the weight's name, its size
+    name: str = "made-up"
+    version: str = "1"
+    opened: list[onnx.ModelProto] = field(default_factory=list)
+
+    def open(self, model: object, threads: int) -> Session:
+        assert isinstance(model, onnx.ModelProto)
+        self.opened.append(model)
+        return Session(1.0 + sum(self.cost(t.name, int(np.prod(t.dims))) for t in model.graph.initializer))
+
+
+@dataclass
+class Session:
+    milliseconds: float
+    inputs = ()
+
+    def run(self, feeds: Feeds) -> list[np.ndarray]:
+        return [np.array(self.milliseconds)]
+
+
+@pytest.fixture(autouse=True)
+def read_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(calls: Sequence[Callable[[], list]], seconds: float) -> np.ndarray:
+        return np.array([[float(call()[0]) for call in calls]])
+
+    monkeypatch.setattr(latency, "measure", measure)
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    images = np.load(DEMO / "digits.npz")["calib"][:40].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    network = OnnxNetwork(read_model(MODEL), images)
+    return analyze(network, Inputs.split(images, 0), Settings(data_free=True))
+
+
+def by_weights(name: str, size: int) -> float:
+    return size / 1000
+
+
+def counter(analysis: Analysis, clock: Clock, path: Path, forms: tuple[Form, ...] = STANDARD) -> Latency:
+    assert isinstance(analysis.network, OnnxNetwork)
+    image = analysis.inputs.images[:1]
+    return Latency(
+        analysis.network, analysis.candidates, Place(clock, 1, forms), image, Cache(path / "times.json")
+    )
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
+@pytest.mark.parametrize("bias", [1.0, 0.6, 1.5])
+def test_a_budget_is_met_even_where_times_do_not_add_up(
+    analysis: Analysis, tmp_path: Path, share: float, bias: float
+) -> None:
+    """Whole networks gain less, or more, from fewer weights than tiny models say."""
+
+    def cost(name: str, size: int) -> float:
+        alone = name.startswith("layer") and name[5].isdigit()
+        return size / 1000 * (bias if alone and ("depthwise" in name or "pointwise" in name) else 1.0)
+
+    clock = counter(analysis, Clock(cost), tmp_path)
+    plan = plan_for_latency(analysis, [], clock, share)
+    found = clock.speed(clock.sketch(plan, analysis.candidates), plan).share
+    assert 0.9 * share <= found <= share * (1 + latency.CLOSE)
+
+
+def test_what_is_out_of_reach_is_said_with_what_is_not(analysis: Analysis, tmp_path: Path) -> None:
+    clock = counter(analysis, Clock(by_weights), tmp_path)
+    with pytest.raises(
+        BudgetError, match=r"2% of the time is out of reach in made-up 1, 1 thread; .* takes \d+%"
+    ):
+        plan_for_latency(analysis, [], clock, 0.02)
+
+
+def test_a_layer_that_does_not_get_faster_is_left_alone(analysis: Analysis, tmp_path: Path) -> None:
+    clock = counter(analysis, Clock(by_weights), tmp_path)
+    slow = next(iter(analysis.candidates))
+    clock._forms[slow] = {form: times + 1000 for form, times in clock._forms[slow].items()}
+    plan = plan_for_latency(analysis, [], clock, 0.7)
+    row = next(row for row in plan.layers if row.name == slow)
+    assert (row.family, row.reason) == ("kept", "no candidate has less latency")
+    assert any(row.changed for row in plan.layers)
+
+
+@pytest.mark.parametrize(("dear", "chosen"), [("depthwise0.weight", "parallel"), ("depthwise0.0.", "gather")])
+def test_the_faster_form_is_chosen(analysis: Analysis, tmp_path: Path, dear: str, chosen: str) -> None:
+    clock = counter(analysis, Clock(lambda name, size: 50.0 if dear in name else size / 1000), tmp_path)
+    plan = plan_for_latency(analysis, [], clock, 0.7)
+    assert {row.form for row in plan.layers if row.changed} == {chosen}
+
+
+def test_times_are_kept_on_disk_by_runtime_and_version(analysis: Analysis, tmp_path: Path) -> None:
+    first = Clock(by_weights)
+    times = [counter(analysis, first, tmp_path)._dense]
+    again = Clock(by_weights)
+    times.append(counter(analysis, again, tmp_path)._dense)
+    assert times[0] == times[1]
+    assert len(again.opened) == 1  # the whole network, no layer
+    newer = Clock(by_weights, version="2")
+    counter(analysis, newer, tmp_path)
+    assert len(newer.opened) == len(first.opened) > 1
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": "b"}', "{", '{"a": null}'])
+def test_a_spoilt_cache_is_made_anew(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    cache = Cache(path)
+    cache.update({"here": 1.5})
+    assert json.loads(path.read_text()) == {"here": 1.5}
+    assert Cache(path)["here"] == 1.5
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file" / "times.json")
+    cache.update({"here": 1.5})
+    assert cache["here"] == 1.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiny_models_are_copies_of_the_layer(analysis: Analysis, form: Form) -> None:
+    layer: Layer = next(la for la in analysis.network.layers if la.name in analysis.candidates)
+    assert layer.geometry is not None
+    ranks = analysis.candidates[layer.name].ranks[0]
+    model = tiny_model(layer, ranks, form, 3)
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(0).standard_normal((1, layer.geometry.n_i, *layer.size)).astype(np.float32)
+    expected = placeholder(layer.geometry, ranks)(x).mean(axis=(2, 3), keepdims=True)
+    for found in open_session(model).run(None, {"x": x}):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_of_candidates_share_out_all_terms(analysis: Analysis) -> None:
+    for found in analysis.candidates.values():
+        assert [int(ranks.sum()) for ranks in found.ranks] == list(found.terms)
+
+
+def test_a_plan_for_latency_goes_through_the_front_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written network is what was timed, and the report tells measured and foreseen times."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(api.runtimes, "runtime", lambda name: Clock(by_weights, name=name))
+    for emit, forms in (("standard", set(STANDARD)), ("fused", set(FUSED))):
+        result = api.decouple(
+            MODEL,
+            settings=Settings(data_free=True),
+            latency="70%",
+            emit=emit,
+            macs="95%",
+            runtime="onnxruntime",
+        )
+        assert {row.form for row in result.plan.layers if row.changed} <= forms
+        assert result.plan.macs <= 0.95 * result.plan.macs_before
+        speed = result.report.speed
+        assert speed is not None
+        assert 0.6 <= speed.share <= 0.72
+        assert speed.after.median / speed.before.median == pytest.approx(speed.share)
+        assert any(node.domain == "netdecouple" for node in result.model.graph.node) == (emit == "fused")
+        again = api.apply_plan(MODEL, result.plan)
+        assert again.model.graph == result.model.graph
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"emit": "magic"}, ModelError, "standard and fused"),
+        ({"threads": 0}, ModelError, "--threads 0"),
+        ({"runtime": "torch"}, ModelError, "PyTorch modules"),
+        ({"runtime": "abacus"}, UnavailableError, "no runtime 'abacus'"),
+        ({"runtime": "openvino", "emit": "fused"}, ModelError, "onnxruntime"),
+    ],
+)
+def test_places_that_make_no_sense_are_refused(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        api.decouple(MODEL, settings=Settings(data_free=True), latency="70%", **options)
