@@ -186,7 +186,7 @@ class Factorization:
 
 
 def spread(geometry: ConvGeometry, weight: Array, bias: Array | None) -> Factorization:
-    """Write a convolution (n_o, n_i / groups, kh, kw) as a separable one, at full rank and without arithmetic.
+    """Write a convolution (n_o, n_i / groups, kh, kw) as a separable one: full rank, no arithmetic.
 
     Each depthwise filter picks one pixel, and the pointwise stage holds the weights.
     """

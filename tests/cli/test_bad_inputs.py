@@ -14,8 +14,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests import networks
+from tests.kernels.test_onnxruntime import chain
 from tests.networks import Builder
 
+LOWER = ["lower", "net.onnx", "-o", "out.onnx"]
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
 
 
@@ -65,7 +67,8 @@ def changed(base: list[str], **options: str | None) -> list[str]:
 def test_not_an_onnx_file(refused, folder: Path):
     """A text file."""
     (folder / "net.onnx").write_text("hello")
-    refused(RUN, "net.onnx", "not an ONNX file")
+    for command in (RUN, LOWER):
+        refused(command, "net.onnx", "not an ONNX file")
 
 
 def test_no_such_model(refused):
@@ -73,6 +76,7 @@ def test_no_such_model(refused):
     for command in (
         changed(RUN, model="gone.onnx"),
         ["inspect", "gone.onnx"],
+        ["lower", "gone.onnx", "-o", "out.onnx"],
         ["eval", "gone.onnx", "--data", "data.npz:images,labels"],
         ["eval", "net.onnx", "gone.onnx", "--data", "data.npz:images,labels"],
         ["bench", "net.onnx", "gone.onnx"],
@@ -85,7 +89,7 @@ def test_a_truncated_model(refused, folder: Path, share: float):
     """A file that was not copied to its end."""
     whole = (folder / "net.onnx").read_bytes()
     (folder / "net.onnx").write_bytes(whole[: int(share * len(whole))])
-    for command in (RUN, ["inspect", "net.onnx"], ["bench", "net.onnx"]):
+    for command in (RUN, ["inspect", "net.onnx"], ["bench", "net.onnx"], LOWER):
         refused(command, "net.onnx", "copy it again")
 
 
@@ -95,7 +99,8 @@ def test_missing_external_data(refused, folder: Path):
         networks.classifier(), folder / "net.onnx", save_as_external_data=True, location="w", size_threshold=0
     )
     (folder / "w").unlink()
-    refused(RUN, "net.onnx", "external data")
+    for command in (RUN, LOWER):
+        refused(command, "net.onnx", "external data")
 
 
 def test_no_convolutions(refused, folder: Path):
@@ -112,6 +117,19 @@ def test_nothing_to_decouple(refused, folder: Path):
     b.classifier(b.conv(b.conv("image", 3, 8, 1, "one"), 8, 8, 3, "two", group=8), 8)
     onnx.save(b.model(), folder / "net.onnx")
     refused(RUN, "one: 1×1 convolution", "two: depthwise convolution")
+
+
+def test_nothing_to_lower(refused):
+    """A network of standard operators is not written again."""
+    refused(LOWER, "net.onnx", "no fused operators")
+
+
+def test_a_fused_operator_that_cannot_be_lowered(refused, folder: Path):
+    """Its weights are computed: the layer is named."""
+    model = chain("fused", [(3, 4, 2)])
+    model.graph.node[0].input[1] = "x"
+    onnx.save(model, folder / "net.onnx")
+    refused(LOWER, "'layer0/fused'", "'x'", "not constant")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -326,6 +344,7 @@ def test_the_output_is_in_no_folder(refused):
     """Found out before the work."""
     for options in ({"output": "no/out.onnx"}, {"plan_out": "no/plan.json"}, {"report": "no/report.json"}):
         refused(changed(RUN, **options), "no/", "cannot write there")
+    refused(changed(LOWER, output="no/out.onnx"), "no/", "cannot write there")
 
 
 def test_the_output_is_a_pipe(refused, folder: Path):
@@ -341,6 +360,7 @@ def test_the_output_is_the_input(refused, folder: Path):
     (folder / "hard.onnx").hardlink_to(folder / "net.onnx")
     for name in ("net.onnx", "./net.onnx", "link.onnx", "hard.onnx"):
         refused(changed(RUN, output=name), "is an input")
+        refused(changed(LOWER, output=name), "is an input")
     refused(changed(RUN, report="net.onnx"), "is an input")
 
 
@@ -520,6 +540,7 @@ def test_a_plan_that_changes_a_layer_that_cannot_be(refused, folder: Path, plan:
         changed(RUN, macs=None, max_drop="-1", labels="data.npz:images,labels"),
         ["frobnicate"],
         ["apply", "net.onnx"],
+        ["lower", "net.onnx"],
     ],
 )
 def test_usage_errors(netdecouple, folder: Path, arguments: list[str]):

@@ -16,11 +16,13 @@ import numpy as np
 import onnx
 import pytest
 
+from netdecouple import kernels
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.runtimes.onnxruntime import open_session, run
 from netdecouple.version import __version__
 from tests import networks
+from tests.kernels.test_onnxruntime import chain
 from tests.runtimes.base import installed
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
@@ -284,6 +286,32 @@ def test_apply_without_data(netdecouple, folder: Path):
     assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
 
 
+# --- lower
+
+
+@pytest.mark.parametrize(("layers", "told"), [(3, "3 fused operators"), (1, "1 fused operator")])
+def test_lower_writes_standard_operators(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch, layers: int, told: str
+):
+    """They compute the same; nothing of ours is needed to make them or to run them."""
+    monkeypatch.setattr(kernels, "__path__", [str(folder)])
+    assert not kernels.available()
+    sizes = [(8, 24, 2), (24, 9, 4), (9, 5, 3)][:layers]
+    fused, parallel = chain("fused", sizes), chain("parallel", sizes)
+    onnx.save(fused, folder / "fused.onnx")
+    before = set(folder.iterdir())
+    ended = netdecouple("lower", "fused.onnx", "-o", "standard.onnx")
+    assert (ended.code, ended.err) == (0, "")
+    assert re.fullmatch(rf"Lowered +{told}\nWrote +standard\.onnx \(\d\.\d\d MB\)\n", ended.out)
+    assert set(folder.iterdir()) - before == {folder / "standard.onnx"}
+    assert onnx.load(folder / "fused.onnx") == fused
+    images = np.random.default_rng(0).standard_normal((2, 8, 6, 7), np.float32)
+    found, expected = (
+        run(open_session(model), None, {"x": images})[0] for model in (folder / "standard.onnx", parallel)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 # --- inspect, eval, and the rest
 
 
@@ -324,7 +352,7 @@ def test_version_and_help(netdecouple):
     """The version; every command, with an example each."""
     assert netdecouple("--version").out == f"{__version__}\n"
     shown = netdecouple("--help").out
-    for command in ("run", "inspect", "apply", "eval", "bench", "demo"):
+    for command in ("run", "inspect", "apply", "lower", "eval", "bench", "demo"):
         assert command in shown
         assert f"netdecouple {command}" in netdecouple(command, "-h").out
 

@@ -39,7 +39,7 @@ class Case:
 
 
 def separable(g: ConvGeometry, rows: np.ndarray, rng: np.random.Generator) -> Factorization:
-    """A random factorization whose depthwise rows read these channels (groups, rows), one group after another."""
+    """A random factorization whose depthwise rows read these channels (groups, rows)."""
     terms = rows.size
     depthwise = ConvGeometry(terms, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, terms)
     pointwise = ConvGeometry(g.n_o, terms, 1, 1, groups=g.groups)
@@ -49,10 +49,8 @@ def separable(g: ConvGeometry, rows: np.ndarray, rng: np.random.Generator) -> Fa
 
 
 def rows_of(ranks: list[int], groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Which channel every row reads (groups, sum of ranks); groups share the ranks out among other channels."""
-    parts = [
-        np.repeat(np.arange(len(ranks)), rng.permutation(ranks)) + g * len(ranks) for g in range(groups)
-    ]
+    """Which channel every row reads (groups, sum of ranks); every group ranks its channels differently."""
+    parts = [np.repeat(np.arange(len(ranks)), rng.permutation(ranks)) + g * len(ranks) for g in range(groups)]
     return np.stack(parts)
 
 

@@ -24,7 +24,7 @@ def layer(g: ConvGeometry = GEOMETRY) -> Factorization:
 
 @built
 def test_a_nan_reaches_what_sees_it_and_nothing_else() -> None:
-    """Neither borders nor unused lanes nor limits hide or spread it; a channel that is not read is not read."""
+    """Neither borders nor limits hide or spread it, and a channel of rank 0 is not read."""
     x = np.random.default_rng(1).standard_normal((2, 4, 9, 11), np.float32)
     x[0, 1, 4, 10] = x[1, 0, 0, 0] = x[1, 2] = np.nan
     y = kernels.DecoupledConv(layer(), limits=(0, 6))(x)
@@ -62,7 +62,7 @@ def test_inputs_that_do_not_fit_are_refused(shape, residual, message) -> None:
 
 @built
 def test_layers_that_cannot_be_fused_are_refused() -> None:
-    """One stage; a slope, a bias, channels or a kernel that do not fit the layer; limits that are no numbers."""
+    """One stage; a slope, bias, channels or kernel that do not fit the layer; limits that are no numbers."""
     good = layer()
     with pytest.raises(ValueError, match="only a depthwise stage and a pointwise one"):
         kernels.DecoupledConv(Factorization(GEOMETRY, (ConvStage(GEOMETRY, np.zeros((5, 4, 3, 3))),)))
@@ -70,8 +70,8 @@ def test_layers_that_cannot_be_fused_are_refused() -> None:
         kernels.DecoupledConv(good, slope=np.ones(4))
     with pytest.raises(ValueError, match=r"bias has shape \(4,\)"):
         kernels.DecoupledConv(replace(good, bias=np.ones(4)))
+    outside = replace(good.stages[0], channels=np.array([0, 1, 2, 4]))
     with pytest.raises(ValueError, match="channel"):
-        outside = replace(good.stages[0], channels=np.array([0, 1, 2, 4]))
         kernels.DecoupledConv(replace(good, stages=(outside, good.stages[1])))
     with pytest.raises(ValueError, match="only a depthwise stage and a pointwise one"):
         kernels.DecoupledConv(replace(good, geometry=replace(GEOMETRY, kh=5)))
@@ -84,7 +84,11 @@ def test_where_it_was_not_built_that_is_said(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
     kernels._library.cache_clear()
     assert not kernels.available()
-    for attempt in (lambda: kernels.register(ort.SessionOptions()), kernels.level, lambda: kernels.DecoupledConv(layer())):
-        with pytest.raises(UnavailableError, match="not built.*install a C\\+\\+ compiler") as caught:
+    for attempt in (
+        lambda: kernels.register(ort.SessionOptions()),
+        kernels.level,
+        lambda: kernels.DecoupledConv(layer()),
+    ):
+        with pytest.raises(UnavailableError, match=r"not built.*install a C\+\+ compiler") as caught:
             attempt()
         assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 
-from netdecouple.cli import apply, bench, demo, evaluate, inspect, options, run
+from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run
 from netdecouple.errors import NetDecoupleError
 from netdecouple.version import __version__
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("apply")(apply.apply)
+app.command("lower")(lower.lower)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

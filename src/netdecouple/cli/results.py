@@ -41,6 +41,11 @@ def write_result(
     if report is not None:
         write_text(report, result.report.to_json())
     console.print(report_table(result.report))
+    tell_written(console, output)
+
+
+def tell_written(console: Console, output: Path) -> None:
+    """Say which model was written, and how large it is."""
     console.print(f"Wrote       {output} ({output.stat().st_size / 1e6:.2f} MB)", **options.PLAIN)
 
 

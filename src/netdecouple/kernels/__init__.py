@@ -102,7 +102,7 @@ class DecoupledConv:
         limits: what outputs are clipped to; (0, inf) is ReLU.
 
     Raises:
-        ValueError: the factorization cannot be fused, or the slope does not fit it.
+        ValueError: the factorization cannot be fused, or its bias or the slope do not fit it.
         UnavailableError: the operator was not built.
     """
 
@@ -117,11 +117,13 @@ class DecoupledConv:
         self._geometry = g = factorization.geometry
         if slope is not None and np.shape(slope) != (g.n_o,):
             raise ValueError(f"the slope has shape {np.shape(slope)}, not {(g.n_o,)}")
+        bias = np.zeros(g.n_o) if factorization.bias is None else factorization.bias
+        if np.shape(bias) != (g.n_o,):
+            raise ValueError(f"the bias has shape {np.shape(bias)}, not {(g.n_o,)}")
         depthwise, pointwise = factorization.stages
         rows, groups = depthwise.geometry.n_o, pointwise.geometry.groups
         shape = _Shape(g.n_i, g.n_o, groups, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, *limits)
         channels = np.ascontiguousarray(depthwise.reads, np.int64)
-        bias = np.zeros(g.n_o) if factorization.bias is None else factorization.bias
         weights = [np.ascontiguousarray(a, np.float32) for a in (depthwise.weight, pointwise.weight, bias)]
         slopes = None if slope is None else np.ascontiguousarray(slope, np.float32)
         error = ctypes.create_string_buffer(256)

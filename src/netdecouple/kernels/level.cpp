@@ -23,11 +23,19 @@ inline Vector splat(float value) { return value - Vector{}; }
 inline Vector masked(Vector value, const int32_t* mask) {
     return reinterpret_cast<Vector>(reinterpret_cast<Bits>(value) & *reinterpret_cast<const Bits*>(mask));
 }
+#if defined(__clang__)
+template <int... I>
+inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, 2 * I...);
+}
+inline Vector every_second(Vector a, Vector b) { return every_second(a, b, std::make_integer_sequence<int, LANES>()); }
+#else
 inline Vector every_second(Vector a, Vector b) {
     Bits lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = 2 * i;
     return __builtin_shuffle(a, b, lanes);
 }
+#endif
 
 // Keep a vector in a register: else it is loaded anew for every use, and loads are what there are too few of.
 #if defined(__x86_64__)

@@ -48,7 +48,10 @@ class OpenVino:
         """
         source = onnx_source(model, "OpenVINO")
         if uses_kernels(source):
-            raise ModelError("it holds netdecouple's own operators, which run in onnxruntime only")
+            raise ModelError(
+                "it holds netdecouple's own operators, which run in onnxruntime only; "
+                "write standard ones with: netdecouple lower"
+            )
         core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,

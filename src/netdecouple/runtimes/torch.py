@@ -58,6 +58,7 @@ class Torch:
             )
         if not zipfile.is_zipfile(path):  # PyTorch would print a stack trace of its own
             raise ModelError("not an exported program, or cut short; export or copy it again")
+
         try:
             return torch.export.load(path)
         except Exception as error:  # whatever unpickling comes upon

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import onnx
 import pytest
@@ -11,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
-from netdecouple.frontends.onnx.emission import Form, emit
+from netdecouple.frontends.onnx.emission import DOMAIN, FORMS, Form, emit
 from netdecouple.runtimes.onnxruntime import open_session, run
 
-FORMS = get_args(Form)
+WRITTEN = [form for form in FORMS if form != "fused" or kernels.available()]
 
 
 def computed(factorization: Factorization, form: Form, x: np.ndarray, name: str = "layer") -> np.ndarray:
@@ -28,7 +27,10 @@ def computed(factorization: Factorization, form: Form, x: np.ndarray, name: str 
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("N", factorization.geometry.n_o, "A", "B"))],
         initializers,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
+    opsets = [helper.make_opsetid("", 11)]
+    if any(node.domain == DOMAIN for node in nodes):
+        opsets.append(helper.make_opsetid(DOMAIN, 1))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return run(open_session(model), None, {"x": x})[0]
 
@@ -71,10 +73,10 @@ def factorizations(draw: st.DrawFn) -> Factorization:
     return depthwise_pointwise(g, ranks, draw(st.integers(0, 99)), draw(st.booleans()))
 
 
-@given(factorizations(), st.sampled_from(FORMS), st.integers(7, 9), st.integers(7, 9))
+@given(factorizations(), st.sampled_from(WRITTEN), st.integers(7, 9), st.integers(7, 9))
 @settings(max_examples=120, deadline=None)
 def test_emitted_nodes_compute_the_factorization(factorization: Factorization, form: Form, h: int, w: int):
-    """In both forms, for any geometry, and ranks that differ per channel or are 0."""
+    """In every form, for any geometry, and ranks that differ per channel or are 0."""
     x = np.random.default_rng(0).standard_normal((2, factorization.geometry.n_i, h, w)).astype(np.float32)
     expected = factorization(x)
     np.testing.assert_allclose(
@@ -110,13 +112,19 @@ def test_the_gather_form_is_literal():
     assert operators("gather", [2, 0, 3]) == ["Gather", "Conv", "Conv"]
 
 
+def test_the_fused_form_is_one_node():
+    """Whatever the ranks and the groups."""
+    assert operators("fused", [2, 0, 3]) == ["DecoupledConv"]
+    assert operators("fused", [2, 1, 1, 2], ConvGeometry(4, 4, 3, 3, groups=2)) == ["DecoupledConv"]
+
+
 def test_groups_are_written_literally():
     """A grouped pointwise stage reads the channels of its group in a row, so they are not interleaved."""
     grouped = ConvGeometry(4, 4, 3, 3, groups=2)
     assert operators("parallel", [2, 1, 1, 2], grouped) == ["Gather", "Conv", "Conv"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WRITTEN)
 def test_everything_is_named_after_the_layer(form: Form):
     """So that two layers never collide, and a profile can be read."""
     nodes, initializers = emit(depthwise_pointwise(GEOMETRY, [2, 0, 1], 0), "block/conv", "x", "y", form)
@@ -127,7 +135,7 @@ def test_everything_is_named_after_the_layer(form: Form):
     assert nodes[-1].output[0] == "y"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WRITTEN)
 def test_other_chains_are_written_too(form: Form):
     """A pointwise, a spatial and a grouped stage in a row, with no depthwise among them."""
     rng = np.random.default_rng(0)

@@ -6,13 +6,14 @@ an Add, a LeakyRelu or PRelu, and a Relu or Clip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from netdecouple.frontends.onnx.emission import OPERATOR
+from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR
 from netdecouple.frontends.onnx.model import reads
 
 SLOPE, RESIDUAL = 4, 5  # positions of the optional inputs
@@ -31,7 +32,7 @@ def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Non
         for tensor in reads(node):
             readers.setdefault(tensor, []).append(index)
     dropped: set[int] = set()
-    for index in [i for i, node in enumerate(nodes) if node.op_type == OPERATOR]:
+    for index in [i for i, n in enumerate(nodes) if n.op_type == OPERATOR and n.domain == DOMAIN]:
         at, shape = index, shapes[nodes[index].output[0]]
         while (output := nodes[at].output[0]) not in kept and len(readers.get(output, [])) == 1:
             follower = readers[output][0]
@@ -60,7 +61,7 @@ def _merged(
     inputs = [*node.input, *[""] * (RESIDUAL + 1 - len(node.input))]
     clipped = any(a.name in ("minimum", "maximum") for a in node.attribute)
     limits: dict[str, float] = {}
-    if clipped:
+    if clipped or follower.domain not in ("", "ai.onnx"):
         return None
     if follower.op_type == "Add" and not inputs[RESIDUAL] and not inputs[SLOPE]:
         other = next((t for t in follower.input if t != node.output[0]), None)
@@ -84,7 +85,7 @@ def _merged(
         return None
     while not inputs[-1]:
         inputs.pop()
-    merged = onnx.NodeProto.FromString(node.SerializeToString())
+    merged: onnx.NodeProto = onnx.NodeProto.FromString(node.SerializeToString())
     merged.input[:] = inputs
     merged.output[0] = follower.output[0]
     merged.attribute.extend(helper.make_attribute(name, value) for name, value in limits.items())
@@ -112,5 +113,5 @@ def _limits(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
         if tensor and tensor not in constants:
             return None
         if tensor:
-            limits[name] = float(numpy_helper.to_array(constants[tensor]))
-    return limits
+            limits[name] = numpy_helper.to_array(constants[tensor]).item()
+    return None if any(math.isnan(limit) for limit in limits.values()) else limits

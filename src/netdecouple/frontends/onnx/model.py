@@ -46,7 +46,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     Raises:
         ModelError: not an ONNX model, weights missing or not finite, no convolutions, or not one image input.
     """
-    proto, origin = _parse(source)
+    proto, origin = load(source)
     _check_weights(proto, origin)
     folded = _fold(_with_initializers(proto))
     if not any(node.op_type == "Conv" for node in folded.graph.node):
@@ -69,7 +69,12 @@ def read_model(source: ModelSource) -> OnnxModel:
     return OnnxModel(folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size)
 
 
-def _parse(source: ModelSource) -> tuple[onnx.ModelProto, str]:
+def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
+    """Copy a model from a file or a ModelProto as it is; return its name, for messages, as well.
+
+    Raises:
+        ModelError: there is no such file, or it or its external data cannot be read.
+    """
     if isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
@@ -392,6 +397,16 @@ def write_model(
             os.replace(partial, target)
     except OSError as error:
         raise _unwritable(target, error) from error
+
+
+def check_written(path: Path, proto: onnx.ModelProto) -> None:
+    """Read a file again, and make sure that it holds the model that was written to it.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if _fingerprint(load(path)[0]) != _fingerprint(proto):
+        raise ModelError(f"{path.name}: another network once written; choose another place")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

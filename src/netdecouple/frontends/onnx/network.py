@@ -200,7 +200,8 @@ class OnnxNetwork:
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
         if any(node.domain == DOMAIN for node in nodes):
-            proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+            if all(entry.domain != DOMAIN for entry in proto.opset_import):
+                proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
             absorb(proto.graph, self._shapes)
         _drop_unused(proto.graph)
         for key, value in (metadata or {}).items():

@@ -1,0 +1,27 @@
+"""netdecouple lower: a network without operators of our own."""
+
+from __future__ import annotations
+
+from netdecouple.cli import options
+from netdecouple.cli.results import check_outputs, tell_written
+from netdecouple.errors import ModelError
+from netdecouple.frontends.onnx import lowering
+from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR
+from netdecouple.frontends.onnx.model import check_written, load, nodes_of, write_model
+
+
+def lower(model: options.Model, output: options.Output) -> None:
+    """Write a network's fused operators as standard ones, which every runtime has.
+
+    Example: netdecouple lower fused.onnx -o standard.onnx
+    """
+    check_outputs([model], output)
+    proto, name = load(model)
+    count = sum(node.domain == DOMAIN and node.op_type == OPERATOR for node in nodes_of(proto.graph))
+    if not count:
+        raise ModelError(f"{name}: the model has no fused operators; there is nothing to lower")
+    lowered = lowering.lower(proto)
+    write_model(lowered, output, check=lambda path: check_written(path, lowered))
+    console = options.console()
+    console.print(f"Lowered     {count} fused operator{'s' * (count > 1)}", **options.PLAIN)
+    tell_written(console, output)

@@ -1,0 +1,181 @@
+"""Turn fused operators back into standard ones, for runtimes that are not taught ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
+from netdecouple.errors import ModelError
+from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR, emit
+from netdecouple.frontends.onnx.model import nodes_of
+
+Constants = Mapping[str, onnx.TensorProto]
+
+
+def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every fused operator written as standard operators, in the "parallel" form.
+
+    Raises:
+        ModelError: an operator's weights are not constant, or do not fit each other.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    opset = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is None:  # nothing but fused operators
+        opset = onnx.defs.onnx_opset_version()
+        copy.opset_import.append(helper.make_opsetid("", opset))
+    graphs = list(_graphs(copy.graph))
+    names = {
+        name for graph in graphs for node in graph.node for name in (node.name, *node.input, *node.output)
+    }
+    names.update(tensor.name for graph in graphs for tensor in graph.initializer)
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    for node in (node for graph in graphs for node in graph.node if node.op_type == "Constant"):
+        constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    weights: set[str] = set()
+    for graph in reversed(graphs):  # inner ones first: a graph that is changed is made of new nodes
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            if node.domain != DOMAIN or node.op_type != OPERATOR:
+                nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+                continue
+            new, initializers = _read(node, constants).named(names, opset)
+            nodes += new
+            graph.initializer.extend(initializers)
+            weights.update(node.input[1:5])
+        del graph.node[:]
+        graph.node.extend(nodes)
+    _drop(copy.graph, weights)
+    if not any(node.domain == DOMAIN for node in nodes_of(copy.graph)):
+        for field in (copy.opset_import, copy.functions):
+            for index in reversed(range(len(field))):
+                if field[index].domain == DOMAIN:
+                    del field[index]
+    return copy
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those inside of it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _drop(graph: onnx.GraphProto, weights: set[str]) -> None:
+    """Remove those of ``weights`` that nothing reads any more."""
+    graphs = list(_graphs(graph))
+    gone = weights - {t for node in nodes_of(graph) for t in node.input}
+    gone -= {value.name for inner in graphs for value in inner.output}
+    for inner in graphs:
+        for field in (inner.initializer, inner.input):  # old models list initializers among the inputs too
+            for index in reversed(range(len(field))):
+                if field[index].name in gone:
+                    del field[index]
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """All that a fused operator computes."""
+
+    name: str
+    factorization: Factorization
+    x: str
+    output: str
+    slope: Array | None
+    residual: str
+    minimum: float
+    maximum: float
+
+    def named(self, names: set[str], opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """As standard operators under names that are not taken, which they are then."""
+        for name in chain([self.name], (f"{self.name}_{i}" for i in count(2))):
+            nodes, initializers = self.written(name, opset)
+            made = {node.name for node in nodes} | {tensor.name for tensor in initializers}
+            made.update(t for node in nodes for t in node.output if t != self.output)
+            if not made & names:
+                break
+        names |= made
+        return nodes, initializers
+
+    def written(self, name: str, opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """As standard operators, all of them named after ``name``."""
+        steps: list[tuple[str, list[str], dict[str, Any]]] = []
+        more: list[onnx.TensorProto] = []
+
+        def constant(label: str, array: Array) -> str:
+            more.append(numpy_helper.from_array(array, f"{name}/{label}"))
+            return more[-1].name
+
+        if self.residual:
+            steps.append(("Add", [self.residual], {}))
+        if self.slope is not None and (self.slope == self.slope[0]).all():
+            steps.append(("LeakyRelu", [], {"alpha": float(self.slope[0])}))
+        elif self.slope is not None:
+            steps.append(("PRelu", [constant("slope", self.slope[:, None, None])], {}))
+        limits = {"min": self.minimum, "max": self.maximum}
+        finite = {label: limit for label, limit in limits.items() if math.isfinite(limit)}
+        if finite == {"min": 0.0}:
+            steps.append(("Relu", [], {}))
+        elif finite and opset < 11:
+            steps.append(("Clip", [], finite))
+        elif finite:
+            bounds = [constant(k, np.array(v, np.float32)) if k in finite else "" for k, v in limits.items()]
+            steps.append(("Clip", bounds[: 1 + ("max" in finite)], {}))
+
+        tensors = [f"{name}/{operator.lower()}_input" for operator, *_ in steps] + [self.output]
+        nodes, initializers = emit(self.factorization, name, self.x, tensors[0], "parallel")
+        for (operator, inputs, attributes), x, y in zip(steps, tensors[:-1], tensors[1:], strict=True):
+            label = f"{name}/{operator.lower()}"
+            nodes.append(helper.make_node(operator, [x, *inputs], [y], label, **attributes))
+        return nodes, initializers + more
+
+
+def _read(node: onnx.NodeProto, constants: Constants) -> _Fused:
+    name = node.name or node.output[0]
+    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    inputs = [*node.input, *[""] * (6 - len(node.input))]
+    for tensor in inputs[1:5]:
+        if tensor and tensor not in constants:
+            raise ModelError(f"layer {name!r}: its weight {tensor!r} is computed, not constant")
+    try:
+        depthwise, pointwise, bias = (numpy_helper.to_array(constants[t]) for t in inputs[1:4])
+        slope = numpy_helper.to_array(constants[inputs[4]]) if inputs[4] else None
+        rows, _, kh, kw = depthwise.shape
+        n_o, channels = len(pointwise), np.array(values["channels"], np.int64)
+        g = ConvGeometry(
+            n_o,
+            values["in_channels"],
+            kh,
+            kw,
+            tuple(values.get("strides", (1, 1))),
+            tuple(values.get("pads", (0, 0, 0, 0))),
+            tuple(values.get("dilations", (1, 1))),
+            values.get("group", 1),
+        )
+        first = ConvStage(replace(g, n_o=rows, n_i=rows, groups=rows), depthwise, channels)
+        second = ConvStage(ConvGeometry(n_o, rows, 1, 1, groups=g.groups), pointwise)
+        for label, array, size in (("channels", channels, rows), ("bias", bias, n_o), ("slope", slope, n_o)):
+            if array is not None and array.shape != (size,):
+                raise ValueError(f"{label} {array.shape} instead of {(size,)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"layer {name!r}: not a {OPERATOR} that can be read ({error})") from error
+    return _Fused(
+        name.removesuffix("/fused"),
+        Factorization(g, (first, second), bias),
+        inputs[0],
+        node.output[0],
+        slope,
+        inputs[5],
+        values.get("minimum", -math.inf),
+        values.get("maximum", math.inf),
+    )

@@ -1,0 +1,311 @@
+"""The fused operator in PyTorch: ``netdecouple::decoupled_conv``, and a module that holds its weights.
+
+Importing this file registers the operator; do that before an exported program that holds it is loaded.
+"""
+
+# mypy: allow-subclassing-any
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from netdecouple import kernels
+from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
+
+NAME = f"{kernels.DOMAIN}::decoupled_conv"
+SCHEMA = (
+    "(Tensor x, Tensor depthwise, Tensor pointwise, Tensor bias, Tensor channels, Tensor? slope, "
+    "Tensor? residual, int in_channels, int[] strides, int[] pads, int[] dilations, int groups, "
+    "float? minimum, float? maximum) -> Tensor"
+)
+TENSORS = 7  # of the arguments, the first
+
+
+class DecoupledConv2d(torch.nn.Module):
+    """A convolution written as a depthwise and a pointwise one, computed as one operator on the CPU.
+
+    It takes and gives float32 tensors, in contiguous memory format. Gradients are those of the standard
+    operators. Where the compiled library is missing the module computes with standard operators
+    throughout, so that a saved state_dict, or an exported program, works on every machine with netdecouple.
+
+    The library packs the weights when they are first used and whenever they changed since, as PyTorch
+    counts changes for autograd. Writing through ``weight.data`` or a NumPy view of it escapes that count:
+    use ``torch.no_grad()`` instead, or call `forget` afterwards.
+
+    Args:
+        geometry: of the convolution it stands for.
+        rows: number of depthwise filters.
+        slope: whether negative outputs have factors, as PReLU has.
+        limits: what outputs are clipped to; (0, inf) is ReLU.
+    """
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        rows: int,
+        *,
+        slope: bool = False,
+        limits: Sequence[float] = (-math.inf, math.inf),
+    ) -> None:
+        super().__init__()
+        self.geometry = g = geometry
+        low, high = map(float, limits)
+        self.minimum, self.maximum = None if low == -math.inf else low, None if high == math.inf else high
+        self.depthwise = torch.nn.Parameter(torch.zeros(rows, 1, g.kh, g.kw))
+        self.pointwise = torch.nn.Parameter(torch.zeros(g.n_o, rows // g.groups, 1, 1))
+        self.bias = torch.nn.Parameter(torch.zeros(g.n_o))
+        self.register_parameter("slope", torch.nn.Parameter(torch.zeros(g.n_o)) if slope else None)
+        self.register_buffer("channels", torch.zeros(rows, dtype=torch.int64))  # that the filters read
+
+    @classmethod
+    def of(
+        cls,
+        factorization: Factorization,
+        *,
+        slope: Array | None = None,
+        limits: Sequence[float] = (-math.inf, math.inf),
+    ) -> DecoupledConv2d:
+        """Copy the weights of a depthwise stage and a pointwise one (`Factorization.is_separable`).
+
+        Raises:
+            ValueError: the factorization cannot be fused, or its bias or the slope do not fit it.
+        """
+        if not factorization.is_separable:
+            raise ValueError("only a depthwise stage and a pointwise one can be fused")
+        depthwise, pointwise = factorization.stages
+        module = cls(factorization.geometry, depthwise.geometry.n_o, slope=slope is not None, limits=limits)
+        arrays = {
+            "depthwise": depthwise.weight,
+            "pointwise": pointwise.weight,
+            "bias": factorization.bias,
+            "slope": slope,
+            "channels": depthwise.reads,
+        }
+        with torch.no_grad():
+            for name, array in arrays.items():
+                tensor = getattr(module, name)
+                if array is None:
+                    continue
+                if array.shape != tensor.shape:
+                    raise ValueError(f"the {name} has shape {array.shape}, not {tuple(tensor.shape)}")
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        return module
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return (n, n_o, h', w') for x (n, n_i, h, w); ``residual`` is added before slope and limits.
+
+        Raises:
+            ValueError: an input or a weight has another shape, dtype or device than it must have.
+        """
+        g = self.geometry
+        return decoupled_conv(
+            *(x, self.depthwise, self.pointwise, self.bias, self.channels, self.slope, residual),
+            *(g.n_i, list(g.strides), list(g.pads), list(g.dilations), g.groups, self.minimum, self.maximum),
+        )
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        return (
+            f"{g.n_i}, {g.n_o}, kernel_size=({g.kh}, {g.kw}), rows={len(self.channels)}, "
+            f"stride={g.strides}, pads={g.pads}, dilation={g.dilations}, groups={g.groups}, "
+            f"minimum={self.minimum}, maximum={self.maximum}"
+        )
+
+
+def forget() -> None:
+    """Have all weights packed anew when they are next used."""
+    _packs.clear()
+
+
+class _Call(NamedTuple):
+    """What the operator is called with."""
+
+    x: torch.Tensor  # (n, n_i, h, w)
+    depthwise: torch.Tensor  # (rows, 1, kh, kw)
+    pointwise: torch.Tensor  # (n_o, rows / groups, 1, 1)
+    bias: torch.Tensor  # (n_o,)
+    channels: torch.Tensor  # (rows,)
+    slope: torch.Tensor | None  # (n_o,)
+    residual: torch.Tensor | None  # as the output
+    in_channels: int
+    strides: list[int]
+    pads: list[int]
+    dilations: list[int]
+    groups: int
+    minimum: float | None
+    maximum: float | None
+
+    def geometry(self) -> ConvGeometry:
+        """Of the convolution that the weights stand for."""
+        (sh, sw), (top, left, bottom, right), (dh, dw) = self.strides, self.pads, self.dilations
+        n_o, (kh, kw) = self.pointwise.shape[0], self.depthwise.shape[2:]
+        return ConvGeometry(
+            n_o, self.in_channels, kh, kw, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups
+        )
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """Check that everything fits together.
+
+        Raises:
+            ValueError: something does not.
+        """
+        for name, tensor in zip(self._fields, self[:TENSORS], strict=False):
+            _check_type(name, tensor, torch.int64 if name == "channels" else torch.float32)
+        for name, tensor in (("depthwise", self.depthwise), ("pointwise", self.pointwise)):
+            if tensor.ndim != 4:
+                raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not four dimensions")
+        g, rows = self.geometry(), self.depthwise.shape[0]
+        wanted: dict[str, tuple[int, ...]] = {
+            "depthwise": (rows, 1, g.kh, g.kw),
+            "pointwise": (g.n_o, rows // g.groups, 1, 1),
+            "bias": (g.n_o,),
+            "channels": (rows,),
+            "slope": (g.n_o,),
+        }
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not {shape}")
+        if self.x.ndim != 4 or self.x.shape[1] != g.n_i:
+            raise ValueError(f"{NAME}: the input has shape {tuple(self.x.shape)}, not (n, {g.n_i}, h, w)")
+        n, _, h, w = self.x.shape
+        size = g.output_size(h, w)
+        if min(size) < 1:
+            raise ValueError(f"{NAME}: an input of {h}×{w} is smaller than the kernel")
+        y = (n, g.n_o, *size)
+        if self.residual is not None and tuple(self.residual.shape) != y:
+            raise ValueError(f"{NAME}: the residual has shape {tuple(self.residual.shape)}, not {y}")
+        return y
+
+    def standard(self) -> torch.Tensor:
+        """Compute it with standard operators."""
+        top, left, bottom, right = self.pads
+        x = functional.pad(self.x, (left, right, top, bottom)).index_select(1, self.channels)
+        x = functional.conv2d(
+            x, self.depthwise, None, self.strides, 0, self.dilations, self.depthwise.shape[0]
+        )
+        y = functional.conv2d(x, self.pointwise, self.bias, groups=self.groups)
+        if self.residual is not None:
+            y = y + self.residual
+        if self.slope is not None:
+            y = functional.prelu(y, self.slope)
+        if self.minimum is not None or self.maximum is not None:
+            y = y.clamp(self.minimum, self.maximum)
+        return y.contiguous()
+
+    def packed(self) -> kernels.DecoupledConv:
+        """Pack the layer for the compiled library."""
+        g, rows = self.geometry(), self.depthwise.shape[0]
+        depthwise, pointwise, bias, channels = (tensor.numpy(force=True) for tensor in self[1:5])
+        slope = None if self.slope is None else self.slope.numpy(force=True)
+        stages = (
+            ConvStage(replace(g, n_o=rows, n_i=rows, groups=rows), depthwise, channels),
+            ConvStage(ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups), pointwise),
+        )
+        low, high = self.minimum, self.maximum
+        limits = (-math.inf if low is None else low, math.inf if high is None else high)
+        return kernels.DecoupledConv(Factorization(g, stages, bias), slope, limits)
+
+
+def _check_type(name: str, tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+    if tensor is not None and (tensor.dtype != dtype or tensor.device.type not in ("cpu", "meta")):
+        found = f"{tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{NAME}: {name} must be {dtype} on the CPU, not {found}")
+
+
+class _Pack:
+    """A packed layer, and what its weights were then.
+
+    The weights are only referred to, so that they can be freed. Their storages are held: as long as this
+    is there, no other tensor's numbers can come to lie where theirs were.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        weights = call[1:6]
+        self._references = [None if tensor is None else TensorWeakRef(tensor) for tensor in weights]
+        self._storages = [None if tensor is None else tensor.untyped_storage() for tensor in weights]
+        self._states = [_state(tensor) for tensor in weights]  # first: they may change while they are packed
+        self.layer = call.packed()
+
+    def holds(self, call: _Call) -> bool:
+        """Tell whether the weights are the same tensors, and have not changed since."""
+        parts = zip(call[1:6], self._references, self._states, strict=True)
+        return all(
+            (reference is None if tensor is None else reference is not None and reference() is tensor)
+            and _state(tensor) == state
+            for tensor, reference, state in parts
+        )
+
+
+def _state(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    """Where a tensor's numbers lie, and how often they have changed."""
+    if tensor is None:
+        return ()
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
+
+
+# Pointwise weight → the arguments that are no tensors → the layer as it was packed last. Threads that
+# come here at the same time may both pack it; whichever stays is right.
+_packs = WeakTensorKeyDictionary()
+
+
+def _layer(call: _Call) -> kernels.DecoupledConv | None:
+    """Return the packed layer, which is made only of weights that fit; None if the library is missing."""
+    arguments = repr(call[TENSORS:])
+    pack = _packs.get(call.pointwise, {}).get(arguments)
+    if pack is not None and pack.holds(call):
+        layer: kernels.DecoupledConv = pack.layer
+        return layer
+    call.output_shape()
+    if not kernels.available():
+        return None
+    if any(tensor is not None and tensor.is_inference() for tensor in call[1:6]):
+        return call.packed()  # nobody counts how often these change
+    pack = _Pack(call)
+    _packs.setdefault(call.pointwise, {})[arguments] = pack
+    return pack.layer
+
+
+def _run(*arguments: Any) -> torch.Tensor:
+    call = _Call(*arguments)
+    layer = _layer(call)
+    if layer is None:
+        return call.standard()
+    _check_type("x", call.x)
+    _check_type("residual", call.residual)
+    residual = None if call.residual is None else call.residual.contiguous().numpy(force=True)
+    return torch.from_numpy(layer(call.x.contiguous().numpy(force=True), residual))
+
+
+def _fake(*arguments: Any) -> torch.Tensor:
+    call = _Call(*arguments)
+    return call.x.new_empty(call.output_shape())
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.rest = inputs[TENSORS:]
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:TENSORS]
+    with torch.enable_grad():
+        # aliases, because one tensor may have been given twice
+        tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        y = _Call(*tensors, *ctx.rest).standard()
+    wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=torch.is_grad_enabled()))
+    return (*(next(found) if is_needed else None for is_needed in needed), *(None for _ in ctx.rest))
+
+
+decoupled_conv = torch.library.custom_op(NAME, _run, mutates_args=(), schema=SCHEMA)
+decoupled_conv.register_fake(_fake)
+decoupled_conv.register_autograd(_backward, setup_context=_remember)
