@@ -200,6 +200,33 @@ def test_a_plan_for_latency_goes_through_the_front_door(
         assert again.model.graph == result.model.graph
 
 
+def test_kept_layers_are_fused_too_where_that_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are: only the operator changes, and excluded ones keep theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = next(la.name for la in api.inspect(MODEL).layers if la.geometry)
+
+    def dear(name: str, size: int) -> float:  # what is no fused operator
+        return size / 1000 * (1 if "fused" in name else 3)
+
+    monkeypatch.setattr(api.runtimes, "runtime", lambda name: Clock(dear, name=name))
+    for exclude in ((), (first,)):
+        settings = Settings(exclude, data_free=True)
+        result = api.decouple(MODEL, settings=settings, macs="80%", emit="fused", runtime="onnxruntime")
+        kept = [row for row in result.plan.layers if not row.changed and row.operator == "Conv"]
+        assert kept
+        assert all((row.form == "fused") == (row.name not in exclude) for row in kept)
+        convs = [node.name for node in result.model.graph.node if node.op_type == "Conv"]
+        assert convs == [row.name for row in kept if row.name in exclude]
+        same = api.decouple(MODEL, settings=settings, macs="80%")
+        image = np.random.default_rng(0).random((2, 1, 32, 32), np.float32)
+        outputs = [
+            open_session(r.model).run(None, {r.model.graph.input[0].name: image})[0] for r in (result, same)
+        ]
+        np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -19,7 +19,7 @@ from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency
+from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, Parameters, least_cost, parse_share
 from netdecouple.planning.plan import Plan
@@ -129,7 +129,9 @@ def decouple(
         assert clock is not None
         applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
     else:
-        applied = apply(network, inputs, plan_for(analysis, budgets, form), progress)
+        plan = plan_for(analysis, budgets, form)
+        plan = plan if clock is None else clock.with_neighbours(plan, analysis.candidates)
+        applied = apply(network, inputs, plan, progress)
     return _result(network, inputs, applied, images, labelled, None if calib is None else analysis, clock)
 
 
@@ -291,7 +293,8 @@ def _result(
     plan = applied.plan
     metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
     forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
-    model = network.decoupled(applied.factorizations, forms, metadata)
+    layers = {layer.name: layer for layer in network.layers}
+    model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
     _check_model(model)
     shown = inputs.held_back
     original, new = network.run(shown), network.run_model(model, shown)
@@ -306,7 +309,7 @@ def _result(
             accuracy(network.run(pictures)[0], labels),
             accuracy(network.run_model(model, pictures)[0], labels),
         )
-    rows = layer_reports({layer.name: layer for layer in network.layers}, applied)
+    rows = layer_reports(layers, applied)
     report = Report(
         network.model.origin,
         __version__,

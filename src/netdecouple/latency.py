@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, spread
 from netdecouple.errors import BudgetError
-from netdecouple.frontends import Array, Layer
+from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
 from netdecouple.frontends.onnx.emission import Form, emit, form_of
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.planning.analysis import Analysis, Progress, quiet
+from netdecouple.planning.analysis import EXCLUDED, Analysis, Progress, quiet
 from netdecouple.planning.candidates import LayerCandidates
 from netdecouple.planning.cost import Budget
-from netdecouple.planning.plan import Plan
+from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.solve import make_plan, reachable
 from netdecouple.report.report import Speed
 from netdecouple.runtimes import Feeds, Runtime
@@ -129,7 +130,7 @@ class Latency:
             progress("Timing layers", index + 1, len(layers))
         original = place.runtime.open(network.decoupled({}), place.threads)
         self._original = original
-        times = measure([lambda: original.run(self._feeds)], 1.0)
+        times = measure([partial(original.run, self._feeds)], 1.0)
         self.total = Timing.of(times[:, 0]).median
         self.fixed = self.total - sum(self._dense.values())
 
@@ -181,13 +182,13 @@ class Latency:
             self.place.runtime.open(tiny_model(layer, ranks, form, copies), self.place.threads)
             for ranks, form in kinds
         ]
-        runs = [lambda s=session: s.run({"x": image}) for session in sessions]
+        runs = [partial(session.run, {"x": image}) for session in sessions]
         return [Timing.of(column).median / copies for column in measure(runs, 0.2).T]
 
     def speed(self, model: onnx.ModelProto, plan: Plan) -> Speed:
         """Time a plan's network against the original."""
         session = self.place.runtime.open(model, self.place.threads)
-        times = measure([lambda: self._original.run(self._feeds), lambda: session.run(self._feeds)], 1.0)
+        times = measure([partial(s.run, self._feeds) for s in (self._original, session)], 1.0)
         before, after = (Timing.of(column) for column in times.T)
         share = float(np.median(times[:, 1] / times[:, 0]))
         return Speed(str(self.place), before, after, share, self._foreseen(plan))
@@ -202,7 +203,26 @@ class Latency:
                 assert geometry is not None
                 factorizations[row.name] = placeholder(geometry, found.ranks[found.terms.index(row.terms)])
                 forms[row.name] = form_of(row.form)
-        return self._network.decoupled(factorizations, forms)
+        return self._network.decoupled(*with_kept(plan, layers, factorizations, forms))
+
+    def with_neighbours(self, plan: Plan, candidates: Mapping[str, LayerCandidates]) -> Plan:
+        """Decide by timing whole networks which of the layers that are kept the fused operator runs as well.
+
+        Between a fused layer and a dense one ONNX Runtime changes the layout of what passes.
+        """
+        if "fused" not in self.place.forms or not any(row.changed for row in plan.layers):
+            return plan
+        layers = {layer.name: layer for layer in self._network.layers}
+        can = [row for row in plan.layers if not row.changed and _runs_fused(layers[row.name], row)]
+        small = [row for row in can if layers[row.name].reason == POINTWISE]
+        plans = [plan] + [
+            replace(plan, layers=tuple(replace(r, form="fused") if r in chosen else r for r in plan.layers))
+            for chosen in (small, can)
+            if chosen
+        ]
+        sessions = [self.place.runtime.open(self.sketch(p, candidates), self.place.threads) for p in plans]
+        times = measure([partial(session.run, self._feeds) for session in sessions], 1.0)
+        return plans[int(np.argmin(np.median(times, axis=0)))]
 
     def _foreseen(self, plan: Plan) -> float:
         """The share of the original's time that the layers' times alone predict for a plan."""
@@ -231,6 +251,7 @@ def plan_for_latency(analysis: Analysis, budgets: Sequence[Budget], latency: Lat
     for _ in range(TRIES):
         asked = float(np.clip(asked, least, 1.0))
         plan = make_plan(analysis, [Budget(latency, asked), *budgets], latency.form)
+        plan = latency.with_neighbours(plan, analysis.candidates)
         found = latency.speed(latency.sketch(plan, analysis.candidates), plan).share
         if found <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
             best = plan
@@ -255,6 +276,24 @@ def _advice(place: Place) -> str:
     if "fused" not in place.forms and place.runtime.name == "onnxruntime":
         return "--emit fused goes further, or ask for less"
     return "ask for less"
+
+
+def _runs_fused(layer: Layer, row: LayerPlan) -> bool:
+    """Whether a layer that is kept could be run by the fused operator, and may be."""
+    plain = layer.geometry is not None and min(layer.geometry.pads) >= 0
+    return plain and layer.reason in ("", POINTWISE, ONE_CHANNEL) and row.reason != EXCLUDED
+
+
+def with_kept(
+    plan: Plan,
+    layers: Mapping[str, Layer],
+    factorizations: Mapping[str, Factorization],
+    forms: Mapping[str, Form],
+) -> tuple[dict[str, Factorization], dict[str, Form]]:
+    """Add the layers that are kept and yet run by the fused operator, as they are, to what is written."""
+    kept = [layers[row.name] for row in plan.layers if not row.changed and row.form]
+    exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in kept if la.geometry}
+    return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
 
 
 def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8]) -> Factorization:

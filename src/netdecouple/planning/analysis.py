@@ -17,6 +17,7 @@ from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
 MOMENT_BYTES = 5 << 28  # of moments held at once
+EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 
 Progress = Callable[[str, int, int], None]  # step, done, total
@@ -66,7 +67,7 @@ def kept_reasons(layers: Sequence[Layer], exclude: Sequence[str]) -> dict[str, s
         if layer.reason:
             reasons[layer.name] = layer.reason
         elif any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
-            reasons[layer.name] = "excluded"
+            reasons[layer.name] = EXCLUDED
         elif layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
             reasons[layer.name] = "too small: one term costs as much as the layer"
     if len(reasons) == len(layers):

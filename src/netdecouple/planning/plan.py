@@ -30,7 +30,7 @@ class LayerPlan:
     parameters: int
     predicted_error: float  # relative to the variance of the layer's output
     predicted_loss: float
-    form: str = ""  # how its stages are written, if it is changed
+    form: str = ""  # how it is written, if it is changed or run by the fused operator as it is
 
     @property
     def changed(self) -> bool:
