@@ -64,10 +64,10 @@ def kept_reasons(layers: Sequence[Layer], exclude: Sequence[str]) -> dict[str, s
             )
     reasons = {}
     for layer in layers:
-        if layer.reason:
-            reasons[layer.name] = layer.reason
-        elif any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
             reasons[layer.name] = EXCLUDED
+        elif layer.reason:
+            reasons[layer.name] = layer.reason
         elif layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
             reasons[layer.name] = "too small: one term costs as much as the layer"
     if len(reasons) == len(layers):

@@ -6,6 +6,7 @@ import copy
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Torch:
             )
         if not zipfile.is_zipfile(path):  # PyTorch would print a stack trace of its own
             raise ModelError("not an exported program, or cut short; export or copy it again")
-
+        import_module("netdecouple.kernels.torch")  # registers our operator, which the program may hold
         try:
             return torch.export.load(path)
         except Exception as error:  # whatever unpickling comes upon

@@ -37,7 +37,7 @@ def form_of(name: str) -> Form:
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Nodes and initializers in the making, all under one name."""
 
     name: str
@@ -48,6 +48,11 @@ class _Writer:
         name = f"{self.name}/{label}"
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
+
+    def weight(self, label: str, array: Array, taken: IntArray | None = None, axis: int = 0) -> str:
+        """A layer's own array, or what is ``taken`` of it along an axis."""
+        part = array if taken is None else array.take(taken, axis)
+        return self.constant(label, part.astype(np.float32))
 
     def node(
         self,
@@ -75,13 +80,13 @@ class _Writer:
         label: str,
         x: str,
         g: ConvGeometry,
-        weight: Array,
+        weight: str,
         bias: Array | None = None,
         output: str | None = None,
     ) -> str:
-        inputs = [x, self.constant(f"{label}.weight", weight.astype(np.float32))]
+        inputs = [x, weight]
         if bias is not None:
-            inputs.append(self.constant(f"{label}.bias", bias.astype(np.float32)))
+            inputs.append(self.weight(f"{label}.bias", bias))
         return self.node(
             "Conv",
             label,
@@ -99,10 +104,16 @@ def emit(
     factorization: Factorization, name: str, x: str, output: str, form: Form = "parallel"
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``."""
-    writer = _Writer(name)
+    writer = Writer(name)
+    write(writer, factorization, x, output, form)
+    return writer.nodes, writer.initializers
+
+
+def write(writer: Writer, factorization: Factorization, x: str, output: str, form: Form = "parallel") -> None:
+    """Add the nodes that compute ``output`` from ``x``."""
     if form == "fused" and factorization.is_separable:
-        _emit_fused(writer, factorization, x, output)
-        return writer.nodes, writer.initializers
+        _write_fused(writer, factorization, x, output)
+        return
     channels = factorization.geometry.n_i
     order: IntArray | None = None  # of the channels that the previous stage put out
     for index, stage in enumerate(factorization.stages):
@@ -117,19 +128,18 @@ def emit(
         label = f"{label}{index}"
         spread = form != "gather" and not last and factorization.stages[index + 1].geometry.groups == 1
         if spread and stage.channels is not None and stage.geometry.n_o == stage.geometry.groups:
-            x, order = _emit_parallel(writer, label, x, stage, channels)
+            x, order = _write_parallel(writer, label, x, stage, channels)
         else:
-            weight = stage.weight if order is None else stage.weight[:, order]
             picked = writer.gather(label, x, stage.channels)
+            weight = writer.weight(f"{label}.weight", stage.weight, order, axis=1)
             bias = factorization.bias if last else None
             x = writer.conv(label, picked, stage.geometry, weight, bias, output if last else None)
             order = None
         channels = stage.geometry.n_o
-    return writer.nodes, writer.initializers
 
 
-def _emit_parallel(
-    writer: _Writer, label: str, x: str, stage: ConvStage, channels: int
+def _write_parallel(
+    writer: Writer, label: str, x: str, stage: ConvStage, channels: int
 ) -> tuple[str, IntArray]:
     """Write a depthwise stage level by level: the first filter of every channel, then the second, …
 
@@ -146,14 +156,15 @@ def _emit_parallel(
         whole = len(read) == channels  # a level never repeats a channel, so this is all of them in order
         part = writer.gather(f"{label}.{t}", x, None if whole else read)
         geometry = ConvGeometry(len(rows), len(rows), g.kh, g.kw, g.strides, g.pads, g.dilations, len(rows))
-        parts.append(writer.conv(f"{label}.{t}", part, geometry, stage.weight[rows]))
+        weight = writer.weight(f"{label}.{t}.weight", stage.weight, rows)
+        parts.append(writer.conv(f"{label}.{t}", part, geometry, weight))
         order.append(rows)
     if len(parts) == 1:
         return parts[0], order[0]
     return writer.node("Concat", f"{label}.concat", parts, axis=1), np.concatenate(order)
 
 
-def _emit_fused(writer: _Writer, factorization: Factorization, x: str, output: str) -> None:
+def _write_fused(writer: Writer, factorization: Factorization, x: str, output: str) -> None:
     depthwise, pointwise = factorization.stages
     g, bias = factorization.geometry, factorization.bias
     weights = {
