@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,7 +25,6 @@ from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
 from netdecouple.planning.solve import BudgetRow, FormOf, budget_rows, make_plan, published_plan, reachable
 from netdecouple.report.report import Agreement, Report, Score, layer_reports
-from netdecouple.runtimes.onnxruntime import first_line
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
@@ -50,9 +48,9 @@ class Result:
 
         Raises:
             OutputError: the place is not writable.
-            ModelError: the written file is not a valid model.
+            ModelError: what was written is not what was to be written.
         """
-        write_model(self.model, path, check=_check_file)
+        write_model(self.model, path)
 
 
 def decouple(
@@ -295,7 +293,6 @@ def _result(
     forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
     layers = {layer.name: layer for layer in network.layers}
     model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
-    _check_model(model)
     shown = inputs.held_back
     original, new = network.run(shown), network.run_model(model, shown)
     difference = _difference(network, applied, model, shown[:32])
@@ -338,21 +335,6 @@ def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, 
             f"the decoupled network differs from its own plan by {worst:.1e}; please report this model"
         )
     return worst
-
-
-def _check_model(model: onnx.ModelProto) -> None:
-    if model.ByteSize() < (1 << 31) - 1:
-        try:
-            onnx.checker.check_model(model)
-        except onnx.checker.ValidationError as error:
-            raise ModelError(f"the decoupled model is not valid ONNX ({first_line(error)})") from error
-
-
-def _check_file(path: Path) -> None:
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"{path.name}: not valid ONNX once written ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)

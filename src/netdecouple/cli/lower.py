@@ -7,7 +7,7 @@ from netdecouple.cli.results import check_outputs, tell_written
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx import lowering
 from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR
-from netdecouple.frontends.onnx.model import check_written, load, nodes_of, write_model
+from netdecouple.frontends.onnx.model import load, nodes_of, write_model
 
 
 def lower(model: options.Model, output: options.Output) -> None:
@@ -21,7 +21,7 @@ def lower(model: options.Model, output: options.Output) -> None:
     if not count:
         raise ModelError(f"{name}: the model has no fused operators; there is nothing to lower")
     lowered = lowering.lower(proto)
-    write_model(lowered, output, check=lambda path: check_written(path, lowered))
+    write_model(lowered, output)
     console = options.console()
     console.print(f"Lowered     {count} fused operator{'s' * (count > 1)}", **options.PLAIN)
     tell_written(console, output)

@@ -127,7 +127,8 @@ class DecoupledConv:
         weights = [np.ascontiguousarray(a, np.float32) for a in (depthwise.weight, pointwise.weight, bias)]
         slopes = None if slope is None else np.ascontiguousarray(slope, np.float32)
         error = ctypes.create_string_buffer(256)
-        self._handle = _library().netdecouple_create(
+        self._library = _library()
+        self._handle = self._library.netdecouple_create(
             ctypes.addressof(shape),
             channels.ctypes.data,
             *(a.ctypes.data for a in weights),
@@ -158,7 +159,7 @@ class DecoupledConv:
             raise ValueError(f"{OPERATOR}: the residual has shape {residual.shape}, not {y.shape}")
         x = np.ascontiguousarray(x, np.float32)
         added = None if residual is None else np.ascontiguousarray(residual, np.float32)
-        if _library().netdecouple_run(
+        if self._library.netdecouple_run(
             self._handle, x.ctypes.data, _data(added), y.ctypes.data, n, h, w, None, None
         ):
             raise MemoryError(f"{OPERATOR}: out of memory")
@@ -166,7 +167,7 @@ class DecoupledConv:
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            _library().netdecouple_destroy(self._handle)
+            self._library.netdecouple_destroy(self._handle)
 
 
 def _data(array: NDArray[Any] | None) -> int | None:

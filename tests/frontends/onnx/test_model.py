@@ -421,17 +421,23 @@ def test_write_replaces_in_one_step(tmp_path: Path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
 
 
-def test_write_keeps_what_was_there_if_the_check_fails(tmp_path: Path):
-    """A model that does not pass its check never gets the name."""
+def test_write_keeps_what_was_there_if_the_file_is_not_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What cannot be read back as it was never gets the name."""
     target = tmp_path / "out.onnx"
     target.write_bytes(b"old")
+    save = onnx.save_model
 
-    def refuse(path: Path) -> None:
-        assert path.exists()
-        raise ModelError("no good")
+    def spoil(model: onnx.ModelProto, path: Path, **options: object) -> None:
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        other.graph.initializer[0].raw_data = bytes(len(other.graph.initializer[0].raw_data))
+        save(other, path, **options)
 
-    with pytest.raises(ModelError, match="no good"):
-        write_model(networks.classifier(), target, refuse)
+    monkeypatch.setattr(onnx, "save_model", spoil)
+    with pytest.raises(ModelError, match="another network once written"):
+        write_model(networks.classifier(), target)
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
 

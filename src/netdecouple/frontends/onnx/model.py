@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ from onnx import numpy_helper
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, first_line, open_session, options, run
+from netdecouple.runtimes.onnxruntime import (
+    PROTOBUF_LIMIT,
+    first_line,
+    open_session,
+    options,
+    run,
+    uses_kernels,
+)
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -169,7 +176,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
 
     The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would bring in
-    operators of its own or change types, the model is returned as it is.
+    operators of its own or change types, or write out ours, the model is returned as it is.
     """
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -187,6 +194,10 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         {node.output[0] for node in nodes_of(p.graph) if node.op_type == "Cast"} for p in (proto, folded)
     )
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
+        folded = proto
+    if uses_kernels(proto) and not uses_kernels(
+        folded
+    ):  # ours are not to be had: their functions stand there
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
     for given, field in (
@@ -370,13 +381,12 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
             yield from (value.name for value in graph.output)
 
 
-def write_model(
-    proto: onnx.ModelProto, path: str | os.PathLike[str], check: Callable[[Path], None] | None = None
-) -> None:
-    """Write a model under a temporary name, check it there, and rename it: a killed run leaves no half file.
+def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model under a temporary name, read it again, and rename it: a killed run leaves no half file.
 
     Raises:
         OutputError: the folder is missing or not writable.
+        ModelError: what was written is not what was to be written.
     """
     target = Path(path)
     check_writable(target)
@@ -390,8 +400,7 @@ def write_model(
                 copy = onnx.ModelProto()  # saving moves the weights out of what is saved
                 copy.CopyFrom(proto)
                 onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
-            if check is not None:
-                check(partial)
+            _check_written(partial, proto)
             if data.exists():
                 os.replace(data, target.parent / data.name)
             os.replace(partial, target)
@@ -399,12 +408,7 @@ def write_model(
         raise _unwritable(target, error) from error
 
 
-def check_written(path: Path, proto: onnx.ModelProto) -> None:
-    """Read a file again, and make sure that it holds the model that was written to it.
-
-    Raises:
-        ModelError: it does not.
-    """
+def _check_written(path: Path, proto: onnx.ModelProto) -> None:
     if _fingerprint(load(path)[0]) != _fingerprint(proto):
         raise ModelError(f"{path.name}: another network once written; choose another place")
 
