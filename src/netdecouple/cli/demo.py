@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from netdecouple import api
+from netdecouple import api, kernels
 from netdecouple.benchmark import benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
 from netdecouple.errors import OutputError
+from netdecouple.frontends.onnx.lowering import lower
+from netdecouple.frontends.onnx.model import write_model
 from netdecouple.report.text import budget_table, scores_table, timing_tables
 
 
@@ -36,6 +38,7 @@ def demo(
             model,
             f"{data}:calib",
             macs=macs,
+            emit="fused" if kernels.available() else "standard",
             progress=bars,
             show_budgets=lambda rows, loss: console.print(budget_table(rows, loss)),
         )
@@ -43,6 +46,12 @@ def demo(
     write_result(console, result, faster, output / "plan.json", output / "report.json")
     scores = api.evaluate([model, faster], f"{data}:images,labels")
     console.print(scores_table(scores))
-    for table in timing_tables(benchmark([model, faster])):
+    networks = [model, faster]
+    if kernels.available():
+        networks.append(output / "digits-standard.onnx")
+        write_model(lower(result.model), networks[-1])
+    else:
+        console.print("The fused operator was not built (no C++ compiler), so these are standard operators.")
+    for table in timing_tables(benchmark(networks)):
         console.print(table)
     console.print(f"Results are in {output}/", **options.PLAIN)
