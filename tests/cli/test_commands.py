@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from netdecouple import kernels
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.runtimes.onnxruntime import OVERLOADS, open_session, run
 from netdecouple.version import __version__
 from tests import networks
 from tests.kernels.test_onnxruntime import chain
@@ -310,6 +311,32 @@ def test_lower_writes_standard_operators(
         run(open_session(model), None, {"x": images})[0] for model in (folder / "standard.onnx", parallel)
     )
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
+@pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < OVERLOADS,
+    reason="this ONNX Runtime does not tell functions of one name apart",
+)
+def test_a_fused_network_is_used_without_the_library(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Written with it; evaluated, inspected, timed and decoupled once more without, and still fused then."""
+    budget = ["--macs", "60%", "--data-free"]
+    assert netdecouple("run", "net.onnx", "-o", "fused.onnx", "--emit", "fused", *budget).code == 0
+    images = np.load(folder / "data.npz")["images"]
+    expected, told = outputs(folder / "fused.onnx", images), netdecouple("inspect", "fused.onnx").out
+    monkeypatch.setattr(kernels, "library_path", lambda: None)
+    np.testing.assert_allclose(outputs(folder / "fused.onnx", images), expected, rtol=0, atol=1e-5)
+    ended = netdecouple("eval", "fused.onnx", "--data", "data.npz:images,labels")
+    assert (ended.code, ended.err) == (0, "")
+    assert netdecouple("inspect", "fused.onnx").out == told
+    ended = netdecouple("bench", "net.onnx", "fused.onnx", "--layers", "--seconds", "0.05")
+    assert (ended.code, ended.err) == (0, "")
+    ended = netdecouple("run", "fused.onnx", "-o", "again.onnx", "--macs", "90%", "--data-free")
+    assert (ended.code, ended.err) == (0, "")
+    fused, again = (onnx.load(folder / name) for name in ("fused.onnx", "again.onnx"))
+    assert list(again.functions) == list(fused.functions)
 
 
 # --- inspect, eval, and the rest

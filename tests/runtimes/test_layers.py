@@ -100,3 +100,20 @@ def test_with_names_leaves_the_model_alone():
     assert not any(node.name for node in model.graph.node)
     assert [node.name for node in named.graph.node] == [node_name(node) for node in model.graph.node]
     assert named.graph.node[0].name == "Conv:conv1"
+
+
+def test_nodes_that_stand_in_the_place_of_a_fused_operator():
+    """As ONNX Runtime names them after the function that they come from."""
+    b = Builder()
+    for name in ("one", "two"):
+        b.node("DecoupledConv", "image", out=f"{name}.relu", name=f"{name}/fused", domain="netdecouple")
+        b.nodes[-1].overload = name
+    found = Owners.of(b.model().graph, ["one", "two/fused"])
+    for name, layer in (
+        ("_inlfunc_DecoupledConv_one/depthwise0.0", "one"),
+        ("_inlfunc_DecoupledConv_token_12_one/add_input_nchwc", "one"),
+        ("one.relu_nchwc", "one"),
+        ("_inlfunc_DecoupledConv_token_12_two/pointwise1", "two/fused"),
+        ("_inlfunc_DecoupledConv_three/pointwise1", REST),
+    ):
+        assert found.find(name, "Conv") == layer

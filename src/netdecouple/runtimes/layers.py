@@ -3,7 +3,8 @@
 ONNX Runtime renames and fuses nodes before it runs them, and its profiler speaks of what is left. A
 node belongs to a layer if it has the layer's name or stands below it (``conv1/depthwise0.2``). In the
 blocked layout a convolution is named after the tensor it writes, which is that of the normalisation or
-the activation it was fused with.
+the activation it was fused with. What stands in the place of a fused operator is called as in its function,
+behind a prefix.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ REORDER = "changes of layout"
 REST = "rest"
 TOTAL = "all nodes"
 _FUSED = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "HardSigmoid")
+_INLINED = re.compile(r"^_inlfunc_DecoupledConv_(token_\d+_)?")
 _BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")
 
 
@@ -45,6 +47,8 @@ class Owners:
             layer = next((n for n in (name, name.rpartition("/")[0]) if n in known), None)
             if layer is not None:
                 nodes[name] = layer
+                if node.overload:  # which what stands in its place is named after
+                    nodes[node.overload] = layer
             elif node.op_type in _FUSED:
                 layer = tensors.get(node.input[0])
             if layer is not None:
@@ -53,6 +57,7 @@ class Owners:
 
     def find(self, name: str, operator: str) -> str:
         """The layer of a profiled node, or what it is summed under if it is of no layer."""
+        name = _INLINED.sub("", name)
         layer = self.nodes.get(name) or self.nodes.get(name.rpartition("/")[0])
         if layer is None and _BLOCKED.search(name):
             layer = self.tensors.get(_BLOCKED.sub("", name))

@@ -20,6 +20,7 @@ from netdecouple.runtimes import Feeds, Input
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 KERNEL_DOMAIN = "netdecouple"  # of our own operators
+OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 
 
 def options(threads: int | None = None) -> ort.SessionOptions:
@@ -51,13 +52,11 @@ def open_session(
 
     Raises:
         ModelError: ONNX Runtime refuses it.
-        NetDecoupleError: it uses netdecouple's own operators, which are not to be had here.
+        NetDecoupleError: it uses netdecouple's own operators, which are not to be had here, and does not
+            say how else they are computed.
     """
     chosen = chosen or options()
-    if uses_kernels(model):
-        from netdecouple import kernels
-
-        kernels.register(chosen)
+    _teach(model, chosen)
     try:
         if not isinstance(model, onnx.ModelProto):
             return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
@@ -73,18 +72,37 @@ def open_session(
         raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
 
 
+def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
+    """Register our operators if the model uses them; not where it must, and can, do without."""
+    proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
+    if not uses_kernels(proto):
+        return
+    from netdecouple import kernels
+
+    version = tuple(int(number) for number in ort.__version__.split(".")[:2])
+    if version < OVERLOADS or not _has_fallbacks(proto) or kernels.available():
+        kernels.register(chosen)
+
+
+def _has_fallbacks(proto: onnx.ModelProto) -> bool:
+    """Tell whether there is a function for every operator of ours."""
+    functions = {(f.name, f.overload) for f in proto.functions if f.domain == KERNEL_DOMAIN}
+    nodes = (node for node in proto.graph.node if node.domain == KERNEL_DOMAIN)
+    return all((node.op_type, node.overload) in functions for node in nodes)
+
+
 def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
     """Tell whether a model holds operators of our own, which only ONNX Runtime is taught."""
-    graph = model.graph if isinstance(model, onnx.ModelProto) else _graph(model)
-    return any(node.domain == KERNEL_DOMAIN for node in graph.node)
+    proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
+    return any(node.domain == KERNEL_DOMAIN for node in proto.graph.node)
 
 
-def _graph(path: str | os.PathLike[str]) -> onnx.GraphProto:
-    """A file's graph without weights that lie elsewhere; an empty one if it is no ONNX file."""
+def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """A file without weights that lie elsewhere; an empty model if it is no ONNX file."""
     try:
-        return onnx.load(path, load_external_data=False).graph
+        return onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, OSError):
-        return onnx.GraphProto()
+        return onnx.ModelProto()
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
@@ -100,7 +118,7 @@ def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
     path = Path(model)
     if not path.is_file():
         raise ModelError("no such file; give the path of an .onnx model")
-    if path.suffix == ".onnx" and not _graph(path).node:
+    if path.suffix == ".onnx" and not _definition(path).graph.node:
         raise ModelError("not an ONNX file, or cut short; export or copy it again")
     return str(path)
 

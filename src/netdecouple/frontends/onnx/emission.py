@@ -46,7 +46,7 @@ class Writer:
 
     def constant(self, label: str, array: np.ndarray) -> str:
         name = f"{self.name}/{label}"
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def weight(self, label: str, array: Array, taken: IntArray | None = None, axis: int = 0) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import ModelError
-from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR, emit
+from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR, Writer, write
 from netdecouple.frontends.onnx.model import nodes_of
 
 Constants = Mapping[str, onnx.TensorProto]
@@ -28,26 +28,21 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    opset = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), None)
-    if opset is None:  # nothing but fused operators
-        opset = onnx.defs.onnx_opset_version()
-        copy.opset_import.append(helper.make_opsetid("", opset))
-    graphs = list(_graphs(copy.graph))
+    opset = standard_opset(copy)
+    graphs = list(graphs_of(copy.graph))
     names = {
         name for graph in graphs for node in graph.node for name in (node.name, *node.input, *node.output)
     }
     names.update(tensor.name for graph in graphs for tensor in graph.initializer)
-    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
-    for node in (node for graph in graphs for node in graph.node if node.op_type == "Constant"):
-        constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    constants = constants_of(graphs)
     weights: set[str] = set()
     for graph in reversed(graphs):  # inner ones first: a graph that is changed is made of new nodes
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
-            if node.domain != DOMAIN or node.op_type != OPERATOR:
+            if not is_fused(node):
                 nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
                 continue
-            new, initializers = _read(node, constants).named(names, opset)
+            new, initializers = _named(read_fused(node, constants), names, opset)
             nodes += new
             graph.initializer.extend(initializers)
             weights.update(node.input[1:5])
@@ -62,18 +57,40 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def is_fused(node: onnx.NodeProto) -> bool:
+    """Whether this is a fused operator."""
+    return node.domain == DOMAIN and node.op_type == OPERATOR
+
+
+def standard_opset(proto: onnx.ModelProto) -> int:
+    """The version of the standard operators that a model may hold; it is added if the model names none."""
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset is None:  # nothing but fused operators
+        opset = onnx.defs.onnx_opset_version()
+        proto.opset_import.append(helper.make_opsetid("", opset))
+    return opset
+
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph, and those inside of it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from _graphs(inner)
+                yield from graphs_of(inner)
+
+
+def constants_of(graphs: Sequence[onnx.GraphProto]) -> dict[str, onnx.TensorProto]:
+    """What graphs hold as initializers or as Constant nodes, by name."""
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    for node in (node for graph in graphs for node in graph.node if node.op_type == "Constant"):
+        constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    return constants
 
 
 def _drop(graph: onnx.GraphProto, weights: set[str]) -> None:
     """Remove those of ``weights`` that nothing reads any more."""
-    graphs = list(_graphs(graph))
+    graphs = list(graphs_of(graph))
     gone = weights - {t for node in nodes_of(graph) for t in node.input}
     gone -= {value.name for inner in graphs for value in inner.output}
     for inner in graphs:
@@ -83,8 +100,21 @@ def _drop(graph: onnx.GraphProto, weights: set[str]) -> None:
                     del field[index]
 
 
+def _named(fused: Fused, names: set[str], opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Write standard operators under names that are not taken, which they are then."""
+    for name in chain([fused.name], (f"{fused.name}_{i}" for i in count(2))):
+        writer = Writer(name)
+        fused.write(writer, opset)
+        made = {node.name for node in writer.nodes} | {tensor.name for tensor in writer.initializers}
+        made.update(t for node in writer.nodes for t in node.output if t != fused.output)
+        if not made & names:
+            break
+    names |= made
+    return writer.nodes, writer.initializers
+
+
 @dataclass(frozen=True)
-class _Fused:
+class Fused:
     """All that a fused operator computes."""
 
     name: str
@@ -96,32 +126,16 @@ class _Fused:
     minimum: float
     maximum: float
 
-    def named(self, names: set[str], opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """As standard operators under names that are not taken, which they are then."""
-        for name in chain([self.name], (f"{self.name}_{i}" for i in count(2))):
-            nodes, initializers = self.written(name, opset)
-            made = {node.name for node in nodes} | {tensor.name for tensor in initializers}
-            made.update(t for node in nodes for t in node.output if t != self.output)
-            if not made & names:
-                break
-        names |= made
-        return nodes, initializers
-
-    def written(self, name: str, opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """As standard operators, all of them named after ``name``."""
+    def write(self, writer: Writer, opset: int) -> None:
+        """Add standard operators, in the "parallel" form, that compute the same."""
         steps: list[tuple[str, list[str], dict[str, Any]]] = []
-        more: list[onnx.TensorProto] = []
-
-        def constant(label: str, array: Array) -> str:
-            more.append(numpy_helper.from_array(array, f"{name}/{label}"))
-            return more[-1].name
-
         if self.residual:
             steps.append(("Add", [self.residual], {}))
         if self.slope is not None and (self.slope == self.slope[0]).all():
             steps.append(("LeakyRelu", [], {"alpha": float(self.slope[0])}))
         elif self.slope is not None:
-            steps.append(("PRelu", [constant("slope", self.slope[:, None, None])], {}))
+            each = np.arange(len(self.slope))[:, None, None]  # the shape that PRelu wants
+            steps.append(("PRelu", [writer.weight("slope", self.slope, each)], {}))
         limits = {"min": self.minimum, "max": self.maximum}
         finite = {label: limit for label, limit in limits.items() if math.isfinite(limit)}
         if finite == {"min": 0.0}:
@@ -129,18 +143,23 @@ class _Fused:
         elif finite and opset < 11:
             steps.append(("Clip", [], finite))
         elif finite:
-            bounds = [constant(k, np.array(v, np.float32)) if k in finite else "" for k, v in limits.items()]
+            bounds = [
+                writer.constant(k, np.array(v, np.float32)) if k in finite else "" for k, v in limits.items()
+            ]
             steps.append(("Clip", bounds[: 1 + ("max" in finite)], {}))
 
-        tensors = [f"{name}/{operator.lower()}_input" for operator, *_ in steps] + [self.output]
-        nodes, initializers = emit(self.factorization, name, self.x, tensors[0], "parallel")
+        tensors = [f"{writer.name}/{operator.lower()}_input" for operator, *_ in steps] + [self.output]
+        write(writer, self.factorization, self.x, tensors[0])
         for (operator, inputs, attributes), x, y in zip(steps, tensors[:-1], tensors[1:], strict=True):
-            label = f"{name}/{operator.lower()}"
-            nodes.append(helper.make_node(operator, [x, *inputs], [y], label, **attributes))
-        return nodes, initializers + more
+            writer.node(operator, operator.lower(), [x, *inputs], y, **attributes)
 
 
-def _read(node: onnx.NodeProto, constants: Constants) -> _Fused:
+def read_fused(node: onnx.NodeProto, constants: Constants) -> Fused:
+    """Read a fused operator.
+
+    Raises:
+        ModelError: its weights are not constant, or do not fit each other.
+    """
     name = node.name or node.output[0]
     values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     inputs = [*node.input, *[""] * (6 - len(node.input))]
@@ -169,7 +188,7 @@ def _read(node: onnx.NodeProto, constants: Constants) -> _Fused:
                 raise ValueError(f"{label} {array.shape} instead of {(size,)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"layer {name!r}: not a {OPERATOR} that can be read ({error})") from error
-    return _Fused(
+    return Fused(
         name.removesuffix("/fused"),
         Factorization(g, (first, second), bias),
         inputs[0],

@@ -195,9 +195,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     )
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
         folded = proto
-    if uses_kernels(proto) and not uses_kernels(
-        folded
-    ):  # ours are not to be had: their functions stand there
+    if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
     for given, field in (

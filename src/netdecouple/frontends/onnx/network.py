@@ -15,6 +15,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import DOMAIN, Form, emit
+from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.storage import ArrayStore
@@ -181,7 +182,8 @@ class OnnxNetwork:
     ) -> onnx.ModelProto:
         """Write the network anew with some layers as chains of stages; the rest stays as it is.
 
-        ``forms`` says how each is written; those it does not name are "parallel".
+        ``forms`` says how each is written; those it does not name are "parallel". Fused operators come with
+        functions for runtimes that do not know them.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.model.proto)
@@ -204,6 +206,7 @@ class OnnxNetwork:
                 proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
             absorb(proto.graph, self._shapes)
         _drop_unused(proto.graph)
+        add_fallbacks(proto)
         for key, value in (metadata or {}).items():
             _set_metadata(proto, key, value)
         return proto
