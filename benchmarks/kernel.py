@@ -10,6 +10,7 @@ weights of its own. Efficiency is the speedup over the ratio of MACs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -42,20 +43,23 @@ SHAPES = (  # channels, height and width, terms per channel
 
 
 def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onnx.ModelProto:
-    """Layers in a row, and a pooling, so that no large output has to be copied for Python."""
+    """One layer, or several in a row and a pooling, as a network would have it."""
     nodes, weights, x, n = [], [], "x", factorizations[0].geometry.n_i
     for index, factorization in enumerate(factorizations):
         made = emit(factorization, f"layer{index}", x, f"y{index}", form)
         nodes += made[0]
         weights += made[1]
         x = f"y{index}"
-    nodes.append(helper.make_node("GlobalAveragePool", [x], ["out"]))
     shape = [1, n, size, size]
+    outputs = [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)]
+    if len(factorizations) > 1:
+        nodes.append(helper.make_node("GlobalAveragePool", [x], ["out"]))
+        outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, n, 1, 1])]
     graph = helper.make_graph(
         nodes,
         "chain",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, n, 1, 1])],
+        outputs,
         weights,
     )
     domains = [helper.make_opsetid("", 13), helper.make_opsetid("netdecouple", 1)]
@@ -88,7 +92,8 @@ def main(
         "quartiles",
     )
     for count in threads or [1, 2]:
-        title = f"{layers} in a row, per layer; ONNX Runtime {OnnxRuntime.version}, {kernels.level()}, {count} thread(s)"
+        where = f"ONNX Runtime {OnnxRuntime.version}, {kernels.level()}, {count} thread(s)"
+        title = f"{layers} in a row, per layer; {where}"
         table = Table(title=title)
         for column in (*columns, "efficiency", "of standard"):
             table.add_column(column, justify="right")
@@ -99,7 +104,7 @@ def main(
             models += [chain([low] * layers, size, form) for form in FORMS]
             sessions = [OnnxRuntime().open(model, count) for model in models]
             x = np.random.default_rng(0).standard_normal((1, n, size, size)).astype(np.float32)
-            times = measure([lambda s=s: s.run({"x": x}) for s in sessions], seconds) / layers
+            times = measure([partial(session.run, {"x": x}) for session in sessions], seconds) / layers
             medians = np.median(times, axis=0)
             standard = min(range(1, len(FORMS)), key=lambda i: medians[i])
             macs = g.macs(size, size) / low.macs(size, size)

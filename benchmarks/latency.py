@@ -4,8 +4,8 @@ python benchmarks/latency.py                 # all networks; ResNets need ../sha
 python benchmarks/latency.py --network vgg16 --threads 1
 
 ResNets are decoupled to half their MACs from 1,000 images, as in accuracy.py; VGG16 at 224 × 224 has random
-weights and one rank for all layers but the first, as a whole and without its fully connected layers, which are
-not decoupled and take their time reading 495 MB of weights. Batch 1.
+weights and one rank for all layers but the first. It is timed as a whole and without its fully connected
+layers, which are not decoupled and take their time reading 495 MB of weights. Batch 1.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ struct Run {
     float* y;
     int64_t h, w, output_h, output_w;
     int64_t vectors;          // per image: output pixels / lanes, rounded up
-    int64_t tiles;            // per image and group
+    int64_t tiles, parts;     // per image and group; each part computes some of the output channels
     const float* x_end;
     std::vector<int32_t> masks;  // (kw, mask_size): -1 for output columns whose tap lies inside the input, else 0
     int64_t mask_size;           // one row of the output, or of all a tile reads, and whole vectors

@@ -302,7 +302,8 @@ void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, const Co
 void tile(Run& run, size_t job) {
     const Layer& layer = *run.layer;
     const netdecouple_shape& s = layer.shape;
-    const int64_t index = job % run.tiles, group = job / run.tiles % s.groups, image = job / (run.tiles * s.groups);
+    const int64_t index = job % run.tiles, part = job / run.tiles % run.parts;
+    const int64_t group = job / (run.tiles * run.parts) % s.groups, image = job / (run.tiles * run.parts * s.groups);
 
     const int64_t pixels = run.output_h * run.output_w;
     const int64_t begin = index * run.vectors / run.tiles;
@@ -345,7 +346,7 @@ void tile(Run& run, size_t job) {
         for (int64_t p = 0; p < count; ++p) {
             const int64_t v0 = p * vectors / count, v1 = (p + 1) * vectors / count;
             to.pixels = pixels - first - v0 * LANES;
-            for (int64_t block = 0; block < layer.blocks; ++block) {
+            for (int64_t block = part * layer.blocks / run.parts; block < (part + 1) * layer.blocks / run.parts; ++block) {
                 const int64_t channel = block * BLOCK_ROWS;
                 const int64_t at = (image * s.n_o + group * layer.outputs + channel) * pixels + first + v0 * LANES;
                 to.y = run.y + at;
