@@ -224,13 +224,15 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
         const int64_t rows = run.flat ? target * lanes / w + 2 + layer.deepest : 1;
         run.mask_size = (rows * run.output_w + 2 * lanes - 1) / lanes * lanes;
         run.masks.resize(s.kw * run.mask_size);
-        int32_t* mask = run.masks.data();
-        for (int64_t kx = 0; kx < s.kw; ++kx, mask = run.masks.data() + kx * run.mask_size)
-            for (int64_t row = 0; row < rows; ++row)
-                for (int64_t column = 0; column < run.output_w; ++column) {
-                    const int64_t from = column * s.strides[1] + kx * s.dilations[1] - s.pads[1];
-                    *mask++ = from >= 0 && from < w ? -1 : 0;
-                }
+        for (int64_t kx = 0; kx < s.kw; ++kx) {
+            int32_t* mask = run.masks.data() + kx * run.mask_size;
+            const int64_t offset = kx * s.dilations[1] - s.pads[1];
+            for (int64_t column = 0; column < run.output_w; ++column) {
+                const int64_t from = column * s.strides[1] + offset;
+                mask[column] = from >= 0 && from < w ? -1 : 0;
+            }
+            for (int64_t row = 1; row < rows; ++row) std::copy_n(mask, run.output_w, mask + row * run.output_w);
+        }
         const size_t jobs = n * s.groups * run.parts * run.tiles;
         if (parallel_for && jobs > 1)
             parallel_for(pool, layer.level->work, jobs, &run);
