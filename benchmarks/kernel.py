@@ -66,9 +66,9 @@ def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onn
     return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)
 
 
-def dense(geometry: ConvGeometry) -> Factorization:
+def dense(geometry: ConvGeometry, seed: int) -> Factorization:
     """A regular convolution with weights made up."""
-    kernel = np.random.default_rng(0).standard_normal(geometry.weight_shape, np.float32)
+    kernel = np.random.default_rng(seed).standard_normal(geometry.weight_shape, np.float32)
     scaled = kernel / np.float32(np.sqrt(np.prod(geometry.weight_shape[1:])))
     return Factorization(geometry, (ConvStage(geometry, scaled),), np.zeros(geometry.n_o, np.float32))
 
@@ -99,15 +99,15 @@ def main(
             table.add_column(column, justify="right")
         for n, size, terms in SHAPES:
             g = ConvGeometry(n, n, 3, 3, pads=(1, 1, 1, 1))
-            low = placeholder(g, np.full(n, terms, np.uint8))
-            models = [chain([dense(g)] * layers, size, "gather")]
-            models += [chain([low] * layers, size, form) for form in FORMS]
+            low = [placeholder(g, np.full(n, terms, np.uint8), seed) for seed in range(layers)]
+            models = [chain([dense(g, seed) for seed in range(layers)], size, "gather")]
+            models += [chain(low, size, form) for form in FORMS]
             sessions = [OnnxRuntime().open(model, count) for model in models]
             x = np.random.default_rng(0).standard_normal((1, n, size, size)).astype(np.float32)
             times = measure([partial(session.run, {"x": x}) for session in sessions], seconds) / layers
             medians = np.median(times, axis=0)
             standard = min(range(1, len(FORMS)), key=lambda i: medians[i])
-            macs = g.macs(size, size) / low.macs(size, size)
+            macs = g.macs(size, size) / low[0].macs(size, size)
             faster = Ratio.of(times[:, 0], times[:, -1])
             speedup = float(np.median(times[:, 0] / times[:, -1]))
             cells = (

@@ -49,8 +49,8 @@ def cases(name: str) -> Iterator[tuple[str, OnnxNetwork, dict[str, Factorization
             network = OnnxNetwork(read_model(part), image)
             for terms in (4, 3):
                 chosen = {
-                    la.name: placeholder(la.geometry, np.full(la.geometry.n_i, terms, np.uint8))
-                    for la in network.layers
+                    la.name: placeholder(la.geometry, np.full(la.geometry.n_i, terms, np.uint8), seed)
+                    for seed, la in enumerate(network.layers)
                     if la.geometry and la.geometry.n_i > 3
                 }
                 yield f"{label}, T = {terms}", network, chosen

@@ -33,6 +33,7 @@ from netdecouple.planning.solve import make_plan, reachable
 from netdecouple.report.report import Speed
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.timing import Timing, measure
+from netdecouple.version import __version__
 
 STANDARD: tuple[Form, ...] = ("parallel", "gather")
 FUSED: tuple[Form, ...] = ("fused",)
@@ -120,7 +121,7 @@ class Latency:
         self._network = network
         self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(image)}
         self._cache = cache or Cache()
-        self._prefix = f"{machine()} | {place} | "
+        self._prefix = f"{machine()} | {place} | netdecouple {__version__} | "
         self._dense: dict[str, float] = {}
         self._forms: dict[str, dict[Form, NDArray[np.float64]]] = {}  # times at `_terms`
         self._terms: dict[str, NDArray[np.int64]] = {}
@@ -296,9 +297,9 @@ def with_kept(
     return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
 
 
-def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8]) -> Factorization:
+def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8], seed: int = 0) -> Factorization:
     """A factorization of the right structure whose weights mean nothing."""
-    g, rng = geometry, np.random.default_rng(0)
+    g, rng = geometry, np.random.default_rng(seed)
     channels = np.repeat(np.arange(g.n_i), ranks)
     rows = len(channels)
     depthwise = ConvGeometry(rows, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, rows)
@@ -315,8 +316,8 @@ def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8]) -> Factorizati
 def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies: int) -> onnx.ModelProto:
     """Several copies of a layer, dense or with ``ranks``, with weights of their own on one input.
 
-    Each is followed by a pooling to one pixel, which blocked layouts go through as well: what the model
-    takes is the layer's time as it stands in a network.
+    Weights differ, so that no runtime takes two copies for one. Each is followed by a pooling to one pixel,
+    which blocked layouts go through as well: what the model takes is the layer's time as it stands in a network.
     """
     g = layer.geometry
     assert g is not None
@@ -330,7 +331,7 @@ def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies
             whole = Factorization(g, (ConvStage(g, kernel),), np.zeros(g.n_o, np.float32))
             made = emit(whole, f"layer{index}", "x", f"y{index}", "gather")
         else:
-            made = emit(placeholder(g, ranks), f"layer{index}", "x", f"y{index}", form)
+            made = emit(placeholder(g, ranks, index), f"layer{index}", "x", f"y{index}", form)
         nodes += [*made[0], helper.make_node("GlobalAveragePool", [f"y{index}"], [f"out{index}"])]
         weights += made[1]
     graph = helper.make_graph(
