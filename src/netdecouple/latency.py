@@ -317,7 +317,7 @@ def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies
     """Several copies of a layer, dense or with ``ranks``, with weights of their own on one input.
 
     Weights differ, so that no runtime takes two copies for one. Each is followed by a pooling to one pixel,
-    which blocked layouts go through as well: what the model takes is the layer's time as it stands in a network.
+    which blocked layouts go through as well: the model takes the layer's time as it stands in a network.
     """
     g = layer.geometry
     assert g is not None
