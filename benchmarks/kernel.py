@@ -62,7 +62,7 @@ def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onn
         outputs,
         weights,
     )
-    domains = [helper.make_opsetid("", 13), helper.make_opsetid("netdecouple", 1)]
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid(kernels.DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)
 
 

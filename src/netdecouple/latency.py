@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, spread
 from netdecouple.errors import BudgetError
 from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
@@ -344,5 +345,5 @@ def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies
         ],
         weights,
     )
-    domains = [helper.make_opsetid("", 13), helper.make_opsetid("netdecouple", 1)]
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid(kernels.DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import onnx
 import onnxruntime as ort
 import pytest
 
-import netdecouple
+from netdecouple import kernels
 from netdecouple.errors import ModelError, NetDecoupleError
+from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import (
-    KERNEL_DOMAIN,
     OnnxRuntime,
     Profiled,
     node_times,
@@ -32,11 +30,9 @@ class TestOnnxRuntime(OnnxRuntimeCase):
 def with_own_operator() -> onnx.ModelProto:
     """A classifier with a node of our domain at its end."""
     model = networks.classifier()
-    model.graph.node.append(
-        onnx.helper.make_node("DecoupledConv", ["logits"], ["own"], "own", domain=KERNEL_DOMAIN)
-    )
+    model.graph.node.append(onnx.helper.make_node("DecoupledConv", ["logits"], ["own"], "own", domain=DOMAIN))
     model.graph.output[0].name = "own"
-    model.opset_import.append(onnx.helper.make_opsetid(KERNEL_DOMAIN, 1))
+    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return model
 
 
@@ -54,10 +50,7 @@ def test_sessions_for_work_do_not_spin_and_timed_ones_stop_when_they_are_done():
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The session options that our operators were registered with; they are none that work."""
     seen: list[object] = []
-    kernels = ModuleType("netdecouple.kernels")
-    kernels.register = seen.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "netdecouple.kernels", kernels)
-    monkeypatch.setattr(netdecouple, "kernels", kernels, raising=False)
+    monkeypatch.setattr(kernels, "register", seen.append)
     return seen
 
 
@@ -87,7 +80,7 @@ def test_kernels_that_cannot_be_had_say_so(registered: list[object], monkeypatch
     def missing(_: object) -> None:
         raise NetDecoupleError("the fused operator is not built for this machine")
 
-    monkeypatch.setattr(sys.modules["netdecouple.kernels"], "register", missing)
+    monkeypatch.setattr(kernels, "register", missing)
     with pytest.raises(NetDecoupleError, match="not built"):
         OnnxRuntime().open(with_own_operator(), 1)
 

@@ -6,7 +6,6 @@ from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs, tell_written
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx import lowering
-from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR
 from netdecouple.frontends.onnx.model import load, nodes_of, write_model
 
 
@@ -17,7 +16,7 @@ def lower(model: options.Model, output: options.Output) -> None:
     """
     check_outputs([model], output)
     proto, name = load(model)
-    count = sum(node.domain == DOMAIN and node.op_type == OPERATOR for node in nodes_of(proto.graph))
+    count = sum(map(lowering.is_fused, nodes_of(proto.graph)))
     if not count:
         raise ModelError(f"{name}: the model has no fused operators; there is nothing to lower")
     lowered = lowering.lower(proto)

@@ -63,8 +63,9 @@ def _existing() -> Path:
     path = library_path()
     if path is None:
         raise UnavailableError(
-            "the fused operator was not built when netdecouple was installed; install a C++ compiler (g++ or "
-            "clang++) and then netdecouple again, or use standard operators (`netdecouple lower`)"
+            "the fused operator was not built when netdecouple was installed; install a C++ compiler, then "
+            "`pip install --force-reinstall --no-deps --no-cache-dir netdecouple`; or `netdecouple lower` the "
+            "model"
         )
     return path
 

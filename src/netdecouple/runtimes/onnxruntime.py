@@ -15,11 +15,11 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from netdecouple import kernels
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Feeds, Input
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
-KERNEL_DOMAIN = "netdecouple"  # of our own operators
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 
 
@@ -77,8 +77,6 @@ def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionO
     proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
     if not uses_kernels(proto):
         return
-    from netdecouple import kernels
-
     version = tuple(int(number) for number in ort.__version__.split(".")[:2])
     if version < OVERLOADS or not _has_fallbacks(proto) or kernels.available():
         kernels.register(chosen)
@@ -86,15 +84,15 @@ def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionO
 
 def _has_fallbacks(proto: onnx.ModelProto) -> bool:
     """Tell whether there is a function for every operator of ours."""
-    functions = {(f.name, f.overload) for f in proto.functions if f.domain == KERNEL_DOMAIN}
-    nodes = (node for node in proto.graph.node if node.domain == KERNEL_DOMAIN)
+    functions = {(f.name, f.overload) for f in proto.functions if f.domain == kernels.DOMAIN}
+    nodes = (node for node in proto.graph.node if node.domain == kernels.DOMAIN)
     return all((node.op_type, node.overload) in functions for node in nodes)
 
 
 def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
     """Tell whether a model holds operators of our own, which only ONNX Runtime is taught."""
     proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
-    return any(node.domain == KERNEL_DOMAIN for node in proto.graph.node)
+    return any(node.domain == kernels.DOMAIN for node in proto.graph.node)
 
 
 def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
-from netdecouple.frontends.onnx.emission import DOMAIN, FORMS, Form, emit
+from netdecouple.frontends.onnx.emission import FORMS, Form, emit
+from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
 
 WRITTEN = [form for form in FORMS if form != "fused" or kernels.available()]

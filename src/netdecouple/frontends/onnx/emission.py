@@ -18,10 +18,10 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
 from netdecouple.errors import PlanError
+from netdecouple.kernels import DOMAIN, OPERATOR
 
 Form = Literal["parallel", "gather", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
-DOMAIN, OPERATOR = "netdecouple", "DecoupledConv"
 
 
 def form_of(name: str) -> Form:

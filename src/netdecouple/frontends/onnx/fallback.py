@@ -19,7 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, IntArray
-from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR, Writer
+from netdecouple.frontends.onnx.emission import Writer
 from netdecouple.frontends.onnx.lowering import (
     Fused,
     constants_of,
@@ -28,6 +28,7 @@ from netdecouple.frontends.onnx.lowering import (
     read_fused,
     standard_opset,
 )
+from netdecouple.kernels import DOMAIN, OPERATOR
 
 IR_VERSION = 10  # the first whose functions are told apart by more than their operator
 FIRST, LAST = ("first: overloads needed", "last: overloads needed")  # no node's

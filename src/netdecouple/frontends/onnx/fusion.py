@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR
+from netdecouple.frontends.onnx.lowering import is_fused
 from netdecouple.frontends.onnx.model import reads
 
 SLOPE, RESIDUAL = 4, 5  # positions of the optional inputs
@@ -32,7 +32,7 @@ def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Non
         for tensor in reads(node):
             readers.setdefault(tensor, []).append(index)
     dropped: set[int] = set()
-    for index in [i for i, n in enumerate(nodes) if n.op_type == OPERATOR and n.domain == DOMAIN]:
+    for index in [i for i, n in enumerate(nodes) if is_fused(n)]:
         at, shape = index, shapes[nodes[index].output[0]]
         while (output := nodes[at].output[0]) not in kept and len(readers.get(output, [])) == 1:
             follower = readers[output][0]

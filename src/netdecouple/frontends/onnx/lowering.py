@@ -14,8 +14,9 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import ModelError
-from netdecouple.frontends.onnx.emission import DOMAIN, OPERATOR, Writer, write
+from netdecouple.frontends.onnx.emission import Writer, write
 from netdecouple.frontends.onnx.model import nodes_of
+from netdecouple.kernels import DOMAIN, OPERATOR
 
 Constants = Mapping[str, onnx.TensorProto]
 

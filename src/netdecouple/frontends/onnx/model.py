@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
+from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.runtimes.onnxruntime import (
     PROTOBUF_LIMIT,
     first_line,
@@ -222,7 +223,7 @@ def find_layers(
     nodes = [
         n
         for n in graph.node
-        if n.domain in ("", "ai.onnx", "netdecouple")
+        if n.domain in ("", "ai.onnx", DOMAIN)
         and (n.op_type in _ALWAYS or (n.op_type in _READERS and n.input[1] in constants))
     ]
     ends = [t for n in nodes for t in (n.input[0], n.input[1], n.output[0])]
@@ -340,10 +341,10 @@ def _read_fused(
     return Layer(name, node.op_type, macs, parameters, reason="already decoupled")
 
 
-_ALWAYS = ("Conv", "ConvTranspose", "DecoupledConv")  # others only if they have weights
+_ALWAYS = ("Conv", "ConvTranspose", OPERATOR)  # others only if they have weights
 _READERS = {
     "Conv": _read_conv,
-    "DecoupledConv": _read_fused,
+    OPERATOR: _read_fused,
     "ConvTranspose": _read_conv,
     "Gemm": _read_matmul,
     "MatMul": _read_matmul,

@@ -14,11 +14,12 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
-from netdecouple.frontends.onnx.emission import DOMAIN, Form, emit
+from netdecouple.frontends.onnx.emission import Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.storage import ArrayStore
+from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
 
 BATCH_BYTES = 256 << 20  # of activations held at once
