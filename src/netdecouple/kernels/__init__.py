@@ -63,9 +63,9 @@ def _existing() -> Path:
     path = library_path()
     if path is None:
         raise UnavailableError(
-            "the fused operator was not built when netdecouple was installed; install a C++ compiler, then "
-            "`pip install --force-reinstall --no-deps --no-cache-dir netdecouple`; or `netdecouple lower` the "
-            "model"
+            "the fused operator was not built with netdecouple; install a C++ compiler and run "
+            "`pip install --force-reinstall --no-deps --no-cache-dir netdecouple`, "
+            "or turn the model into standard operators with `netdecouple lower`"
         )
     return path
 
