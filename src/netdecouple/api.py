@@ -13,17 +13,27 @@ from netdecouple import calibration, kernels, runtimes
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem
+from netdecouple.families.combined import method
 from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
-from netdecouple.planning.cost import Budget, Macs, Parameters, least_cost, parse_share
+from netdecouple.planning.candidates import least_cost
+from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
-from netdecouple.planning.solve import BudgetRow, FormOf, budget_rows, make_plan, published_plan, reachable
+from netdecouple.planning.solve import (
+    BudgetRow,
+    FormOf,
+    budget_rows,
+    make_plan,
+    published_plan,
+    reachable,
+    ruled_plan,
+)
 from netdecouple.report.report import Agreement, Report, Score, layer_reports
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
@@ -94,9 +104,11 @@ def decouple(
     Raises:
         NetDecoupleError: one of its children, with one line that says what to do.
     """
-    if (macs is None and parameters is None and latency is None) == (max_drop is None):
+    goals = (macs is not None or parameters is not None or latency is not None, max_drop is not None)
+    if sum((*goals, settings.rule is not None)) != 1:
         raise BudgetError(
-            "give either a budget (--macs 50%, --params 2x, --latency 60%) or --max-drop with --labels"
+            "give one of: a budget (--macs 50%, --params 2x, --latency 60%), --max-drop with --labels, "
+            "or --method"
         )
     if max_drop is not None and not max_drop >= 0:
         raise BudgetError(f"--max-drop {max_drop}: give points of accuracy, 0 or more")
@@ -112,7 +124,7 @@ def decouple(
     network = OnnxNetwork(opened, images.images)
     inputs = Inputs.split(images.images, settings.seed)
     analysis = analyze(network, inputs, settings, progress)
-    if show_budgets is not None:
+    if show_budgets is not None and settings.rule is None:
         show_budgets(budget_rows(analysis), analysis.loss)
     clock, form = None, _first_form(place)
     if share is not None or runtime is not None:
@@ -127,8 +139,8 @@ def decouple(
         assert clock is not None
         applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
     else:
-        plan = plan_for(analysis, budgets, form)
-        plan = plan if clock is None else clock.with_neighbours(plan, analysis.candidates)
+        plan = ruled_plan(analysis, form) if settings.rule else plan_for(analysis, budgets, form)
+        plan = plan if clock is None else clock.with_neighbours(plan)
         applied = apply(network, inputs, plan, progress)
     return _result(network, inputs, applied, images, labelled, None if calib is None else analysis, clock)
 
@@ -157,7 +169,7 @@ def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
 
 
 def _first_form(place: Place) -> FormOf:
-    return lambda layer, terms: place.forms[0]
+    return lambda layer, candidate: place.forms[0]
 
 
 def apply_plan(
@@ -306,7 +318,7 @@ def _result(
             accuracy(network.run(pictures)[0], labels),
             accuracy(network.run_model(model, pictures)[0], labels),
         )
-    rows = layer_reports(layers, applied)
+    rows = layer_reports(layers, applied, OnnxNetwork(read_model(model), images.images).layers)
     report = Report(
         network.model.origin,
         __version__,
@@ -354,15 +366,14 @@ def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspecti
     settings = Settings(data_free=True)
     noise = _images(opened, None, Preprocessing(size=size), None, settings)
     network = OnnxNetwork(opened, noise.images)
+    (decoupling,) = method("nd-dp").families
     energy = {
-        layer.name: decoupling.energy_by_rank(Problem.data_free(layer.geometry, layer.weight, layer.bias))
+        layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
         for layer in network.layers
-        if layer.geometry is not None and not layer.reason
+        if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
     }
     least = [
-        sum(
-            least_cost(layer, cost) if layer.name in energy else cost.dense(layer) for layer in network.layers
-        )
+        sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in network.layers)
         for cost in (Macs(), Parameters())
     ]
     return Inspection(opened.origin, network.layers, energy, *least)

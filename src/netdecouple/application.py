@@ -10,13 +10,13 @@ import numpy as np
 from netdecouple import threads
 from netdecouple.convolution import Factorization
 from netdecouple.errors import PlanError
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem
+from netdecouple.families.combined import method
 from netdecouple.families.ridge import best_ridge, held_back_error
 from netdecouple.frontends import Layer, Network
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.moments import Moments
 from netdecouple.planning.analysis import Progress, quiet
-from netdecouple.planning.candidates import ranks_of
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
@@ -57,20 +57,18 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
     """Refuse what cannot be carried out, before any work."""
     if not row.changed:
         return
-    g = layer.geometry
-    if row.family != decoupling.NAME:
-        raise PlanError(f"layer {row.name!r}: unknown family {row.family!r}; make the plan again")
-    if g is None or layer.reason:
+    try:
+        chosen = method(row.family)
+    except ValueError as error:
+        raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
+    if layer.geometry is None or layer.reason:
         raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
-    most = decoupling.full_rank(g)
-    if not 1 <= row.terms <= most * g.n_i // g.groups:
-        raise PlanError(f"layer {row.name!r}: {row.terms} terms, it can have 1 to {most * g.n_i // g.groups}")
-    if row.ranks:
-        fits = len(row.ranks) == g.n_i and max(row.ranks) <= g.kh * g.kw
-        if not fits or any(np.reshape(row.ranks, (g.groups, -1)).sum(axis=1) != row.terms):
-            raise PlanError(
-                f"layer {row.name!r}: its ranks do not fit its {g.n_i} channels and {row.terms} terms"
-            )
+    if row.channels and len(row.channels) != len(row.sizes):
+        raise PlanError(f"layer {row.name!r}: it has not as many channels as sizes; make the plan again")
+    try:
+        chosen.structure(layer.geometry, row.steps)
+    except ValueError as error:
+        raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 
 
 def _apply_data_free(row: LayerPlan, layer: Layer, uniform: bool, applied: Applied) -> LayerPlan:
@@ -78,11 +76,10 @@ def _apply_data_free(row: LayerPlan, layer: Layer, uniform: bool, applied: Appli
         return row
     assert layer.geometry is not None
     problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
-    row = _with_ranks(row, problem, uniform)
-    applied.factorizations[row.name] = decoupling.fit(problem, np.array(row.ranks), sweeps=0).astype(
-        np.float32
-    )
-    return row
+    with threads.for_unknowns(problem.weight.shape[2]):
+        fitted, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
+    applied.factorizations[row.name] = fitted.astype(np.float32)
+    return row.with_steps(steps)
 
 
 def _apply_asymmetric(
@@ -110,9 +107,10 @@ def _apply_asymmetric(
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
         with threads.for_unknowns(problem.weight.shape[2]):
             row = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
-            regular = problem.regularized(row.ridge)
-            row = _with_ranks(row, regular, plan.uniform_rank)
-            fitted = decoupling.fit(regular, np.array(row.ranks)).astype(np.float32)
+            exact, steps = method(row.family, plan.uniform_rank).fit(
+                problem.regularized(row.ridge), row.steps
+            )
+            row, fitted = row.with_steps(steps), exact.astype(np.float32)
         walk.replace(layer.name, fitted)
         rows.append(row)
         applied.factorizations[layer.name] = fitted
@@ -129,18 +127,9 @@ def _with_ridge(row: LayerPlan, problem: Problem, held_back: Moments, uniform: b
         return row
 
     def quick(p: Problem) -> Factorization:
-        start = decoupling.spectrum(p)
-        return decoupling.fit(p, ranks_of(start, row.terms, uniform), start, sweeps=1)
+        return method(row.family, uniform, rounds=1).fit(p, row.steps)[0]
 
     return replace(row, ridge=best_ridge(problem, held_back, quick))
-
-
-def _with_ranks(row: LayerPlan, problem: Problem, uniform: bool) -> LayerPlan:
-    """Share the layer's terms among its channels, unless the plan says how."""
-    if row.ranks:
-        return row
-    ranks = ranks_of(decoupling.spectrum(problem), row.terms, uniform)
-    return replace(row, ranks=tuple(int(r) for r in ranks))
 
 
 class _Targets:

@@ -129,6 +129,33 @@ class ConvStage:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """A factorization without its numbers: what its stages are, and which channels each reads."""
+
+    geometry: ConvGeometry
+    stages: tuple[ConvGeometry, ...]
+    channels: tuple[IntArray | None, ...]  # per stage, as in `ConvStage`
+
+    @classmethod
+    def of(cls, geometry: ConvGeometry, *stages: ConvGeometry) -> Structure:
+        """A structure whose stages read all channels."""
+        return cls(geometry, stages, (None,) * len(stages))
+
+    def macs(self, h: int, w: int) -> int:
+        """MACs of all stages for one image of h × w input pixels."""
+        total = 0
+        for stage in self.stages:
+            total += stage.macs(h, w)
+            h, w = stage.output_size(h, w)
+        return total
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, and of biases at the end."""
+        return sum(int(np.prod(stage.weight_shape)) for stage in self.stages) + self.geometry.n_o
+
+
+@dataclass(frozen=True)
 class Factorization:
     """A chain of stages, and one bias at its end, that stands for one convolution of ``geometry``."""
 
@@ -155,13 +182,15 @@ class Factorization:
         blocks = kernel.reshape(g.groups, g.n_o // g.groups, g.groups, g.n_i // g.groups, g.kh, g.kw)
         return np.concatenate([blocks[i, :, i] for i in range(g.groups)])
 
+    @property
+    def structure(self) -> Structure:
+        """What is left without the numbers."""
+        stages = self.stages
+        return Structure(self.geometry, tuple(s.geometry for s in stages), tuple(s.channels for s in stages))
+
     def macs(self, h: int, w: int) -> int:
         """MACs of all stages for one image of h × w input pixels."""
-        total = 0
-        for stage in self.stages:
-            total += stage.geometry.macs(h, w)
-            h, w = stage.geometry.output_size(h, w)
-        return total
+        return self.structure.macs(h, w)
 
     @property
     def is_separable(self) -> bool:

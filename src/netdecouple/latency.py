@@ -13,21 +13,21 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from netdecouple import kernels
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, spread
+from netdecouple.convolution import ConvStage, Factorization, Structure, spread
 from netdecouple.errors import BudgetError
-from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
+from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.frontends.onnx.emission import Form, emit, form_of
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import EXCLUDED, Analysis, Progress, quiet
-from netdecouple.planning.candidates import LayerCandidates
+from netdecouple.planning.candidates import Candidate, LayerCandidates
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.solve import make_plan, reachable
@@ -38,7 +38,7 @@ from netdecouple.version import __version__
 
 STANDARD: tuple[Form, ...] = ("parallel", "gather")
 FUSED: tuple[Form, ...] = ("fused",)
-ANCHORS = 6  # numbers of terms that are timed per layer; the rest lies between them
+ANCHORS = 6  # sizes that are timed per layer and family; the rest lies between them
 COLD = 4 << 20  # bytes of weights beside a layer's own, so that they come from beyond the second cache
 TRIES = 6  # plans measured as whole networks
 CLOSE = 0.02  # of the budget: a plan this near to it is good
@@ -102,7 +102,7 @@ class Latency:
 
     Args:
         network: is measured as a whole; what it takes besides its layers is ``fixed``.
-        candidates: the layers' numbers of terms, and how these are shared among channels.
+        candidates: what could take the layers' places.
         place: the runtime, its threads, and the forms to choose from.
         image: what the network is run on, (n, c, h, w).
     """
@@ -120,13 +120,13 @@ class Latency:
     ) -> None:
         self.place = place
         self._network = network
+        self._candidates = candidates
         self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(image)}
         self._cache = cache or Cache()
         self._prefix = f"{machine()} | {place} | netdecouple {__version__} | "
         self._dense: dict[str, float] = {}
-        self._forms: dict[str, dict[Form, NDArray[np.float64]]] = {}  # times at `_terms`
-        self._terms: dict[str, NDArray[np.int64]] = {}
-        layers = [la for la in network.layers if candidates.get(la.name) and candidates[la.name].terms]
+        self._times: dict[tuple[str, str, Form], tuple[list[int], list[float]]] = {}  # MACs, milliseconds
+        layers = [la for la in network.layers if candidates.get(la.name) and candidates[la.name].candidates]
         for index, layer in enumerate(layers):
             self._time_layer(layer, candidates[layer.name])
             progress("Timing layers", index + 1, len(layers))
@@ -140,40 +140,50 @@ class Latency:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
         return self._dense.get(layer.name, 0.0)
 
-    def decoupled(self, layer: Layer, terms: int) -> float:
-        """Milliseconds in the form that is fastest at so many terms."""
-        return min(self._at(layer, terms).values())
+    def decoupled(self, layer: Layer, candidate: Candidate) -> float:
+        """Milliseconds in the form that is fastest for such a candidate."""
+        return min(self._at(layer, candidate).values())
 
-    def form(self, layer: Layer, terms: int) -> Form:
-        """The form that is fastest at so many terms."""
-        times = self._at(layer, terms)
+    def form(self, layer: Layer, candidate: Candidate) -> Form:
+        """The form that is fastest for such a candidate."""
+        times = self._at(layer, candidate)
         return min(times, key=lambda form: times[form])
 
-    def _at(self, layer: Layer, terms: int) -> dict[Form, float]:
-        known = self._terms[layer.name]
-        return {f: float(np.interp(terms, known, t)) for f, t in self._forms[layer.name].items()}
+    def _at(self, layer: Layer, candidate: Candidate) -> dict[Form, float]:
+        macs = candidate.structure.macs(*layer.size)
+        return {
+            form: float(np.interp(macs, *self._times[layer.name, candidate.method, form]))
+            for form in self.place.forms
+        }
 
     def _time_layer(self, layer: Layer, found: LayerCandidates) -> None:
-        picks = np.unique(np.linspace(0, len(found.terms) - 1, ANCHORS).round().astype(int))[::-1]
-        kind = f"{layer.geometry} @{layer.size}"
-        wanted: dict[str, tuple[NDArray[np.uint8] | None, Form]] = {
-            f"{self._prefix}{kind} dense": (None, "parallel")
-        }
-        wanted |= {
-            f"{self._prefix}{kind} {form} {found.terms[i]}": (found.ranks[i], form)
-            for form in self.place.forms
-            for i in picks
-        }
+        """Time the layer as it is, and a few candidates of every method in every form."""
+        assert layer.geometry is not None
+        dense = Structure.of(layer.geometry, layer.geometry)
+        wanted: dict[str, tuple[Structure, Form]] = {self._key(layer, "dense", dense): (dense, "gather")}
+        anchors = {name: _anchors(found.candidates, name) for name in {c.method for c in found.candidates}}
+        for _, picked in sorted(anchors.items()):
+            for form, candidate in product(self.place.forms, picked):
+                wanted[self._key(layer, form, candidate.structure)] = (candidate.structure, form)
         if missing := {key: what for key, what in wanted.items() if key not in self._cache}:
-            self._cache.update(dict(zip(missing, self._times(layer, list(missing.values())), strict=True)))
-        self._dense[layer.name] = self._cache[f"{self._prefix}{kind} dense"]
-        self._terms[layer.name] = np.array([found.terms[i] for i in picks])
-        self._forms[layer.name] = {
-            form: np.array([self._cache[f"{self._prefix}{kind} {form} {found.terms[i]}"] for i in picks])
-            for form in self.place.forms
-        }
+            self._cache.update(dict(zip(missing, self._measured(layer, list(missing.values())), strict=True)))
+        self._dense[layer.name] = self._cache[self._key(layer, "dense", dense)]
+        for name, form in product(anchors, self.place.forms):
+            known = [
+                (c.structure.macs(*layer.size), self._key(layer, form, c.structure)) for c in anchors[name]
+            ]
+            known.sort()
+            self._times[layer.name, name, form] = (
+                [macs for macs, _ in known],
+                [self._cache[key] for _, key in known],
+            )
 
-    def _times(self, layer: Layer, kinds: Sequence[tuple[NDArray[np.uint8] | None, Form]]) -> list[float]:
+    def _key(self, layer: Layer, form: str, structure: Structure) -> str:
+        """What a time is known by: channels are left out, only how many are read counts."""
+        stages = " ".join(f"{g.n_i}>{g.n_o}/{g.groups}:{g.kh}x{g.kw}" for g in structure.stages)
+        return f"{self._prefix}{layer.geometry} @{layer.size} {form} {stages}"
+
+    def _measured(self, layer: Layer, kinds: Sequence[tuple[Structure, Form]]) -> list[float]:
         """Milliseconds of a layer in several forms, which take turns."""
         assert layer.geometry is not None
         copies = int(np.clip(COLD / (4 * layer.parameters), 3, 8)) if layer.macs < 5e8 else 2
@@ -181,8 +191,8 @@ class Latency:
             np.random.default_rng(0).standard_normal((1, layer.geometry.n_i, *layer.size)).astype(np.float32)
         )
         sessions = [
-            self.place.runtime.open(tiny_model(layer, ranks, form, copies), self.place.threads)
-            for ranks, form in kinds
+            self.place.runtime.open(tiny_model(layer, structure, form, copies), self.place.threads)
+            for structure, form in kinds
         ]
         runs = [partial(session.run, {"x": image}) for session in sessions]
         return [Timing.of(column).median / copies for column in measure(runs, 0.2).T]
@@ -195,19 +205,17 @@ class Latency:
         share = float(np.median(times[:, 1] / times[:, 0]))
         return Speed(str(self.place), before, after, share, self._foreseen(plan))
 
-    def sketch(self, plan: Plan, candidates: Mapping[str, LayerCandidates]) -> onnx.ModelProto:
+    def sketch(self, plan: Plan) -> onnx.ModelProto:
         """A plan's whole network, with weights made up."""
         layers = {layer.name: layer for layer in self._network.layers}
         factorizations, forms = {}, {}
         for row in plan.layers:
             if row.changed:
-                found, geometry = candidates[row.name], layers[row.name].geometry
-                assert geometry is not None
-                factorizations[row.name] = placeholder(geometry, found.ranks[found.terms.index(row.terms)])
+                factorizations[row.name] = placeholder(_planned(row, self._candidates[row.name]).structure)
                 forms[row.name] = form_of(row.form)
         return self._network.decoupled(*with_kept(plan, layers, factorizations, forms))
 
-    def with_neighbours(self, plan: Plan, candidates: Mapping[str, LayerCandidates]) -> Plan:
+    def with_neighbours(self, plan: Plan) -> Plan:
         """Decide by timing whole networks which of the layers that are kept the fused operator runs as well.
 
         Between a fused layer and a dense one ONNX Runtime changes the layout of what passes.
@@ -216,13 +224,13 @@ class Latency:
             return plan
         layers = {layer.name: layer for layer in self._network.layers}
         can = [row for row in plan.layers if not row.changed and _runs_fused(layers[row.name], row)]
-        small = [row for row in can if layers[row.name].reason == POINTWISE]
+        small = [row for row in can if (g := layers[row.name].geometry) and g.is_pointwise]
         plans = [plan] + [
             replace(plan, layers=tuple(replace(r, form="fused") if r in chosen else r for r in plan.layers))
             for chosen in (small, can)
             if chosen
         ]
-        sessions = [self.place.runtime.open(self.sketch(p, candidates), self.place.threads) for p in plans]
+        sessions = [self.place.runtime.open(self.sketch(p), self.place.threads) for p in plans]
         times = measure([partial(session.run, self._feeds) for session in sessions], 1.0)
         return plans[int(np.argmin(np.median(times, axis=0)))]
 
@@ -230,7 +238,9 @@ class Latency:
         """The share of the original's time that the layers' times alone predict for a plan."""
         layers = {layer.name: layer for layer in self._network.layers}
         spent = sum(
-            self.decoupled(layers[row.name], row.terms) if row.changed else self.dense(layers[row.name])
+            self.decoupled(layers[row.name], _planned(row, self._candidates[row.name]))
+            if row.changed
+            else self.dense(layers[row.name])
             for row in plan.layers
         )
         return (self.fixed + spent) / self.total
@@ -253,8 +263,8 @@ def plan_for_latency(analysis: Analysis, budgets: Sequence[Budget], latency: Lat
     for _ in range(TRIES):
         asked = float(np.clip(asked, least, 1.0))
         plan = make_plan(analysis, [Budget(latency, asked), *budgets], latency.form)
-        plan = latency.with_neighbours(plan, analysis.candidates)
-        found = latency.speed(latency.sketch(plan, analysis.candidates), plan).share
+        plan = latency.with_neighbours(plan)
+        found = latency.speed(latency.sketch(plan), plan).share
         if found <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
             best = plan
         stuck = (asked <= least and found > share) or (asked >= 1 and found < share)
@@ -283,7 +293,7 @@ def _advice(place: Place) -> str:
 def _runs_fused(layer: Layer, row: LayerPlan) -> bool:
     """Whether a layer that is kept could be run by the fused operator, and may be."""
     plain = layer.geometry is not None and min(layer.geometry.pads) >= 0
-    return plain and layer.reason in ("", POINTWISE, ONE_CHANNEL) and row.reason != EXCLUDED
+    return plain and layer.reason in ("", ONE_CHANNEL) and row.reason != EXCLUDED
 
 
 def with_kept(
@@ -298,41 +308,44 @@ def with_kept(
     return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
 
 
-def placeholder(geometry: ConvGeometry, ranks: NDArray[np.uint8], seed: int = 0) -> Factorization:
-    """A factorization of the right structure whose weights mean nothing."""
-    g, rng = geometry, np.random.default_rng(seed)
-    channels = np.repeat(np.arange(g.n_i), ranks)
-    rows = len(channels)
-    depthwise = ConvGeometry(rows, rows, g.kh, g.kw, g.strides, g.pads, g.dilations, rows)
-    pointwise = ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups)
-    stages = (
-        ConvStage(depthwise, rng.standard_normal(depthwise.weight_shape, np.float32) / 3, channels),
+def _planned(row: LayerPlan, found: LayerCandidates) -> Candidate:
+    """The candidate that a plan has chosen for a layer."""
+    return next(c for c in found.candidates if (c.method, c.sizes) == (row.family, row.sizes))
+
+
+def _anchors(candidates: Sequence[Candidate], name: str) -> list[Candidate]:
+    """Some of a method's candidates, evenly spread; those between them take times between theirs."""
+    own = [c for c in candidates if c.method == name]
+    picks = np.unique(np.linspace(0, len(own) - 1, ANCHORS if "+" not in name else ANCHORS // 2))
+    return [own[int(i)] for i in np.unique(picks.round())]
+
+
+def placeholder(structure: Structure, seed: int = 0) -> Factorization:
+    """A factorization of some structure whose weights mean nothing."""
+    rng = np.random.default_rng(seed)
+    stages = tuple(
         ConvStage(
-            pointwise, rng.standard_normal(pointwise.weight_shape, np.float32) / np.float32(np.sqrt(rows))
-        ),
+            g,
+            rng.standard_normal(g.weight_shape, np.float32)
+            / np.float32(np.sqrt(np.prod(g.weight_shape[1:]))),
+            channels,
+        )
+        for g, channels in zip(structure.stages, structure.channels, strict=True)
     )
-    return Factorization(g, stages, np.zeros(g.n_o, np.float32))
+    return Factorization(structure.geometry, stages, np.zeros(structure.geometry.n_o, np.float32))
 
 
-def tiny_model(layer: Layer, ranks: NDArray[np.uint8] | None, form: Form, copies: int) -> onnx.ModelProto:
-    """Several copies of a layer, dense or with ``ranks``, with weights of their own on one input.
+def tiny_model(layer: Layer, structure: Structure, form: Form, copies: int) -> onnx.ModelProto:
+    """Several copies of a layer in some structure, with weights of their own on one input.
 
     Weights differ, so that no runtime takes two copies for one. Each is followed by a pooling to one pixel,
     which blocked layouts go through as well: the model takes the layer's time as it stands in a network.
     """
     g = layer.geometry
     assert g is not None
-    rng = np.random.default_rng(0)
     nodes, weights = [], []
     for index in range(copies):
-        if ranks is None:
-            kernel = rng.standard_normal(g.weight_shape, np.float32) / np.float32(
-                np.sqrt(np.prod(g.weight_shape[1:]))
-            )
-            whole = Factorization(g, (ConvStage(g, kernel),), np.zeros(g.n_o, np.float32))
-            made = emit(whole, f"layer{index}", "x", f"y{index}", "gather")
-        else:
-            made = emit(placeholder(g, ranks, index), f"layer{index}", "x", f"y{index}", form)
+        made = emit(placeholder(structure, index), f"layer{index}", "x", f"y{index}", form)
         nodes += [*made[0], helper.make_node("GlobalAveragePool", [f"y{index}"], [f"out{index}"])]
         weights += made[1]
     graph = helper.make_graph(

@@ -83,6 +83,12 @@ class Moments:
         mean_y = np.einsum("gmd,gd->gm", weight, self.mean_x) + bias
         return replace(self, cross=cross, mean_y=mean_y, power=np.einsum("gmd,gmd->gm", cross, weight))
 
+    def mapped(self, maps: Array) -> Moments:
+        """Moments of x' = maps x, maps (groups, d', d), with the same targets."""
+        turned = maps.swapaxes(1, 2)
+        mean_x = np.einsum("gpd,gd->gp", maps, self.mean_x)
+        return replace(self, mean_x=mean_x, gram=maps @ self.gram @ turned, cross=self.cross @ turned)
+
     def error(self, weight: Array, bias: Array) -> float:
         """Σ |y - weight x - bias|² per sample, over all groups; weight (groups, m, d), bias (groups, m)."""
         fitted = weight @ self.gram - 2 * self.cross

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
-from netdecouple.families import Problem
+from netdecouple.families import Family, Problem
 from netdecouple.moments import Moments
 from tests.strategies import geometries, images, kernel
 
@@ -107,3 +107,63 @@ class FamilyTests:
         fitted = self.fit(problem, levels[int(share * (len(levels) - 1))])
         weight = fitted.dense().reshape(problem.weight.shape)
         np.testing.assert_allclose(fitted.bias, problem.moments.bias(weight).ravel(), atol=1e-9)
+
+
+class OneFamilyTests(FamilyTests):
+    """The tests of one family: inherit, and name it."""
+
+    family: Family
+
+    def levels(self, geometry: ConvGeometry) -> Sequence[int]:
+        full = self.family.exact(geometry)
+        return sorted({max(1, full * i // 5) for i in range(6)})
+
+    def fit(self, problem: Problem, level: int) -> Factorization:
+        return self.family.fit(problem, level)
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.booleans())
+    @settings(INHERITED, max_examples=30)
+    def test_the_curve_falls_from_everything_to_nothing(
+        self, g: ConvGeometry, seed: int, aware: bool
+    ) -> None:
+        """Foreseen errors start at all of the targets' power, never rise, and end at what no fit explains."""
+        problem = aware_problem(g, seed) if aware else data_free_problem(g, seed)
+        curve = self.family.curve(problem)
+        assert len(curve) == self.family.exact(g) + 1
+        assert curve[0] == pytest.approx(1, abs=1e-6)
+        assert np.all(np.diff(curve) <= 1e-8)
+        assert curve[-1] < 1e-4
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.floats(0, 1))
+    @settings(INHERITED, max_examples=30)
+    def test_fitting_does_no_worse_than_the_curve_foresees(
+        self, g: ConvGeometry, seed: int, share: float
+    ) -> None:
+        problem = aware_problem(g, seed)
+        levels = self.levels(g)
+        level = levels[int(share * (len(levels) - 1))]
+        assert problem.error(self.fit(problem, level)) <= problem.power * (
+            self.family.curve(problem)[level] + 1e-4
+        )
+
+    @given(geometries(), st.integers(0, 99), st.floats(0, 1))
+    @settings(INHERITED, max_examples=30)
+    def test_its_structure_is_what_fitting_gives(self, g: ConvGeometry, seed: int, share: float) -> None:
+        levels = self.levels(g)
+        level = levels[int(share * (len(levels) - 1))]
+        fitted = self.fit(data_free_problem(g, seed), level)
+        assert fitted.structure.stages == self.family.structure(g, level).stages
+        h, w = images(g, seed).shape[2:]
+        assert fitted.macs(h, w) == self.family.structure(g, level).macs(h, w)
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.floats(0, 1))
+    @settings(INHERITED, max_examples=20)
+    def test_the_channels_it_chose_give_the_same_again(
+        self, g: ConvGeometry, seed: int, share: float
+    ) -> None:
+        problem = aware_problem(g, seed)
+        levels = self.levels(g)
+        level = levels[int(share * (len(levels) - 1))]
+        once = self.fit(problem, level)
+        again = self.family.fit(problem, level, once.stages[0].channels)
+        np.testing.assert_array_equal(once.dense(), again.dense())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.families import Problem
 from netdecouple.families import decoupling as nd
-from tests.families.base import FamilyTests, aware_problem, data_free_problem, error_of
+from tests.families.base import FamilyTests, OneFamilyTests, aware_problem, data_free_problem, error_of
 from tests.strategies import geometries, kernel
 
 
@@ -25,13 +25,12 @@ class TestCommonRank(FamilyTests):
         return nd.fit(problem, nd.spectrum(problem).common_ranks(level))
 
 
-class TestRankPerChannel(FamilyTests):
-    def levels(self, geometry: ConvGeometry) -> Sequence[int]:
-        full = nd.full_rank(geometry) * geometry.n_i // geometry.groups
-        return sorted({max(1, full * i // 5) for i in range(6)})
+class TestRankPerChannel(OneFamilyTests):
+    family = nd.DepthwisePointwise()
 
-    def fit(self, problem: Problem, level: int) -> Factorization:
-        return nd.fit(problem, nd.spectrum(problem).pooled_ranks(level))
+
+class TestPointwiseDepthwise(OneFamilyTests):
+    family = nd.PointwiseDepthwise()
 
 
 @given(geometries(max_kernel=4), st.integers(0, 99), st.integers(1, 4))
@@ -95,13 +94,35 @@ def test_pooled_ranks_beat_a_common_rank_at_the_same_cost() -> None:
     assert error_of(problem, nd.fit(problem, pooled)) < 0.5 * error_of(problem, nd.fit(problem, common))
 
 
-def test_terms_cost_what_the_factorization_counts() -> None:
+def test_terms_cost_a_filter_and_a_column_each() -> None:
     g = ConvGeometry(24, 12, 3, 5, pads=(1, 2, 1, 2), groups=2)
-    problem = data_free_problem(g, 0)
-    fitted = nd.fit(problem, nd.spectrum(problem).pooled_ranks(17))
-    assert fitted.macs(10, 10) == 17 * nd.macs_per_term(g) * 100
-    assert nd.break_even(g) * nd.macs_per_term(g) < np.prod(g.weight_shape)
-    assert (nd.break_even(g) + 1) * nd.macs_per_term(g) >= np.prod(g.weight_shape)
+    fitted = nd.DepthwisePointwise().fit(data_free_problem(g, 0), 17)
+    assert fitted.macs(10, 10) == 17 * 2 * (15 + 12) * 100
+
+
+@given(geometries(max_kernel=4), st.integers(0, 99), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_data_free_pd_is_the_truncated_svd_of_every_output_channel(
+    g: ConvGeometry, seed: int, rank: int
+) -> None:
+    """The paper, section 3, PD: slice o of the kernel is n_i × k²."""
+    pd = nd.PointwiseDepthwise()
+    rank = min(rank, pd.exact(g))
+    dense = pd.fit(data_free_problem(g, seed), rank).dense()
+    for found, slice_ in zip(dense, kernel(g, seed), strict=True):
+        u, s, vt = np.linalg.svd(slice_.reshape(len(slice_), -1), full_matrices=False)
+        expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        np.testing.assert_allclose(found.reshape(len(slice_), -1), expected, atol=1e-5)
+
+
+def test_energy_is_averaged_over_the_slices_that_are_not_zero() -> None:
+    """The authors' threshold: cumulative σ² of every slice, a dead slice counts for nothing."""
+    g = ConvGeometry(6, 3, 1, 2)
+    weight = np.zeros(g.weight_shape)
+    weight[0, 0, 0, 0] = 2  # one term is all of slice 0
+    weight[0, 1, 0, 0] = weight[1, 1, 0, 1] = 1  # half of slice 1; slice 2 is zero
+    problem = Problem.data_free(g, weight, np.zeros(6))
+    np.testing.assert_allclose(nd.DepthwisePointwise().energies(problem), [0.75, 1.0])
 
 
 def test_groups_with_unequal_numbers_of_terms_are_refused() -> None:

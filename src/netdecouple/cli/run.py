@@ -11,6 +11,7 @@ from netdecouple import api
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs, write_result
 from netdecouple.planning.analysis import Settings
+from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.text import budget_table
 
@@ -43,6 +44,21 @@ def run(
             "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
         ),
     ] = False,
+    families: Annotated[
+        str,
+        typer.Option(
+            help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
+            "or methods in full, like nd-dp,sd+nd-dp."
+        ),
+    ] = "all",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a budget, one method for every layer but the first: nd-dp:T=4, nd:energy=0.8, "
+            "cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published.",
+            show_default=False,
+        ),
+    ] = None,
     emit: Annotated[
         str,
         typer.Option(help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple)."),
@@ -84,7 +100,14 @@ def run(
             latency=latency,
             max_drop=max_drop,
             labels=labels,
-            settings=Settings(tuple(exclude or ()), data_free, uniform_rank, seed),
+            settings=Settings(
+                tuple(exclude or ()),
+                data_free,
+                uniform_rank,
+                seed,
+                parse_families(families),
+                None if method is None else Rule.parse(method),
+            ),
             emit=emit,
             runtime=runtime,
             threads=threads,

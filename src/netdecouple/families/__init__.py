@@ -6,17 +6,22 @@ A family turns a `Problem` (one layer, and the moments of what it sees and shoul
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from netdecouple.convolution import ConvGeometry
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.moments import Moments
 
 Array = NDArray[np.floating]
+TINY = np.finfo(float).tiny
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,14 @@ class Problem:
     geometry: ConvGeometry
     weight: Array  # (groups, m, d) float64, m = n_o / groups, d = n_i / groups · kh · kw
     moments: Moments
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, name: str, work: Callable[[], T]) -> T:
+        """Do some work on this problem once, however many sizes ask for it."""
+        if name not in self._known:
+            self._known[name] = work()
+        known: T = self._known[name]
+        return known
 
     @classmethod
     def of(cls, geometry: ConvGeometry, weight: Array, moments: Moments) -> Problem:
@@ -54,7 +67,7 @@ class Problem:
         cross = self.moments.cross
         gram = self.moments.gram.copy()
         size = gram.shape[1]
-        strength = ridge * np.trace(gram, axis1=1, axis2=2) / size + np.finfo(float).tiny
+        strength = ridge * np.trace(gram, axis1=1, axis2=2) / size + TINY
         gram[:, np.arange(size), np.arange(size)] += strength[:, None]
         cross = cross + strength[:, None, None] * self.weight
         power = self.moments.power + strength[:, None] * np.square(self.weight).sum(axis=2)
@@ -68,8 +81,136 @@ class Problem:
             excess = cross - self.weight[i] @ gram
             # nothing to solve where the target is what the layer does anyway
             if np.abs(excess).max(initial=0.0) > 1e-9 * np.abs(cross).max(initial=0.0):
-                target[i] += scipy.linalg.solve(gram, excess.T, assume_a="pos", check_finite=False).T
+                target[i] += solve(gram, excess)
         return target
+
+    @property
+    def power(self) -> float:
+        """Σ |y − μy|² over the samples, against which errors are relative; never zero."""
+        return max(float(self.moments.power.sum()), TINY)
+
+    def error(self, factorization: Factorization) -> float:
+        """Σ |y − ŷ|² over the samples, for a factorization with the best bias."""
+        fitted = factorization.dense().reshape(self.weight.shape)
+        return self.moments.error(fitted, self.moments.bias(fitted)) * max(self.moments.count, 1)
+
+    def of_stage(self, before: Sequence[ConvStage], stage: ConvStage, last: bool) -> Problem:
+        """Pose the problem of one stage of a chain: its inputs are what the stages ``before`` make.
+
+        The ``last`` stage is to produce y itself; one in the middle is to go on producing what it does,
+        wherever the rest of the chain looks at it.
+        """
+        g, own = self.geometry, stage.geometry
+        moments, kernel = (self.moments, (g.kh, g.kw)) if not before else self._behind(before)
+        count = moments.gram.shape[1] // (kernel[0] * kernel[1])  # channels per group
+        read = np.arange(count * g.groups) if stage.channels is None else stage.channels
+        read = read.reshape(g.groups, -1) % count
+        offsets = np.ndindex(kernel[0] - own.kh + 1, kernel[1] - own.kw + 1)
+        taps = np.arange(count * kernel[0] * kernel[1]).reshape(count, *kernel)
+        seen = [
+            _picked(moments, taps[read, a : a + own.kh, b : b + own.kw].reshape(g.groups, -1))
+            for a, b in offsets
+        ]
+        weight = _matrix(own, stage.weight)
+        if last:
+            return Problem(own, weight, seen[0])
+        mean = replace(
+            seen[0],
+            gram=np.mean([m.gram for m in seen], axis=0),
+            mean_x=np.mean([m.mean_x for m in seen], axis=0),
+        )
+        return Problem(own, weight, mean.with_linear_target(weight, np.zeros(weight.shape[:2])))
+
+    def _behind(self, stages: Sequence[ConvStage]) -> tuple[Moments, tuple[int, int]]:
+        """Moments of what ``stages`` make of the patches, and the kernel (kh, kw) that is left after them."""
+        g = self.geometry
+        kh, kw = (1 + sum(getattr(s.geometry, side) - 1 for s in stages) for side in ("kh", "kw"))
+        kernel = (g.kh - kh + 1, g.kw - kw + 1)
+        made = ConvGeometry(stages[-1].geometry.n_o, g.n_i, kh, kw, dilations=g.dilations, groups=g.groups)
+        dense = Factorization(made, tuple(stages)).dense()  # (c, n_i / groups, kh, kw)
+        dense = dense.reshape(g.groups, -1, *dense.shape[1:])
+        maps = np.zeros((*dense.shape[:2], *kernel, g.n_i // g.groups, g.kh, g.kw))
+        for a, b in np.ndindex(*kernel):
+            maps[:, :, a, b, :, a : a + kh, b : b + kw] = dense
+        return self.moments.mapped(maps.reshape(g.groups, -1, self.moments.gram.shape[1])), kernel
+
+
+class Family(ABC):
+    """A way to factorize a layer. One number, its size, says how far: 0 is nothing, ``exact`` is all."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def exact(self, geometry: ConvGeometry) -> int:
+        """The size at which the factorization is the layer."""
+
+    @abstractmethod
+    def structure(self, geometry: ConvGeometry, size: int) -> Structure:
+        """The stages of this size; which channels they read is up to the fit."""
+
+    @abstractmethod
+    def curve(self, problem: Problem) -> Array:
+        """Error left at every size 0 … exact, relative to the variance of the targets; cheap, not exact."""
+
+    def grain(self, geometry: ConvGeometry) -> int:
+        """Sizes are multiples of this."""
+        return 1
+
+    def repeats(self, geometry: ConvGeometry) -> int:
+        """How often the first stage may read a channel that it selects; 0 if it selects none."""
+        return 0
+
+    def energies(self, problem: Problem) -> Array:
+        """Share of the energy that is kept, by size (or by T, where sizes count terms): 1, 2, …"""
+        return 1 - self.curve(problem)[1:]
+
+    def scaled(self, geometry: ConvGeometry, number: int) -> int:
+        """The size that people mean by a number: T terms per channel, r ranks, c channels."""
+        return number
+
+    def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
+        """What the first stage would read at several sizes; None is all channels."""
+        return [None] * len(sizes)
+
+    @abstractmethod
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        """Fit the stages; ``channels`` are those that the first of them reads, where they are known."""
+
+
+def solve(gram: Array, right: Array) -> Array:
+    """Solve X gram = right (·, d) for a symmetric gram (d, d) that may be singular up to rounding."""
+    gram = gram.copy()
+    gram.flat[:: len(gram) + 1] += 1e-10 * np.trace(gram) / len(gram) + TINY**0.5
+    return np.asarray(scipy.linalg.solve(gram, right.T, assume_a="pos", check_finite=False).T)
+
+
+def with_best_bias(problem: Problem, stages: Sequence[ConvStage]) -> Factorization:
+    """Finish a chain with the bias that leaves no mean error."""
+    chain = Factorization(problem.geometry, tuple(stages))
+    dense = chain.dense().reshape(problem.weight.shape)
+    return replace(chain, bias=problem.moments.bias(dense).reshape(-1))
+
+
+def root(gram: Array) -> Array:
+    """Cholesky factor L of a gram (…, d, d) = L Lᵀ that may be singular up to rounding."""
+    size = np.trace(gram, axis1=-2, axis2=-1)
+    # where nothing ever varies there is no metric; any will do, it weighs nothing
+    floor = 1e-10 * size / gram.shape[-1] + 1e-14 * np.max(size, initial=0.0) + TINY**0.5
+    return np.linalg.cholesky(gram + floor[..., None, None] * np.eye(gram.shape[-1]))
+
+
+def _picked(moments: Moments, taps: IntArray) -> Moments:
+    """Moments of some of the patches' entries: taps (groups, d')."""
+    everything = moments.gram.shape[1]
+    if taps.shape[1] == everything and np.all(taps == np.arange(everything)):
+        return moments
+    groups = np.arange(len(taps))[:, None]
+    return replace(
+        moments,
+        mean_x=moments.mean_x[groups, taps],
+        gram=moments.gram[groups[..., None], taps[:, :, None], taps[:, None, :]],
+        cross=np.take_along_axis(moments.cross, taps[:, None, :], axis=2),
+    )
 
 
 def _matrix(geometry: ConvGeometry, weight: Array) -> Array:

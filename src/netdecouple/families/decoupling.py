@@ -1,50 +1,195 @@
-"""ND: network decoupling in the depthwise → pointwise (DP) form.
+"""ND: network decoupling, depthwise → pointwise (DP) and pointwise → depthwise (PD).
 
 Guo et al., "Network Decoupling: From Regular to Depthwise Separable Convolutions", BMVC 2018
-(arXiv 1808.05517), section 3: every slice of a kernel (the weight of one input channel, n_o × k²) is
-a sum of T rank-one terms; each is one depthwise filter followed by one column of a pointwise
-convolution. With T = K = min(k², n_o) terms the sum is exact.
+(arXiv 1808.05517), section 3. DP: every slice of a kernel (the weight of one input channel, n_o × k²)
+is a sum of T rank-one terms; each is one depthwise filter followed by one column of a pointwise
+convolution. PD: the slices are the weights of one output channel, n_i × k²; each term is a row of a
+pointwise convolution followed by one depthwise filter.
 
-Three fits, one code: data-free (white inputs: truncated SVD of every slice, the paper's), and
+The lossless theorem: a slice is a matrix, so its singular value decomposition is exact with
+K = min(k², n_o) terms (DP) or min(k², n_i) terms (PD), and the kernel is the sum of all of them.
+
+DP has three fits, one code: data-free (white inputs: truncated SVD of every slice, the paper's), and
 data-aware with a common rank or with a rank per channel (DESIGN §4): block coordinate descent over
 the input channels in the metric of the layer's own inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
-from netdecouple.families import Problem
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
+from netdecouple.families import Array, Family, Problem, root, solve, with_best_bias
 
-Array = NDArray[np.floating]
-IntArray = NDArray[np.int64]
-
-NAME = "nd-dp"
 SWEEPS = 5
+ROUNDS = 2  # of filters, rows, in the PD form
 SETTLED = 5e-3  # a sweep that gains less than this share of the error is the last
 BLOCK = 16  # channels whose share of the residual is computed in one matrix product
 
 
+class DepthwisePointwise(Family):
+    """ND in the DP form. Size: terms per group, shared among its channels.
+
+    Args:
+        uniform: every channel has the same number of terms; sizes are multiples of a group's channels.
+        sweeps: of block coordinate descent; 0 is the closed form alone, and all there is to do data-free.
+    """
+
+    name = "nd-dp"
+
+    def __init__(self, uniform: bool = False, sweeps: int | None = None) -> None:
+        self._uniform = uniform
+        self._sweeps = SWEEPS if sweeps is None else sweeps
+
+    def exact(self, geometry: ConvGeometry) -> int:
+        return full_rank(geometry) * geometry.n_i // geometry.groups
+
+    def structure(self, geometry: ConvGeometry, size: int) -> Structure:
+        g, terms = geometry, size * geometry.groups
+        depthwise = ConvGeometry(terms, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, terms)
+        return Structure.of(g, depthwise, ConvGeometry(g.n_o, terms, 1, 1, groups=g.groups))
+
+    def curve(self, problem: Problem) -> Array:
+        terms = spectrum(problem)
+        order = terms.uniform_order() if self._uniform else terms.order()
+        return error_curve(problem, terms, order)[: self.exact(problem.geometry) + 1]
+
+    def grain(self, geometry: ConvGeometry) -> int:
+        return geometry.weight_shape[1] if self._uniform else 1
+
+    def repeats(self, geometry: ConvGeometry) -> int:
+        return geometry.kh * geometry.kw
+
+    def energies(self, problem: Problem) -> Array:
+        """The share of each slice's squared singular values in its first T, averaged over non-zero slices."""
+        return mean_energy(spectrum(problem).energy)[: full_rank(problem.geometry)]
+
+    def scaled(self, geometry: ConvGeometry, number: int) -> int:
+        return number * geometry.n_i // geometry.groups
+
+    def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
+        terms, everyone = spectrum(problem), np.arange(problem.geometry.n_i)
+        return [everyone.repeat(self._ranks(terms, size)) for size in sizes]
+
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        start = spectrum(problem)
+        if channels is None:
+            ranks = self._ranks(start, size)
+        else:
+            ranks = np.bincount(channels, minlength=problem.geometry.n_i)
+        return fit(problem, ranks, start, self._sweeps)
+
+    def _ranks(self, terms: Spectrum, size: int) -> IntArray:
+        return (
+            terms.common_ranks(size // terms.energy.shape[1]) if self._uniform else terms.pooled_ranks(size)
+        )
+
+
+class PointwiseDepthwise(Family):
+    """ND in the PD form. Size: terms T of every output channel.
+
+    The closed form takes the metric as a product of one over channels and one over taps (DESIGN §4);
+    depthwise filters and pointwise rows are then refitted in turn, each exactly: an output channel's
+    terms are nobody else's.
+    """
+
+    name = "nd-pd"
+
+    def __init__(self, rounds: int | None = None) -> None:
+        self._rounds = ROUNDS if rounds is None else rounds
+
+    def exact(self, geometry: ConvGeometry) -> int:
+        return min(geometry.kh * geometry.kw, geometry.n_i // geometry.groups)
+
+    def structure(self, geometry: ConvGeometry, size: int) -> Structure:
+        g, terms = geometry, size * geometry.n_o
+        pointwise = ConvGeometry(terms, g.n_i, 1, 1, groups=g.groups)
+        return Structure.of(
+            g, pointwise, ConvGeometry(g.n_o, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, g.n_o)
+        )
+
+    def energies(self, problem: Problem) -> Array:
+        """As in the DP form; a slice is the weight of one output channel."""
+        n = problem.geometry.weight_shape[1]
+        values = [
+            _weighted_svd(gram, target.reshape(len(target), n, -1))[1]
+            for gram, target in zip(problem.moments.gram, problem.target, strict=True)
+        ]
+        return mean_energy(np.square(np.concatenate(values)))
+
+    def curve(self, problem: Problem) -> Array:
+        closed = PointwiseDepthwise(rounds=0)
+        errors = [1.0]
+        for size in range(1, self.exact(problem.geometry) + 1):
+            fitted = closed.fit(problem, size)
+            errors.append(problem.error(fitted) / problem.power)
+        return np.minimum.accumulate(errors)
+
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        rows, filters = [], []
+        n = problem.geometry.weight_shape[1]
+        for gram, target in zip(problem.moments.gram, problem.target, strict=True):
+            points, taps = _closed_form(gram, target.reshape(len(target), n, -1), size)
+            pulled = target @ gram
+            for o in range(len(target) if self._rounds else 0):
+                for _ in range(self._rounds):
+                    taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])
+                    points[o] = _refit_rows(gram, pulled[o], taps[o])
+                taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])
+            rows.append(points)
+            filters.append(taps)
+        pointwise, depthwise = self.structure(problem.geometry, size).stages
+        return with_best_bias(
+            problem,
+            (
+                ConvStage(pointwise, np.concatenate(rows).reshape(pointwise.weight_shape)),
+                ConvStage(depthwise, np.concatenate(filters).reshape(depthwise.weight_shape)),
+            ),
+        )
+
+
+def _weighted_svd(gram: Array, slices: Array) -> tuple[Array, Array, Array]:
+    """Rows (m, K, n), singular values (m, K) and filters (m, K, k²) of slices (m, n, k²), G ≈ A ⊗ B."""
+    n, k = slices.shape[1:]
+    blocks = gram.reshape(n, k, n, k)
+    along, across = root(np.einsum("iaja->ij", blocks)), root(np.einsum("iaib->ab", blocks))
+    left, values, right = np.linalg.svd(along.T @ slices @ across, full_matrices=False)
+    return np.linalg.solve(along.T, left).swapaxes(1, 2), values, right @ np.linalg.inv(across)
+
+
+def _closed_form(gram: Array, slices: Array, size: int) -> tuple[Array, Array]:
+    """The first terms of slices (m, n, k²): rows (m, T, n) and filters (m, T, k²)."""
+    rows, values, filters = (part[:, :size] for part in _weighted_svd(gram, slices))
+    return rows, values[..., None] * filters
+
+
+def _refit_filters(gram: Array, pulled: Array, rows: Array, k: int) -> Array:
+    """Least squares for one output's filters (T, k²), rows (T, n) fixed; pulled = W* G (d,)."""
+    terms, n = rows.shape
+    seen = np.tensordot(gram.reshape(-1, n, k), rows, (1, 1)).swapaxes(1, 2)  # (d, T, k²)
+    inner = np.tensordot(rows, seen.reshape(n, k, terms * k), (1, 0))  # (T, k², T·k²)
+    right = np.tensordot(rows, pulled.reshape(n, k), (1, 0)).reshape(1, -1)
+    return solve(inner.reshape(terms * k, -1), right).reshape(terms, k)
+
+
+def _refit_rows(gram: Array, pulled: Array, filters: Array) -> Array:
+    """Least squares for one output's pointwise rows (T, n), filters (T, k²) fixed."""
+    terms, k = filters.shape
+    n = len(gram) // k
+    seen = gram.reshape(-1, n, k) @ filters.T  # (d, n, T)
+    inner = np.tensordot(filters, seen.reshape(n, k, n * terms), (1, 1))  # (T, n, n·T)
+    inner = inner.reshape(terms, n, n, terms).swapaxes(2, 3).reshape(terms * n, -1)
+    right = (filters @ pulled.reshape(n, k).T).reshape(1, -1)
+    return solve(inner, right).reshape(terms, n)
+
+
 def full_rank(geometry: ConvGeometry) -> int:
-    """K: the number of terms per channel at which the expansion is exact."""
+    """K of the DP form: the number of terms per channel at which the expansion is exact."""
     return min(geometry.kh * geometry.kw, geometry.n_o // geometry.groups)
-
-
-def macs_per_term(geometry: ConvGeometry) -> int:
-    """MACs per output pixel that one more term (of one channel of every group) costs."""
-    return (geometry.kh * geometry.kw + geometry.n_o // geometry.groups) * geometry.groups
-
-
-def break_even(geometry: ConvGeometry) -> int:
-    """The largest number of terms per group that costs fewer MACs than the layer itself."""
-    dense = int(np.prod(geometry.weight_shape))
-    return min((dense - 1) // macs_per_term(geometry), full_rank(geometry) * geometry.n_i // geometry.groups)
 
 
 @dataclass(frozen=True)
@@ -72,9 +217,19 @@ class Spectrum:
         """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²)."""
         return np.argsort(-self.energy.reshape(len(self.energy), -1), axis=1, kind="stable")
 
+    def uniform_order(self) -> IntArray:
+        """The first term of every channel, then the second, …: (groups, n · k²)."""
+        groups, n, depth = self.energy.shape
+        order = np.arange(n * depth).reshape(n, depth).T.ravel()
+        return np.broadcast_to(order, (groups, n * depth))
+
 
 def spectrum(problem: Problem) -> Spectrum:
     """Singular values and vectors of every slice in the metric of its own channel's patches."""
+    return problem.once("nd-dp", lambda: _spectrum(problem))
+
+
+def _spectrum(problem: Problem) -> Spectrum:
     g = problem.geometry
     k = g.kh * g.kw
     target = problem.target
@@ -87,10 +242,12 @@ def spectrum(problem: Problem) -> Spectrum:
     return Spectrum(np.maximum(energy[..., ::-1], 0.0), filters)
 
 
-def energy_by_rank(problem: Problem) -> Array:
-    """Share of the slices' energy in their first T terms, for T = 1 … K: the paper's principal components."""
-    energy = spectrum(problem).energy.sum(axis=(0, 1))[: full_rank(problem.geometry)]
-    return np.cumsum(energy) / max(float(energy.sum()), np.finfo(float).tiny)
+def mean_energy(energy: Array) -> Array:
+    """Cumulative shares of energies (…, K), averaged over the slices that have any: (K,)."""
+    slices = energy.reshape(-1, energy.shape[-1])
+    slices = slices[slices.sum(axis=1) > 0]
+    shares = np.cumsum(slices, axis=1) / slices.sum(axis=1, keepdims=True)
+    return shares.mean(axis=0) if len(slices) else np.ones(energy.shape[-1])
 
 
 def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None) -> Array:
@@ -142,16 +299,12 @@ def fit(
 def _assemble(problem: Problem, ranks: IntArray, filters: Array, columns: Array) -> Factorization:
     """Put filters (R, k²) and pointwise columns (n_o, R / groups) together as two stages and a bias."""
     g = problem.geometry
-    terms = len(filters)
-    channels = np.repeat(np.arange(g.n_i), ranks)
-    depthwise = ConvGeometry(terms, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, terms)
-    pointwise = ConvGeometry(g.n_o, terms, 1, 1, groups=g.groups)
+    depthwise, pointwise = DepthwisePointwise().structure(g, len(filters) // g.groups).stages
     stages = (
-        ConvStage(depthwise, filters.reshape(terms, 1, g.kh, g.kw), channels),
+        ConvStage(depthwise, filters.reshape(depthwise.weight_shape), np.arange(g.n_i).repeat(ranks)),
         ConvStage(pointwise, columns.reshape(pointwise.weight_shape)),
     )
-    dense = Factorization(g, stages).dense().reshape(problem.weight.shape)
-    return Factorization(g, stages, problem.moments.bias(dense).reshape(-1))
+    return with_best_bias(problem, stages)
 
 
 def _channel_factors(problem: Problem) -> Array:
@@ -162,11 +315,7 @@ def _channel_factors(problem: Problem) -> Array:
 
 def _block_factors(gram: Array, k: int) -> Array:
     n = len(gram) // k
-    blocks = np.ascontiguousarray(np.einsum("aiaj->aij", gram.reshape(n, k, n, k)))
-    size = np.trace(blocks, axis1=1, axis2=2)
-    # a dead channel has no metric of its own; any will do, it weighs nothing
-    floor = 1e-10 * size / k + 1e-14 * size.max(initial=0.0) + np.finfo(float).tiny ** 0.5
-    return np.linalg.cholesky(blocks + floor[:, None, None] * np.eye(k))
+    return root(np.ascontiguousarray(np.einsum("aiaj->aij", gram.reshape(n, k, n, k))))
 
 
 def _in_terms(filters: Array, gram: Array, cross: Array) -> tuple[Array, Array]:
@@ -203,10 +352,7 @@ def _refit_pointwise(metric: Array, target: Array, filters: Array, ranks: IntArr
     """Least squares for all pointwise columns together: (m, R)."""
     seen = _depthwise(metric, filters, ranks)
     gram = _depthwise(np.ascontiguousarray(seen.T), filters, ranks)
-    gram.flat[:: len(gram) + 1] *= 1 + 1e-10
-    gram.flat[:: len(gram) + 1] += np.finfo(float).tiny ** 0.5
-    columns: Array = scipy.linalg.solve(gram, (target @ seen).T, assume_a="pos", check_finite=False).T
-    return columns
+    return solve(gram, target @ seen)
 
 
 def _descend(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from netdecouple.convolution import ConvGeometry, Factorization
 
 Array = NDArray[np.floating]
-POINTWISE, ONE_CHANNEL = "1×1 convolution", "reads a single channel"  # reasons why a layer is kept
+ONE_CHANNEL = "reads a single channel"  # why a layer is kept
 Positions = Mapping[str, NDArray[np.int64]]
 
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from netdecouple import threads
 from netdecouple.errors import ModelError
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem
+from netdecouple.families.combined import methods
 from netdecouple.frontends import Array, Layer, Network
-from netdecouple.planning.candidates import LayerCandidates, candidates, data_free_candidates
+from netdecouple.planning.candidates import LayerCandidates, Rule, candidates, smallest
+from netdecouple.planning.cost import Macs
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
@@ -31,6 +33,8 @@ class Settings:
     data_free: bool = False
     uniform_rank: bool = False
     seed: int = 0
+    families: tuple[str, ...] = ("all",)  # as in `families.combined.methods`
+    rule: Rule | None = None  # one method for every layer, instead of planning
     loss: Loss | None = None  # None: KL for classifiers, relative error for all else
 
 
@@ -68,8 +72,8 @@ def kept_reasons(layers: Sequence[Layer], exclude: Sequence[str]) -> dict[str, s
             reasons[layer.name] = EXCLUDED
         elif layer.reason:
             reasons[layer.name] = layer.reason
-        elif layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
-            reasons[layer.name] = "too small: one term costs as much as the layer"
+        elif all(Macs().decoupled(layer, c) >= layer.macs for c in smallest(layer)):
+            reasons[layer.name] = "too small: nothing costs less than the layer itself"
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
         raise ModelError(
@@ -109,6 +113,8 @@ def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Prog
             for probe in weighed.probes
         ]
         losses[weighed.layer] = _losses(weighed, shown)
+        if not weighed.candidates:
+            reasons[weighed.layer] = "nothing costs less than the layer itself"
         progress("Weighing layers", len(found), depth)
     return Analysis(network, settings, inputs, loss, reasons, found, losses)
 
@@ -122,12 +128,14 @@ def _weigh(
     progress: Progress,
 ) -> Iterator[LayerCandidates]:
     """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
+    names = ("nd-dp",) if settings.data_free and settings.uniform_rank else methods(settings.families)
+    options = (names, settings.uniform_rank, probes, settings.rule)
     if settings.data_free:
         for layer in layers:
             assert layer.geometry is not None
             problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
             with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = data_free_candidates(layer.name, problem, settings.uniform_rank)
+                weighed = candidates(layer, problem, None, *options)
             yield weighed
         return
     for group in _in_groups(layers):
@@ -141,7 +149,7 @@ def _weigh(
             own = moments.pop(layer.name)
             problem = Problem.of(layer.geometry, layer.weight, own.fitted)
             with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = candidates(layer.name, problem, own.held_back, settings.uniform_rank, probes)
+                weighed = candidates(layer, problem, own.held_back, *options)
             yield weighed
 
 
@@ -162,16 +170,22 @@ def _in_groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 def _losses(weighed: LayerCandidates, shown: Sequence[float]) -> tuple[float, ...]:
     """Predict each candidate's loss from the probes': interpolate log loss over log error.
 
-    Outside of the probes the loss is proportional to the error, as it is for small perturbations.
+    Below the probes the loss is proportional to the error, as it is for small perturbations; beyond them
+    it goes on rising as it did between the last two, and never slower than the error.
     """
     if not weighed.probes:
         return ()
-    errors = np.log([probe.error for probe in weighed.probes])
-    measured = np.log(np.maximum(shown, 1e-12))
-    order = np.argsort(errors)
-    ratios = np.interp(np.log(np.maximum(weighed.errors, 1e-12)), errors[order], (measured - errors)[order])
-    losses = np.exp(np.log(np.maximum(weighed.errors, 1e-12)) + ratios)
-    return tuple(float(v) for v in np.maximum.accumulate(losses))
+    pairs = sorted(zip([probe.error for probe in weighed.probes], shown, strict=True))
+    errors, measured = np.log(np.maximum(np.array(pairs).T, 1e-12))
+    wanted = np.log(np.maximum([c.error for c in weighed.candidates], 1e-12))
+    ratios = np.interp(wanted, errors, measured - errors)
+    if len(pairs) > 1 and errors[-1] > errors[-2]:
+        steepness = (measured[-1] - measured[-2]) / (errors[-1] - errors[-2])
+        ratios += max(float(steepness) - 1, 0.0) * np.maximum(wanted - errors[-1], 0.0)
+    losses = np.exp(wanted + ratios)
+    rising = np.argsort(wanted, kind="stable")
+    losses[rising] = np.maximum.accumulate(losses[rising])  # a greater error never loses less
+    return tuple(float(v) for v in losses)
 
 
 def _check_outputs(

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.convolution import ConvGeometry, Factorization
-from netdecouple.families import Problem, decoupling
-from netdecouple.families.decoupling import Spectrum
+from netdecouple.convolution import ConvGeometry, Factorization, Structure
+from netdecouple.errors import BudgetError
+from netdecouple.families import TINY, Array, Problem
+from netdecouple.families.combined import ORDER, Step, Trial, method, methods, sizes_for, worthwhile
 from netdecouple.families.ridge import best_ridge, held_back_error
+from netdecouple.frontends import Layer
 from netdecouple.moments import Moments
+from netdecouple.planning.cost import Macs, Parameters, parse_share
 
-LEVELS = 28
-FEWEST = 0.04  # of the layer's own MACs: the smallest candidate
+FLOOR = 1e-9  # errors below are rounding
+LEVELS = 28  # of a single family
+FEWEST = 0.04  # of the layer's own MACs: the smallest candidate, lest losses be far from what was probed
+INNER, OUTER = 10, 6  # levels of the innermost family of a combination, and of every other
 PROBES = (0.5, 0.2, 0.07)  # of the layer's own MACs: where errors and losses are measured, not predicted
+HOPELESS = 1.3  # times the least error at the same MACs: not worth timing or combining further
+LARGE = 1500  # unknowns per output beyond which only some methods are tried, those that pay soonest
+FOR_LARGE = ("cd", "sd", "nd-dp", "sd+nd-dp", "cd+nd-dp")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with concrete sizes, for one layer."""
+
+    method: str
+    steps: tuple[Step, ...]
+    structure: Structure
+    error: float  # relative to the variance of the layer's output, predicted for held-back inputs
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(step.size for step in self.steps)
 
 
 @dataclass(frozen=True)
 class Probe:
     """A candidate that was really fitted: its kernel, to be tried in the network, and its error."""
 
-    terms: int
     weight: NDArray[np.float32]  # (n_o, n_i / groups, kh, kw)
     bias: NDArray[np.float32]  # (n_o,)
     error: float  # relative to the variance of the layer's output, on held-back inputs
@@ -31,113 +52,216 @@ class Probe:
 
 @dataclass(frozen=True)
 class LayerCandidates:
-    """Every number of terms worth considering for one layer, with the error each leaves."""
+    """Everything worth considering for one layer."""
 
     layer: str
-    terms: tuple[int, ...]  # per group, falling
-    errors: tuple[float, ...]  # relative, predicted for held-back inputs
-    ranks: tuple[NDArray[np.uint8], ...]  # (n_i,): how the terms are shared among the channels
+    candidates: tuple[Candidate, ...]
     probes: tuple[Probe, ...]
 
 
-def term_levels(geometry: ConvGeometry, uniform: bool) -> tuple[int, ...]:
-    """Numbers of terms per group that cost less than the layer, from many to few."""
-    most = decoupling.break_even(geometry)
-    if uniform:
-        n = geometry.n_i // geometry.groups
-        return tuple(n * t for t in range(most // n, 0, -1))
-    shares = np.geomspace(0.97, FEWEST, LEVELS)
-    dense = np.prod(geometry.weight_shape)
-    levels = (shares * dense / decoupling.macs_per_term(geometry)).astype(int)
-    return tuple(sorted({int(r) for r in levels if 1 <= r <= most}, reverse=True))
+@dataclass(frozen=True)
+class Rule:
+    """One method for every layer, as far as a number says, instead of planning to a budget.
+
+    ``kind`` is "size" (T of ND; ranks or channels of all else), "energy" (the least size that carries this
+    share of the energy) or "share" (of the layer's own MACs).
+    """
+
+    method: str
+    kind: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read "nd-dp:T=4", "cd:rank=32", "nd:energy=0.8", "sd:2x" or "cd+nd:40%".
+
+        Raises:
+            BudgetError: it is none of these.
+        """
+        name, _, rest = text.partition(":")
+        try:
+            chosen = method(name)
+            key, equals, number = rest.partition("=")
+            if not equals:
+                return cls(chosen.name, "share", parse_share(rest))
+            value = float(number)
+            kind = {"T": "size", "rank": "size", "channels": "size", "energy": "energy"}[key]
+        except (ValueError, KeyError) as error:
+            raise BudgetError(
+                f"--method {text!r}: write a method and how far, like nd-dp:T=4, cd:rank=32, cp:channels=32, "
+                f"nd:energy=0.8, sd:2x or cd+nd:40% ({error})"
+            ) from error
+        if len(chosen.families) > 1:
+            raise BudgetError(f"--method {text!r}: combinations take a share of the MACs, like {name}:2x")
+        if not (value >= 1 and value == int(value) if kind == "size" else 0 < value <= 1):
+            raise BudgetError(f"--method {text!r}: {number} is no {key}")
+        return cls(chosen.name, kind, value)
+
+    def __str__(self) -> str:
+        value = f"{100 * self.value:.4g}% MACs" if self.kind == "share" else f"{self.kind} {self.value:g}"
+        return f"{self.method}, {value} in every layer"
 
 
-def ranks_of(spectrum: Spectrum, terms: int, uniform: bool) -> NDArray[np.int64]:
-    """Ranks per input channel (n_i,) for ``terms`` per group."""
-    return (
-        spectrum.common_ranks(terms // spectrum.energy.shape[1]) if uniform else spectrum.pooled_ranks(terms)
-    )
+def parse_families(text: str) -> tuple[str, ...]:
+    """Read "nd,sd,cd,cp", "paper", "all", or methods in full: the methods that may be used.
+
+    Raises:
+        BudgetError: one of them is unknown, or there is none.
+    """
+    try:
+        return methods([part.strip() for part in text.split(",")])
+    except ValueError as error:
+        raise BudgetError(
+            f"--families {text!r}: {error}; write nd,sd,cd,cp, paper, all, or methods like sd+nd-dp"
+        ) from error
 
 
-def _all_ranks(spectrum: Spectrum, levels: Sequence[int], uniform: bool) -> tuple[NDArray[np.uint8], ...]:
-    return tuple(ranks_of(spectrum, terms, uniform).astype(np.uint8) for terms in levels)
+def smallest(layer: Layer) -> list[Candidate]:
+    """The layer at size 1 of every family that is of use to it."""
+    if layer.geometry is None:
+        return []
+    found = []
+    for name in ORDER:
+        if not _is_pointless(layer.geometry, [name], False):
+            steps = (Step(1),)
+            found.append(Candidate(name, steps, method(name).structure(layer.geometry, steps), 1.0))
+    return found
 
 
-def data_free_candidates(layer: str, problem: Problem, uniform: bool) -> LayerCandidates:
-    """Candidates by truncated SVD of the weights alone; errors are relative to the weights' energy."""
-    spectrum = decoupling.spectrum(problem)
-    levels = term_levels(problem.geometry, uniform)
-    order = _uniform_order(spectrum) if uniform else spectrum.order()
-    curve = decoupling.error_curve(problem, spectrum, order)
-    probes = []
-    for terms in _probed(problem.geometry, levels, 1):
-        fitted = decoupling.fit(problem, ranks_of(spectrum, terms, uniform), spectrum, sweeps=0)
-        probes.append(_probe(terms, fitted, float(curve[terms])))
-    ranks = _all_ranks(spectrum, levels, uniform)
-    return LayerCandidates(layer, levels, tuple(float(curve[t]) for t in levels), ranks, tuple(probes))
+def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
+    """The least a layer can be brought to by a single family, if that is less than it costs."""
+    return min([cost.dense(layer), *(cost.decoupled(layer, c) for c in smallest(layer))])
 
 
 def candidates(
-    layer: str, problem: Problem, held_back: Moments, uniform: bool, probes: int
+    layer: Layer,
+    problem: Problem,
+    held_back: Moments | None,
+    methods: Sequence[str],
+    uniform: bool,
+    probes: int,
+    rule: Rule | None = None,
 ) -> LayerCandidates:
-    """Candidates from the layer's moments; errors as they are on held-back inputs.
+    """Weigh what ``methods`` can make of a layer, or the one thing that a rule makes of it.
 
-    The curve of fitted errors gives every number of terms in one pass; a few of them are fitted in
-    full, and what those show on held-back inputs corrects the rest.
+    Every method foresees its errors for many sizes in one pass; a few are fitted in full, and what those
+    show on ``held_back`` moments corrects the rest. Without these (data-free) all is in the metric of
+    the weights.
     """
-    geometry = problem.geometry
-    levels = term_levels(geometry, uniform)
-    if not levels:
-        return LayerCandidates(layer, (), (), (), ())
-    probed = _probed(geometry, levels, probes)
-    middle = probed[len(probed) // 2]
-
-    def quick(p: Problem) -> Factorization:
-        start = decoupling.spectrum(p)
-        return decoupling.fit(p, ranks_of(start, middle, uniform), start, sweeps=0)
-
-    regular = problem.regularized(best_ridge(problem, held_back, quick))
-    spectrum = decoupling.spectrum(regular)
-    order = _uniform_order(spectrum) if uniform else spectrum.order()
-    curve = np.maximum(decoupling.error_curve(regular, spectrum, order), 1e-9)
-    fitted = []
-    for terms in probed:
-        factorization = decoupling.fit(regular, ranks_of(spectrum, terms, uniform), spectrum, sweeps=1)
-        error = held_back_error(problem, held_back, factorization) / max(
-            held_back.variance, np.finfo(float).tiny
-        )
-        fitted.append(_probe(terms, factorization, max(error, 1e-9)))
-    # correct the predicted curve by what the probes show, linearly in the logarithm of the error
-    predicted = np.log([curve[p.terms] for p in fitted])
-    shown = np.log([p.error for p in fitted])
-    by_size = np.argsort(predicted)
-    errors = np.exp(
-        [
-            np.log(curve[t]) + np.interp(np.log(curve[t]), predicted[by_size], (shown - predicted)[by_size])
-            for t in levels
-        ]
-    )
-    errors = np.maximum.accumulate(errors)
-    ranks = _all_ranks(spectrum, levels, uniform)
-    return LayerCandidates(layer, levels, tuple(float(e) for e in errors), ranks, tuple(fitted))
+    fitting = problem
+    if held_back is not None:
+        fitting = problem.regularized(best_ridge(problem, held_back, _rough_fit(layer, methods, uniform)))
+    trials = _explore(layer, fitting, methods, uniform) if rule is None else _ruled(layer, fitting, rule)
+    tried = _to_fit(layer, trials, probes)
+    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # foreseen, fitted
+    shown = []
+    for name, trial, in_network in tried:
+        fitted, _ = method(name, uniform, rounds=1).fit(fitting, trial.steps)
+        error = fitting.error(fitted) / fitting.power
+        if held_back is not None:
+            error = held_back_error(problem, held_back, fitted) / max(held_back.variance, TINY)
+        errors[name].append((max(trial.error / fitting.power, FLOOR), max(error, FLOOR)))
+        if in_network:
+            weight, bias = fitted.dense().astype(np.float32), np.asarray(fitted.bias, np.float32)
+            shown.append(Probe(weight, bias, max(error, FLOOR)))
+    found = [
+        Candidate(name, t.steps, t.structure(problem.geometry), error)
+        for name, of_method in trials.items()
+        for t, error in zip(of_method, _corrected(of_method, fitting.power, errors[name]), strict=True)
+    ]
+    return LayerCandidates(layer.name, tuple(found), tuple(shown))
 
 
-def _probe(terms: int, factorization: Factorization, error: float) -> Probe:
-    return Probe(
-        terms, factorization.dense().astype(np.float32), np.asarray(factorization.bias, np.float32), error
-    )
+def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool) -> dict[str, list[Trial]]:
+    """The trials of every method, short chains first; hopeless ones are left out as early as can be seen."""
+    g = problem.geometry
+    large = problem.weight.shape[2] > LARGE
+    found: dict[str, list[Trial]] = {}
+    for name in methods:
+        chain = name.split("+")
+        if _is_pointless(g, chain, large) or not _has_promising_parts(name, methods, found):
+            continue
+        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
+        outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
+        trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
+        found[name] = [t for t in trials if t.macs >= FEWEST * layer.macs]
+        envelope = worthwhile(t for of_method in found.values() for t in of_method)
+        for other in found:
+            found[other] = [t for t in found[other] if t.error <= HOPELESS * _least(envelope, t.macs)]
+    return {name: trials for name, trials in found.items() if trials}
 
 
-def _probed(geometry: ConvGeometry, levels: tuple[int, ...], count: int) -> list[int]:
-    dense = np.prod(geometry.weight_shape)
-    shares = PROBES if count >= len(PROBES) else PROBES[1:2]
-    wanted = [s * dense / decoupling.macs_per_term(geometry) for s in shares]
-    nearest = [min(levels, key=lambda t: abs(t - w)) for w in wanted]
-    return sorted(set(nearest), reverse=True)
+def _is_pointless(g: ConvGeometry, chain: Sequence[str], large: bool) -> bool:
+    """Whether a method has nothing to offer to such a layer, or takes too long to find out."""
+    if g.is_pointwise:
+        return chain not in (["cd"], ["cp"])
+    if "sd" in chain and 1 in (g.kh, g.kw):
+        return True
+    return large and "+".join(chain) not in FOR_LARGE
 
 
-def _uniform_order(spectrum: Spectrum) -> NDArray[np.int64]:
-    """The first term of every channel, then the second, …: (groups, n · k²)."""
-    groups, n, depth = spectrum.energy.shape
-    order = np.arange(n * depth).reshape(n, depth).T.ravel()
-    return np.broadcast_to(order, (groups, n * depth))
+def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, Sequence[Trial]]) -> bool:
+    """Whether the combinations of one family less, as far as they were tried, are anywhere near the best."""
+    chain = name.split("+")
+    parts = ["+".join(chain[:i] + chain[i + 1 :]) for i in range(len(chain))] if len(chain) > 1 else []
+    tried = [part for part in parts if part in methods]
+    return len(tried) < 2 or sum(bool(found.get(part)) for part in tried) > 1
+
+
+def _least(envelope: Sequence[Trial], macs: int) -> float:
+    """The least error to be had at so many MACs."""
+    return min((t.error for t in envelope if t.macs <= macs), default=np.inf)
+
+
+def _ruled(layer: Layer, problem: Problem, rule: Rule) -> dict[str, list[Trial]]:
+    """The one trial a rule asks for; none where it would not make the layer cheaper."""
+    uniform = rule.kind != "share"
+    chosen = method(rule.method, uniform, rounds=1)
+    if rule.kind == "share":
+        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS))
+        trials = chosen.trials(problem, layer.size, levels, levels[:: LEVELS // OUTER])
+        trials = [t for t in trials if t.macs <= rule.value * layer.macs]
+    else:
+        trials = chosen.of_size(problem, layer.size, rule.kind, rule.value)
+    best = min(trials, key=lambda t: t.error, default=None)
+    return {rule.method: [best]} if best and best.macs < layer.macs else {}
+
+
+def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[[Problem], Factorization]:
+    """The closed form of one family at a middling size, to choose a ridge by."""
+    first = next((m for m in methods if m == "nd-dp"), methods[0]).split("+")[0]
+    family = method(first, uniform, rounds=0).families[0]
+
+    def fit(problem: Problem) -> Factorization:
+        g = problem.geometry
+        (size,) = sizes_for(family, g, layer.size, PROBES[1:2]) or [1]
+        return family.fit(problem, size)
+
+    return fit
+
+
+def _to_fit(
+    layer: Layer, trials: Mapping[str, Sequence[Trial]], probes: int
+) -> list[tuple[str, Trial, bool]]:
+    """What is fitted in full: a few of the best of all, to be tried in the network, and one per method."""
+    named = {id(t): (name, t) for name, of_method in trials.items() for t in of_method}
+    envelope = worthwhile(t for of_method in trials.values() for t in of_method)
+    shares = PROBES if probes >= len(PROBES) else PROBES[1:2]
+    picks = {id(_nearest(envelope, share * layer.macs)): True for share in shares if envelope}
+    seen = {named[pick][0] for pick in picks}
+    for name, of_method in trials.items():
+        if name not in seen:
+            picks[id(_nearest(of_method, PROBES[1] * layer.macs))] = False
+    return [(*named[pick], in_network) for pick, in_network in picks.items()]
+
+
+def _nearest(trials: Sequence[Trial], macs: float) -> Trial:
+    return min(trials, key=lambda t: abs(t.macs - macs))
+
+
+def _corrected(trials: Sequence[Trial], power: float, fitted: Sequence[tuple[float, float]]) -> Array:
+    """Errors as fitting would show them: what was foreseen, corrected linearly in its logarithm."""
+    foreseen = np.log(np.maximum([t.error / power for t in trials], FLOOR))
+    known = np.log(sorted(fitted))
+    errors: Array = np.exp(foreseen + np.interp(foreseen, known[:, 0], known[:, 1] - known[:, 0]))
+    return errors

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from netdecouple.errors import BudgetError
-from netdecouple.families import decoupling
 from netdecouple.frontends import Layer
+
+if TYPE_CHECKING:
+    from netdecouple.planning.candidates import Candidate
 
 
 class Cost(Protocol):
-    """A counter: what one layer costs as it is, and with so many terms per group."""
+    """A counter: what one layer costs as it is, and as one of its candidates."""
 
     unit: str
     fixed: float  # what the network costs besides its layers
@@ -27,8 +27,8 @@ class Cost(Protocol):
         """Cost of the layer as it is."""
         ...
 
-    def decoupled(self, layer: Layer, terms: int) -> float:
-        """Cost of the layer with ``terms`` depthwise separable terms per group."""
+    def decoupled(self, layer: Layer, candidate: Candidate) -> float:
+        """Cost of what would take the layer's place."""
         ...
 
 
@@ -41,9 +41,8 @@ class Macs:
     def dense(self, layer: Layer) -> int:
         return layer.macs
 
-    def decoupled(self, layer: Layer, terms: int) -> int:
-        assert layer.geometry is not None
-        return decoupling.macs_per_term(layer.geometry) * terms * int(np.prod(layer.output_size))
+    def decoupled(self, layer: Layer, candidate: Candidate) -> int:
+        return candidate.structure.macs(*layer.size)
 
 
 class Parameters:
@@ -55,16 +54,8 @@ class Parameters:
     def dense(self, layer: Layer) -> int:
         return layer.parameters
 
-    def decoupled(self, layer: Layer, terms: int) -> int:
-        assert layer.geometry is not None
-        return decoupling.macs_per_term(layer.geometry) * terms + layer.geometry.n_o
-
-
-def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
-    """The least a layer can be brought to: one term for every group, if that is less than it costs."""
-    if layer.geometry is None or decoupling.break_even(layer.geometry) < 1:
-        return cost.dense(layer)
-    return min(cost.decoupled(layer, 1), cost.dense(layer))
+    def decoupled(self, layer: Layer, candidate: Candidate) -> int:
+        return candidate.structure.parameters
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from netdecouple.errors import PlanError
+import numpy as np
 
-VERSION = 2
+from netdecouple.errors import PlanError
+from netdecouple.families.combined import Step
+
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,10 @@ class LayerPlan:
 
     name: str
     operator: str
-    family: str  # "nd-dp", or "kept"
+    family: str  # families joined by "+", outermost first: "sd+nd-dp"; or "kept"
     reason: str  # why it is kept, if it is
-    terms: int  # depthwise separable terms per group
-    ranks: tuple[int, ...]  # terms of every input channel; empty until the plan has been applied once
+    sizes: tuple[int, ...]  # of every application of a family, as in `families.combined`
+    channels: tuple[tuple[int, ...], ...]  # what each of them reads; empty until the plan has been applied
     ridge: float  # chosen on held-back inputs when the plan was applied; 0 until then
     macs_before: int
     macs: int
@@ -35,6 +39,19 @@ class LayerPlan:
     @property
     def changed(self) -> bool:
         return self.family != "kept"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The sizes with their channels, as far as these are known."""
+        known = self.channels or ((),) * len(self.sizes)
+        return tuple(
+            Step(size, np.array(read) if read else None) for size, read in zip(self.sizes, known, strict=True)
+        )
+
+    def with_steps(self, steps: Iterable[Step]) -> LayerPlan:
+        """The same with the channels that fitting has chosen."""
+        read = [() if s.channels is None else tuple(int(c) for c in s.channels) for s in steps]
+        return replace(self, channels=tuple(read))
 
 
 @dataclass(frozen=True)
@@ -117,23 +134,16 @@ def _read(cls: type[Any], data: Any, origin: str) -> Any:
         raise PlanError(
             f"{origin}: {cls.__name__} has missing or unknown fields; write the plan again with --plan-out"
         )
-    values = {}
-    for name, value in data.items():
-        kind = hints[name]
-        if arguments := get_args(kind):  # tuple[T, ...]
-            if not isinstance(value, list):
-                raise PlanError(f"{origin}: {name!r} must be a list")
-            inner = arguments[0]
-            values[name] = tuple(
-                _read(inner, v, origin) if inner is LayerPlan else _typed(inner, v, name, origin)
-                for v in value
-            )
-        else:
-            values[name] = _typed(kind, value, name, origin)
-    return cls(**values)
+    return cls(**{name: _typed(hints[name], value, name, origin) for name, value in data.items()})
 
 
-def _typed(kind: type, value: Any, name: str, origin: str) -> Any:
+def _typed(kind: Any, value: Any, name: str, origin: str) -> Any:
+    if kind is LayerPlan:
+        return _read(kind, value, origin)
+    if arguments := get_args(kind):  # tuple[T, ...]
+        if not isinstance(value, list):
+            raise PlanError(f"{origin}: {name!r} must be a list")
+        return tuple(_typed(arguments[0], v, name, origin) for v in value)
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits:
         raise PlanError(f"{origin}: {name!r} must be {kind.__name__}, not {value!r}")

@@ -12,16 +12,17 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from netdecouple.errors import BudgetError
-from netdecouple.families import decoupling
 from netdecouple.frontends import Layer
 from netdecouple.planning.analysis import Analysis
+from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.cost import Budget, Macs, Parameters
 from netdecouple.planning.plan import VERSION, LayerPlan, Plan
 
-FormOf = Callable[[Layer, int], str]  # how a layer of so many terms is written
+FIRST = "first convolution"
+FormOf = Callable[[Layer, Candidate], str]  # how a layer's candidate is written
 
 
-def parallel(layer: Layer, terms: int) -> str:
+def parallel(layer: Layer, candidate: Candidate) -> str:
     """The form for standard operators that is fastest in most runtimes."""
     return "parallel"
 
@@ -75,7 +76,7 @@ def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[float]:
         total = 0.0
         for layer in analysis.network.layers:
             found = analysis.candidates.get(layer.name)
-            costs = [budget.cost.decoupled(layer, t) for t in found.terms] if found else []
+            costs = [budget.cost.decoupled(layer, c) for c in found.candidates] if found else []
             total += min([budget.cost.dense(layer), *costs])
         least.append(total)
     return least
@@ -101,8 +102,8 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
         choices = [Option(0.0, tuple(b.cost.dense(layer) for b in budgets))]
         if found := analysis.candidates.get(layer.name):
             choices += [
-                Option(loss, tuple(b.cost.decoupled(layer, terms) for b in budgets))
-                for loss, terms in zip(analysis.losses[layer.name], found.terms, strict=True)
+                Option(loss, tuple(b.cost.decoupled(layer, c) for b in budgets))
+                for loss, c in zip(analysis.losses[layer.name], found.candidates, strict=True)
             ]
         options.append(choices)
     chosen = choose(options, [b.limit(layers) for b in budgets])
@@ -116,9 +117,9 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
 def _not_faster(analysis: Analysis, layer: Layer, budgets: Sequence[Budget]) -> str:
     """Why a layer is kept that could be changed: none of its candidates costs less, in some unit."""
     found = analysis.candidates.get(layer.name)
-    for budget in budgets if found else ():
+    for budget in budgets if found and found.candidates else ():
         assert found is not None
-        if all(budget.cost.decoupled(layer, t) >= budget.cost.dense(layer) for t in found.terms):
+        if all(budget.cost.decoupled(layer, c) >= budget.cost.dense(layer) for c in found.candidates):
             return f"no candidate has less {budget.cost.unit}"
     return ""
 
@@ -156,62 +157,86 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
         BudgetError: not even T = 1 meets the budgets.
     """
     layers = analysis.network.layers
-    first = next(la.name for la in layers if la.operator == "Conv")
-    deepest = max(
-        max(c.terms) * la.geometry.groups // la.geometry.n_i
-        for la in layers
-        if la.geometry and (c := analysis.candidates.get(la.name)) and c.terms
-    )
+    first = first_convolution(layers)
+    deepest = max(_common_rank(la, c) for la in layers for c in _found(analysis, la))
     for rank in range(deepest, 0, -1):
-        rows = []
+        rows, costs = [], [0.0] * len(budgets)
         for layer in layers:
-            found = analysis.candidates.get(layer.name)
-            if layer.name == first or not found or not layer.geometry:
-                rows.append(
-                    _layer_plan(analysis, layer, -1, "first convolution" if layer.name == first else "")
-                )
-                continue
-            terms = rank * layer.geometry.n_i // layer.geometry.groups
-            index = found.terms.index(terms) if terms in found.terms else -1
-            rows.append(_layer_plan(analysis, layer, index, form=form))
-        plan = _plan(analysis, rows, " and ".join(map(str, budgets)))
-        costs = [
-            sum(
-                b.cost.decoupled(la, r.terms) if r.changed else b.cost.dense(la)
-                for la, r in zip(layers, rows, strict=True)
-            )
-            for b in budgets
-        ]
+            ranks = [_common_rank(layer, c) for c in _found(analysis, layer)]
+            index = ranks.index(rank) if rank in ranks and layer is not first else -1
+            rows.append(_layer_plan(analysis, layer, index, FIRST if layer is first else "", form))
+            for i, budget in enumerate(budgets):
+                candidate = _found(analysis, layer)[index] if index >= 0 else None
+                costs[i] += budget.cost.decoupled(layer, candidate) if candidate else budget.cost.dense(layer)
         if all(cost <= b.limit(layers) for cost, b in zip(costs, budgets, strict=True)):
-            return plan
-    raise BudgetError(f"not even T = 1 meets {plan.budget}; leave --uniform-rank away")
+            return _plan(analysis, rows, " and ".join(map(str, budgets)))
+    raise BudgetError(f"not even T = 1 meets {' and '.join(map(str, budgets))}; leave --uniform-rank away")
+
+
+def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
+    """The one candidate of every layer that the settings' rule asks for; the first convolution is kept.
+
+    Raises:
+        BudgetError: no layer can follow the rule.
+    """
+    layers, rule = analysis.network.layers, analysis.settings.rule
+    assert rule is not None
+    first = first_convolution(layers)
+    rows = [
+        _layer_plan(
+            analysis,
+            la,
+            0 if _found(analysis, la) and la is not first else -1,
+            FIRST if la is first else "",
+            form,
+        )
+        for la in layers
+    ]
+    if not any(row.changed for row in rows):
+        raise BudgetError(f"--method {rule}: no layer becomes cheaper by it; give a smaller size")
+    return _plan(analysis, rows, str(rule))
+
+
+def first_convolution(layers: Sequence[Layer]) -> Layer | None:
+    """The layer that published procedures leave alone."""
+    return next((la for la in layers if la.operator == "Conv"), None)
+
+
+def _found(analysis: Analysis, layer: Layer) -> tuple[Candidate, ...]:
+    found = analysis.candidates.get(layer.name)
+    return found.candidates if found else ()
+
+
+def _common_rank(layer: Layer, candidate: Candidate) -> int:
+    """T of a candidate that has the same for all channels."""
+    assert layer.geometry is not None
+    return candidate.sizes[0] // layer.geometry.weight_shape[1]
 
 
 def _layer_plan(
     analysis: Analysis, layer: Layer, index: int, reason: str = "", form: FormOf = parallel
 ) -> LayerPlan:
     """Plan for one layer: its candidate number ``index``, or nothing at all if that is -1."""
-    found = analysis.candidates.get(layer.name)
-    if index < 0 or not found:
+    if index < 0:
         reason = reason or analysis.reasons.get(layer.name, "worth its cost")
         costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
-        return LayerPlan(layer.name, layer.operator, "kept", reason, 0, (), 0.0, *costs, 0.0, 0.0)
-    terms = found.terms[index]
+        return LayerPlan(layer.name, layer.operator, "kept", reason, (), (), 0.0, *costs, 0.0, 0.0)
+    candidate = _found(analysis, layer)[index]
     return LayerPlan(
         layer.name,
         layer.operator,
-        decoupling.NAME,
+        candidate.method,
         "",
-        terms,
+        candidate.sizes,
         (),
         0.0,
         layer.macs,
-        Macs().decoupled(layer, terms),
+        Macs().decoupled(layer, candidate),
         layer.parameters,
-        Parameters().decoupled(layer, terms),
-        found.errors[index],
+        Parameters().decoupled(layer, candidate),
+        candidate.error,
         analysis.losses[layer.name][index],
-        form(layer, terms),
+        form(layer, candidate),
     )
 
 

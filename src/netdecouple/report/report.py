@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -25,8 +25,8 @@ class LayerReport:
     shape: str  # n_i → n_o, kernel, and what else is not usual
     family: str
     reason: str
-    terms: int
-    terms_per_channel: tuple[int, int] | None  # fewest and most
+    sizes: tuple[int, ...]  # of every application of a family
+    terms_per_channel: tuple[int, int] | None  # fewest and most, where the first stage has a choice
     macs_before: int
     macs: int
     parameters_before: int
@@ -129,8 +129,8 @@ def describe(layer: Layer) -> str:
     return " ".join(parts)
 
 
-def layer_report(layer: Layer, row: LayerPlan, applied: Applied) -> LayerReport:
-    """Put what was planned for a layer and what came of it together."""
+def layer_report(layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[int, int]) -> LayerReport:
+    """Put what was planned for a layer and what came of it together; ``costs`` are MACs and parameters."""
     samples = applied.samples.get(row.name)
     g = layer.geometry
     unknowns = 0 if g is None else g.n_i // g.groups * g.kh * g.kw
@@ -140,12 +140,12 @@ def layer_report(layer: Layer, row: LayerPlan, applied: Applied) -> LayerReport:
         describe(layer),
         row.family,
         row.reason,
-        row.terms,
-        (int(np.min(row.ranks)), int(np.max(row.ranks))) if row.ranks else None,
+        row.sizes,
+        _terms_per_channel(layer, row),
         row.macs_before,
-        row.macs,
+        costs[0],
         row.parameters_before,
-        row.parameters,
+        costs[1],
         row.predicted_error if row.changed else None,
         applied.errors.get(row.name),
         row.ridge or None,
@@ -154,6 +154,26 @@ def layer_report(layer: Layer, row: LayerPlan, applied: Applied) -> LayerReport:
     )
 
 
-def layer_reports(layers: Mapping[str, Layer], applied: Applied) -> tuple[LayerReport, ...]:
-    """Report on every layer of a plan, in its order."""
-    return tuple(layer_report(layers[row.name], row, applied) for row in applied.plan.layers)
+def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
+    if row.family != "nd-dp" or not row.channels or layer.geometry is None:
+        return None
+    counts = np.bincount(row.channels[0], minlength=layer.geometry.n_i)
+    return int(counts.min()), int(counts.max())
+
+
+def layer_reports(
+    layers: Mapping[str, Layer], applied: Applied, written: Iterable[Layer]
+) -> tuple[LayerReport, ...]:
+    """Report on every layer of a plan, in its order, with the costs of what was ``written`` for it.
+
+    That can be less than was planned: filters go whose outputs nobody reads any more.
+    """
+    costs = {name: [0, 0] for name in layers}
+    for part in written:
+        name = max((n for n in layers if f"{part.name}/".startswith(f"{n}/")), key=len)
+        costs[name][0] += part.macs
+        costs[name][1] += part.parameters
+    return tuple(
+        layer_report(layers[row.name], row, applied, (costs[row.name][0], costs[row.name][1]))
+        for row in applied.plan.layers
+    )

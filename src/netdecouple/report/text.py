@@ -43,7 +43,8 @@ def report_table(report: Report) -> Group:
         f"{report.model}, decoupled to {report.budget}",
         ("layer", "left"),
         ("shape", "left"),
-        ("ranks", "right"),
+        ("family", "left"),
+        ("sizes", "left"),
         ("MACs", "right"),
         ("", "left"),
         ("error", "right"),
@@ -55,18 +56,28 @@ def report_table(report: Report) -> Group:
         table.add_row(
             Text(short_name(layer.name)),
             layer.shape,
-            "–".join(map(str, dict.fromkeys(layer.terms_per_channel))) if layer.terms_per_channel else "",
+            layer.family if changed else "",
+            _sizes(layer),
             count(layer.macs_before),
-            f"→ {count(layer.macs)}" if changed else "",
+            f"→ {count(layer.macs)}" if layer.macs != layer.macs_before else "",
             _number(layer.predicted_error),
             f"→ {_number(layer.measured_error)}" if layer.measured_error is not None else "",
             _note(layer),
             style="" if changed else "dim",
         )
     legend = Text(
-        "ranks: terms per input channel, fewest–most; error: predicted → measured, on held-back inputs"
+        "sizes: of every family in turn; nd-dp: terms, nd-pd: terms per output channel, sd and cd: channels in "
+        "between, cp: channels kept\nerror: predicted → measured, on held-back inputs"
     )
     return Group(table, legend, *summary(report))
+
+
+def _sizes(layer: LayerReport) -> str:
+    sizes = " ".join(map(str, layer.sizes))
+    if layer.terms_per_channel:
+        fewest, most = layer.terms_per_channel
+        sizes += f" ({fewest}–{most} each)" if fewest < most else f" ({most} each)"
+    return sizes
 
 
 def _note(layer: LayerReport) -> str:

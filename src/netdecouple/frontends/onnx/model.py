@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
-from netdecouple.frontends import ONE_CHANNEL, POINTWISE, Array, Layer
+from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.runtimes.onnxruntime import (
     PROTOBUF_LIMIT,
@@ -283,9 +283,7 @@ def _read_conv(
     )
     bias = numpy_helper.to_array(constants[node.input[2]]) if has_bias else np.zeros(kernel[0], np.float32)
     reason = ""
-    if geometry.is_pointwise:
-        reason = POINTWISE
-    elif geometry.is_depthwise:
+    if geometry.is_depthwise:
         reason = "depthwise convolution" if geometry.n_i > 1 else ONE_CHANNEL
     elif min(pads) < 0:
         reason = "negative padding"

@@ -18,6 +18,7 @@ from netdecouple.frontends.onnx.emission import Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
+from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -181,10 +182,22 @@ class OnnxNetwork:
         forms: Mapping[str, Form] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> onnx.ModelProto:
-        """Write the network anew with some layers as chains of stages; the rest stays as it is.
+        """Write the network anew with some layers as chains of stages; the rest computes what it did.
 
         ``forms`` says how each is written; those it does not name are "parallel". Fused operators come with
         functions for runtimes that do not know them.
+        """
+        return self.pruned(factorizations, forms, metadata)[0]
+
+    def pruned(
+        self,
+        factorizations: Mapping[str, Factorization],
+        forms: Mapping[str, Form] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[onnx.ModelProto, dict[str, tuple[int, int]]]:
+        """Do as `decoupled`, and tell which convolutions lost filters that nobody reads any more.
+
+        They are told by their output: how many filters each has kept, of how many.
         """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.model.proto)
@@ -206,11 +219,12 @@ class OnnxNetwork:
             if all(entry.domain != DOMAIN for entry in proto.opset_import):
                 proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
             absorb(proto.graph, self._shapes)
+        dropped = drop_unread_channels(proto, self._shapes)
         _drop_unused(proto.graph)
         add_fallbacks(proto)
         for key, value in (metadata or {}).items():
             _set_metadata(proto, key, value)
-        return proto
+        return proto, dropped
 
 
 class OnnxWalk:

@@ -1,0 +1,61 @@
+"""CD: channel decomposition, k×k to r channels, then 1×1 back to n_o.
+
+Zhang et al., "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2015
+(arXiv 1505.06798), section 3.1: the outputs lie near a subspace of r dimensions. In the moments of the
+layer this is reduced-rank regression, solved in closed form. On a 1×1 convolution or a fully connected
+layer it is plain low rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
+from netdecouple.families import Array, Family, Problem, with_best_bias
+
+
+class ChannelDecomposition(Family):
+    """Size: channels per group between the two stages."""
+
+    name = "cd"
+
+    def exact(self, geometry: ConvGeometry) -> int:
+        return min(geometry.n_o // geometry.groups, int(np.prod(geometry.weight_shape[1:])))
+
+    def structure(self, geometry: ConvGeometry, size: int) -> Structure:
+        middle = size * geometry.groups
+        narrow = replace(geometry, n_o=middle)
+        return Structure.of(
+            geometry, narrow, ConvGeometry(geometry.n_o, middle, 1, 1, groups=geometry.groups)
+        )
+
+    def curve(self, problem: Problem) -> Array:
+        energy = problem.once("cd", lambda: _components(problem))[0][:, : self.exact(problem.geometry)].sum(
+            axis=0
+        )
+        return np.maximum(1 - np.cumsum(np.concatenate([[0.0], energy])) / problem.power, 0.0)
+
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        axes = _components(problem)[1][:, :, :size]  # U (groups, m, r)
+        inner = axes.swapaxes(1, 2) @ problem.target  # V = Uᵀ W*
+        narrow, wide = self.structure(problem.geometry, size).stages
+        return with_best_bias(
+            problem,
+            (
+                ConvStage(narrow, inner.reshape(narrow.weight_shape)),
+                ConvStage(wide, axes.reshape(wide.weight_shape)),
+            ),
+        )
+
+
+def _components(problem: Problem) -> tuple[Array, Array]:
+    """Principal components of the fitted outputs W* x: energies (groups, m), falling, and axes in columns."""
+
+    def work() -> tuple[Array, Array]:
+        target = problem.target
+        energy, axes = np.linalg.eigh(target @ problem.moments.gram @ target.swapaxes(1, 2))
+        return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]
+
+    return problem.once("cd", work)
