@@ -105,6 +105,12 @@ class ConvStage:
         channels = np.arange(self.geometry.n_i) if self.channels is None else self.channels
         return channels.repeat(self.geometry.n_o // self.geometry.n_i)
 
+    def is_separable_with(self, other: ConvStage) -> bool:
+        """Whether this is a depthwise stage and ``other`` the pointwise one behind it: one fused operator."""
+        g, pointwise = self.geometry, other.geometry
+        plain = ConvGeometry(pointwise.n_o, g.n_o, 1, 1, groups=pointwise.groups)
+        return g.is_depthwise and other.channels is None and pointwise == plain
+
     def __call__(self, x: Array) -> Array:
         """Convolve (n, c, h, w) in NumPy; the reference every runtime is held against."""
         g = self.geometry
@@ -195,13 +201,7 @@ class Factorization:
     @property
     def is_separable(self) -> bool:
         """Whether this is a depthwise stage and then a pointwise one, as one fused operator computes them."""
-        if len(self.stages) != 2:
-            return False
-        depthwise, pointwise = self.stages
-        rows, read = depthwise.geometry.n_o, depthwise.geometry.n_i
-        plain = ConvGeometry(self.geometry.n_o, rows, 1, 1, groups=self.geometry.groups)
-        same = depthwise.geometry == replace(self.geometry, n_o=rows, n_i=read, groups=read)
-        return same and pointwise.channels is None and pointwise.geometry == plain
+        return len(self.stages) == 2 and self.stages[0].is_separable_with(self.stages[1])
 
     @property
     def parameters(self) -> int:

@@ -66,8 +66,8 @@ def report_table(report: Report) -> Group:
             style="" if changed else "dim",
         )
     legend = Text(
-        "sizes: of every family in turn; nd-dp: terms, nd-pd: terms per output channel, sd and cd: channels in "
-        "between, cp: channels kept\nerror: predicted → measured, on held-back inputs"
+        "sizes: of every family in turn; nd-dp: terms, nd-pd: terms per output channel, "
+        "sd and cd: channels in between, cp: channels kept\nerror: predicted → measured, on held-back inputs"
     )
     return Group(table, legend, *summary(report))
 

@@ -2,8 +2,8 @@
 
 A depthwise stage with a channel multiplier is written as T parallel depthwise convolutions and a
 Concat ("parallel"), which CPU runtimes run faster than the literal form ("gather"): one Gather that
-repeats channels and one grouped convolution. "fused" is one node of our own operator for both stages
-(`netdecouple.kernels`), where they are depthwise and pointwise.
+repeats channels and one grouped convolution. "fused" is one node of our own operator
+(`netdecouple.kernels`) for every depthwise stage with a pointwise one behind it.
 """
 
 from __future__ import annotations
@@ -111,31 +111,38 @@ def emit(
 
 def write(writer: Writer, factorization: Factorization, x: str, output: str, form: Form = "parallel") -> None:
     """Add the nodes that compute ``output`` from ``x``."""
-    if form == "fused" and factorization.is_separable:
-        _write_fused(writer, factorization, x, output)
-        return
-    channels = factorization.geometry.n_i
+    stages, channels, index = factorization.stages, factorization.geometry.n_i, 0
     order: IntArray | None = None  # of the channels that the previous stage put out
-    for index, stage in enumerate(factorization.stages):
-        last = index == len(factorization.stages) - 1
-        label = (
-            "pointwise"
-            if stage.geometry.is_pointwise
-            else "depthwise"
-            if stage.geometry.is_depthwise
-            else "conv"
-        )
-        label = f"{label}{index}"
-        spread = form != "gather" and not last and factorization.stages[index + 1].geometry.groups == 1
-        if spread and stage.channels is not None and stage.geometry.n_o == stage.geometry.groups:
-            x, order = _write_parallel(writer, label, x, stage, channels)
+    while index < len(stages):
+        stage, rest = stages[index], stages[index + 1 :]
+        both = form == "fused" and order is None and bool(rest) and stage.is_separable_with(rest[0])
+        last = len(rest) == (1 if both else 0)
+        bias, out = (factorization.bias, output) if last else (None, None)
+        if both:
+            label = f"fused{index}" if index else "fused"
+            x = _write_fused(writer, label, (stage, rest[0]), bias, channels, x, out)
+        elif _spreads(stage, rest, form):
+            x, order = _write_parallel(writer, _label(stage, index), x, stage, channels)
         else:
+            label = _label(stage, index)
             picked = writer.gather(label, x, stage.channels)
             weight = writer.weight(f"{label}.weight", stage.weight, order, axis=1)
-            bias = factorization.bias if last else None
-            x = writer.conv(label, picked, stage.geometry, weight, bias, output if last else None)
+            x = writer.conv(label, picked, stage.geometry, weight, bias, out)
             order = None
-        channels = stage.geometry.n_o
+        index += 2 if both else 1
+        channels = stages[index - 1].geometry.n_o
+
+
+def _label(stage: ConvStage, index: int) -> str:
+    g = stage.geometry
+    return f"{'pointwise' if g.is_pointwise else 'depthwise' if g.is_depthwise else 'conv'}{index}"
+
+
+def _spreads(stage: ConvStage, rest: Sequence[ConvStage], form: Form) -> bool:
+    """Whether a depthwise stage is written level by level: what follows must not mind the order."""
+    g = stage.geometry
+    simple = stage.channels is not None and g.n_o == g.groups
+    return form != "gather" and simple and bool(rest) and rest[0].geometry.groups == 1
 
 
 def _write_parallel(
@@ -164,24 +171,32 @@ def _write_parallel(
     return writer.node("Concat", f"{label}.concat", parts, axis=1), np.concatenate(order)
 
 
-def _write_fused(writer: Writer, factorization: Factorization, x: str, output: str) -> None:
-    depthwise, pointwise = factorization.stages
-    g, bias = factorization.geometry, factorization.bias
+def _write_fused(
+    writer: Writer,
+    label: str,
+    stages: tuple[ConvStage, ConvStage],
+    bias: Array | None,
+    channels: int,
+    x: str,
+    output: str | None,
+) -> str:
+    depthwise, pointwise = stages
+    g = depthwise.geometry
     weights = {
         "depthwise": depthwise.weight,
         "pointwise": pointwise.weight,
-        "bias": np.zeros(g.n_o) if bias is None else bias,
+        "bias": np.zeros(pointwise.geometry.n_o) if bias is None else bias,
     }
-    writer.node(
+    return writer.node(
         OPERATOR,
-        "fused",
-        [x, *(writer.constant(f"fused.{label}", w.astype(np.float32)) for label, w in weights.items())],
+        label,
+        [x, *(writer.constant(f"{label}.{part}", w.astype(np.float32)) for part, w in weights.items())],
         output,
         domain=DOMAIN,
-        in_channels=g.n_i,
+        in_channels=channels,
         channels=depthwise.reads.tolist(),
         strides=list(g.strides),
         pads=list(g.pads),
         dilations=list(g.dilations),
-        group=g.groups,
+        group=pointwise.geometry.groups,
     )
