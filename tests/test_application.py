@@ -7,7 +7,8 @@ import pytest
 
 from netdecouple import Settings
 from netdecouple.application import apply
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem
+from netdecouple.families.combined import method
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork, OnnxWalk
 from netdecouple.frontends.storage import ArrayStore
@@ -60,7 +61,7 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
         if row.changed:
             layer = layers[row.name]
             problem = Problem.of(layer.geometry, layer.weight, moments[row.name].fitted)
-            alone[row.name] = decoupling.fit(problem.regularized(row.ridge), np.array(row.ranks))
+            alone[row.name], _ = method(row.family).fit(problem.regularized(row.ridge), row.steps)
     original = network.run(inputs.held_back)
     together, separately = (
         network.run_model(network.decoupled(f), inputs.held_back) for f in (applied.factorizations, alone)
@@ -73,8 +74,8 @@ def test_measured_errors_are_those_of_layers_fitted_at_all(pieces: tuple) -> Non
     applied = apply(network, inputs, plan)
     assert set(applied.errors) == set(applied.factorizations)
     assert all(0 < e < 1 for e in applied.errors.values())
-    assert all(row.ranks and row.ridge for row in applied.plan.layers if row.changed)
-    assert all(sum(row.ranks) == row.terms for row in applied.plan.layers if row.changed)
+    assert all(row.channels and row.ridge for row in applied.plan.layers if row.changed)
+    assert all(len(row.channels) == len(row.sizes) for row in applied.plan.layers if row.changed)
 
 
 def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:

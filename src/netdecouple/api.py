@@ -318,7 +318,7 @@ def _result(
             accuracy(network.run(pictures)[0], labels),
             accuracy(network.run_model(model, pictures)[0], labels),
         )
-    rows = layer_reports(layers, applied, OnnxNetwork(read_model(model), images.images).layers)
+    rows = layer_reports(layers, applied, network.layers_of(model))
     report = Report(
         network.model.origin,
         __version__,

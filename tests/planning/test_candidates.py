@@ -5,14 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from netdecouple.convolution import ConvGeometry
-from netdecouple.families import Problem, decoupling
+from netdecouple.errors import BudgetError
+from netdecouple.families import Problem
+from netdecouple.families.combined import method, methods
 from netdecouple.families.ridge import held_back_error
+from netdecouple.frontends import Layer
 from netdecouple.moments import Moments
-from netdecouple.planning.candidates import candidates, data_free_candidates, term_levels
+from netdecouple.planning.candidates import HOPELESS, LayerCandidates, Rule, candidates, parse_families
+from tests.planning.layers import conv
 from tests.strategies import kernel
 
-G = ConvGeometry(24, 16, 3, 3)
+LAYER = conv("c", 16, 24, 10)
+G = LAYER.geometry
+assert G is not None
 
 
 def two_sides(count: int) -> tuple[Problem, Moments]:
@@ -24,44 +29,137 @@ def two_sides(count: int) -> tuple[Problem, Moments]:
     return Problem.of(G, weight, Moments.of(x[0], y[0])), Moments.of(x[1], y[1])
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_predicted_errors_are_close_to_those_of_full_fits(uniform: bool) -> None:
+def data_free(
+    layer: Layer, names: tuple[str, ...], uniform: bool, rule: Rule | None = None
+) -> LayerCandidates:
+    g = layer.geometry
+    assert g is not None
+    problem = Problem.data_free(g, kernel(g, 0), np.zeros(g.n_o))
+    return candidates(layer, problem, None, names, uniform, 3, rule)
+
+
+@pytest.mark.parametrize(("names", "uniform"), [(("all",), False), (("nd-dp",), True), (("nd-dp",), False)])
+def test_predicted_errors_are_close_to_those_of_full_fits(names: tuple[str, ...], uniform: bool) -> None:
     problem, held = two_sides(4000)
-    found = candidates("c", problem, held, uniform, probes=3)
-    assert list(found.terms) == sorted(found.terms, reverse=True)
-    assert list(found.errors) == sorted(found.errors)
+    found = candidates(LAYER, problem, held, methods(names), uniform, 3).candidates
     regular = problem.regularized(1e-2)
-    terms = decoupling.spectrum(regular)
-    for count, predicted in list(zip(found.terms, found.errors, strict=True))[::4]:
-        ranks = terms.common_ranks(count // 16) if uniform else terms.pooled_ranks(count)
-        real = held_back_error(problem, held, decoupling.fit(regular, ranks)) / held.variance
-        assert predicted == pytest.approx(real, rel=0.4, abs=2e-3)
+    for candidate in found[::7]:
+        fitted, _ = method(candidate.method, uniform).fit(regular, candidate.steps)
+        real = held_back_error(problem, held, fitted) / held.variance
+        assert real / 1.7 - 2e-3 <= candidate.error <= 1.7 * real + 2e-3, candidate
+
+
+def test_what_is_hopeless_is_not_among_them() -> None:
+    """Every candidate is near the least error to be had at its MACs, and costs less than the layer."""
+    problem, held = two_sides(4000)
+    found = candidates(LAYER, problem, held, methods(["all"]), False, 3).candidates
+    assert len({c.method for c in found}) > 3
+    for candidate in found:
+        macs = candidate.structure.macs(*LAYER.size)
+        assert macs < LAYER.macs
+        least = min(c.error for c in found if c.structure.macs(*LAYER.size) <= macs)
+        assert candidate.error <= 2 * HOPELESS * least  # what fitting showed came later
 
 
 def test_few_samples_are_judged_on_inputs_that_were_not_fitted() -> None:
     """200 samples for 144 unknowns: what the fit shows on its own samples is far too good."""
     problem, held = two_sides(200)
-    found = candidates("c", problem, held, False, probes=3)
+    found = candidates(LAYER, problem, held, ("nd-dp",), False, probes=3)
     for probe in found.probes:
         weight = probe.weight.reshape(1, 24, -1).astype(float)
         own = problem.moments.error(weight, probe.bias[None]) / problem.moments.variance
         assert probe.error > 1.05 * own
 
 
-def test_levels_cost_less_than_the_layer_and_uniform_ones_are_whole_ranks() -> None:
-    for g in (G, ConvGeometry(512, 512, 3, 3), ConvGeometry(8, 6, 5, 1, groups=2), ConvGeometry(4, 4, 1, 3)):
-        for uniform in (False, True):
-            levels = term_levels(g, uniform)
-            assert all(t * decoupling.macs_per_term(g) < np.prod(g.weight_shape) for t in levels)
-            if uniform:
-                assert all(t % (g.n_i // g.groups) == 0 for t in levels)
-    assert len(term_levels(ConvGeometry(512, 512, 3, 3), False)) > 20
+def test_uniform_sizes_are_whole_ranks() -> None:
+    for layer in (LAYER, conv("g", 8, 6, 8, k=5, groups=2), conv("n", 4, 4, 8)):
+        assert layer.geometry is not None
+        per_rank = layer.geometry.weight_shape[1]
+        assert all(c.sizes[0] % per_rank == 0 for c in data_free(layer, ("nd-dp",), True).candidates)
+    assert len(data_free(LAYER, ("nd-dp",), False).candidates) > 20
+
+
+def test_a_layer_that_nothing_makes_cheaper_has_no_candidates() -> None:
+    """64 → 1: one rank for all channels costs more than the layer."""
+    assert data_free(conv("last", 64, 1, 8), ("nd-dp",), True).candidates == ()
+
+
+def test_pointwise_layers_are_for_low_rank_and_pruning() -> None:
+    found = data_free(conv("p", 16, 24, 8, k=1), methods(["all"]), False).candidates
+    assert {c.method for c in found} == {"cd", "cp"}
 
 
 def test_data_free_errors_are_shares_of_the_weights_energy() -> None:
-    found = data_free_candidates("c", Problem.data_free(G, kernel(G, 0), np.zeros(24)), uniform=True)
+    found = data_free(LAYER, ("nd-dp",), True)
     energy = [np.linalg.svd(kernel(G, 0)[:, i].reshape(24, 9), compute_uv=False) ** 2 for i in range(16)]
-    for count, error in zip(found.terms, found.errors, strict=True):
-        rank = count // 16
+    for candidate in found.candidates:
+        rank = candidate.sizes[0] // 16
         expected = sum(e[rank:].sum() for e in energy) / sum(e.sum() for e in energy)
-        assert error == pytest.approx(expected, abs=1e-9)
+        assert candidate.error == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("nd-dp:T=4", Rule("nd-dp", "size", 4)),
+        ("nd:energy=0.8", Rule("nd-dp", "energy", 0.8)),
+        ("cd:rank=32", Rule("cd", "size", 32)),
+        ("cp:channels=8", Rule("cp", "size", 8)),
+        ("sd:2x", Rule("sd", "share", 0.5)),
+        ("cd+nd:40%", Rule("cd+nd-dp", "share", 0.4)),
+    ],
+)
+def test_rules_are_read_as_people_write_them(text: str, rule: Rule) -> None:
+    assert Rule.parse(text) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nd",
+        "nd:",
+        "nd:T=0",
+        "nd:T=1.5",
+        "nd:T=x",
+        "nd:energy=2",
+        "nd:size=3",
+        "tucker:2x",
+        "cd+nd:T=4",
+        "sd:0x",
+    ],
+)
+def test_rules_that_make_no_sense_are_refused_in_a_line(text: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Rule.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_of_a_size_gives_that_size() -> None:
+    (found,) = data_free(LAYER, (), False, Rule("nd-dp", "size", 2)).candidates
+    assert found.sizes == (32,)
+    assert list(np.bincount(found.structure.channels[0])) == [2] * 16
+    (found,) = data_free(LAYER, (), False, Rule("cd", "size", 7)).candidates
+    assert found.sizes == (7,)
+    assert data_free(LAYER, (), False, Rule("nd-dp", "size", 9)).candidates == ()  # costs more than the layer
+
+
+def test_a_rule_of_energy_gives_the_least_size_that_carries_it() -> None:
+    values = np.stack([np.linalg.svd(kernel(G, 0)[:, i].reshape(24, 9), compute_uv=False) for i in range(16)])
+    shares = (np.cumsum(values**2, axis=1) / (values**2).sum(axis=1, keepdims=True)).mean(axis=0)
+    (found,) = data_free(LAYER, (), False, Rule("nd-dp", "energy", 0.5)).candidates
+    assert found.sizes == (16 * (np.flatnonzero(shares >= 0.5)[0] + 1),)
+
+
+@pytest.mark.parametrize("name", ["sd", "cd", "cp", "nd-dp", "nd-pd", "cd+nd-dp", "cd+sd+cp"])
+def test_a_rule_of_a_share_comes_close_to_it_from_below(name: str) -> None:
+    (found,) = data_free(LAYER, (), False, Rule(name, "share", 0.5)).candidates
+    assert found.method == name
+    assert 0.3 * LAYER.macs < found.structure.macs(*LAYER.size) <= 0.5 * LAYER.macs
+
+
+def test_families_are_read_from_a_list() -> None:
+    assert parse_families("nd, sd") == methods(["nd", "sd"])
+    with pytest.raises(BudgetError, match="tucker"):
+        parse_families("nd,tucker")
+    with pytest.raises(BudgetError):
+        parse_families("")

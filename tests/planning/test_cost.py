@@ -9,8 +9,10 @@ import pytest
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import BudgetError
-from netdecouple.families import decoupling
-from netdecouple.planning.cost import Budget, Macs, Parameters, least_cost, parse_share
+from netdecouple.families.combined import Step, method
+from netdecouple.frontends import Layer
+from netdecouple.planning.candidates import Candidate, least_cost
+from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
 from tests.planning.layers import conv, linear, vgg16
 
 
@@ -54,9 +56,17 @@ def test_vgg16_decoupled_at_one_rank(rank: int, pd: float, dp: float) -> None:
     assert macs_at_rank(rank, depthwise_then_pointwise) == pytest.approx(dp, abs=5e-3)
 
 
+def candidate(layer: Layer, name: str, *sizes: int) -> Candidate:
+    steps = tuple(Step(size) for size in sizes)
+    return Candidate(name, steps, method(name).structure(layer.geometry, steps), 0.1)
+
+
 def test_the_counter_of_candidates_agrees_with_the_stages() -> None:
     layers = [la for la in vgg16()[1:] if la.geometry]
-    total = sum(Macs().decoupled(la, 4 * la.geometry.n_i) for la in layers) + vgg16()[0].macs
+    total = (
+        sum(Macs().decoupled(la, candidate(la, "nd-dp", 4 * la.geometry.n_i)) for la in layers)
+        + vgg16()[0].macs
+    )
     fully_connected = sum(la.macs for la in vgg16() if la.geometry is None)
     assert (total + fully_connected) / 1e9 == pytest.approx(macs_at_rank(4, depthwise_then_pointwise))
 
@@ -67,20 +77,29 @@ def test_vgg16_has_138_m_parameters() -> None:
 
 def test_a_term_costs_a_depthwise_filter_and_a_pointwise_column() -> None:
     layer = conv("c", 8, 16, 10)
-    assert Macs().decoupled(layer, 5) == 5 * (9 + 16) * 100
-    assert Parameters().decoupled(layer, 5) == 5 * (9 + 16) + 16
+    assert Macs().decoupled(layer, candidate(layer, "nd-dp", 5)) == 5 * (9 + 16) * 100
+    assert Parameters().decoupled(layer, candidate(layer, "nd-dp", 5)) == 5 * (9 + 16) + 16
 
 
 def test_a_grouped_term_is_paid_for_in_every_group() -> None:
     layer = conv("c", 8, 16, 10, groups=2)
-    assert Macs().decoupled(layer, 5) == 2 * 5 * (9 + 8) * 100
+    assert Macs().decoupled(layer, candidate(layer, "nd-dp", 5)) == 2 * 5 * (9 + 8) * 100
 
 
-def test_the_least_is_one_term_or_the_layer_itself() -> None:
+def test_every_family_is_paid_for_stage_by_stage() -> None:
+    layer = conv("c", 8, 16, 10)
+    assert Macs().decoupled(layer, candidate(layer, "cd", 3)) == (3 * 8 * 9 + 16 * 3) * 100
+    assert Macs().decoupled(layer, candidate(layer, "sd", 3)) == (3 * 8 * 3 + 16 * 3 * 3) * 100
+    assert Macs().decoupled(layer, candidate(layer, "cp", 5)) == 16 * 5 * 9 * 100
+    assert Macs().decoupled(layer, candidate(layer, "nd-pd", 2)) == 2 * 16 * (8 + 9) * 100
+    assert Macs().decoupled(layer, candidate(layer, "cd+nd-dp", 3, 5)) == (5 * (9 + 3) + 16 * 3) * 100
+
+
+def test_the_least_is_the_smallest_of_a_family_or_the_layer_itself() -> None:
     assert least_cost(conv("c", 8, 16, 10), Macs()) == (9 + 16) * 100
     assert least_cost(linear("f", 8, 16), Macs()) == 8 * 16
-    assert least_cost(conv("c", 1, 1, 10), Macs()) == 900
-    assert decoupling.break_even(conv("c", 1, 1, 10).geometry) == 0
+    assert least_cost(conv("c", 1, 1, 10, k=1), Macs()) == 100
+    assert least_cost(conv("p", 8, 16, 10, k=1), Macs()) == 16 * 100
 
 
 @pytest.mark.parametrize(

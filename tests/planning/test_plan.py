@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import pytest
 from netdecouple.errors import PlanError
 from netdecouple.planning.plan import VERSION, LayerPlan, Plan
 
-LAYER = LayerPlan("a/b", "Conv", "nd-dp", "", 7, (3, 0, 4), 0.01, 900, 300, 90, 30, 0.05, 0.002)
-KEPT = LayerPlan("fc", "Gemm", "kept", "fully connected layer", 0, (), 0.0, 100, 100, 110, 110, 0.0, 0.0)
+LAYER = LayerPlan(
+    "a/b", "Conv", "cd+nd-dp", "", (3, 4), ((), (0, 0, 2, 2)), 0.01, 900, 300, 90, 30, 0.05, 0.002
+)
+KEPT = LayerPlan("fc", "Gemm", "kept", "fully connected layer", (), (), 0.0, 100, 100, 110, 110, 0.0, 0.0)
 PLAN = Plan(VERSION, "ab12", "cd34", 100, 0, "kl", False, False, "50% MACs", (LAYER, KEPT))
 
 
@@ -27,6 +29,13 @@ def test_a_plan_adds_its_layers_up() -> None:
     assert (PLAN.parameters_before, PLAN.parameters) == (200, 140)
     assert PLAN.predicted_loss == 0.002
     assert [la.changed for la in PLAN.layers] == [True, False]
+
+
+def test_steps_are_sizes_with_the_channels_that_are_known() -> None:
+    cd, nd = LAYER.steps
+    assert (cd.size, cd.channels, nd.size, list(nd.channels)) == (3, None, 4, [0, 0, 2, 2])
+    assert [step.channels for step in replace(LAYER, channels=()).steps] == [None, None]
+    assert replace(LAYER, channels=()).with_steps(LAYER.steps) == LAYER
 
 
 def test_a_plan_is_frozen() -> None:
@@ -58,10 +67,12 @@ def layer(**values: object) -> str:
         (changed(samples=-1), "not negative"),
         (changed(layers={}), "'layers' must be a list"),
         (changed(layers=[1]), "fields"),
-        (layer(ranks=[1.5]), "'ranks' must be int"),
+        (layer(channels=[[1.5]]), "'channels' must be int"),
+        (layer(channels=[1]), "'channels' must be a list"),
         (layer(ridge="x"), "'ridge' must be float"),
         (layer(ridge=float("nan")), "finite"),
-        (layer(terms=None), "'terms' must be int"),
+        (layer(sizes=[None]), "'sizes' must be int"),
+        (layer(sizes=3), "'sizes' must be a list"),
     ],
 )
 def test_what_is_no_plan_is_refused(text: str, message: str) -> None:

@@ -23,8 +23,9 @@ FEWEST = 0.04  # of the layer's own MACs: the smallest candidate, lest losses be
 INNER, OUTER = 10, 6  # levels of the innermost family of a combination, and of every other
 PROBES = (0.5, 0.2, 0.07)  # of the layer's own MACs: where errors and losses are measured, not predicted
 HOPELESS = 1.3  # times the least error at the same MACs: not worth timing or combining further
+DOUBT = 1.1  # times the error of combinations: what they gain by less does not outlive the layers before them
 LARGE = 1500  # unknowns per output beyond which only some methods are tried, those that pay soonest
-FOR_LARGE = ("cd", "sd", "nd-dp", "sd+nd-dp", "cd+nd-dp")
+FOR_LARGE = ("sd", "nd-dp", "sd+nd-dp")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def smallest(layer: Layer) -> list[Candidate]:
         return []
     found = []
     for name in ORDER:
-        if not _is_pointless(layer.geometry, [name], False):
+        if not _is_pointless(layer.geometry, [name]):
             steps = (Step(1),)
             found.append(Candidate(name, steps, method(name).structure(layer.geometry, steps), 1.0))
     return found
@@ -179,7 +180,8 @@ def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bo
     found: dict[str, list[Trial]] = {}
     for name in methods:
         chain = name.split("+")
-        if _is_pointless(g, chain, large) or not _has_promising_parts(name, methods, found):
+        slow = large and name not in FOR_LARGE and not set(FOR_LARGE).isdisjoint(methods)
+        if slow or _is_pointless(g, chain) or not _has_promising_parts(name, methods, found):
             continue
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
         outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
@@ -191,13 +193,11 @@ def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bo
     return {name: trials for name, trials in found.items() if trials}
 
 
-def _is_pointless(g: ConvGeometry, chain: Sequence[str], large: bool) -> bool:
-    """Whether a method has nothing to offer to such a layer, or takes too long to find out."""
+def _is_pointless(g: ConvGeometry, chain: Sequence[str]) -> bool:
+    """Whether a method has nothing to offer to such a layer."""
     if g.is_pointwise:
         return chain not in (["cd"], ["cp"])
-    if "sd" in chain and 1 in (g.kh, g.kw):
-        return True
-    return large and "+".join(chain) not in FOR_LARGE
+    return "sd" in chain and 1 in (g.kh, g.kw)
 
 
 def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, Sequence[Trial]]) -> bool:
@@ -264,4 +264,4 @@ def _corrected(trials: Sequence[Trial], power: float, fitted: Sequence[tuple[flo
     foreseen = np.log(np.maximum([t.error / power for t in trials], FLOOR))
     known = np.log(sorted(fitted))
     errors: Array = np.exp(foreseen + np.interp(foreseen, known[:, 0], known[:, 1] - known[:, 0]))
-    return errors
+    return errors * DOUBT ** (len(trials[0].steps) > 1)

@@ -11,9 +11,13 @@ from onnx import TensorProto, helper
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.families.combined import method, methods
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
+from tests.families.base import aware_problem
+from tests.families.test_combined import steps_of
+from tests.strategies import images
 
 WRITTEN = [form for form in FORMS if form != "fused" or kernels.available()]
 
@@ -150,3 +154,30 @@ def test_other_chains_are_written_too(form: Form):
     factorization = Factorization(whole, stages, rng.standard_normal(4, np.float32))
     x = rng.standard_normal((2, 4, 7, 6), np.float32)
     np.testing.assert_allclose(computed(factorization, form, x), factorization(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("name", [*methods(["all"]), "cd+nd-pd"])
+def test_every_combination_of_families_is_written_as_it_computes(name: str, form: Form) -> None:
+    """Strides, pads, dilations and groups go to the stages that they belong to."""
+    for g in (
+        ConvGeometry(6, 4, 3, 3, (2, 1), (1, 2, 0, 1), (1, 2)),
+        ConvGeometry(6, 4, 3, 5, (2, 1), (1, 2, 0, 1), (2, 1), 2),
+    ):
+        fitted, _ = method(name).fit(aware_problem(g, 0), steps_of(name, g, 0.6))
+        x = images(g, 0).astype(np.float32)
+        expected = fitted(x.astype(np.float64))
+        found = computed(fitted.astype(np.float32), form, x)
+        np.testing.assert_allclose(found, expected, atol=3e-5 * np.abs(expected).max())
+
+
+@pytest.mark.skipif("fused" not in WRITTEN, reason="the fused operator was not built")
+@pytest.mark.parametrize(
+    ("name", "operators"), [("sd+nd-dp", 2), ("cd+nd-dp", 1), ("cd+sd+nd-dp", 2), ("sd", 0)]
+)
+def test_every_separable_pair_of_a_chain_is_fused(name: str, operators: int) -> None:
+    g = ConvGeometry(12, 10, 3, 3, pads=(1, 1, 1, 1))
+    fitted, _ = method(name).fit(aware_problem(g, 0), steps_of(name, g, 0.6))
+    nodes, _ = emit(fitted, "layer", "x", "y", "fused")
+    assert sum(node.domain == DOMAIN for node in nodes) == operators
+    assert "Concat" not in [node.op_type for node in nodes]

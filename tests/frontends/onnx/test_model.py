@@ -308,7 +308,7 @@ KINDS = {
         12 * 9 * 144,
         "depthwise convolution",
     ),
-    "pointwise": (geometry(8, 12, 1, 1), (12, 12), 8 * 12 * 144, "1×1 convolution"),
+    "pointwise": (geometry(8, 12, 1, 1), (12, 12), 8 * 12 * 144, ""),
     "dilated": (
         geometry(8, 8, 3, 3, pads=(2, 1, 2, 1), dilations=(2, 1)),
         (12, 12),

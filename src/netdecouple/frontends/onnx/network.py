@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -35,14 +36,18 @@ class OnnxNetwork:
     def __init__(self, model: OnnxModel, sample: Array) -> None:
         self.model = model
         # two images at least, so that what is the same for all images does not look like one of them
-        first = slice(0, model.batch or 2)
-        self.layers, self.nodes, self._shapes = find_layers(model, self.padded(sample, first))
+        self._sample = self.padded(sample, slice(0, model.batch or 2))
+        self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
 
     @property
     def fingerprint(self) -> str:
         """Hash of the operators and weights as they were read."""
         return self.model.fingerprint
+
+    def layers_of(self, proto: onnx.ModelProto) -> tuple[Layer, ...]:
+        """Every layer that costs MACs in another model that was made of this one."""
+        return find_layers(replace(self.model, proto=proto), self._sample)[0]
 
     @cached_property
     def _layer(self) -> dict[str, Layer]:
