@@ -40,8 +40,9 @@ CIFAR10 = Preprocessing(
 )  # as these networks were trained
 METHODS = {
     "paper: data-free, one T": Settings(data_free=True, uniform_rank=True),
-    "data-aware, T per layer": Settings(uniform_rank=True),
-    "data-aware, T per channel": Settings(),
+    "data-aware ND, T per layer": Settings(uniform_rank=True, families=("nd-dp",)),
+    "data-aware ND, T per channel": Settings(families=("nd-dp",)),
+    "data-aware, all families": Settings(),
 }
 
 
@@ -139,7 +140,7 @@ def main(
     found = rows(
         shared(),
         network or ["resnet20", "resnet56", "vgg16_cifar10"],
-        ratio or [1.5, 2.0, 2.5, 3.0, 4.0],
+        ratio or [1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
         images or [1000],
         method or list(METHODS),
     )

@@ -67,7 +67,8 @@ PATCH, BATCH = 40, 16  # of training
 CALIBRATION_PATCH, TEST_CROP = 64, 256
 METHODS = {
     "paper: data-free, one T": Settings(data_free=True, uniform_rank=True),
-    "data-aware, T per channel": Settings(),
+    "data-aware ND, T per channel": Settings(families=("nd-dp",)),
+    "data-aware, all families": Settings(),
 }
 FILTERS: dict[str, Callable[[Image], Image]] = {  # usual settings, not tuned
     "median": lambda image: filters.median(image, np.ones((3, 3))),

@@ -10,6 +10,7 @@ weights of its own. Efficiency is the speedup over the ratio of MACs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -21,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from netdecouple import kernels
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.families.decoupling import DepthwisePointwise
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.latency import placeholder
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
@@ -66,6 +68,12 @@ def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onn
     return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)
 
 
+def with_terms(geometry: ConvGeometry, terms: int) -> Structure:
+    """The layer with the same number of depthwise separable terms for every channel."""
+    stages = DepthwisePointwise().structure(geometry, terms * geometry.weight_shape[1])
+    return replace(stages, channels=(np.arange(geometry.n_i).repeat(terms), None))
+
+
 def dense(geometry: ConvGeometry, seed: int) -> Factorization:
     """A regular convolution with weights made up."""
     kernel = np.random.default_rng(seed).standard_normal(geometry.weight_shape, np.float32)
@@ -99,7 +107,7 @@ def main(
             table.add_column(column, justify="right")
         for n, size, terms in SHAPES:
             g = ConvGeometry(n, n, 3, 3, pads=(1, 1, 1, 1))
-            low = [placeholder(g, np.full(n, terms, np.uint8), seed) for seed in range(layers)]
+            low = [placeholder(with_terms(g, terms), seed) for seed in range(layers)]
             models = [chain([dense(g, seed) for seed in range(layers)], size, "gather")]
             models += [chain(low, size, form) for form in FORMS]
             sessions = [OnnxRuntime().open(model, count) for model in models]

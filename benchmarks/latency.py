@@ -21,6 +21,7 @@ from rich.table import Table
 
 from accuracy import CIFAR10, shared
 from conversion import vgg16
+from kernel import with_terms
 from netdecouple.application import apply
 from netdecouple.calibration import load
 from netdecouple.convolution import Factorization
@@ -49,7 +50,7 @@ def cases(name: str) -> Iterator[tuple[str, OnnxNetwork, dict[str, Factorization
             network = OnnxNetwork(read_model(part), image)
             for terms in (4, 3):
                 chosen = {
-                    la.name: placeholder(la.geometry, np.full(la.geometry.n_i, terms, np.uint8), seed)
+                    la.name: placeholder(with_terms(la.geometry, terms), seed)
                     for seed, la in enumerate(network.layers)
                     if la.geometry and la.geometry.n_i > 3
                 }
@@ -59,7 +60,7 @@ def cases(name: str) -> Iterator[tuple[str, OnnxNetwork, dict[str, Factorization
     images = load(source, channels=3, size=(32, 32), preprocessing=CIFAR10, samples=1000, seed=0).images
     network = OnnxNetwork(read_model(shared() / "models" / f"{name}.onnx"), images)
     inputs = Inputs.split(images, 0)
-    plan = make_plan(analyze(network, inputs, Settings()), [Budget(Macs(), 0.5)])
+    plan = make_plan(analyze(network, inputs, Settings(families=("nd-dp",))), [Budget(Macs(), 0.5)])
     yield name, network, apply(network, inputs, plan).factorizations
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import netdecouple
 from netdecouple import Plan, Result, Settings
 from netdecouple.api import evaluate, inspect
 from netdecouple.errors import BudgetError, CalibrationError, PlanError
+from netdecouple.families.combined import methods
+from netdecouple.planning.candidates import Rule
+from tests.networks import Builder
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 MODEL, CALIB, LABELS = (
@@ -19,6 +23,7 @@ MODEL, CALIB, LABELS = (
     f"{DEMO / 'digits.npz'}:calib",
     f"{DEMO / 'digits.npz'}:images,labels",
 )
+QUICK = Settings(families=("nd-dp",))  # a single family is weighed in a fraction of the time
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +49,31 @@ def test_the_report_lists_every_layer_and_counts_what_the_new_file_has(
     new = inspect(tmp_path / "faster.onnx")
     assert sum(layer.macs for layer in new.layers) == result.report.macs
     assert sum(layer.parameters for layer in new.layers) == result.report.parameters
-    assert [layer.family for layer in result.report.layers] == ["kept", *["nd-dp"] * 5, "kept"]
+    families = [layer.family for layer in result.report.layers]
+    assert [family == "kept" for family in families] == [True, *[False] * 5, True]
+    assert set(families) <= {"kept", *methods(["all"])}
+    assert all(bool(layer.sizes) == (layer.family != "kept") for layer in result.report.layers)
     assert [layer.reason for layer in result.report.layers if layer.family == "kept"] == [
         "reads a single channel",
         "fully connected layer",
     ]
+
+
+def test_the_file_never_has_more_than_was_planned(result: Result) -> None:
+    """Less where filters went whose outputs nobody reads any more."""
+    for planned, written in zip(result.plan.layers, result.report.layers, strict=True):
+        assert (planned.name, planned.sizes) == (written.name, written.sizes)
+        assert written.macs <= planned.macs
+        assert written.parameters <= planned.parameters
+
+
+def test_all_families_together_lose_less_than_one(result: Result) -> None:
+    alone = netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200, settings=QUICK)
+    assert [layer.family for layer in alone.report.layers] == ["kept", *["nd-dp"] * 5, "kept"]
+    assert result.plan.predicted_loss < alone.plan.predicted_loss
+    assert result.report.agreement is not None
+    assert alone.report.agreement is not None
+    assert result.report.agreement.divergence < alone.report.agreement.divergence
 
 
 def test_the_prediction_is_of_the_right_size(result: Result) -> None:
@@ -111,20 +136,52 @@ def test_fitting_to_inputs_beats_the_published_method_by_far() -> None:
 
 def test_the_published_method_has_one_rank_and_keeps_the_first_layer() -> None:
     paper = netdecouple.decouple(MODEL, macs="2x", settings=Settings(data_free=True, uniform_rank=True))
-    ranks = {rank for row in paper.plan.layers for rank in row.ranks}
+    ranks = {terms for layer in paper.report.layers for terms in layer.terms_per_channel or ()}
     assert len(ranks) == 1
     assert paper.plan.layers[0].family == "kept"
     assert paper.report.agreement is None  # there was nothing to compare on
 
 
+def test_a_rule_is_followed_in_every_layer_but_the_first() -> None:
+    """Instead of a budget: T = 4, data-free, as published."""
+    settings = Settings(data_free=True, rule=Rule.parse("nd-dp:T=4"))
+    result = netdecouple.decouple(MODEL, settings=settings)
+    families = [layer.family for layer in result.report.layers]
+    assert families == ["kept", *["nd-dp"] * 5, "kept"]
+    assert {t for layer in result.report.layers for t in layer.terms_per_channel or ()} == {4}
+    assert "size 4" in result.plan.budget
+    assert result.report.macs == pytest.approx(
+        sum(
+            4 * np.prod(la.output_size) * la.geometry.n_i * (9 + la.geometry.n_o) if row.changed else la.macs
+            for la, row in zip(inspect(MODEL).layers, result.plan.layers, strict=True)
+        )
+    )
+
+
+def test_a_network_none_of_whose_layers_takes_one_rank_is_refused_as_published() -> None:
+    """One rank for all of 64 channels costs more than the layer, if it has a single output."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 64, 3, "first"))
+    x = b.node("Relu", b.conv(x, 64, 32, 3, "middle"))
+    b.conv(x, 32, 1, 3, "last")
+    model = b.model([("last", ("N", 1, 8, 8))])
+    paper = Settings(data_free=True, uniform_rank=True)
+    result = netdecouple.decouple(model, macs="90%", settings=paper)
+    assert [row.family for row in result.plan.layers] == ["kept", "nd-dp", "kept"]
+    assert "nothing costs less" in result.plan.layers[-1].reason
+    for exclude in (("middle",), ("first", "middle")):
+        with pytest.raises(BudgetError, match="not even T = 1"):
+            netdecouple.decouple(model, macs="60%", settings=replace(paper, exclude=exclude))
+
+
 def test_a_budget_in_parameters_holds_too() -> None:
-    result = netdecouple.decouple(MODEL, CALIB, macs="60%", parameters="40%", samples=60)
+    result = netdecouple.decouple(MODEL, CALIB, macs="60%", parameters="40%", samples=60, settings=QUICK)
     assert result.report.parameters <= 0.4 * result.report.parameters_before
     assert result.report.macs <= 0.6 * result.report.macs_before
 
 
 def test_the_smallest_network_within_a_drop_is_found() -> None:
-    result = netdecouple.decouple(MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100)
+    result = netdecouple.decouple(MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100, settings=QUICK)
     assert result.report.accuracy is not None
     before, after = result.report.accuracy
     assert after >= before - 0.01 - 1e-9
@@ -134,17 +191,18 @@ def test_the_smallest_network_within_a_drop_is_found() -> None:
 def test_the_original_is_never_changed() -> None:
     model = onnx.load(MODEL)
     before = model.SerializeToString(deterministic=True)
-    netdecouple.decouple(model, CALIB, macs="2x", samples=40)
+    netdecouple.decouple(model, CALIB, macs="2x", samples=40, settings=QUICK)
     assert model.SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"macs": "30x"}, BudgetError, r"the least this network can have is \d"),
-        ({}, BudgetError, "give either a budget"),
+        ({"macs": "30x", "settings": QUICK}, BudgetError, r"the least this network can have is \d"),
+        ({}, BudgetError, "give one of: a budget"),
         ({"max_drop": 1.0}, BudgetError, "--labels"),
-        ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give either"),
+        ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one of"),
+        ({"macs": "2x", "settings": Settings(rule=Rule("sd", "share", 0.5))}, BudgetError, "give one of"),
         ({"macs": "2x", "calib": None}, CalibrationError, "--calib"),
         (
             {"macs": "2x", "calib": np.zeros((20, 3, 32, 32), np.float32)},

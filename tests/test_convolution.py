@@ -111,6 +111,26 @@ def test_a_factorization_counts_every_stage_and_one_bias() -> None:
     assert {s.weight.dtype for s in both.astype(np.float32).stages} == {np.dtype(np.float32)}
 
 
+def test_a_depthwise_stage_and_the_pointwise_one_behind_it_are_separable() -> None:
+    """Also with a channel multiplier and groups; not with a selection between them, or any other kernel."""
+    depthwise = ConvGeometry(6, 3, 3, 3, groups=3)
+    first = ConvStage(depthwise, kernel(depthwise, 0), np.array([0, 0, 1]))
+    for g, channels, separable in (
+        (ConvGeometry(5, 6, 1, 1), None, True),
+        (ConvGeometry(4, 6, 1, 1, groups=2), None, True),
+        (ConvGeometry(5, 6, 1, 1), np.arange(6), False),
+        (ConvGeometry(10, 5, 1, 1, groups=5), np.arange(5), False),  # 5 groups, and 6 channels before them
+        (ConvGeometry(5, 6, 1, 3), None, False),
+        (ConvGeometry(5, 6, 1, 1, strides=(2, 1)), None, False),
+    ):
+        assert first.is_separable_with(ConvStage(g, kernel(g, 0), channels)) is separable
+    dense = ConvGeometry(6, 3, 3, 3)
+    pointwise = ConvGeometry(5, 6, 1, 1)
+    assert not ConvStage(dense, kernel(dense, 0)).is_separable_with(
+        ConvStage(pointwise, kernel(pointwise, 0))
+    )
+
+
 @pytest.mark.parametrize("bad", [{"groups": 3}, {"strides": (0, 1)}, {"n_o": 0}])
 def test_impossible_geometries_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=r"groups|positive"):

@@ -32,7 +32,7 @@ def test_the_published_method_is_reproduced_on_resnet20(shared: Path, tmp_path: 
     model, images = shared / "models" / "resnet20.onnx", shared / "data" / "cifar10.npz"
     paper = Settings(data_free=True, uniform_rank=True)
     result = netdecouple.decouple(model, macs="2x", settings=paper)
-    assert {rank for row in result.plan.layers for rank in row.ranks} == {3}
+    assert {terms for layer in result.report.layers for terms in layer.terms_per_channel or ()} == {3}
     result.save(tmp_path / "faster.onnx")
     _, after = evaluate([model, tmp_path / "faster.onnx"], f"{images}:test,test_labels", CIFAR10)
     assert result.plan.macs_before / result.plan.macs == pytest.approx(2.2, abs=0.05)

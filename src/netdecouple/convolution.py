@@ -108,7 +108,7 @@ class ConvStage:
     def is_separable_with(self, other: ConvStage) -> bool:
         """Whether this is a depthwise stage and ``other`` the pointwise one behind it: one fused operator."""
         g, pointwise = self.geometry, other.geometry
-        plain = ConvGeometry(pointwise.n_o, g.n_o, 1, 1, groups=pointwise.groups)
+        plain = ConvGeometry(pointwise.n_o, pointwise.n_i, 1, 1, groups=pointwise.groups)
         return g.is_depthwise and other.channels is None and pointwise == plain
 
     def __call__(self, x: Array) -> Array:

@@ -114,9 +114,9 @@ def test_no_convolutions(refused, folder: Path):
 def test_nothing_to_decouple(refused, folder: Path):
     """Convolutions, but none that could be changed: the reasons are given."""
     b = Builder()
-    b.classifier(b.conv(b.conv("image", 3, 8, 1, "one"), 8, 8, 3, "two", group=8), 8)
+    b.classifier(b.conv(b.conv("image", 3, 3, 3, "one", group=3), 3, 6, 1, "two", group=3), 6)
     onnx.save(b.model(), folder / "net.onnx")
-    refused(RUN, "one: 1×1 convolution", "two: depthwise convolution")
+    refused(RUN, "one: depthwise convolution", "two: depthwise convolution", "logits: fully connected layer")
 
 
 def test_nothing_to_lower(refused):
@@ -217,7 +217,35 @@ def test_no_budget(refused):
 
 def test_budget_and_drop(refused):
     """Both at once."""
-    refused(changed(RUN, max_drop="1", labels="data.npz:images,labels"), "either", "--max-drop")
+    refused(
+        changed(RUN, max_drop="1", labels="data.npz:images,labels"), "give one of", "--macs", "--max-drop"
+    )
+
+
+def test_budget_and_method(refused):
+    """A rule for every layer leaves no choice that could meet a budget, or a drop."""
+    refused([*RUN, "--method", "nd-dp:T=2"], "give one of", "--macs", "--method")
+    drop = changed(RUN, macs=None, max_drop="1", labels="data.npz:images,labels")
+    refused([*drop, "--method", "nd-dp:T=2"], "give one of", "--max-drop", "--method")
+
+
+@pytest.mark.parametrize(
+    "method", ["nd:T=x", "nd:T=0", "nd:T=1.5", "nd", "", "nope:T=2", "sd:0x", "cd+nd:T=4"]
+)
+def test_method_nonsense(refused, method: str):
+    """It is quoted."""
+    refused(changed(RUN, macs=None, method=method), "--method", repr(method))
+
+
+def test_a_method_that_makes_no_layer_cheaper(refused):
+    """All terms there are cost more than the layers themselves."""
+    refused(changed(RUN, macs=None, method="nd-dp:T=9"), "--method", "no layer becomes cheaper")
+
+
+@pytest.mark.parametrize("families", ["nope", "nd,nope", "", "nd,", "nd-dp+sd", "sd+sd"])
+def test_families_nonsense(refused, families: str):
+    """The message shows how to write them."""
+    refused(changed(RUN, families=families), "--families", repr(families), "nd,sd,cd,cp")
 
 
 def test_drop_without_labels(refused):
@@ -409,7 +437,7 @@ APPLY = ["apply", "net.onnx", "plan.json", "-o", "out.onnx", "--calib", "data.np
 @pytest.fixture
 def plan(netdecouple, folder: Path) -> dict:
     """A plan for net.onnx, as data; plan.json holds it."""
-    ended = netdecouple(*changed(RUN, plan_out="plan.json"))
+    ended = netdecouple(*changed(RUN, plan_out="plan.json", families="nd-dp"))
     assert ended.code == 0, ended
     (folder / "out.onnx").unlink()
     return json.loads((folder / "plan.json").read_text())
@@ -485,10 +513,12 @@ def edit_layer(plan: dict, folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"terms": "many"},
-        {"ranks": 3},
-        {"ranks": [1, "two"]},
-        {"ranks": [-1, 1]},
+        {"sizes": "many"},
+        {"sizes": [1.5]},
+        {"channels": 3},
+        {"channels": [0, 1]},
+        {"channels": [[1, "two"]]},
+        {"channels": [[-1, 1]]},
         {"ridge": None},
         {"ridge": float("nan")},
         {"macs": -1},
@@ -504,12 +534,19 @@ def test_a_plan_with_layers_of_wrong_types(refused, folder: Path, plan: dict, ch
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ranks": [1, 2]},  # of another number of channels
-        {"ranks": [0] * 16},  # nothing at all
-        {"ranks": [99] * 16},  # more than there are
-        {"ranks": [], "terms": 0},
-        {"ranks": [], "terms": 10**9},
+        {"sizes": [3], "channels": [[0, 1]]},  # not as many as the size says
+        {"sizes": [3], "channels": [[0, 1, 16]]},  # one that is not there
+        {"sizes": [1], "channels": [[10**30]]},
+        {"sizes": [3], "channels": [[2, 1, 0]]},  # out of order
+        {"sizes": [99], "channels": [[0] * 99]},  # more terms than a channel has
+        {"sizes": [3], "channels": [[0, 1, 2], [0, 1, 2]]},  # of one application too many
+        {"sizes": [3, 3], "channels": []},
+        {"sizes": [], "channels": []},  # nothing at all
+        {"sizes": [0], "channels": []},
+        {"sizes": [10**9], "channels": []},
         {"family": "magic"},
+        {"family": "nd-dp+sd"},
+        {"family": "sd+nd-dp"},  # which has more sizes
     ],
 )
 def test_a_plan_that_makes_no_sense_for_the_layer(refused, folder: Path, plan: dict, changes: dict):
@@ -520,7 +557,7 @@ def test_a_plan_that_makes_no_sense_for_the_layer(refused, folder: Path, plan: d
 
 def test_a_plan_that_changes_a_layer_that_cannot_be(refused, folder: Path, plan: dict):
     """A fully connected layer with terms."""
-    plan["layers"][-1] |= {"family": "nd-dp", "terms": 3, "reason": ""}
+    plan["layers"][-1] |= {"family": "nd-dp", "sizes": [3], "reason": ""}
     (folder / "plan.json").write_text(json.dumps(plan))
     refused(APPLY, "logits")
 

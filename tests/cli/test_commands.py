@@ -86,7 +86,12 @@ def test_run_writes_plan_and_report(netdecouple, folder: Path):
     plan = json.loads((folder / "plan.json").read_text())
     report = json.loads((folder / "report.json").read_text())
     assert [row["name"] for row in plan["layers"]] == ["conv1", "conv2", "conv3", "logits"]
-    assert [row["macs"] for row in plan["layers"]] == [row["macs"] for row in report["layers"]]
+    for planned, written in zip(plan["layers"], report["layers"], strict=True):
+        for field in ("name", "family", "reason", "sizes", "macs_before", "parameters_before"):
+            assert planned[field] == written[field]
+        # filters that nobody reads are not written
+        assert 0 < written["macs"] <= planned["macs"]
+        assert 0 < written["parameters"] <= planned["parameters"]
     assert report["macs"] == total_macs(folder / "out.onnx")
     assert report["macs_before"] == total_macs(folder / "net.onnx")
     metadata = {entry.key: entry.value for entry in onnx.load(folder / "out.onnx").metadata_props}
@@ -220,6 +225,32 @@ def test_run_as_published(netdecouple, folder: Path):
     assert more > 0.6 * total_macs(folder / "net.onnx") >= total_macs(folder / "out.onnx")
 
 
+def test_run_keeps_to_the_families_it_may_use(netdecouple, folder: Path):
+    """No layer is changed in any other way, and the budget holds."""
+    assert netdecouple(*RUN, "--families", "sd", "--plan-out", "plan.json").code == 0
+    rows = json.loads((folder / "plan.json").read_text())["layers"]
+    assert {row["family"] for row in rows} == {"sd", "kept"}
+    assert total_macs(folder / "out.onnx") <= total_macs(folder / "net.onnx") / 2
+
+
+def test_run_follows_a_method(netdecouple, folder: Path):
+    """T = 2 means two terms for every channel of every layer but the first convolution, which is kept."""
+    arguments = ["run", "net.onnx", "-o", "out.onnx", "--method", "nd-dp:T=2", "--data-free"]
+    ended = netdecouple(*arguments, "--plan-out", "plan.json")
+    assert (ended.code, ended.err) == (0, "")
+    rows = {row["name"]: row for row in json.loads((folder / "plan.json").read_text())["layers"]}
+    assert [rows[name]["reason"] for name in ("conv1", "logits")] == [
+        "first convolution",
+        "fully connected layer",
+    ]
+    for name, n_i in (("conv2", 12), ("conv3", 16)):
+        assert (rows[name]["family"], rows[name]["sizes"]) == ("nd-dp", [2 * n_i])
+        assert rows[name]["channels"] == [sorted([*range(n_i)] * 2)]
+    kept = 20736 + 160  # conv1 and logits
+    # 12 → 16 and 16 → 16 channels, both of 4 × 4
+    assert total_macs(folder / "out.onnx") == kept + 16 * 2 * (12 * (9 + 16) + 16 * (9 + 16))
+
+
 def test_run_keeps_to_an_allowed_drop(netdecouple, folder: Path):
     """Accuracy measured on the labels falls by no more than allowed, and the network gets smaller."""
     images = np.load(folder / "data.npz")["images"]
@@ -266,6 +297,30 @@ def test_apply_reproduces_the_file(netdecouple, folder: Path, more: list[str]):
     assert ended.code == 0, ended
     assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
     assert json.loads((folder / "r.json").read_text())["model"] == "net.onnx"
+
+
+@pytest.mark.parametrize(
+    ("more", "families"),
+    [
+        (["--macs", "4x", "--families", "cd,sd,cp,nd"], None),
+        (["--macs", "60%", "--families", "cd,sd,cp,nd", "--data-free"], None),
+        (["--macs", "3x", "--families", "cd+nd-dp"], {"cd+nd-dp"}),
+        (["--macs", "2x", "--families", "cp+nd-dp"], {"cp+nd-dp"}),
+        (["--method", "cd+sd:50%"], {"cd+sd"}),
+        (["--method", "nd-pd:T=2"], {"nd-pd"}),
+    ],
+)
+def test_apply_reproduces_every_family(netdecouple, folder: Path, more: list[str], families: set[str] | None):
+    """Byte for byte, whatever was done to the layers."""
+    arguments = ["run", "net.onnx", "-o", "out.onnx", "--calib", "data.npz:images", *more]
+    ended = netdecouple(*arguments, "--plan-out", "plan.json")
+    assert ended.code == 0, ended
+    found = {row["family"] for row in json.loads((folder / "plan.json").read_text())["layers"]} - {"kept"}
+    assert found
+    assert families is None or found == families
+    ended = netdecouple("apply", "net.onnx", "plan.json", "-o", "again.onnx", "--calib", "data.npz:images")
+    assert ended.code == 0, ended
+    assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
 
 
 def test_apply_without_data(netdecouple, folder: Path):

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -20,28 +21,22 @@ from tests.planning.layers import conv, linear
 def report() -> Report:
     layers = {la.name: la for la in (conv("/net/conv1/Conv", 8, 16, 10), linear("fc", 16, 10))}
     first = layers["/net/conv1/Conv"]
+    channels = np.arange(8).repeat([2] * 4 + [3] * 4)
+    costs = (first.macs, 50_000, first.parameters, 516, 0.05, 0.1)
     rows = (
-        LayerPlan(
-            first.name,
-            "Conv",
-            "nd-dp",
-            "",
-            20,
-            (2,) * 4 + (3,) * 4,
-            0.01,
-            first.macs,
-            50_000,
-            first.parameters,
-            516,
-            0.05,
-            0.1,
-        ),
-        LayerPlan("fc", "Gemm", "kept", "fully connected layer", 0, (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
+        LayerPlan(first.name, "Conv", "nd-dp", "", (20,), (tuple(channels.tolist()),), 0.01, *costs),
+        LayerPlan("fc", "Gemm", "kept", "fully connected layer", (), (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
     )
     plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
     applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
     agreement = Agreement(10, "kl", 0.012, 0.1, 0.9)
-    return Report("net.onnx", "0.1.0", plan.budget, layer_reports(layers, applied), agreement, 1e-7, None, ())
+    written = [  # the last filters of the convolution are read by nobody
+        replace(conv(f"{first.name}/depthwise0", 20, 20, 10, groups=20), macs=18_000, parameters=180),
+        replace(conv(f"{first.name}/pointwise1", 20, 15, 10, k=1), macs=30_000, parameters=315),
+        replace(linear("fc", 15, 10), macs=150, parameters=160),
+    ]
+    rows_told = layer_reports(layers, applied, written)
+    return Report("net.onnx", "0.1.0", plan.budget, rows_told, agreement, 1e-7, None, ())
 
 
 def text(report: Report) -> str:
@@ -53,8 +48,9 @@ def text(report: Report) -> str:
 def test_json_has_the_totals_and_every_layer(report: Report) -> None:
     data = json.loads(report.to_json())
     assert data["macs_before"] == 8 * 16 * 9 * 100 + 160
-    assert data["macs"] == 50_160
+    assert data["macs"] == 48_000 + 150
     assert [layer["name"] for layer in data["layers"]] == ["/net/conv1/Conv", "fc"]
+    assert data["layers"][0]["sizes"] == [20]
     assert data["layers"][0]["terms_per_channel"] == [2, 3]
     assert data["layers"][0]["measured_error"] == 0.06
     assert data["layers"][1]["reason"] == "fully connected layer"
@@ -63,11 +59,64 @@ def test_json_has_the_totals_and_every_layer(report: Report) -> None:
 def test_text_says_gain_loss_and_why(report: Report) -> None:
     shown = text(report)
     assert "net/conv1/Conv" in shown
-    assert "2–3" in shown
+    assert "20 (2–3 each)" in shown
     assert "kept: fully connected layer" in shown
-    assert "2.30× fewer" in shown
+    assert "2.40× fewer" in shown
     assert "same class on 90.0%" in shown
     assert "on 10 held-back images" in shown
+
+
+def test_costs_are_those_of_what_was_written(report: Report) -> None:
+    """The plan has counted filters that nobody reads any more; stages are named after their layer."""
+    first, fc = report.layers
+    assert (first.macs, first.parameters) == (18_000 + 30_000, 180 + 315)
+    assert (fc.macs_before, fc.macs, fc.parameters_before, fc.parameters) == (160, 150, 170, 160)
+
+
+def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
+    """A layer may be named like the folder of another one's stages, and like another one's beginning."""
+    layers = {name: conv(name, 8, 16, 10) for name in ("block", "block/conv", "block/conv1")}
+    rows = tuple(
+        LayerPlan(name, "Conv", "kept", "", (), (), 0.0, la.macs, la.macs, 1, 1, 0.0, 0.0)
+        for name, la in layers.items()
+    )
+    plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
+    written = [
+        replace(conv(name, 8, 8, 10), macs=macs)
+        for name, macs in {
+            "block": 1,
+            "block/conv/conv0": 10,
+            "block/conv/conv1": 100,
+            "block/conv1": 1000,
+        }.items()
+    ]
+    found = layer_reports(layers, Applied(plan, {}, {}, {}), written)
+    assert [layer.macs for layer in found] == [1, 110, 1000]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "channels", "shown"),
+    [
+        ("cd+nd-dp", (5, 12), ((), (0,) * 12), "5 12"),
+        ("cp", (6,), ((0, 1, 2, 5, 6, 7),), "6"),
+        ("nd-dp", (16,), (tuple(range(8)) * 2,), "16 (2 each)"),
+        ("nd-dp", (16,), (), "16"),
+    ],
+)
+def test_sizes_of_every_family_in_turn_are_shown(
+    report: Report, family: str, sizes: tuple[int, ...], channels: tuple[tuple[int, ...], ...], shown: str
+) -> None:
+    layer = conv("c", 8, 16, 10)
+    costs = (layer.macs, 50_000, layer.parameters, 516, 0.05, 0.1)
+    row = LayerPlan("c", "Conv", family, "", sizes, channels, 0.01, *costs)
+    plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", (row,))
+    rows = layer_reports({"c": layer}, Applied(plan, {}, {}, {}), [replace(layer, name="c/conv0")])
+    assert rows[0].sizes == sizes
+    lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]
+    (line,) = [line for line in lines if line.startswith("c ")]
+    assert f"  {family} " in line
+    assert f" {shown}  " in line
+    assert "sd and cd: channels in between, cp: channels kept" in "\n".join(lines)
 
 
 def test_a_layer_with_few_samples_is_pointed_out(report: Report) -> None:

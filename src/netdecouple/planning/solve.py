@@ -158,7 +158,7 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
     """
     layers = analysis.network.layers
     first = first_convolution(layers)
-    deepest = max(_common_rank(la, c) for la in layers for c in _found(analysis, la))
+    deepest = max((_common_rank(la, c) for la in layers for c in _found(analysis, la)), default=0)
     for rank in range(deepest, 0, -1):
         rows, costs = [], [0.0] * len(budgets)
         for layer in layers:
@@ -250,7 +250,7 @@ def _plan(analysis: Analysis, rows: Sequence[LayerPlan], budget: str) -> Plan:
         settings.seed,
         analysis.loss,
         settings.data_free,
-        settings.uniform_rank,
+        settings.uniform_rank or (settings.rule is not None and settings.rule.is_uniform),
         budget,
         tuple(rows),
     )

@@ -15,10 +15,11 @@ from netdecouple.families.combined import method, methods
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
-from tests.families.base import aware_problem
+from tests.families.base import data_free_problem
 from tests.families.test_combined import steps_of
-from tests.strategies import images
+from tests.strategies import geometries, images
 
+METHODS = (*methods(["all"]), "cd+nd-pd")
 WRITTEN = [form for form in FORMS if form != "fused" or kernels.available()]
 
 
@@ -156,28 +157,45 @@ def test_other_chains_are_written_too(form: Form):
     np.testing.assert_allclose(computed(factorization, form, x), factorization(x), atol=1e-4)
 
 
+def fitted(name: str, g: ConvGeometry, seed: int, share: float) -> Factorization:
+    """What a method makes of a random kernel, with a bias."""
+    return method(name, rounds=0).fit(data_free_problem(g, seed), steps_of(name, g, share))[0]
+
+
 @pytest.mark.parametrize("form", WRITTEN)
-@pytest.mark.parametrize("name", [*methods(["all"]), "cd+nd-pd"])
-def test_every_combination_of_families_is_written_as_it_computes(name: str, form: Form) -> None:
-    """Strides, pads, dilations and groups go to the stages that they belong to."""
-    for g in (
-        ConvGeometry(6, 4, 3, 3, (2, 1), (1, 2, 0, 1), (1, 2)),
-        ConvGeometry(6, 4, 3, 5, (2, 1), (1, 2, 0, 1), (2, 1), 2),
-    ):
-        fitted, _ = method(name).fit(aware_problem(g, 0), steps_of(name, g, 0.6))
-        x = images(g, 0).astype(np.float32)
-        expected = fitted(x.astype(np.float64))
-        found = computed(fitted.astype(np.float32), form, x)
-        np.testing.assert_allclose(found, expected, atol=3e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("name", METHODS)
+def test_every_combination_of_families_is_written(name: str, form: Form):
+    """Any kernel, strides, pads, dilations and groups, at any size, with a bias."""
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.floats(0.2, 1))
+    @settings(max_examples=8, deadline=None)
+    def check(g: ConvGeometry, seed: int, share: float) -> None:
+        factorization = fitted(name, g, seed, share).astype(np.float32)
+        x = images(g, seed).astype(np.float32)
+        expected = factorization(x)
+        np.testing.assert_allclose(
+            computed(factorization, form, x), expected, atol=1e-5 * max(1.0, np.abs(expected).max())
+        )
+
+    check()
 
 
-@pytest.mark.skipif("fused" not in WRITTEN, reason="the fused operator was not built")
 @pytest.mark.parametrize(
-    ("name", "operators"), [("sd+nd-dp", 2), ("cd+nd-dp", 1), ("cd+sd+nd-dp", 2), ("sd", 0)]
+    ("name", "expected"),
+    [
+        ("nd-dp", ["DecoupledConv"]),
+        ("sd+nd-dp", ["DecoupledConv", "DecoupledConv"]),
+        ("cp+nd-dp", ["DecoupledConv"]),
+        ("cd+nd-dp", ["DecoupledConv", "Conv"]),
+        ("cd+sd+cp+nd-dp", ["DecoupledConv", "DecoupledConv", "Conv"]),
+        ("nd-pd", ["Conv", "Conv"]),
+        ("sd", ["Conv", "Conv"]),
+        ("cd", ["Conv", "Conv"]),
+        ("cp", ["Gather", "Conv"]),
+    ],
 )
-def test_every_separable_pair_of_a_chain_is_fused(name: str, operators: int) -> None:
-    g = ConvGeometry(12, 10, 3, 3, pads=(1, 1, 1, 1))
-    fitted, _ = method(name).fit(aware_problem(g, 0), steps_of(name, g, 0.6))
-    nodes, _ = emit(fitted, "layer", "x", "y", "fused")
-    assert sum(node.domain == DOMAIN for node in nodes) == operators
-    assert "Concat" not in [node.op_type for node in nodes]
+def test_every_depthwise_stage_is_fused_with_the_pointwise_one_behind_it(name: str, expected: list[str]):
+    """Wherever in a chain the two stand; nothing else is fused."""
+    nodes, _ = emit(fitted(name, ConvGeometry(12, 10, 3, 3), 0, 0.4), "layer", "x", "y", "fused")
+    assert [node.op_type for node in nodes] == expected
+    assert len({node.name for node in nodes}) == len(nodes)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem, decoupling
+from netdecouple.families.combined import Step, method
 from netdecouple.frontends.onnx.emission import emit
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import read_model, up_to
@@ -220,7 +221,7 @@ def test_absorbing_again_changes_nothing() -> None:
 
 
 def decoupled(make: Callable[[], onnx.ModelProto], form: Any) -> tuple[onnx.ModelProto, np.ndarray]:
-    """A network with every k×k layer that can be decoupled in one form, without any loss; and images for it."""
+    """A network with every k×k layer that can be changed in one form, without any loss; and images for it."""
     images = networks.images_for(make())
     network = OnnxNetwork(read_model(make()), images)
     exact = {}
@@ -242,6 +243,24 @@ def test_whole_networks_compute_the_same(network_maker: Callable[[], onnx.ModelP
         )
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 1))
+
+
+def test_chains_of_fused_operators_absorb_only_at_their_end() -> None:
+    """Space, then both stages decoupled: two operators per layer, and the activation is in the second."""
+    images = networks.images_for(networks.residual())
+    network = OnnxNetwork(read_model(networks.residual()), images)
+    chosen = {}
+    for layer in network.layers:
+        g = layer.geometry
+        if g is not None and not layer.reason and min(g.kh, g.kw) > 1:
+            problem = Problem.data_free(g, layer.weight, layer.bias)
+            chain = method("sd+nd-dp", rounds=0)
+            chosen[layer.name], _ = chain.fit(problem, [Step(size) for size in chain.exact(g)])
+    model = network.decoupled(chosen, dict.fromkeys(chosen, "fused"))
+    assert [n.op_type for n in model.graph.node].count("DecoupledConv") == 2 * len(chosen)
+    assert "Relu" not in [n.op_type for n in model.graph.node]
+    found, expected = network.run_model(model, images)[0], network.run(images)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_residual_blocks_become_one_operator_each() -> None:

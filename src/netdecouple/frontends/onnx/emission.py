@@ -141,7 +141,7 @@ def _label(stage: ConvStage, index: int) -> str:
 def _spreads(stage: ConvStage, rest: Sequence[ConvStage], form: Form) -> bool:
     """Whether a depthwise stage is written level by level: what follows must not mind the order."""
     g = stage.geometry
-    simple = stage.channels is not None and g.n_o == g.groups
+    simple = stage.channels is not None and g.n_o == g.n_i == g.groups
     return form != "gather" and simple and bool(rest) and rest[0].geometry.groups == 1
 
 

@@ -32,7 +32,8 @@ def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Non
         for tensor in reads(node):
             readers.setdefault(tensor, []).append(index)
     dropped: set[int] = set()
-    for index in [i for i, n in enumerate(nodes) if is_fused(n)]:
+    # one in the middle of a chain of stages has no known shape, and nothing to absorb
+    for index in [i for i, n in enumerate(nodes) if is_fused(n) and n.output[0] in shapes]:
         at, shape = index, shapes[nodes[index].output[0]]
         while (output := nodes[at].output[0]) not in kept and len(readers.get(output, [])) == 1:
             follower = readers[output][0]
