@@ -15,7 +15,7 @@ from netdecouple.api import evaluate, inspect
 from netdecouple.errors import BudgetError, CalibrationError, PlanError
 from netdecouple.families.combined import methods
 from netdecouple.planning.candidates import Rule
-from tests.networks import Builder
+from tests.networks import Builder, classifier, images_for
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 MODEL, CALIB, LABELS = (
@@ -140,6 +140,11 @@ def test_the_published_method_has_one_rank_and_keeps_the_first_layer() -> None:
     assert len(ranks) == 1
     assert paper.plan.layers[0].family == "kept"
     assert paper.report.agreement is None  # there was nothing to compare on
+    rule = Rule("nd-dp", "size", ranks.pop())
+    ruled = netdecouple.decouple(MODEL, settings=Settings(data_free=True, rule=rule))
+    assert [(r.family, r.sizes, r.channels, r.macs) for r in ruled.plan.layers] == [
+        (r.family, r.sizes, r.channels, r.macs) for r in paper.plan.layers
+    ]
 
 
 def test_a_rule_is_followed_in_every_layer_but_the_first() -> None:
@@ -156,6 +161,48 @@ def test_a_rule_is_followed_in_every_layer_but_the_first() -> None:
             for la, row in zip(inspect(MODEL).layers, result.plan.layers, strict=True)
         )
     )
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "sizes"),
+    [
+        ("nd:T=2", {"conv2": (24,), "conv3": (32,)}),
+        ("nd-pd:T=1", {"conv2": (1,), "conv3": (1,)}),
+        ("cp:channels=7", {"conv2": (7,), "conv3": (7,)}),
+        ("cd:rank=5", {"conv2": (5,), "conv3": (5,)}),
+        ("cd+sd+nd:60%", {}),
+        ("nd:energy=0.6", {}),
+    ],
+)
+def test_every_kind_of_rule_is_followed(
+    rule: str, sizes: dict[str, tuple[int, ...]], data_free: bool
+) -> None:
+    """And when it is carried out again from the plan."""
+    model = classifier()
+    images, settings = images_for(model, 20), Settings(data_free=data_free, rule=Rule.parse(rule))
+    result = netdecouple.decouple(model, images, settings=settings)
+    rows = {row.name: row for row in result.plan.layers if row.changed}
+    assert set(rows) == {"conv2", "conv3"}
+    for name, row in rows.items():
+        assert row.family == settings.rule.method
+        assert row.sizes == sizes.get(name, row.sizes)
+        if settings.rule.kind == "share":
+            assert row.macs <= settings.rule.value * row.macs_before
+        elif row.family == "nd-dp":
+            assert len(set(np.bincount(row.channels[0]))) == 1
+    again = netdecouple.apply_plan(model, result.plan, images)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(
+        deterministic=True
+    )
+
+
+def test_a_layer_that_a_rule_makes_no_cheaper_is_kept() -> None:
+    """At stride 2, a pointwise stage in front costs four times what it costs behind."""
+    settings = Settings(data_free=True, rule=Rule.parse("nd-pd:T=3"))
+    rows = netdecouple.decouple(classifier(), settings=settings).plan.layers
+    assert [(row.name, row.family) for row in rows[1:3]] == [("conv2", "kept"), ("conv3", "nd-pd")]
+    assert rows[1].reason == "nothing costs less than the layer itself"
 
 
 def test_a_network_none_of_whose_layers_takes_one_rank_is_refused_as_published() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,6 +131,22 @@ def test_a_depthwise_stage_and_the_pointwise_one_behind_it_are_separable() -> No
     assert not ConvStage(dense, kernel(dense, 0)).is_separable_with(
         ConvStage(pointwise, kernel(pointwise, 0))
     )
+
+
+def test_a_factorization_is_separable_if_its_stages_are_and_fit_it() -> None:
+    """The fused operator takes kernel, strides, pads, dilations and outputs from the whole layer."""
+    g = ConvGeometry(5, 3, 3, 2, (2, 1), (1, 0, 1, 0))
+    depthwise = replace(g, n_o=6, n_i=6, groups=6)
+    pointwise = ConvGeometry(5, 6, 1, 1)
+    stages = (
+        ConvStage(depthwise, kernel(depthwise, 0), np.array([0, 0, 1, 1, 2, 2])),
+        ConvStage(pointwise, kernel(pointwise, 0)),
+    )
+    assert Factorization(g, stages).is_separable
+    assert not Factorization(g, stages[:1]).is_separable
+    assert not Factorization(g, (*stages, stages[1])).is_separable
+    for other in ({"kh": 5}, {"strides": (1, 1)}, {"pads": (0, 0, 0, 0)}, {"dilations": (2, 1)}, {"n_o": 6}):
+        assert not Factorization(replace(g, **other), stages).is_separable
 
 
 @pytest.mark.parametrize("bad", [{"groups": 3}, {"strides": (0, 1)}, {"n_o": 0}])

@@ -201,7 +201,11 @@ class Factorization:
     @property
     def is_separable(self) -> bool:
         """Whether this is a depthwise stage and then a pointwise one, as one fused operator computes them."""
-        return len(self.stages) == 2 and self.stages[0].is_separable_with(self.stages[1])
+        if len(self.stages) != 2 or not self.stages[0].is_separable_with(self.stages[1]):
+            return False
+        g, (first, last) = self.geometry, (stage.geometry for stage in self.stages)
+        same = first == replace(g, n_o=first.n_o, n_i=first.n_i, groups=first.groups)
+        return same and (last.n_o, last.groups) == (g.n_o, g.groups)
 
     @property
     def parameters(self) -> int:
