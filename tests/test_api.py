@@ -262,3 +262,9 @@ def test_the_original_is_never_changed() -> None:
 def test_what_cannot_be_done_is_said(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         netdecouple.decouple(MODEL, **({"calib": CALIB, "samples": 40} | arguments))
+
+
+@pytest.mark.parametrize("families", [(), ("nope",), ("nd+cd",)])
+def test_families_that_make_no_sense_are_refused(families: tuple[str, ...]) -> None:
+    with pytest.raises(BudgetError, match="--families"):
+        netdecouple.decouple(MODEL, macs=0.5, settings=Settings(data_free=True, families=families))

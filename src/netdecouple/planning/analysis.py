@@ -11,9 +11,8 @@ import numpy as np
 from netdecouple import threads
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem
-from netdecouple.families.combined import methods
 from netdecouple.frontends import Array, Layer, Network
-from netdecouple.planning.candidates import LayerCandidates, Rule, candidates, smallest
+from netdecouple.planning.candidates import LayerCandidates, Rule, candidates, parse_families, smallest
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
@@ -128,7 +127,11 @@ def _weigh(
     progress: Progress,
 ) -> Iterator[LayerCandidates]:
     """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
-    names = ("nd-dp",) if settings.data_free and settings.uniform_rank else methods(settings.families)
+    names = (
+        ("nd-dp",)
+        if settings.data_free and settings.uniform_rank
+        else parse_families(",".join(settings.families))
+    )
     options = (names, settings.uniform_rank, probes, settings.rule)
     if settings.data_free:
         for layer in layers:
