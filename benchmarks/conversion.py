@@ -80,6 +80,7 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
 def main(
     images: Annotated[int, typer.Option(help="Calibration images.")] = 256,
     macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "50%",
+    families: Annotated[str, typer.Option(help="As in `netdecouple run`.")] = "all",
 ) -> None:
     """Convert the network in a process of its own and print its time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,14 +99,17 @@ def main(
             str(data),
         ]
         start = time.perf_counter()
-        done = subprocess.run([*command, "--macs", macs, "--samples", str(images)], check=False)
+        command += ["--macs", macs, "--samples", str(images), "--families", families]
+        done = subprocess.run(command, check=False)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1 << 20)
         table = Table(title="VGG16-shaped network, 224 × 224, random weights")
-        for column in ("images", "MACs", "exit code", "minutes", "peak GiB", "file MB"):
+        for column in ("families", "images", "MACs", "exit code", "minutes", "peak GiB", "file MB"):
             table.add_column(column, justify="right")
         size = f"{output.stat().st_size / 1e6:.0f}" if output.exists() else "–"
-        table.add_row(str(images), macs, str(done.returncode), f"{seconds / 60:.1f}", f"{peak:.1f}", size)
+        table.add_row(
+            families, str(images), macs, str(done.returncode), f"{seconds / 60:.1f}", f"{peak:.1f}", size
+        )
         Console().print(table)
 
 
