@@ -91,7 +91,7 @@ def decouple(
         latency: the share of its time that the network may still take, for one input in ``runtime``.
         max_drop: instead of a budget, the points of top-1 accuracy that may be lost on ``labels``
             (FILE.npz:IMAGES,LABELS); the smallest network within them is searched for.
-        settings: layers to leave alone, how to fit, seed.
+        settings: layers to leave alone, families to choose from or one rule for all layers, how to fit, seed.
         emit: "standard" writes standard operators, "fused" netdecouple's own, which is faster and which ONNX
             Runtime is taught with `netdecouple.kernels.register`.
         runtime: "onnxruntime" or "openvino". Named, or with ``latency``, the standard operators that a layer

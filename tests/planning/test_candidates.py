@@ -19,6 +19,7 @@ from netdecouple.planning.candidates import (
     candidates,
     parse_families,
 )
+from tests.families.base import aware_problem
 from tests.planning.layers import conv
 from tests.strategies import kernel
 
@@ -107,6 +108,15 @@ def test_uniform_sizes_are_whole_ranks() -> None:
 def test_a_layer_that_nothing_makes_cheaper_has_no_candidates() -> None:
     """64 → 1: one rank for all channels costs more than the layer."""
     assert data_free(conv("last", 64, 1, 8), ("nd-dp",), True).candidates == ()
+
+
+@pytest.mark.parametrize("names", [("nd-dp",), methods(["all"])])
+@pytest.mark.parametrize("layer", [conv("last", 64, 1, 8), conv("p", 16, 8, 8, k=1)])
+def test_one_rank_for_all_channels_may_be_too_much(layer: Layer, names: tuple[str, ...]) -> None:
+    """Fitted to data too, where a ridge has to be chosen first."""
+    problem = aware_problem(layer.geometry, 0)
+    found = candidates(layer, problem, problem.moments, names, True, 3)
+    assert "nd-dp" not in {c.method for c in found.candidates}
 
 
 def test_pointwise_layers_are_for_low_rank_and_pruning() -> None:

@@ -247,7 +247,7 @@ def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[
 
     def fit(problem: Problem) -> Factorization:
         g = problem.geometry
-        (size,) = sizes_for(family, g, layer.size, PROBES[1:2]) or [1]
+        (size,) = sizes_for(family, g, layer.size, PROBES[1:2]) or [family.grain(g)]
         return family.fit(problem, size)
 
     return fit
