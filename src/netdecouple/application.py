@@ -57,16 +57,12 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
     """Refuse what cannot be carried out, before any work."""
     if not row.changed:
         return
-    try:
-        chosen = method(row.family)
-    except ValueError as error:
-        raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
     if layer.geometry is None or layer.reason:
         raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
     if row.channels and len(row.channels) != len(row.sizes):
         raise PlanError(f"layer {row.name!r}: it has not as many channels as sizes; make the plan again")
     try:
-        chosen.structure(layer.geometry, row.steps)
+        method(row.family).structure(layer.geometry, row.steps)
     except ValueError as error:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 

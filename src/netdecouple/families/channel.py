@@ -32,9 +32,7 @@ class ChannelDecomposition(Family):
         )
 
     def curve(self, problem: Problem) -> Array:
-        energy = problem.once("cd", lambda: _components(problem))[0][:, : self.exact(problem.geometry)].sum(
-            axis=0
-        )
+        energy = _components(problem)[0][:, : self.exact(problem.geometry)].sum(axis=0)
         return np.maximum(1 - np.cumsum(np.concatenate([[0.0], energy])) / problem.power, 0.0)
 
     def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
