@@ -32,6 +32,8 @@ class Layer:
     bias: Array = field(default_factory=lambda: np.zeros(0, np.float32))  # (n_o,), zeros if it has none
     size: tuple[int, int] = (0, 0)  # h, w of its input
     reason: str = ""  # why it can never be decoupled; empty if it can
+    maps: float = 1.0  # of this size that it computes for one image: more if it is called several times
+    methods: tuple[str, ...] = ()  # the only ones that make sense for it; empty if all do
 
     @property
     def output_size(self) -> tuple[int, int]:

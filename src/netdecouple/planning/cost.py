@@ -42,7 +42,7 @@ class Macs:
         return layer.macs
 
     def decoupled(self, layer: Layer, candidate: Candidate) -> int:
-        return candidate.structure.macs(*layer.size)
+        return round(candidate.structure.macs(*layer.size) * layer.maps)
 
 
 class Parameters:
