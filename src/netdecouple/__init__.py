@@ -1,7 +1,8 @@
 """Make pretrained convolutional networks faster without training, by network decoupling."""
 
-from netdecouple.api import Result, apply_plan, decouple
+from netdecouple.api import Result
 from netdecouple.calibration import Preprocessing
+from netdecouple.doors import apply_plan, decouple, load, save
 from netdecouple.errors import NetDecoupleError
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
@@ -16,4 +17,6 @@ __all__ = [
     "__version__",
     "apply_plan",
     "decouple",
+    "load",
+    "save",
 ]

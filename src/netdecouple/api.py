@@ -187,14 +187,10 @@ def apply_plan(
         NetDecoupleError: as in `decouple`.
     """
     opened = read_model(model)
-    if plan.model != opened.fingerprint:
-        raise PlanError(
-            f"the plan was made for another model than {opened.origin} (their weights differ); "
-            "make a plan for this one with `netdecouple run --plan-out`"
-        )
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = _images(opened, calib, preprocessing, plan.samples, settings)
     network = OnnxNetwork(opened, images.images)
+    plan = plan.adopted(network.fingerprint, network.layers)
     inputs = Inputs.split(images.images, plan.seed)
     if inputs.fingerprint != plan.images:
         raise PlanError(

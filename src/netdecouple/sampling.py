@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.errors import CalibrationError
-from netdecouple.frontends import Array, Layer
+from netdecouple.frontends import Array, Images, Layer
 from netdecouple.moments import Moments
 
 HELD_BACK = 5  # one image in so many is never fitted on
@@ -21,13 +21,13 @@ FLOPS = 2.7e11  # … and the work per layer they may cost where they are not
 class Inputs:
     """Calibration images, shuffled once: those that are fitted on first, those held back last."""
 
-    images: Array  # (n, c, h, w)
+    images: Images
     fitted: int
     fingerprint: str
 
     @classmethod
-    def split(cls, images: Array, seed: int) -> Inputs:
-        """Shuffle and hold back a fifth.
+    def split(cls, images: Images, seed: int, fingerprint: str | None = None) -> Inputs:
+        """Shuffle and hold back a fifth. Without a ``fingerprint`` it is the numbers' hash.
 
         Raises:
             CalibrationError: fewer than ten images.
@@ -36,14 +36,16 @@ class Inputs:
             raise CalibrationError(
                 f"{len(images)} calibration images are too few; give a few hundred, at least 10"
             )
-        digest = hashlib.sha256(str(images.shape).encode())
-        for image in images:
-            digest.update(np.ascontiguousarray(image).tobytes())
+        if fingerprint is None:
+            digest = hashlib.sha256(str(images.shape).encode())
+            for image in images:
+                digest.update(np.ascontiguousarray(image).tobytes())
+            fingerprint = digest.hexdigest()
         order = np.random.default_rng(seed).permutation(len(images))
-        return cls(images[order], len(images) - len(images) // HELD_BACK, digest.hexdigest())
+        return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
 
     @property
-    def held_back(self) -> Array:
+    def held_back(self) -> Images:
         return self.images[self.fitted :]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from netdecouple.convolution import ConvGeometry, Factorization
 Array = NDArray[np.floating]
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
 Positions = Mapping[str, NDArray[np.int64]]
+Images = Any  # arrays (n, c, h, w), or a frontend's own samples: the engine counts, shuffles and cuts them
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class Network(Protocol):
         """Every layer that costs MACs, in the order they run."""
         ...
 
-    def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
+    def run(self, images: Images, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return the network's outputs, with some layers' weight and bias replaced."""
         ...
 
-    def observe(self, images: Array, positions: Positions) -> Iterator[Observation]:
+    def observe(self, images: Images, positions: Positions) -> Iterator[Observation]:
         """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
         ...
 
-    def walk(self, images: Array) -> Walk:
+    def walk(self, images: Images) -> Walk:
         """Start at the network's input, ready to be decoupled layer by layer."""
         ...

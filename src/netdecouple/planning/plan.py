@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,6 +13,7 @@ import numpy as np
 
 from netdecouple.errors import PlanError
 from netdecouple.families.combined import Step
+from netdecouple.frontends import Layer
 
 VERSION = 3
 
@@ -88,6 +89,27 @@ class Plan:
     @property
     def predicted_loss(self) -> float:
         return sum(layer.predicted_loss for layer in self.layers)
+
+    def adopted(self, fingerprint: str, layers: Sequence[Layer]) -> Plan:
+        """The same plan for one network that another front door has read; its layers have other names there.
+
+        Raises:
+            PlanError: it is not the network that the plan was made for.
+        """
+        if fingerprint == self.model:
+            return self
+        pairs = list(zip(self.layers, layers, strict=False))
+        alike = len(self.layers) == len(layers) and all(
+            row.macs_before == layer.macs and (not row.changed or row.parameters_before == layer.parameters)
+            for row, layer in pairs
+        )
+        if not alike or all(row.name == layer.name for row, layer in pairs):
+            raise PlanError(
+                "the plan was made for another model than this one (their weights or layers differ); "
+                "make a plan for this one"
+            )
+        rows = (replace(row, name=layer.name, operator=layer.operator) for row, layer in pairs)
+        return replace(self, model=fingerprint, layers=tuple(rows))
 
     def to_json(self, indent: int | None = 1) -> str:
         """The plan as text; equal plans give equal text."""

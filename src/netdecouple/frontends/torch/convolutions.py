@@ -1,0 +1,422 @@
+"""PyTorch's convolutions as the 2-D convolutions the engine knows, and factorizations of them as modules.
+
+One dimension is two with a height of one. Of three, the last two are folded into one: a kernel
+(kt, kh, kw) is (kt, kh·kw) and reads every output pixel's own kh·kw inputs, side by side. A transposed
+convolution is a plain one of the input with zeros between its pixels, its kernel turned round
+(Dumoulin and Visin 2016, section 4).
+"""
+
+# mypy: allow-subclassing-any, disable-error-code="no-any-return,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from netdecouple import kernels
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.frontends import Array
+from netdecouple.kernels.torch import decoupled_conv
+
+Ints = tuple[int, ...]
+KINDS = {
+    nn.Conv1d: (1, False),
+    nn.Conv2d: (2, False),
+    nn.Conv3d: (3, False),
+    nn.ConvTranspose1d: (1, True),
+    nn.ConvTranspose2d: (2, True),
+    nn.ConvTranspose3d: (3, True),
+}
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
+LAYERS = (*KINDS, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One of PyTorch's convolutions, or a linear layer: everything about it but its numbers."""
+
+    n_o: int
+    n_i: int
+    kernel: Ints  # one entry per dimension; none for a linear layer
+    strides: Ints = ()
+    before: Ints = ()  # padding, first and last end of every dimension
+    after: Ints = ()
+    dilations: Ints = ()
+    groups: int = 1
+    mode: str = "zeros"
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Convolution:
+        """Read a module's attributes; ``padding`` may be "same" or "valid"."""
+        if isinstance(module, nn.Linear):
+            return cls(module.out_features, module.in_features, ())
+        conv: Any = module
+        _, transposed = _kind(module)
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if conv.padding == "same":
+            before, after = [r // 2 for r in reach], [r - r // 2 for r in reach]
+        elif conv.padding == "valid":
+            before = after = [0] * len(reach)
+        else:
+            before = after = list(conv.padding)
+        if transposed:  # of the plain convolution that it is
+            before = [r - p for r, p in zip(reach, before, strict=True)]
+            after = [b + extra for b, extra in zip(before, conv.output_padding, strict=True)]
+        return cls(
+            conv.out_channels,
+            conv.in_channels,
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(before),
+            tuple(after),
+            tuple(conv.dilation),
+            conv.groups,
+            conv.padding_mode,
+            transposed,
+        )
+
+    @property
+    def operator(self) -> str:
+        """The name of the module that computes it."""
+        if not self.kernel:
+            return "Linear"
+        return f"Conv{'Transpose' if self.transposed else ''}{len(self.kernel)}d"
+
+    @property
+    def refusal(self) -> str:
+        """Why it can never be decoupled; empty if it can."""
+        if self.groups == self.n_i and self.kernel:
+            return "depthwise convolution" if self.n_i > 1 else "reads a single channel"
+        if self.transposed and len(self.kernel) > 2:
+            return "transposed convolution in three dimensions"
+        if min((*self.before, *self.after), default=0) < 0:
+            return "negative padding"
+        return ""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What makes sense for it: pricing all else by its 2-D picture would be wrong."""
+        if not self.kernel:
+            return ("cd",)
+        if self.transposed and max(self.strides) > 1:
+            return ("nd-pd", "cp")  # the others compute their last stage at the output's resolution
+        return ()
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The 2-D convolution that the engine takes it for."""
+        rank = len(self.kernel)
+        if not rank:
+            return ConvGeometry(self.n_o, self.n_i, 1, 1)
+        kernel, dilations = self.kernel, self.dilations
+        strides = (1,) * rank if self.transposed else self.strides
+        before, after = (self.before, self.after) if self.mode == "zeros" else ((0,) * rank, (0,) * rank)
+        if rank == 1:
+            kernel, strides, dilations = ((1, *t) for t in (kernel, strides, dilations))
+            before, after = (0, *before), (0, *after)
+        if rank == 3:
+            taps = kernel[1] * kernel[2]
+            kernel, strides, dilations = (kernel[0], taps), (strides[0], taps), (dilations[0], 1)
+            before, after = (before[0], 0), (after[0], 0)
+        (kh, kw), (sh, sw), (dh, dw), (top, left), (bottom, right) = (
+            kernel,
+            strides,
+            dilations,
+            before,
+            after,
+        )
+        return ConvGeometry(
+            self.n_o, self.n_i, kh, kw, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups
+        )
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Size of the output map for an input map."""
+        steps = (1,) * len(size) if self.transposed else self.strides
+        stuffed = self._stuffed(size)
+        return tuple(
+            (n + b + a - d * (k - 1) - 1) // s + 1
+            for n, b, a, d, k, s in zip(
+                stuffed, self.before, self.after, self.dilations, self.kernel, steps, strict=True
+            )
+        )
+
+    def _stuffed(self, size: Sequence[int]) -> Ints:
+        if not self.transposed:
+            return tuple(size)
+        return tuple((n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True))
+
+    def size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Size of the input map in the engine's 2-D picture."""
+        rank = len(self.kernel)
+        if not rank:
+            return (1, 1)
+        seen = self._stuffed(size)
+        if self.mode != "zeros":
+            seen = tuple(n + b + a for n, b, a in zip(seen, self.before, self.after, strict=True))
+        if rank == 1:
+            return (1, seen[0])
+        if rank == 3:
+            out = self.output_size(size)
+            return (seen[0], out[1] * out[2] * self.kernel[1] * self.kernel[2])
+        return (seen[0], seen[1])
+
+    def macs(self, size: Sequence[int]) -> int:
+        """MACs for one input map."""
+        pixels = size if self.transposed else self.output_size(size)
+        return self.n_o * self.n_i // self.groups * math.prod(self.kernel) * math.prod(pixels)
+
+    def kernel_of(self, weight: Array) -> Array:
+        """Write PyTorch's weight as the engine's (n_o, n_i / groups, kh, kw)."""
+        if self.transposed:
+            weight = _turned(weight, self.groups)
+        return np.ascontiguousarray(weight.reshape(self.geometry.weight_shape))
+
+    def weight_of(self, kernel: Array) -> Array:
+        """Write the engine's kernel as PyTorch's weight: the inverse of `kernel_of`."""
+        if not self.kernel:
+            return kernel[:, :, 0, 0]
+        weight = kernel.reshape(self.n_o, self.n_i // self.groups, *self.kernel)
+        return np.ascontiguousarray(_turned(weight, self.groups) if self.transposed else weight)
+
+    def patches(self, x: Array, positions: NDArray[np.int64]) -> Array:
+        """Gather receptive fields of (n, n_i, *size) maps at flat output positions (n, p).
+
+        The result is (n·p, groups, n_i / groups · taps), in the order of the engine's kernel.
+        """
+        n, p = positions.shape
+        rank = len(self.kernel)
+        if not rank:
+            return x.reshape(n, 1, -1).repeat(p, axis=0)
+        if self.transposed:
+            stuffed = np.zeros((*x.shape[:2], *self._stuffed(x.shape[2:])), x.dtype)
+            stuffed[(..., *_every(self.strides))] = x
+            x = stuffed
+        if any((*self.before, *self.after)):
+            ends = ((0, 0), (0, 0), *zip(self.before, self.after, strict=True))
+            mode: Any = MODES[self.mode]
+            x = np.pad(x, ends, mode)
+        spans = tuple(d * (k - 1) + 1 for d, k in zip(self.dilations, self.kernel, strict=True))
+        windows = sliding_window_view(x, spans, axis=tuple(range(2, 2 + rank)))
+        steps = (1,) * rank if self.transposed else self.strides
+        windows = windows[(slice(None), slice(None), *_every(steps), *_every(self.dilations))]
+        places: Any = np.unravel_index(positions, windows.shape[2 : 2 + rank])
+        picked = windows[(np.arange(n)[:, None], slice(None), *places)]  # (n, p, c, *kernel)
+        return picked.reshape(n * p, self.groups, -1)
+
+    def modules(self, structure: Structure) -> Iterator[nn.Module]:
+        """Make the modules of a factorization's stages, with numbers yet to be filled in."""
+        if self.mode != "zeros" and any((*self.before, *self.after)):
+            yield Padding(self.before, self.after, self.mode)
+        pending = set(range(len(self.kernel)))  # dimensions whose stride no stage has taken yet
+        last = len(structure.stages) - 1
+        for index, (stage, channels) in enumerate(zip(structure.stages, structure.channels, strict=True)):
+            if channels is not None:
+                yield Gather(len(channels))
+            if not self.kernel:
+                yield nn.Linear(stage.n_i, stage.n_o, bias=index == last)
+                continue
+            yield from self._stage(stage, pending, index == last)
+
+    def _stage(self, stage: ConvGeometry, pending: set[int], bias: bool) -> Iterator[nn.Module]:
+        rank = len(self.kernel)
+        kernel = [1] * rank
+        taken = []
+        for axis in sorted(pending):
+            # folded dimensions go together
+            spans = stage.kh if axis == 0 and rank > 1 else stage.kw
+            whole = self.kernel[axis] if rank < 3 or axis == 0 else self.kernel[1] * self.kernel[2]
+            if spans == whole:
+                kernel[axis] = self.kernel[axis]
+                taken.append(axis)
+        pending.difference_update(taken)
+
+        def chosen(values: Ints, other: int) -> Ints:
+            return tuple(values[axis] if axis in taken else other for axis in range(rank))
+
+        strides, dilations = chosen(self.strides, 1), chosen(self.dilations, 1)
+        options = {"stride": strides, "dilation": dilations, "groups": stage.groups, "bias": bias}
+        zeros = (0,) * rank
+        before, after = (
+            (chosen(self.before, 0), chosen(self.after, 0)) if self.mode == "zeros" else (zeros, zeros)
+        )
+        if self.transposed and max((*strides, *kernel)) > 1:
+            reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+            yield TRANSPOSED[rank](
+                stage.n_i,
+                stage.n_o,
+                tuple(kernel),
+                padding=tuple(r - b for r, b in zip(reach, before, strict=True)),
+                output_padding=tuple(a - b for a, b in zip(after, before, strict=True)),
+                **options,
+            )
+            return
+        if before != after:
+            yield Padding(before, after, "zeros")
+            before = zeros
+        yield PLAIN[rank](stage.n_i, stage.n_o, tuple(kernel), padding=before, **options)
+
+    def with_stage(self, stage: ConvGeometry, module: nn.Module) -> Convolution:
+        """One stage as a convolution of its own."""
+        return replace(Convolution.of(module), n_o=stage.n_o, n_i=stage.n_i, groups=stage.groups)
+
+
+def _every(steps: Ints) -> tuple[Any, ...]:
+    return tuple(slice(None, None, step) for step in steps)
+
+
+def _kind(module: nn.Module) -> tuple[int, bool]:
+    return next(kind for cls, kind in KINDS.items() if isinstance(module, cls))
+
+
+def _turned(weight: Array, groups: int) -> Array:
+    """(a, b / groups, *k) → (b, a / groups, *k), every kernel turned round."""
+    flipped = np.flip(weight, tuple(range(2, weight.ndim)))
+    blocks = flipped.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(blocks).reshape(-1, *blocks.shape[2:])
+
+
+class Gather(nn.Module):
+    """Select channels, in order and possibly more than once."""
+
+    channels: torch.Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("channels", torch.zeros(count, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, self.channels)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.channels)}"
+
+
+class Padding(nn.Module):
+    """Pad maps as a convolution would, but differently at the two ends, or not with zeros."""
+
+    def __init__(self, before: Sequence[int], after: Sequence[int], mode: str) -> None:
+        super().__init__()
+        ends = zip(reversed(before), reversed(after), strict=True)
+        self.ends = [end for pair in ends for end in pair]
+        self.mode = mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.pad(x, self.ends, "constant" if self.mode == "zeros" else self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.ends}, mode={self.mode}"
+
+
+class Factorized(nn.Sequential):
+    """A chain of plain convolutions in the place of one.
+
+    On the CPU, in float32 and without gradients, a depthwise convolution and the pointwise one behind it
+    are computed as one operator; everywhere else, and in exported or compiled programs, as what they are.
+    """
+
+    def __init__(self, convolution: Convolution, structure: Structure) -> None:
+        super().__init__(*convolution.modules(structure))
+        self.geometry = structure.geometry
+        self._fused = self._pairs(convolution)
+
+    @classmethod
+    def of(cls, convolution: Convolution, factorization: Factorization) -> Factorized:
+        """Make the modules of a factorization, with its numbers."""
+        module = cls(convolution, factorization.structure)
+        module.fill(convolution, factorization)
+        return module
+
+    @torch.no_grad()
+    def fill(self, convolution: Convolution, factorization: Factorization) -> None:
+        """Copy a factorization's numbers."""
+        gathers = (m for m in self if isinstance(m, Gather))
+        stages = (m for m in self if isinstance(m, LAYERS))
+        stage: ConvStage
+        last: Any = None
+        for stage, last in zip(factorization.stages, stages, strict=True):
+            if stage.channels is not None:
+                next(gathers).channels.copy_(torch.from_numpy(stage.channels))
+            own = convolution.with_stage(stage.geometry, last)
+            last.weight.copy_(torch.from_numpy(own.weight_of(stage.weight)))
+        if factorization.bias is None:
+            last.bias.zero_()
+        else:
+            last.bias.copy_(torch.from_numpy(factorization.bias))
+
+    def _pairs(self, convolution: Convolution) -> dict[int, ConvGeometry]:
+        """The separable pairs that the fused operator takes: where each begins, and what it stands for."""
+        found = {}
+        modules: list[Any] = list(self)
+        for at, (first, second) in enumerate(pairwise(modules)):
+            if not (type(first) is type(second) is nn.Conv2d):
+                continue
+            # the operator adds a bias, and only the last stage has one
+            is_pair = first.groups == first.in_channels and second.bias is not None
+            if is_pair and second.kernel_size == (1, 1) == second.stride and not any(second.padding):
+                gathered = at > 0 and isinstance(modules[at - 1], Gather)
+                found[at - gathered] = replace(
+                    Convolution.of(first).geometry, n_o=second.out_channels, groups=second.groups
+                )
+        return found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self._fused and _fusable(x)):
+            return super().forward(x)
+        modules = list(self)
+        at = 0
+        while at < len(modules):
+            geometry = self._fused.get(at)
+            if geometry is None:
+                x = modules[at](x)
+                at += 1
+                continue
+            if gathered := isinstance(modules[at], Gather):
+                channels = modules[at].channels
+                at += 1
+            depthwise, pointwise = modules[at : at + 2]
+            if not gathered:
+                channels = _all_channels(depthwise)
+            x = decoupled_conv(
+                *(x, depthwise.weight, pointwise.weight, pointwise.bias, channels, None, None),
+                *(x.shape[1], list(geometry.strides), list(geometry.pads), list(geometry.dilations)),
+                *(geometry.groups, None, None),
+            )
+            at += 2
+        return x
+
+
+def _all_channels(depthwise: Any) -> torch.Tensor:
+    channels = getattr(depthwise, "_reads", None)
+    if channels is None:
+        times = depthwise.out_channels // depthwise.in_channels
+        channels = depthwise._reads = torch.arange(depthwise.in_channels).repeat_interleave(times)
+    return channels
+
+
+def _fusable(x: torch.Tensor) -> bool:
+    """Whether the fused operator computes the same, and no slower."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.ndim == 4
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is torch.Tensor
+        and x.is_contiguous()
+        and kernels.available()
+    )

@@ -1,0 +1,162 @@
+"""Calibration samples for PyTorch modules: whatever a forward pass takes, one sample at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as tree
+
+from netdecouple.errors import CalibrationError
+from netdecouple.frontends import Array
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one forward pass
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in order, each the arguments of a forward pass for it alone."""
+
+    units: Sequence[Arguments]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> Samples:
+        units = self.units[chosen] if isinstance(chosen, slice) else [self.units[i] for i in chosen]
+        return Samples(units)
+
+    def __iter__(self) -> Iterator[Arguments]:
+        return iter(self.units)
+
+    @property
+    def arguments(self) -> Arguments:
+        """The arguments of one forward pass for all samples together; there may be but one of some kinds."""
+        if len(self.units) == 1:
+            return self.units[0]
+        flat = [tree.tree_flatten(unit) for unit in self.units]
+        joined = [
+            torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
+            for leaves in zip(*(leaves for leaves, _ in flat), strict=True)
+        ]
+        arguments: Arguments = tree.tree_unflatten(joined, flat[0][1])
+        return arguments
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the numbers; that of plain image tensors is the one their array has."""
+        leaves = [tree.tree_leaves(unit) for unit in self.units]
+        first = leaves[0][0]
+        alike = all(len(own) == 1 and _shape(own[0]) == _shape(first) for own in leaves)
+        shape = (len(leaves), *_shape(first)[1:])
+        digest = hashlib.sha256(
+            str(shape if alike else [[_shape(v) for v in own] for own in leaves]).encode()
+        )
+        for own in leaves:
+            for leaf in own:
+                digest.update(
+                    to_numpy(leaf).tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode()
+                )
+        return digest.hexdigest()
+
+
+def collect(
+    calib: Iterable[Any] | torch.Tensor | Array,
+    module: nn.Module,
+    limit: int | None,
+    arguments: Callable[[Any], Any] | None,
+) -> Samples:
+    """Take samples out of batches: tensors, arrays, tuples or lists of arguments, mappings of named ones.
+
+    Of what a DataLoader yields, as many leading entries are taken as ``module.forward`` has parameters, so
+    that labels are left out; ``arguments`` may say it otherwise. Batches are cut along their first
+    dimension; a list of 3-D tensors is a detector's, one image each.
+
+    Raises:
+        CalibrationError: there is nothing, or something no forward pass can take.
+    """
+    if isinstance(calib, str | bytes) or not isinstance(calib, Iterable):
+        raise CalibrationError(f"calib is a {type(calib).__name__}; give tensors, batches or a DataLoader")
+    batches: Iterable[Any] = [calib] if isinstance(calib, torch.Tensor | np.ndarray) else calib
+    accepted = _positional(module)
+    units: list[Arguments] = []
+    for index, batch in enumerate(batches):
+        try:
+            units += _units(arguments(batch) if arguments else batch, accepted)
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"batch {index} of calib: {error}") from error
+        if limit is not None and len(units) >= limit:
+            del units[limit:]
+            break
+    if not units:
+        raise CalibrationError("calib is empty; give a few hundred samples")
+    return Samples(units)
+
+
+def _positional(module: nn.Module) -> int:
+    """How many arguments a forward pass takes at most."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 1
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _units(batch: Any, accepted: int) -> Iterator[Arguments]:
+    if isinstance(batch, np.ndarray):
+        batch = torch.from_numpy(np.ascontiguousarray(batch))
+    if isinstance(batch, Mapping):
+        yield from _cut(((), dict(batch)))
+    elif isinstance(batch, torch.Tensor):
+        yield from _cut(((batch,), {}))
+    elif isinstance(batch, list) and batch and all(_is_picture(entry) for entry in batch):
+        for picture in batch:
+            yield ([picture],), {}
+    elif isinstance(batch, tuple | list) and batch:
+        entries = [torch.from_numpy(e) if isinstance(e, np.ndarray) else e for e in batch]
+        if isinstance(entries[0], tuple | list) and entries[0] and all(map(_is_picture, entries[0])):
+            for picture in entries[0]:
+                yield ([picture],), {}
+            return
+        taken = entries[:1] if any(not isinstance(e, torch.Tensor) for e in entries[1:]) else entries
+        yield from _cut((tuple(taken[:accepted]), {}))
+    else:
+        raise TypeError(
+            f"a {type(batch).__name__} is nothing to run; give tensors, tuples or mappings of them"
+        )
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3
+
+
+def _cut(batch: Arguments) -> Iterator[Arguments]:
+    leaves, structure = tree.tree_flatten(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise TypeError("there is no tensor in it")
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensors}
+    if len(sizes) > 1 or 0 in sizes:
+        yield batch  # what is the same for all samples and what is not cannot be told apart
+        return
+    for index in range(sizes.pop()):
+        own = [v[index : index + 1] if isinstance(v, torch.Tensor) else v for v in leaves]
+        arguments: Arguments = tree.tree_unflatten(own, structure)
+        yield arguments
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else ()
+
+
+def to_numpy(tensor: torch.Tensor) -> Any:
+    """Copy a tensor of any type and place to an array that NumPy knows."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return np.ascontiguousarray(tensor.cpu().numpy())

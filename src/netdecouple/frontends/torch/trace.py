@@ -1,0 +1,144 @@
+"""What a module does when it runs, found out by running it: no graph is made, so any code may run.
+
+Hooks see what modules read and make; a function mode sees which functions read those tensors in between.
+"""
+
+# mypy: allow-subclassing-any
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+CONVOLUTIONS = (
+    nn.functional.linear,
+    *(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3)),
+)
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass
+class Call:
+    """One call of a module."""
+
+    name: str
+    start: int  # when, in calls and functions
+    end: int = -1
+    x: Any = None  # the first argument
+    y: Any = None
+    weights: tuple[Any, ...] = ()  # weight and bias that it convolved with, if it did so once …
+    convolved: Any = None  # … and then what it was given and made, safe from changes in place
+
+
+@dataclass(frozen=True)
+class Use:
+    """A function that read a tensor."""
+
+    at: int
+    name: str
+    arguments: tuple[Any, ...]
+
+
+class Trace(TorchFunctionMode):
+    """One forward pass: every module's calls, and who read what the modules made."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._root = root
+        self._now = 0
+        self._uses: dict[int, list[Use]] = {}  # by tensors' ids; `calls` keeps these tensors
+        self._changed: set[int] = set()
+        self._open: list[Call] = []
+        self._convolved: dict[int, list[tuple[torch.Tensor | None, ...]]] = {}
+
+    @classmethod
+    def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Any]:
+        """Run ``root`` and watch; the output comes too."""
+        trace = cls(root)
+        with hooked(root, before=trace._enter, after=trace._leave), trace:
+            output = root(*args, **kwargs)
+        return trace, output
+
+    def uses(self, tensor: torch.Tensor) -> list[Use]:
+        """The functions that read a tensor which a module made."""
+        return self._uses.get(id(tensor), [])
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now += 1
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        self._open.append(Call(name, self._now, x=x))
+
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._now += 1
+        call = self._open.pop()
+        call.end, call.y = self._now, output
+        convolved = self._convolved.pop(id(call), [])
+        if len(convolved) == 1 and isinstance(call.x, torch.Tensor):
+            call.weights, call.convolved = convolved[0], (call.x.clone(), output.clone())
+        self.calls.append(call)
+        if isinstance(output, torch.Tensor):
+            self._uses.setdefault(id(output), [])
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._now += 1
+        if func in CONVOLUTIONS and self._open:
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            self._convolved.setdefault(id(self._open[-1]), []).append((args[1], bias))
+        if not any(True for _ in tensors(output)):
+            return output  # it looked at a shape or the like
+        for tensor in tensors((args, kwargs)):
+            if id(tensor) in self._uses and id(tensor) not in self._changed:
+                self._uses[id(tensor)].append(Use(self._now, getattr(func, "__name__", ""), args))
+                if tensor is output:  # in place: from here on it is another value
+                    self._changed.add(id(tensor))
+        return output
+
+
+@contextmanager
+def hooked(
+    root: nn.Module,
+    before: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
+    after: Callable[[str, nn.Module, tuple[Any, ...], Any], Any] | None = None,
+    names: Callable[[str], bool] = lambda name: True,
+) -> Iterator[None]:
+    """Have functions called before and after some modules' forward passes; no hook stays behind."""
+    with ExitStack() as stack:
+        for name, module in root.named_modules():
+            if not names(name):
+                continue
+            if before is not None:
+                handle = module.register_forward_pre_hook(
+                    lambda m, args, kwargs, name=name: before(name, m, args, kwargs), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            if after is not None:
+                handle = module.register_forward_hook(
+                    lambda m, args, output, name=name: after(name, m, args, output)
+                )
+                stack.callback(handle.remove)
+        yield
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a nest of containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors(entry)
+    elif isinstance(value, list | tuple | set):
+        for entry in value:
+            yield from tensors(entry)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))

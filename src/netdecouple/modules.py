@@ -1,0 +1,158 @@
+"""The front door for PyTorch modules: plan, apply, check, report, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from netdecouple.application import Applied, apply
+from netdecouple.errors import BudgetError, ModelError, PlanError
+from netdecouple.frontends import Layer
+from netdecouple.frontends.torch.network import TorchNetwork
+from netdecouple.frontends.torch.samples import collect
+from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
+from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.sensitivity import agreement, divergence, relative_error
+from netdecouple.planning.solve import make_plan, published_plan, ruled_plan
+from netdecouple.report.report import Agreement, Report, layer_reports
+from netdecouple.sampling import Inputs
+from netdecouple.version import __version__
+
+TOLERANCE = 1e-3  # relative difference between the new module and the plan's arithmetic
+
+
+@dataclass(frozen=True)
+class Decoupling:
+    """What was done to a module, and what it gained and lost; its ``decoupling`` attribute."""
+
+    plan: Plan
+    report: Report
+    norms: dict[str, str]  # BatchNorms that changed layers have taken in
+
+
+def decouple(
+    module: nn.Module,
+    calib: Iterable[Any],
+    *,
+    macs: str | float | None = None,
+    parameters: str | float | None = None,
+    device: str = "cpu",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    settings: Settings = Settings(),
+    samples: int | None = 1000,
+    progress: Progress = quiet,
+) -> nn.Module:
+    """Return a faster copy of a module, decoupled to a budget. The module given is not changed.
+
+    Args:
+        module: convolutional; whatever Python its forward runs.
+        calib: unlabelled samples in batches: tensors, tuples of arguments, mappings, a DataLoader; or one
+            tensor (N, …) of them all.
+        macs, parameters: the share that may stay: 0.5, "50%" or "2x" (two times fewer).
+        device: where to run the module while decoupling; the linear algebra is NumPy's.
+        filter: called with every layer's name and module; False leaves it alone.
+        arguments: makes what the module's forward takes out of one batch of ``calib``, if that is not it.
+        settings: families to choose from or one rule for all layers, how to fit, seed, layers to leave alone.
+        samples: how many samples to take at most; None takes all.
+        progress: called with a step's name, what is done and what there is to do.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
+    budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
+    if bool(budgets) == (settings.rule is not None):
+        raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
+    network, inputs = _opened(module, calib, device, filter, arguments, samples, settings.seed)
+    analysis = analyze(network, inputs, settings, progress)
+    if settings.rule is not None:
+        plan = ruled_plan(analysis)
+    elif settings.data_free and settings.uniform_rank:
+        plan = published_plan(analysis, budgets)
+    else:
+        plan = make_plan(analysis, budgets)
+    return _result(network, inputs, apply(network, inputs, plan, progress))
+
+
+def apply_plan(
+    module: nn.Module,
+    plan: Plan,
+    calib: Iterable[Any],
+    *,
+    device: str = "cpu",
+    arguments: Callable[[Any], Any] | None = None,
+    progress: Progress = quiet,
+) -> nn.Module:
+    """Carry out a saved plan on the module and the samples it was made for, by either front door.
+
+    Raises:
+        PlanError: the plan is of another network or of other samples.
+        NetDecoupleError: as in `decouple`.
+    """
+    network, inputs = _opened(module, calib, device, None, arguments, plan.samples, plan.seed)
+    if inputs.fingerprint != plan.images:
+        raise PlanError("the plan was made with other calibration samples; give the same calib")
+    return _result(
+        network, inputs, apply(network, inputs, plan.adopted(network.fingerprint, network.layers), progress)
+    )
+
+
+def _opened(
+    module: nn.Module,
+    calib: Iterable[Any],
+    device: str,
+    chosen: Callable[[str, nn.Module], bool] | None,
+    arguments: Callable[[Any], Any] | None,
+    samples: int | None,
+    seed: int,
+) -> tuple[TorchNetwork, Inputs]:
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"a {type(module).__name__} is no PyTorch module")
+    collected = collect(calib, module, samples, arguments)
+    inputs = Inputs.split(collected, seed, collected.fingerprint)
+    return TorchNetwork(module, collected, device, chosen), inputs
+
+
+def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Module:
+    """Build the new module, hold it against the plan's own arithmetic and the original."""
+    module = network.decoupled(applied.factorizations)
+    shown = inputs.held_back
+    evaluated = network.evaluated(module)
+    original, new = network.run(shown), network.run_module(evaluated, shown)
+    few = shown[:32]
+    kernels = {
+        name: (f.dense().astype(np.float32), np.asarray(f.bias, np.float32))
+        for name, f in applied.factorizations.items()
+    }
+    pairs = zip(network.run(few, kernels), network.run_module(evaluated, few), strict=True)
+    worst = max(float(np.sqrt(relative_error(a, b))) for a, b in pairs)
+    tolerance = TOLERANCE if network.dtype in (torch.float32, torch.float64) else 0.1
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the decoupled module differs from its own plan by {worst:.1e}; please report this model"
+        )
+    plan = applied.plan
+    same = agreement(original[0], new[0]) if plan.loss == "kl" else None
+    measured = divergence(original, new, "kl" if plan.loss == "kl" else "relative")
+    quality = Agreement(len(shown), plan.loss, measured, plan.predicted_loss, same)
+    layers = {layer.name: layer for layer in network.layers}
+    rows = layer_reports(layers, applied, [_written(layer, applied) for layer in network.layers])
+    report = Report(type(network.original).__name__, __version__, plan.budget, rows, quality, worst)
+    norms = {name: network.found[name].norm for name in applied.factorizations if network.found[name].norm}
+    module.decoupling = Decoupling(plan, report, norms)
+    return module
+
+
+def _written(layer: Layer, applied: Applied) -> Layer:
+    """What a layer costs now."""
+    made = applied.factorizations.get(layer.name)
+    if made is None:
+        return layer
+    return replace(layer, macs=round(made.macs(*layer.size) * layer.maps), parameters=made.parameters)
