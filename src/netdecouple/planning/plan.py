@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
+from netdecouple import records
 from netdecouple.errors import PlanError
 from netdecouple.families.combined import Step
 from netdecouple.frontends import Layer
@@ -132,8 +132,10 @@ class Plan:
             raise PlanError(
                 f"{origin}: plan version {data['version']!r}, this netdecouple reads {VERSION}; make it again"
             )
-        plan: Plan = _read(cls, data, origin)
-        return plan
+        try:
+            return records.read(cls, data)
+        except ValueError as error:
+            raise PlanError(f"{origin}: {error}; write the plan again with --plan-out") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -147,28 +149,3 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); write one with --plan-out") from error
         return cls.from_json(text, str(path))
-
-
-def _read(cls: type[Any], data: Any, origin: str) -> Any:
-    """Build a dataclass from JSON, checking every field's presence and type."""
-    hints = get_type_hints(cls)
-    if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
-        raise PlanError(
-            f"{origin}: {cls.__name__} has missing or unknown fields; write the plan again with --plan-out"
-        )
-    return cls(**{name: _typed(hints[name], value, name, origin) for name, value in data.items()})
-
-
-def _typed(kind: Any, value: Any, name: str, origin: str) -> Any:
-    if kind is LayerPlan:
-        return _read(kind, value, origin)
-    if arguments := get_args(kind):  # tuple[T, ...]
-        if not isinstance(value, list):
-            raise PlanError(f"{origin}: {name!r} must be a list")
-        return tuple(_typed(arguments[0], v, name, origin) for v in value)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits:
-        raise PlanError(f"{origin}: {name!r} must be {kind.__name__}, not {value!r}")
-    if kind in (int, float) and not 0 <= value < float("inf"):
-        raise PlanError(f"{origin}: {name!r} must be finite and not negative, not {value!r}")
-    return value
