@@ -59,6 +59,8 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         return
     if layer.geometry is None or layer.reason:
         raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
+    if layer.methods and row.family not in layer.methods:
+        raise PlanError(f"layer {row.name!r} cannot be {row.family}, only {' or '.join(layer.methods)}")
     if row.channels and len(row.channels) != len(row.sizes):
         raise PlanError(f"layer {row.name!r}: it has not as many channels as sizes; make the plan again")
     try:
@@ -102,10 +104,8 @@ def _apply_asymmetric(
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
         with threads.for_unknowns(problem.weight.shape[2]):
-            row = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
-            exact, steps = method(row.family, plan.uniform_rank).fit(
-                problem.regularized(row.ridge), row.steps
-            )
+            row, regular = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
+            exact, steps = method(row.family, plan.uniform_rank).fit(regular, row.steps)
             row, fitted = row.with_steps(steps), exact.astype(np.float32)
         walk.replace(layer.name, fitted)
         rows.append(row)
@@ -117,15 +117,18 @@ def _apply_asymmetric(
     return rows
 
 
-def _with_ridge(row: LayerPlan, problem: Problem, held_back: Moments, uniform: bool) -> LayerPlan:
-    """Choose the ridge on held-back inputs, unless the plan says it."""
+def _with_ridge(
+    row: LayerPlan, problem: Problem, held_back: Moments, uniform: bool
+) -> tuple[LayerPlan, Problem]:
+    """Choose the ridge on held-back inputs, unless the plan says it, and pose the problem with it."""
     if row.ridge:
-        return row
+        return row, problem.regularized(row.ridge)
 
     def quick(p: Problem) -> Factorization:
         return method(row.family, uniform, rounds=1).fit(p, row.steps)[0]
 
-    return replace(row, ridge=best_ridge(problem, held_back, quick))
+    ridge, regular = best_ridge(problem, held_back, quick)
+    return replace(row, ridge=ridge), regular
 
 
 class _Targets:

@@ -79,8 +79,8 @@ class Problem:
         target = self.weight.copy()
         for i, (gram, cross) in enumerate(zip(self.moments.gram, self.moments.cross, strict=True)):
             excess = cross - self.weight[i] @ gram
-            # nothing to solve where the target is what the layer does anyway
-            if np.abs(excess).max(initial=0.0) > 1e-9 * np.abs(cross).max(initial=0.0):
+            # nothing to solve where the target is what the layer does anyway, but for float32's rounding
+            if np.abs(excess).max(initial=0.0) > 1e-6 * np.abs(cross).max(initial=0.0):
                 target[i] += solve(gram, excess)
         return target
 

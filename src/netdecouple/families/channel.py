@@ -52,8 +52,8 @@ def _components(problem: Problem) -> tuple[Array, Array]:
     """Principal components of the fitted outputs W* x: energies (groups, m), falling, and axes in columns."""
 
     def work() -> tuple[Array, Array]:
-        target = problem.target
-        energy, axes = np.linalg.eigh(target @ problem.moments.gram @ target.swapaxes(1, 2))
+        # W* G W*ᵀ, in which W* G = C
+        energy, axes = np.linalg.eigh(problem.moments.cross @ problem.target.swapaxes(1, 2))
         return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]
 
     return problem.once("cd", work)

@@ -15,25 +15,34 @@ WORTH = 0.99  # a step must bring the error below this share, or it follows nois
 
 def held_back_error(problem: Problem, held_back: Moments, factorization: Factorization) -> float:
     """Mean squared error per sample, over all outputs, on moments the fit has not seen."""
-    groups = problem.geometry.groups
-    weight = factorization.dense().reshape(problem.weight.shape)
+    g, stages = problem.geometry, factorization.stages
     assert factorization.bias is not None
-    return held_back.error(weight, factorization.bias.reshape(groups, -1))
+    bias = factorization.bias.reshape(g.groups, -1)
+    if g.is_pointwise and g.groups == 1 and len(stages) == 2:  # far less work through the narrow middle
+        narrow, wide = stages[0].dense(g.n_i), stages[1].dense(stages[0].geometry.n_o)
+        return held_back.mapped(narrow[None, :, :, 0, 0]).error(wide[None, :, :, 0, 0], bias)
+    return held_back.error(factorization.dense().reshape(problem.weight.shape), bias)
 
 
-def best_ridge(problem: Problem, held_back: Moments, fit: Callable[[Problem], Factorization]) -> float:
-    """Walk down the grid of ridges from its middle until the held-back error rises again."""
-    errors: dict[int, float] = {}
+def best_ridge(
+    problem: Problem, held_back: Moments, fit: Callable[[Problem], Factorization]
+) -> tuple[float, Problem]:
+    """Walk down the grid of ridges from its middle until the held-back error rises again.
 
-    def error(i: int) -> float:
-        if i not in errors:
-            errors[i] = held_back_error(problem, held_back, fit(problem.regularized(RIDGES[i])))
-        return errors[i]
+    The problem with that ridge comes back too, with what fitting it has already worked out.
+    """
 
-    at = START
+    def tried(i: int) -> tuple[float, Problem]:
+        regular = problem.regularized(RIDGES[i])
+        return held_back_error(problem, held_back, fit(regular)), regular
+
+    at, (least, best) = START, tried(START)
     for step in (1, -1):
-        while 0 <= at + step < len(RIDGES) and error(at + step) < WORTH * error(at):
-            at += step
+        while 0 <= at + step < len(RIDGES):
+            error, regular = tried(at + step)
+            if not error < WORTH * least:
+                break
+            at, least, best = at + step, error, regular
         if at != START:
             break
-    return RIDGES[at]
+    return RIDGES[at], best
