@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,3 +52,50 @@ def model(network_maker: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
 @pytest.fixture
 def images(model: onnx.ModelProto) -> np.ndarray:
     return networks.images_for(model)
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> Any:
+    """The torchvision package, also where its compiled operators do not fit the installed PyTorch."""
+    pytest.importorskip("torch")
+    return import_torchvision()
+
+
+def import_torchvision() -> Any:
+    """Import torchvision; where its library of operators does not load, its import asks for one in vain."""
+    try:
+        return importlib.import_module("torchvision")
+    except ImportError:
+        return pytest.importorskip("torchvision")
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _define_nms()
+        return importlib.import_module("torchvision")
+
+
+def _define_nms() -> None:
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):  # the second is for quantized boxes, and only has to be there
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl("nms", _nms, "CPU")
+    globals()["_library"] = library  # its definitions go when it does
+
+
+def _nms(boxes: Any, scores: Any, threshold: float) -> Any:
+    """Keep boxes in falling order of their scores, none overlapping a better one by more than a threshold."""
+    import torch
+
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    overlap = (torch.minimum(high, boxes[None, :, 2:]) - torch.maximum(low, boxes[None, :, :2])).clamp(min=0)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    shared = overlap.prod(dim=2)
+    clashes = shared / (area[:, None] + area[None] - shared) > threshold
+    kept, dropped = [], torch.zeros(len(boxes), dtype=torch.bool)
+    for index in scores.argsort(descending=True).tolist():
+        if not dropped[index]:
+            kept.append(index)
+            dropped |= clashes[index]
+    return torch.tensor(kept, dtype=torch.int64)
