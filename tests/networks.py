@@ -116,6 +116,20 @@ def residual() -> onnx.ModelProto:
     return b.model()
 
 
+def perceptron(batch: Any = "N") -> onnx.ModelProto:
+    """A convolution, and a head of every kind of matrix product; (N, 3, 8, 8) → (N, 10)."""
+    b = Builder(10)
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "conv", strides=[2, 2]))
+    x = b.node("Gemm", b.node("Flatten", x), b.weight("fc1.weight", 128, 48), out="fc1")
+    x = b.node("Relu", x)
+    x = b.node("MatMul", x, b.weight("fc2.weight", 48, 40), out="fc2")
+    x = b.node("Relu", x)
+    short = b.node("Gemm", x, b.weight("fc3.weight", 40, 40), b.bias("fc3.bias", 40), out="fc3", transB=1)
+    x = b.node("Relu", b.node("Add", x, short))
+    b.node("Gemm", x, b.weight("fc4.weight", 40, 10), b.constant("fc4.bias", 0.3), out="logits")
+    return b.model([("logits", (batch, 10))], (batch, 3, SIZE, SIZE))
+
+
 def additions() -> onnx.ModelProto:
     """Additions that are no residual branches: a gate (N, C, 1, 1), a map (1, C, H, W), the layer itself."""
     b = Builder(2)
@@ -284,6 +298,7 @@ ALL = {
     for make in (
         classifier,
         residual,
+        perceptron,
         additions,
         kinds,
         restorer,

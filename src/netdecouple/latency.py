@@ -24,7 +24,7 @@ from netdecouple import kernels
 from netdecouple.convolution import ConvStage, Factorization, Structure, spread
 from netdecouple.errors import BudgetError
 from netdecouple.frontends import ONE_CHANNEL, Array, Layer
-from netdecouple.frontends.onnx.emission import Form, emit, form_of
+from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import EXCLUDED, Analysis, Progress, quiet
 from netdecouple.planning.candidates import Candidate, LayerCandidates
@@ -153,8 +153,12 @@ class Latency:
         macs = candidate.structure.macs(*layer.size)
         return {
             form: float(np.interp(macs, *self._times[layer.name, candidate.method, form]))
-            for form in self.place.forms
+            for form in self._forms(layer)
         }
+
+    def _forms(self, layer: Layer) -> tuple[Form, ...]:
+        """How the layer may be written; for matrix products all forms are one."""
+        return self.place.forms[:1] if layer.operator in PRODUCTS else self.place.forms
 
     def _time_layer(self, layer: Layer, found: LayerCandidates) -> None:
         """Time the layer as it is, and a few candidates of every method in every form."""
@@ -163,12 +167,12 @@ class Latency:
         wanted: dict[str, tuple[Structure, Form]] = {self._key(layer, "dense", dense): (dense, "gather")}
         anchors = {name: _anchors(found.candidates, name) for name in {c.method for c in found.candidates}}
         for _, picked in sorted(anchors.items()):
-            for form, candidate in product(self.place.forms, picked):
+            for form, candidate in product(self._forms(layer), picked):
                 wanted[self._key(layer, form, candidate.structure)] = (candidate.structure, form)
         if missing := {key: what for key, what in wanted.items() if key not in self._cache}:
             self._cache.update(dict(zip(missing, self._measured(layer, list(missing.values())), strict=True)))
         self._dense[layer.name] = self._cache[self._key(layer, "dense", dense)]
-        for name, form in product(anchors, self.place.forms):
+        for name, form in product(anchors, self._forms(layer)):
             known = [
                 (c.structure.macs(*layer.size), self._key(layer, form, c.structure)) for c in anchors[name]
             ]
@@ -181,15 +185,15 @@ class Latency:
     def _key(self, layer: Layer, form: str, structure: Structure) -> str:
         """What a time is known by: channels are left out, only how many are read counts."""
         stages = " ".join(f"{g.n_i}>{g.n_o}/{g.groups}:{g.kh}x{g.kw}" for g in structure.stages)
-        return f"{self._prefix}{layer.geometry} @{layer.size} {form} {stages}"
+        kind = layer.operator if layer.operator in PRODUCTS else form
+        return f"{self._prefix}{layer.geometry} @{layer.size} {kind} {stages}"
 
     def _measured(self, layer: Layer, kinds: Sequence[tuple[Structure, Form]]) -> list[float]:
         """Milliseconds of a layer in several forms, which take turns."""
         assert layer.geometry is not None
         copies = int(np.clip(COLD / (4 * layer.parameters), 3, 8)) if layer.macs < 5e8 else 2
-        image = (
-            np.random.default_rng(0).standard_normal((1, layer.geometry.n_i, *layer.size)).astype(np.float32)
-        )
+        shape = _shape(layer, layer.geometry.n_i, layer.size)
+        image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         sessions = [
             self.place.runtime.open(tiny_model(layer, structure, form, copies), self.place.threads)
             for structure, form in kinds
@@ -292,7 +296,7 @@ def _advice(place: Place) -> str:
 
 def _runs_fused(layer: Layer, row: LayerPlan) -> bool:
     """Whether a layer that is kept could be run by the fused operator, and may be."""
-    plain = layer.geometry is not None and min(layer.geometry.pads) >= 0
+    plain = layer.operator == "Conv" and layer.geometry is not None and min(layer.geometry.pads) >= 0
     return plain and layer.reason in ("", ONE_CHANNEL) and row.reason != EXCLUDED
 
 
@@ -304,7 +308,8 @@ def with_kept(
 ) -> tuple[dict[str, Factorization], dict[str, Form]]:
     """Add the layers that are kept and yet run by the fused operator, as they are, to what is written."""
     kept = [layers[row.name] for row in plan.layers if not row.changed and row.form]
-    exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in kept if la.geometry}
+    convolutions = [la for la in kept if la.geometry and la.operator not in PRODUCTS]
+    exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in convolutions}
     return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
 
 
@@ -335,6 +340,11 @@ def placeholder(structure: Structure, seed: int = 0) -> Factorization:
     return Factorization(structure.geometry, stages, np.zeros(structure.geometry.n_o, np.float32))
 
 
+def _shape(layer: Layer, channels: int, size: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of one image's maps, or of its row where the layer is fully connected."""
+    return (1, channels) if layer.operator in PRODUCTS else (1, channels, *size)
+
+
 def tiny_model(layer: Layer, structure: Structure, form: Form, copies: int) -> onnx.ModelProto:
     """Several copies of a layer in some structure, with weights of their own on one input.
 
@@ -343,17 +353,20 @@ def tiny_model(layer: Layer, structure: Structure, form: Form, copies: int) -> o
     """
     g = layer.geometry
     assert g is not None
+    flat = layer.operator in PRODUCTS
     nodes, weights = [], []
     for index in range(copies):
-        made = emit(placeholder(structure, index), f"layer{index}", "x", f"y{index}", form)
-        nodes += [*made[0], helper.make_node("GlobalAveragePool", [f"y{index}"], [f"out{index}"])]
+        y = f"out{index}" if flat else f"y{index}"
+        made = emit(placeholder(structure, index), f"layer{index}", "x", y, form, layer.operator)
+        pooled = [] if flat else [helper.make_node("GlobalAveragePool", [y], [f"out{index}"])]
+        nodes += [*made[0], *pooled]
         weights += made[1]
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, g.n_i, *layer.size])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, _shape(layer, g.n_i, layer.size))],
         [
-            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [1, g.n_o, 1, 1])
+            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, _shape(layer, g.n_o, (1, 1)))
             for i in range(copies)
         ],
         weights,

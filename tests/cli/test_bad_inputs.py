@@ -114,9 +114,9 @@ def test_no_convolutions(refused, folder: Path):
 def test_nothing_to_decouple(refused, folder: Path):
     """Convolutions, but none that could be changed: the reasons are given."""
     b = Builder()
-    b.classifier(b.conv(b.conv("image", 3, 3, 3, "one", group=3), 3, 6, 1, "two", group=3), 6)
+    b.classifier(b.conv(b.conv("image", 3, 3, 3, "one", group=3), 3, 6, 1, "two", group=3), 6, 1)
     onnx.save(b.model(), folder / "net.onnx")
-    refused(RUN, "one: depthwise convolution", "two: depthwise convolution", "logits: fully connected layer")
+    refused(RUN, "one: depthwise convolution", "two: depthwise convolution", "logits: too small")
 
 
 def test_nothing_to_lower(refused):
@@ -559,7 +559,7 @@ def test_a_plan_that_changes_a_layer_that_cannot_be(refused, folder: Path, plan:
     """A fully connected layer with terms."""
     plan["layers"][-1] |= {"family": "nd-dp", "sizes": [3], "reason": ""}
     (folder / "plan.json").write_text(json.dumps(plan))
-    refused(APPLY, "logits")
+    refused(APPLY, "logits", "only cd")
 
 
 # --- usage

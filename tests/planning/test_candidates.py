@@ -7,7 +7,7 @@ import pytest
 
 from netdecouple.errors import BudgetError
 from netdecouple.families import Problem
-from netdecouple.families.combined import method, methods
+from netdecouple.families.combined import Step, method, methods
 from netdecouple.families.ridge import held_back_error
 from netdecouple.frontends import Layer
 from netdecouple.moments import Moments
@@ -20,7 +20,7 @@ from netdecouple.planning.candidates import (
     parse_families,
 )
 from tests.families.base import aware_problem
-from tests.planning.layers import conv
+from tests.planning.layers import conv, linear
 from tests.strategies import kernel
 
 LAYER = conv("c", 16, 24, 10)
@@ -122,6 +122,56 @@ def test_one_rank_for_all_channels_may_be_too_much(layer: Layer, names: tuple[st
 def test_pointwise_layers_are_for_low_rank_and_pruning() -> None:
     found = data_free(conv("p", 16, 24, 8, k=1), methods(["all"]), False).candidates
     assert {c.method for c in found} == {"cd", "cp"}
+
+
+FC = linear("fc", 40, 30)
+
+
+@pytest.mark.parametrize("names", [("all",), ("nd", "cd")])
+def test_fully_connected_layers_are_for_plain_low_rank(names: tuple[str, ...]) -> None:
+    """Each is cheaper than the layer, and as good as the eigenvalues say."""
+    found = data_free(FC, methods(names), False).candidates
+    assert {c.method for c in found} == {"cd"}
+    values = np.linalg.svd(kernel(FC.geometry, 0).reshape(30, 40), compute_uv=False) ** 2
+    for candidate in found:
+        assert candidate.structure.macs(1, 1) < FC.macs
+        (rank,) = candidate.sizes
+        assert candidate.error == pytest.approx(values[rank:].sum() / values.sum(), abs=1e-9)
+
+
+def test_fully_connected_layers_are_left_out_by_families_and_rules_that_do_not_suit_them() -> None:
+    assert data_free(FC, methods(["nd", "sd", "cp"]), False) == LayerCandidates("fc", (), ())
+    for rule in ("nd-dp:T=4", "cp:channels=8", "sd:2x", "cd+nd:50%"):
+        assert data_free(FC, methods(["all"]), False, Rule.parse(rule)) == LayerCandidates("fc", (), ())
+    (found,) = data_free(FC, (), False, Rule.parse("cd:rank=5")).candidates
+    assert (found.method, found.sizes) == ("cd", (5,))
+    assert data_free(FC, (), False, Rule.parse("cd:rank=20")).candidates == ()  # costs more than the layer
+
+
+def test_a_fully_connected_layer_with_few_samples_comes_out_safe() -> None:
+    """Twenty images for 300 inputs: on others hardly worse than what the weights alone would give."""
+    layer = linear("fc", 300, 60)
+    g = layer.geometry
+    assert g is not None
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((300, 300)) * np.geomspace(1, 0.1, 300)
+    seen, new = (np.maximum(rng.standard_normal((n, 300)) @ mix, 0)[:, None] for n in (20, 500))
+    weight = kernel(g, 0).reshape(60, 300)
+    noisy = seen + 0.3 * seen.std() * rng.standard_normal(seen.shape)  # as decoupled layers before it make it
+    held = Moments.of(new, new @ weight.T)
+    problem = Problem.of(g, weight.reshape(g.weight_shape), Moments.of(noisy, seen @ weight.T))
+    found = candidates(layer, problem, held, methods(["all"]), False, 3)
+    blind = Problem.data_free(g, weight.reshape(g.weight_shape), np.zeros(60))
+    for probe, share in zip(sorted(found.probes, key=lambda p: p.error), (0.5, 0.2, 0.07), strict=True):
+        rank = round(share * layer.macs / 360)
+        truncated = held_back_error(blind, held, method("cd").fit(blind, [Step(rank)])[0]) / held.variance
+        assert probe.error < 1.1 * truncated
+
+
+def test_wide_pointwise_layers_have_candidates_too() -> None:
+    """What is too slow for them is left out, not everything."""
+    found = data_free(conv("p", 1600, 24, 4, k=1), methods(["all"]), False).candidates
+    assert {c.method for c in found} == {"cd"}
 
 
 def test_data_free_errors_are_shares_of_the_weights_energy() -> None:

@@ -25,7 +25,7 @@ def report() -> Report:
     costs = (first.macs, 50_000, first.parameters, 516, 0.05, 0.1)
     rows = (
         LayerPlan(first.name, "Conv", "nd-dp", "", (20,), (tuple(channels.tolist()),), 0.01, *costs),
-        LayerPlan("fc", "Gemm", "kept", "fully connected layer", (), (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
+        LayerPlan("fc", "Gemm", "kept", "worth its cost", (), (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
     )
     plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
     applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
@@ -53,14 +53,14 @@ def test_json_has_the_totals_and_every_layer(report: Report) -> None:
     assert data["layers"][0]["sizes"] == [20]
     assert data["layers"][0]["terms_per_channel"] == [2, 3]
     assert data["layers"][0]["measured_error"] == 0.06
-    assert data["layers"][1]["reason"] == "fully connected layer"
+    assert data["layers"][1]["reason"] == "worth its cost"
 
 
 def test_text_says_gain_loss_and_why(report: Report) -> None:
     shown = text(report)
     assert "net/conv1/Conv" in shown
     assert "20 (2–3 each)" in shown
-    assert "kept: fully connected layer" in shown
+    assert "kept: worth its cost" in shown
     assert "2.40× fewer" in shown
     assert "same class on 90.0%" in shown
     assert "on 10 held-back images" in shown

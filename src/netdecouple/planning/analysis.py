@@ -12,7 +12,14 @@ from netdecouple import threads
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem
 from netdecouple.frontends import Array, Layer, Network
-from netdecouple.planning.candidates import LayerCandidates, Rule, candidates, parse_families, smallest
+from netdecouple.planning.candidates import (
+    LayerCandidates,
+    Rule,
+    candidates,
+    parse_families,
+    smallest,
+    suitable,
+)
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
@@ -36,6 +43,16 @@ class Settings:
     rule: Rule | None = None  # one method for every layer, instead of planning
     loss: Loss | None = None  # None: KL for classifiers, relative error for all else
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods to choose from, in full.
+
+        Raises:
+            BudgetError: one of them is unknown, or there is none.
+        """
+        published = self.data_free and self.uniform_rank
+        return ("nd-dp",) if published else parse_families(",".join(self.families))
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -54,31 +71,44 @@ def quiet(step: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
-def kept_reasons(layers: Sequence[Layer], exclude: Sequence[str]) -> dict[str, str]:
+def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
     """Name every layer that is left alone before any planning, and why.
 
     Raises:
-        ModelError: a pattern of ``exclude`` matches nothing, or nothing is left to decouple.
+        ModelError: a pattern of ``settings.exclude`` matches nothing, or nothing is left to decouple.
     """
-    for pattern in exclude:
+    for pattern in settings.exclude:
         if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
             raise ModelError(
                 f"--exclude {pattern!r} matches no layer; `netdecouple inspect` lists their names"
             )
     reasons = {}
     for layer in layers:
-        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in settings.exclude):
             reasons[layer.name] = EXCLUDED
         elif layer.reason:
             reasons[layer.name] = layer.reason
         elif all(Macs().decoupled(layer, c) >= layer.macs for c in smallest(layer)):
             reasons[layer.name] = "too small: nothing costs less than the layer itself"
+        elif layer.methods and not suitable(layer, settings.methods, settings.rule):
+            reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
+        elif not settings.data_free and _is_too_wide(layer):
+            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), MOMENT_BYTES))
+            reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
         raise ModelError(
             f"none of the {len(layers)} layers can be decoupled ({why}{', …' if len(reasons) > 3 else ''})"
         )
     return reasons
+
+
+def _is_too_wide(layer: Layer) -> bool:
+    """Whether a layer that sees one sample per image would take more memory than is worth it.
+
+    Convolutions as wide as that see many samples, which pay for it.
+    """
+    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > MOMENT_BYTES
 
 
 def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet) -> Analysis:
@@ -88,7 +118,7 @@ def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Prog
         ModelError: NaN or Inf on the way, or nothing to decouple.
     """
     layers = network.layers
-    reasons = kept_reasons(layers, settings.exclude)
+    reasons = kept_reasons(layers, settings)
     open_layers = [la for la in layers if la.name not in reasons]
     original = network.run(inputs.held_back)
     _check_outputs(network, inputs, open_layers, original)
@@ -127,12 +157,7 @@ def _weigh(
     progress: Progress,
 ) -> Iterator[LayerCandidates]:
     """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
-    names = (
-        ("nd-dp",)
-        if settings.data_free and settings.uniform_rank
-        else parse_families(",".join(settings.families))
-    )
-    options = (names, settings.uniform_rank, probes, settings.rule)
+    options = (settings.methods, settings.uniform_rank, probes, settings.rule)
     if settings.data_free:
         for layer in layers:
             assert layer.geometry is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.convolution import ConvGeometry, Factorization, Structure
+from netdecouple.convolution import Factorization, Structure
 from netdecouple.errors import BudgetError
 from netdecouple.families import TINY, Array, Problem
 from netdecouple.families.combined import ORDER, Step, Trial, method, methods, sizes_for, worthwhile
@@ -131,7 +131,7 @@ def smallest(layer: Layer) -> list[Candidate]:
         return []
     found = []
     for name in ORDER:
-        if not _is_pointless(layer.geometry, [name]):
+        if not _is_pointless(layer, name):
             steps = (Step(1),)
             found.append(Candidate(name, steps, method(name).structure(layer.geometry, steps), 1.0))
     return found
@@ -157,18 +157,23 @@ def candidates(
     show on ``held_back`` moments corrects the rest. Without these (data-free) all is in the metric of
     the weights.
     """
+    wanted = suitable(layer, methods, rule)
+    if not wanted:
+        return LayerCandidates(layer.name, (), ())
     fitting = problem
     if held_back is not None:
-        fitting = problem.regularized(best_ridge(problem, held_back, _rough_fit(layer, methods, uniform)))
+        rough = _rough_fit(layer, suitable(layer, methods) or wanted, uniform)
+        _, fitting = best_ridge(problem, held_back, rough)
     uniform = uniform or (rule is not None and rule.is_uniform)
-    trials = _explore(layer, fitting, methods, uniform) if rule is None else _ruled(layer, fitting, rule)
+    trials = _explore(layer, fitting, wanted, uniform) if rule is None else _ruled(layer, fitting, rule)
     tried = _to_fit(layer, trials, probes)
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # foreseen, fitted
     shown = []
     for name, trial, in_network in tried:
         fitted, _ = method(name, uniform, rounds=1).fit(fitting, trial.steps)
-        error = fitting.error(fitted) / fitting.power
-        if held_back is not None:
+        if held_back is None:
+            error = fitting.error(fitted) / fitting.power
+        else:
             error = held_back_error(problem, held_back, fitted) / max(held_back.variance, TINY)
         errors[name].append((max(trial.error / fitting.power, FLOOR), max(error, FLOOR)))
         if in_network:
@@ -191,27 +196,39 @@ def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bo
     """The trials of every method, short chains first; hopeless ones are left out as early as can be seen."""
     g = problem.geometry
     large = problem.weight.shape[2] > LARGE
+    quick = ("cd",) if g.is_pointwise else FOR_LARGE
     found: dict[str, list[Trial]] = {}
     for name in methods:
         chain = name.split("+")
-        slow = large and name not in FOR_LARGE and not set(FOR_LARGE).isdisjoint(methods)
-        if slow or _is_pointless(g, chain) or not _has_promising_parts(name, methods, found):
+        slow = large and name not in quick and not set(quick).isdisjoint(methods)
+        if slow or not _has_promising_parts(name, methods, found):
             continue
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
         outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
         trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
-        found[name] = [t for t in trials if t.macs >= FEWEST * layer.macs]
+        found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)]
         envelope = worthwhile(t for of_method in found.values() for t in of_method)
         for other in found:
             found[other] = [t for t in found[other] if t.error <= HOPELESS * _least(envelope, t.macs)]
     return {name: trials for name, trials in found.items() if trials}
 
 
-def _is_pointless(g: ConvGeometry, chain: Sequence[str]) -> bool:
+def suitable(layer: Layer, methods: Sequence[str], rule: Rule | None = None) -> list[str]:
+    """Those methods that have something to offer to a layer; a rule's, wherever that can be followed."""
+    if rule is not None:
+        return [rule.method] if not layer.methods or rule.method in layer.methods else []
+    return [m for m in methods if not _is_pointless(layer, m)]
+
+
+def _is_pointless(layer: Layer, name: str) -> bool:
     """Whether a method has nothing to offer to such a layer."""
+    g = layer.geometry
+    assert g is not None
+    if layer.methods and name not in layer.methods:
+        return True
     if g.is_pointwise:
-        return chain not in (["cd"], ["cp"])
-    return "sd" in chain and 1 in (g.kh, g.kw)
+        return name not in ("cd", "cp")
+    return "sd" in name.split("+") and 1 in (g.kh, g.kw)
 
 
 def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, Sequence[Trial]]) -> bool:
@@ -220,6 +237,12 @@ def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, 
     parts = ["+".join(chain[:i] + chain[i + 1 :]) for i in range(len(chain))] if len(chain) > 1 else []
     tried = [part for part in parts if part in methods]
     return len(tried) < 2 or sum(bool(found.get(part)) for part in tried) > 1
+
+
+def _macs(layer: Layer) -> int:
+    """MACs of the layer on one map, as those of trials are counted."""
+    assert layer.geometry is not None
+    return layer.geometry.macs(*layer.size)
 
 
 def _least(envelope: Sequence[Trial], macs: int) -> float:
@@ -233,11 +256,11 @@ def _ruled(layer: Layer, problem: Problem, rule: Rule) -> dict[str, list[Trial]]
     if rule.kind == "share":
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS))
         trials = chosen.trials(problem, layer.size, levels, levels[:: LEVELS // OUTER])
-        trials = [t for t in trials if t.macs <= rule.value * layer.macs]
+        trials = [t for t in trials if t.macs <= rule.value * _macs(layer)]
     else:
         trials = chosen.of_size(problem, layer.size, rule.kind, rule.value)
     best = min(trials, key=lambda t: t.error, default=None)
-    return {rule.method: [best]} if best and best.macs < layer.macs else {}
+    return {rule.method: [best]} if best and best.macs < _macs(layer) else {}
 
 
 def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[[Problem], Factorization]:
@@ -260,11 +283,11 @@ def _to_fit(
     named = {id(t): (name, t) for name, of_method in trials.items() for t in of_method}
     envelope = worthwhile(t for of_method in trials.values() for t in of_method)
     shares = PROBES if probes >= len(PROBES) else PROBES[1:2]
-    picks = {id(_nearest(envelope, share * layer.macs)): True for share in shares if envelope}
+    picks = {id(_nearest(envelope, share * _macs(layer))): True for share in shares if envelope}
     seen = {named[pick][0] for pick in picks}
     for name, of_method in trials.items():
         if name not in seen:
-            picks[id(_nearest(of_method, PROBES[1] * layer.macs))] = False
+            picks[id(_nearest(of_method, PROBES[1] * _macs(layer)))] = False
     return [(*named[pick], in_network) for pick, in_network in picks.items()]
 
 

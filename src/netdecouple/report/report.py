@@ -114,10 +114,12 @@ class Score:
 
 
 def describe(layer: Layer) -> str:
-    """A layer's shape in a few characters: 64→128 3×3 @28, or with a stride 64→128 3×3 /2 @56."""
+    """A layer's shape in a few characters: 64→128 3×3 @28, with a stride 64→128 3×3 /2 @56, or just 64→10."""
     g = layer.geometry
     if g is None:
         return ""
+    if g.is_pointwise and g.groups == 1 and layer.size == (1, 1):
+        return f"{g.n_i}→{g.n_o}"
     parts = [f"{g.n_i}→{g.n_o}", f"{g.kh}×{g.kw}"]
     if g.strides != (1, 1):
         parts.append("/" + "×".join(map(str, dict.fromkeys(g.strides))))

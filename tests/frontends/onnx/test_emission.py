@@ -199,3 +199,37 @@ def test_every_depthwise_stage_is_fused_with_the_pointwise_one_behind_it(name: s
     nodes, _ = emit(fitted(name, ConvGeometry(12, 10, 3, 3), 0, 0.4), "layer", "x", "y", "fused")
     assert [node.op_type for node in nodes] == expected
     assert len({node.name for node in nodes}) == len(nodes)
+
+
+def products(rank: int, bias: bool = True) -> Factorization:
+    """Two stages of a fully connected layer, 12 → 9."""
+    rng = np.random.default_rng(0)
+    geometries = (ConvGeometry(rank, 12, 1, 1), ConvGeometry(9, rank, 1, 1))
+    stages = tuple(ConvStage(g, rng.standard_normal(g.weight_shape, np.float32)) for g in geometries)
+    return Factorization(
+        ConvGeometry(9, 12, 1, 1), stages, rng.standard_normal(9, np.float32) if bias else None
+    )
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operator", ["Gemm", "MatMul"])
+def test_fully_connected_layers_stay_matrix_products(operator: str, bias: bool, opset: int):
+    """One per stage, on rows as they come, in every form; old operator sets have them too."""
+    factorization = products(4, bias)
+    x = np.random.default_rng(1).standard_normal((5, 12), np.float32)
+    for form in FORMS:
+        nodes, initializers = emit(factorization, "fc", "x", "y", form, operator)
+        assert [node.op_type for node in nodes] == ["MatMul", "Gemm"]
+        assert all(t.name.startswith("fc/") for t in (*nodes, *initializers))
+        graph = helper.make_graph(
+            nodes,
+            "products",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("N", 12))],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("N", 9))],
+            initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        onnx.checker.check_model(model, full_check=True)
+        expected = factorization(x[:, :, None, None])[:, :, 0, 0]
+        np.testing.assert_allclose(run(open_session(model), None, {"x": x})[0], expected, atol=1e-4)

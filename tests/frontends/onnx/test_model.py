@@ -349,7 +349,86 @@ def test_layers_are_listed_in_order(kinds: dict[str, Layer]):
     """All of them, in the order they run, fully connected ones included."""
     assert list(kinds) == [*KINDS, "logits"]
     fc = kinds["logits"]
-    assert (fc.operator, fc.macs, fc.parameters, fc.reason) == ("Gemm", 80, 90, "fully connected layer")
+    assert (fc.operator, fc.macs, fc.parameters, fc.reason) == ("Gemm", 80, 90, "")
+
+
+@pytest.mark.parametrize("operator", ["Gemm", "Gemm transposed", "MatMul"])
+@pytest.mark.parametrize("bias", [None, (), (1,), (1, 1), (10,), (1, 10)])
+def test_fully_connected_layers_are_pointwise_convolutions_of_one_pixel(
+    operator: str, bias: tuple[int, ...] | None
+):
+    """(n_o, n_i, 1, 1) whichever way the weight lies; one bias per output, whichever way it was written."""
+    b = Builder()
+    x = b.node("Flatten", b.conv("image", 3, 2, 3, "one"))
+    weight = b.rng.standard_normal((10, 128)).astype(np.float32)
+    turned = operator == "Gemm transposed"
+    inputs = [x, b.constant("w", weight if turned else weight.T)]
+    added = np.zeros(()) if bias is None else b.rng.standard_normal(bias)
+    if operator == "MatMul":
+        b.node("MatMul", *inputs, out="logits")
+    else:
+        inputs += [] if bias is None else [b.constant("bias", added)]
+        b.node("Gemm", *inputs, out="logits", transB=int(turned))
+    layer = layers_of(b.model())["logits"]
+    assert (layer.geometry, layer.size) == (geometry(10, 128, 1, 1), (1, 1))
+    assert (layer.methods, layer.reason) == (("cd",), "")
+    assert layer.macs == layer.geometry.macs(1, 1) == 1280
+    np.testing.assert_array_equal(layer.weight[:, :, 0, 0], weight)
+    expected = np.zeros(10) if operator == "MatMul" else np.broadcast_to(added, (1, 10))[0]
+    np.testing.assert_array_equal(layer.bias, expected.astype(np.float32))
+
+
+def product(b: Builder, kind: str) -> str:
+    """A matrix product of a kind that stays as it is, on maps (N, 3, 8, 8); its output."""
+    flat = b.node("Flatten", "image")
+    if kind == "three axes":
+        return b.node("MatMul", b.node("ReduceMean", "image", axes=[1], keepdims=0), b.weight("w", 8, 10))
+    if kind == "several rows":
+        rows = b.node("Reshape", "image", b.constant("cut", [-1, 96], np.int64))
+        return b.node("Gemm", rows, b.weight("w", 96, 10))
+    if kind == "stacked weights":
+        return b.node("MatMul", flat, b.weight("w", 2, 192, 10))
+    if kind == "transposed input":
+        rows = b.node("Reshape", "image", b.constant("turn", [192, -1], np.int64))
+        return b.node("Gemm", rows, b.weight("w", 192, 10), transA=1)
+    if kind == "half":
+        x = b.node("Cast", flat, to=TensorProto.FLOAT16)
+        return b.node("Cast", b.node("MatMul", x, b.weight("w", 192, 10, dtype=np.float16)), to=1)
+    if kind == "scaled":
+        return b.node("Gemm", flat, b.weight("w", 192, 10), b.bias("bias", 10), alpha=0.5, beta=2.0)
+    if kind == "computed bias":
+        mean = b.node("ReduceMean", "image", axes=[1, 2, 3], keepdims=0)
+        return b.node(
+            "Gemm", flat, b.weight("w", 192, 10), b.node("Unsqueeze", mean, b.constant("at", [1], int))
+        )
+    assert kind == "bias per image"
+    return b.node("Gemm", flat, b.weight("w", 192, 10), b.constant("bias", b.rng.standard_normal((2, 1))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("three axes", "its input has 3 axes, not 2"),
+        ("several rows", "it does not see one row per image"),
+        ("stacked weights", "its weights have 3 axes, not 2"),
+        ("transposed input", "its input is transposed"),
+        ("half", "its weights are float16, not float32"),
+        ("scaled", "its alpha and beta are not 1"),
+        ("computed bias", "its bias is computed, not constant"),
+        ("bias per image", "its bias (2, 1) is not one number per output"),
+    ],
+)
+def test_other_matrix_products_say_why_they_are_kept(kind: str, reason: str):
+    """And what they cost is counted."""
+    b = Builder()
+    b.conv("image", 3, 2, 3, "one")
+    made = product(b, kind)
+    model = b.model([("one", ("N", 2, 8, 8)), (made, None)])
+    network = OnnxNetwork(read_model(model), images_for(model, 2))
+    (layer,) = (la for la in network.layers if la.name != "one")
+    assert layer.reason == reason
+    assert layer.geometry is None
+    assert layer.macs > 0
 
 
 def test_macs_are_for_one_image():

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem, decoupling
+from netdecouple.families.channel import ChannelDecomposition
 from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
@@ -121,7 +122,10 @@ def test_run_says_what_does_not_fit():
 # --- observing
 
 
-@pytest.mark.parametrize("make", [networks.kinds, networks.residual, networks.restorer, networks.with_if])
+@pytest.mark.parametrize(
+    "make",
+    [networks.kinds, networks.residual, networks.restorer, networks.with_if, networks.perceptron],
+)
 def test_observed_patches_give_the_outputs(make):
     """weight @ patch + bias is what the layer put out at that position, for every kind of convolution."""
     network = opened(make())
@@ -305,7 +309,7 @@ def test_a_walk_takes_local_functions():
     model.functions.append(body)
     model.opset_import.append(helper.make_opsetid("local", 1))
     network = opened(model)
-    assert {la.name for la in can_change(network)} == {"before", "after"}
+    assert {la.name for la in can_change(network)} == {"before", "after", "logits"}
     images = images_for(model)
     walk = network.walk(images)
     list(walk.observe("after", np.zeros((len(images), 1), int)))
@@ -367,6 +371,48 @@ def test_decoupled_computes_the_factorizations(model: onnx.ModelProto, images: n
         factorization = low_rank(layer)
         kernels[layer.name] = (factorization.dense(), factorization.bias)
     assert_same(network.run_model(new, images), network.run(images, kernels))
+
+
+def products_of(network: OnnxNetwork) -> list[Layer]:
+    return [la for la in can_change(network) if la.operator != "Conv"]
+
+
+def test_fully_connected_layers_become_pairs_of_matrix_products():
+    """Exactly what they were at full rank; whatever was read and added around them stays."""
+    network = opened(networks.perceptron())
+    images = images_for(networks.perceptron())
+    family = ChannelDecomposition()
+    chosen = {}
+    for layer in products_of(network):
+        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+        chosen[layer.name] = family.fit(problem, family.exact(layer.geometry)).astype(np.float32)
+    assert list(chosen) == ["fc1", "fc2", "fc3", "logits"]
+    new = network.decoupled(chosen)
+    operators = [n.op_type for n in new.graph.node]
+    assert (operators.count("MatMul"), operators.count("Gemm")) == (4, 4)
+    assert set(operators) == {"Conv", "Relu", "Flatten", "MatMul", "Gemm", "Add"}
+    assert_same(network.run_model(new, images), network.run(images))
+
+
+def test_fully_connected_layers_take_other_kernels():
+    """With a bias where they had none, or one for all outputs."""
+    network = opened(networks.perceptron())
+    images = images_for(networks.perceptron())
+    same = {la.name: (la.weight, la.bias) for la in products_of(network)}
+    assert_same(network.run(images, same), network.run(images), 1e-6)
+    for layer in products_of(network):
+        moved = network.with_kernels({layer.name: (2 * layer.weight, layer.bias + 1)})
+        where = {layer.name: np.zeros((len(images), 1), int)}
+        (before,) = network.observe(images, where)
+        (after,) = opened(moved).observe(images, where)
+        expected = 2 * (before.outputs - layer.bias) + layer.bias + 1
+        np.testing.assert_allclose(after.outputs, expected, atol=1e-4)
+
+
+def test_the_shortcut_of_a_fully_connected_layer_is_found():
+    """Rows are added to rows as maps are to maps."""
+    network = opened(networks.perceptron())
+    assert [la.name for la in network.layers if network.shortcut(la.name)] == ["fc3"]
 
 
 def test_decoupled_changes_only_the_layers_named():

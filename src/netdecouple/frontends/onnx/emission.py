@@ -3,7 +3,8 @@
 A depthwise stage with a channel multiplier is written as T parallel depthwise convolutions and a
 Concat ("parallel"), which CPU runtimes run faster than the literal form ("gather"): one Gather that
 repeats channels and one grouped convolution. "fused" is one node of our own operator
-(`netdecouple.kernels`) for every depthwise stage with a pointwise one behind it.
+(`netdecouple.kernels`) for every depthwise stage with a pointwise one behind it. Stages of a fully
+connected layer are matrix products, whatever the form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from netdecouple.kernels import DOMAIN, OPERATOR
 
 Form = Literal["parallel", "gather", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
+PRODUCTS = ("Gemm", "MatMul")  # operators of fully connected layers
 
 
 def form_of(name: str) -> Form:
@@ -101,11 +103,22 @@ class Writer:
 
 
 def emit(
-    factorization: Factorization, name: str, x: str, output: str, form: Form = "parallel"
+    factorization: Factorization,
+    name: str,
+    x: str,
+    output: str,
+    form: Form = "parallel",
+    operator: str = "Conv",
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``."""
+    """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``.
+
+    ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`.
+    """
     writer = Writer(name)
-    write(writer, factorization, x, output, form)
+    if operator in PRODUCTS:
+        _write_products(writer, factorization, x, output)
+    else:
+        write(writer, factorization, x, output, form)
     return writer.nodes, writer.initializers
 
 
@@ -131,6 +144,20 @@ def write(writer: Writer, factorization: Factorization, x: str, output: str, for
             order = None
         index += 2 if both else 1
         channels = stages[index - 1].geometry.n_o
+
+
+def _write_products(writer: Writer, factorization: Factorization, x: str, output: str) -> None:
+    """Write 1×1 stages on rows (n, c); all but the last have no bias, which Gemm needs before opset 11."""
+    *before, last = factorization.stages
+    width = factorization.geometry.n_i
+    for index, stage in enumerate(before):
+        weight = writer.weight(f"product{index}.weight", stage.dense(width)[:, :, 0, 0].T)
+        x = writer.node("MatMul", f"product{index}", [x, weight])
+        width = stage.geometry.n_o
+    label = f"product{len(before)}"
+    weight = writer.weight(f"{label}.weight", last.dense(width)[:, :, 0, 0])
+    bias = np.zeros(last.geometry.n_o) if factorization.bias is None else factorization.bias
+    writer.node("Gemm", label, [x, weight, writer.weight(f"{label}.bias", bias)], output, transB=1)
 
 
 def _label(stage: ConvStage, index: int) -> str:

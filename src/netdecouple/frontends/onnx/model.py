@@ -315,14 +315,50 @@ def _read_matmul(
     model: OnnxModel,
 ) -> Layer:
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
-    turned = any(a.name == "transB" and a.i for a in node.attribute)
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    turned = bool(attributes.get("transB", 0))
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     images = shapes[model.input_name][0]
-    parameters = math.prod(kernel) + (
-        math.prod(shapes.get(node.input[2], (0,))) if len(node.input) > 2 else 0
-    )
+    added = node.input[2] if len(node.input) > 2 else ""
+    parameters = math.prod(kernel) + (math.prod(shapes.get(added, (0,))) if added else 0)
     macs = math.prod(shape) * inner // images
-    return Layer(name, node.op_type, macs, parameters, reason="fully connected layer")
+    bias = numpy_helper.to_array(constants[added]) if added in constants else None
+    reason = _why_kept(shapes[node.input[0]], images, kernel, attributes)
+    if not reason and added and bias is None:
+        reason = "its bias is computed, not constant"
+    if not reason and bias is not None and bias.shape not in ((), (1,), (1, 1), shape[1:], (1, *shape[1:])):
+        reason = f"its bias {bias.shape} is not one number per output"
+    weight = numpy_helper.to_array(constants[node.input[1]])
+    if not reason and weight.dtype != np.float32:
+        reason = f"its weights are {weight.dtype}, not float32"
+    if reason:
+        return Layer(name, node.op_type, macs, parameters, reason=reason)
+    weight = weight if turned else weight.T
+    n_o, n_i = weight.shape
+    return Layer(
+        name,
+        node.op_type,
+        macs,
+        parameters,
+        ConvGeometry(n_o, n_i, 1, 1),
+        weight.reshape(n_o, n_i, 1, 1),
+        np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o),
+        (1, 1),
+        methods=("cd",),  # there are no taps to separate, and reading fewer inputs is no faster
+    )
+
+
+def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attributes: dict[str, Any]) -> str:
+    """Why a matrix product is no fully connected layer that sees one row per image; empty if it is."""
+    if attributes.get("transA", 0):
+        return "its input is transposed"
+    if scales := [n for n in ("alpha", "beta") if attributes.get(n, 1.0) != 1]:
+        return f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1"
+    if len(rows) != 2:
+        return f"its input has {len(rows)} axes, not 2"
+    if rows[0] != images:
+        return "it does not see one row per image"
+    return "" if len(kernel) == 2 else f"its weights have {len(kernel)} axes, not 2"
 
 
 def _read_fused(

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
-from netdecouple.frontends.onnx.emission import Form, emit
+from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
@@ -96,10 +96,14 @@ class OnnxNetwork:
         for name, arrays in kernels.items():
             node = proto.graph.node[self._order[self.nodes[name].output[0]]]
             names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
+            weight, bias = arrays
+            if node.op_type in PRODUCTS:
+                weight = weight[:, :, 0, 0]
+                node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
             node.input[:] = [node.input[0], *names]
             proto.graph.initializer.extend(
                 numpy_helper.from_array(np.ascontiguousarray(a, np.float32), n)
-                for a, n in zip(arrays, names, strict=True)
+                for a, n in zip((weight, bias), names, strict=True)
             )
         return proto
 
@@ -143,7 +147,8 @@ class OnnxNetwork:
     ) -> Observation:
         geometry = self._layer[name].geometry
         assert geometry is not None
-        patches = geometry.patches(x, where[batch])
+        maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # what a fully connected layer sees are rows
+        patches = geometry.patches(maps, where[batch])
         if not (np.isfinite(patches).all() and np.isfinite(outputs).all()):
             raise ModelError(f"NaN or Inf in the activations of layer {name!r}; check the preprocessing")
         return Observation(name, batch, patches, outputs, shortcut)
@@ -213,8 +218,9 @@ class OnnxNetwork:
             if name is None:
                 nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
                 continue
+            form = (forms or {}).get(name, "parallel")
             new, constants = emit(
-                factorizations[name], name, node.input[0], node.output[0], (forms or {}).get(name, "parallel")
+                factorizations[name], name, node.input[0], node.output[0], form, node.op_type
             )
             nodes += new
             proto.graph.initializer.extend(constants)
@@ -268,7 +274,7 @@ class OnnxWalk:
         """Put a factorization in the place of ``layer``."""
         node = self._nodes[self._at]
         assert node.output[0] == self._network.nodes[layer].output[0], "the walk is not at this layer"
-        nodes, constants = emit(factorization, layer, node.input[0], node.output[0])
+        nodes, constants = emit(factorization, layer, node.input[0], node.output[0], operator=node.op_type)
         self._nodes[self._at : self._at + 1] = nodes
         self._constants |= {tensor.name: tensor for tensor in constants}
 
