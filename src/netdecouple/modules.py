@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,20 @@ from torch import nn
 from netdecouple.application import Applied, apply
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.frontends import Layer
+from netdecouple.frontends.torch import files
+from netdecouple.frontends.torch.files import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
-from netdecouple.planning.solve import make_plan, published_plan, ruled_plan
+from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, ruled_plan
 from netdecouple.report.report import Agreement, Report, layer_reports
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
 TOLERANCE = 1e-3  # relative difference between the new module and the plan's arithmetic
-
-
-@dataclass(frozen=True)
-class Decoupling:
-    """What was done to a module, and what it gained and lost; its ``decoupling`` attribute."""
-
-    plan: Plan
-    report: Report
-    norms: dict[str, str]  # BatchNorms that changed layers have taken in
 
 
 def decouple(
@@ -48,6 +42,7 @@ def decouple(
     settings: Settings = Settings(),
     samples: int | None = 1000,
     progress: Progress = quiet,
+    show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
 ) -> nn.Module:
     """Return a faster copy of a module, decoupled to a budget. The module given is not changed.
 
@@ -62,6 +57,7 @@ def decouple(
         settings: families to choose from or one rule for all layers, how to fit, seed, layers to leave alone.
         samples: how many samples to take at most; None takes all.
         progress: called with a step's name, what is done and what there is to do.
+        show_budgets: called once with the table of budgets that can be met, before solving.
 
     Raises:
         NetDecoupleError: one of its children, with one line that says what to do.
@@ -72,6 +68,8 @@ def decouple(
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
     network, inputs = _opened(module, calib, device, filter, arguments, samples, settings.seed)
     analysis = analyze(network, inputs, settings, progress)
+    if show_budgets is not None and settings.rule is None:
+        show_budgets(budget_rows(analysis), analysis.loss)
     if settings.rule is not None:
         plan = ruled_plan(analysis)
     elif settings.data_free and settings.uniform_rank:
@@ -102,6 +100,43 @@ def apply_plan(
     return _result(
         network, inputs, apply(network, inputs, plan.adopted(network.fingerprint, network.layers), progress)
     )
+
+
+def save(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a decoupled module into a folder of its own: ``model.safetensors`` and ``netdecouple.json``.
+
+    What an earlier call wrote there is replaced, at once; a folder with anything else in it is refused.
+
+    Raises:
+        ModelError: the module was not decoupled, or its state is more than tensors.
+        OutputError: the folder cannot be written.
+    """
+    decoupling = vars(module).get("decoupling")
+    if not isinstance(decoupling, Decoupling):
+        raise ModelError(
+            f"this {type(module).__name__} was not made by netdecouple.decouple; "
+            "of a compiled or distributed module, give the one inside"
+        )
+    files.write(module, decoupling, folder)
+
+
+def load(module: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Return a copy of the original module, decoupled as the one in a folder was, with that one's weights.
+
+    Args:
+        module: built as the original was; its weights do not matter. Modes, types, devices and whether
+            gradients are wanted are taken from it. It is not changed.
+        folder: that `save` wrote; weights may be in shards, as on the Hugging Face Hub.
+
+    Raises:
+        PlanError: the folder's description is missing, damaged or of another version.
+        ModelError: the weights are missing or damaged, or of another module than this.
+    """
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"a {type(module).__name__} is no PyTorch module")
+    new, decoupling = files.read(module, folder)
+    new.decoupling = decoupling
+    return new
 
 
 def _opened(

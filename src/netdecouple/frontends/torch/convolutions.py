@@ -329,7 +329,8 @@ class Factorized(nn.Sequential):
 
     def __init__(self, convolution: Convolution, structure: Structure) -> None:
         super().__init__(*convolution.modules(structure))
-        self.geometry = structure.geometry
+        self.convolution, self.geometry = convolution, structure.geometry
+        self.selects = tuple(i for i, channels in enumerate(structure.channels) if channels is not None)
         self._fused = self._pairs(convolution)
 
     @classmethod
@@ -373,7 +374,7 @@ class Factorized(nn.Sequential):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self._fused and _fusable(x)):
+        if not (self._fused and _fusable(x) and all(map(_is_plain, self))):
             return super().forward(x)
         modules = list(self)
         at = 0
@@ -406,17 +407,24 @@ def _all_channels(depthwise: Any) -> torch.Tensor:
     return channels
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether a module does what its weights say: no hooks, no parametrization, no adapter in its place."""
+    if type(module) not in (Gather, Padding, nn.Conv2d) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not isinstance(module, nn.Conv2d) or type(module.weight) is nn.Parameter
+
+
 def _fusable(x: torch.Tensor) -> bool:
     """Whether the fused operator computes the same, and no slower."""
     return (
-        x.device.type == "cpu"
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.ndim == 4
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and type(x) is torch.Tensor
         and x.is_contiguous()
         and kernels.available()
     )
