@@ -15,7 +15,7 @@ from netdecouple.api import evaluate, inspect
 from netdecouple.errors import BudgetError, CalibrationError, PlanError
 from netdecouple.families.combined import methods
 from netdecouple.planning.candidates import Rule
-from tests.networks import Builder, classifier, images_for
+from tests.networks import Builder, classifier, images_for, perceptron
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 MODEL, CALIB, LABELS = (
@@ -225,6 +225,22 @@ def test_a_budget_in_parameters_holds_too() -> None:
     result = netdecouple.decouple(MODEL, CALIB, macs="60%", parameters="40%", samples=60, settings=QUICK)
     assert result.report.parameters <= 0.4 * result.report.parameters_before
     assert result.report.macs <= 0.6 * result.report.macs_before
+
+
+def test_a_perceptrons_head_is_decoupled_to_a_budget_in_parameters() -> None:
+    """Most parameters are in fully connected layers; the plan gives the same network again."""
+    model = perceptron()
+    images = images_for(model, 200)
+    result = netdecouple.decouple(model, images, parameters=0.5)
+    assert result.report.parameters <= 0.5 * result.report.parameters_before
+    families = {row.operator: row.family for row in result.plan.layers if row.name == "fc1"}
+    assert families == {"Gemm": "cd"}
+    operators = [node.op_type for node in result.model.graph.node]
+    assert set(operators) <= {"Conv", "Relu", "Flatten", "MatMul", "Gemm", "Add", "Concat", "Gather"}
+    again = netdecouple.apply_plan(model, result.plan, images)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(
+        deterministic=True
+    )
 
 
 def test_the_smallest_network_within_a_drop_is_found() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from netdecouple import api, latency
 from netdecouple.errors import BudgetError, ModelError, UnavailableError
+from netdecouple.families.combined import Step, method
 from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.emission import FORMS, Form
 from netdecouple.frontends.onnx.model import read_model
@@ -28,9 +29,13 @@ from netdecouple.latency import (
     tiny_model,
 )
 from netdecouple.planning.analysis import Analysis, Settings, analyze
+from netdecouple.planning.cost import Budget, Parameters
+from netdecouple.planning.solve import make_plan
 from netdecouple.runtimes import Feeds
 from netdecouple.runtimes.onnxruntime import open_session
 from netdecouple.sampling import Inputs
+from tests.networks import images_for, perceptron
+from tests.planning.layers import linear
 from tests.test_api import DEMO, MODEL
 
 
@@ -169,6 +174,34 @@ def test_tiny_models_are_copies_of_the_layer(analysis: Analysis, form: Form) -> 
     for seed, found in enumerate(open_session(model).run(None, {"x": x})):
         expected = placeholder(structure, seed)(x).mean(axis=(2, 3), keepdims=True)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiny_models_of_fully_connected_layers_are_matrix_products(form: Form) -> None:
+    layer = linear("fc", 12, 9)
+    structure = method("cd").structure(layer.geometry, [Step(3)])
+    model = tiny_model(layer, structure, form, 3)
+    onnx.checker.check_model(model)
+    assert {node.op_type for node in model.graph.node} == {"MatMul", "Gemm"}
+    x = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)
+    for seed, found in enumerate(open_session(model).run(None, {"x": x})):
+        expected = placeholder(structure, seed)(x[:, :, None, None])[:, :, 0, 0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fused_operator_never_runs_fully_connected_layers(tmp_path: Path) -> None:
+    """Neither those that are changed nor, as a neighbour, those that are kept."""
+    model = perceptron()
+    images = images_for(model, 20)
+    network = OnnxNetwork(read_model(model), images)
+    seen = analyze(network, Inputs.split(images, 0), Settings(data_free=True))
+    clock = counter(seen, Clock(by_weights), tmp_path, FUSED)
+    plan = clock.with_neighbours(make_plan(seen, [Budget(Parameters(), 0.5)], clock.form))
+    for row in plan.layers:
+        assert row.operator == "Conv" or row.changed or not row.form
+    sketched = clock.sketch(plan)
+    assert all(not node.name.startswith(("fc", "logits")) for node in sketched.graph.node if node.domain)
+    assert any(node.name == "fc1/product0" for node in sketched.graph.node)
 
 
 def test_a_plan_for_latency_goes_through_the_front_door(

@@ -308,8 +308,8 @@ def with_kept(
 ) -> tuple[dict[str, Factorization], dict[str, Form]]:
     """Add the layers that are kept and yet run by the fused operator, as they are, to what is written."""
     kept = [layers[row.name] for row in plan.layers if not row.changed and row.form]
-    convolutions = [la for la in kept if la.geometry and la.operator not in PRODUCTS]
-    exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in convolutions}
+    kept = [la for la in kept if la.operator not in PRODUCTS]
+    exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in kept if la.geometry}
     return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
 
 

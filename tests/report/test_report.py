@@ -144,3 +144,7 @@ def test_ratios_and_names_are_short() -> None:
     assert short_name("/layer1/conv") == "layer1/conv"
     assert short_name("/" + "a" * 20 + "/" + "b" * 20, 21) == "aaaaaaaaaa…bbbbbbbbbb"
     assert describe(conv("c", 8, 16, 10, groups=2)) == "8→16 3×3 2 groups @10"
+
+
+def test_a_fully_connected_layers_shape_is_its_inputs_and_outputs() -> None:
+    assert describe(linear("fc", 512, 10)) == "512→10"

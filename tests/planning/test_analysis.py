@@ -1,0 +1,40 @@
+"""Which layers are left alone before any work, and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from netdecouple.errors import ModelError
+from netdecouple.planning.analysis import EXCLUDED, Settings, kept_reasons
+from netdecouple.planning.candidates import Rule
+from tests.planning.layers import conv, linear, vgg16
+
+LAYERS = [conv("c", 8, 16, 10), linear("fc", 16, 10)]
+
+
+def test_a_fully_connected_layer_too_wide_for_its_moments_is_kept() -> None:
+    """VGG16's first; without data there are no moments. Convolutions and the others are not affected."""
+    assert kept_reasons(vgg16(), Settings()) == {
+        "fc6": "too wide: the moments of its inputs take 17.6 GB, more than 1.3 GB"
+    }
+    assert kept_reasons(vgg16(), Settings(data_free=True)) == {}
+    assert kept_reasons([conv("wide", 1024, 512, 14)], Settings()) == {}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(families=("nd", "sd")),
+        Settings(rule=Rule.parse("nd-dp:T=4")),
+        Settings(data_free=True, uniform_rank=True),
+    ],
+)
+def test_a_fully_connected_layer_is_kept_where_low_rank_is_not_asked_for(settings: Settings) -> None:
+    assert kept_reasons(LAYERS, settings) == {"fc": "only cd would do, which is not asked for"}
+
+
+def test_a_fully_connected_layer_may_follow_a_rule_or_be_excluded_or_too_small() -> None:
+    assert kept_reasons(LAYERS, Settings(rule=Rule.parse("cd:rank=2"))) == {}
+    assert kept_reasons(LAYERS, Settings(exclude=("f*",))) == {"fc": EXCLUDED}
+    with pytest.raises(ModelError, match="too small"):
+        kept_reasons([linear("one", 16, 1)], Settings())
