@@ -27,6 +27,7 @@ from netdecouple.families import Array, Family, Problem, root, solve, with_best_
 
 SWEEPS = 5
 ROUNDS = 2  # of filters, rows, in the PD form
+ALTERNATED = 1500  # unknowns per output up to which the rows of the PD form are refitted too
 SETTLED = 5e-3  # a sweep that gains less than this share of the error is the last
 BLOCK = 16  # channels whose share of the residual is computed in one matrix product
 
@@ -94,7 +95,7 @@ class PointwiseDepthwise(Family):
 
     The closed form takes the metric as a product of one over channels and one over taps (DESIGN §4);
     depthwise filters and pointwise rows are then refitted in turn, each exactly: an output channel's
-    terms are nobody else's.
+    terms are nobody else's. In large layers rows take too long, and only the filters are refitted.
     """
 
     name = "nd-pd"
@@ -135,8 +136,9 @@ class PointwiseDepthwise(Family):
         for gram, target in zip(problem.moments.gram, problem.target, strict=True):
             points, taps = _closed_form(gram, target.reshape(len(target), n, -1), size)
             pulled = target @ gram
+            rounds = self._rounds if target.shape[1] <= ALTERNATED else 0
             for o in range(len(target) if self._rounds else 0):
-                for _ in range(self._rounds):
+                for _ in range(rounds):
                     taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])
                     points[o] = _refit_rows(gram, pulled[o], taps[o])
                 taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])

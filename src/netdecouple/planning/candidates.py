@@ -169,8 +169,9 @@ def candidates(
     tried = _to_fit(layer, trials, probes)
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # foreseen, fitted
     shown = []
+    rounds = 0 if held_back is None else 1  # in the metric of the weights there is nothing to descend
     for name, trial, in_network in tried:
-        fitted, _ = method(name, uniform, rounds=1).fit(fitting, trial.steps)
+        fitted, _ = method(name, uniform, rounds=rounds).fit(fitting, trial.steps)
         if held_back is None:
             error = fitting.error(fitted) / fitting.power
         else:
