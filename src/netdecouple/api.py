@@ -361,18 +361,22 @@ def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspecti
     opened = read_model(model)
     settings = Settings(data_free=True)
     noise = _images(opened, None, Preprocessing(size=size), None, settings)
-    network = OnnxNetwork(opened, noise.images)
+    return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
+
+
+def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
+    """Look at layers that a frontend has found."""
     (decoupling,) = method("nd-dp").families
     energy = {
         layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
-        for layer in network.layers
+        for layer in layers
         if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
     }
     least = [
-        sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in network.layers)
+        sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)
         for cost in (Macs(), Parameters())
     ]
-    return Inspection(opened.origin, network.layers, energy, *least)
+    return Inspection(origin, layers, energy, *least)
 
 
 def evaluate(

@@ -189,8 +189,8 @@ def load(
             return Samples(request.inputs(_read_array(path, key)), text)
         if os.path.exists(path):
             raise CalibrationError(f"this kind of file is not supported: give {_SOURCES}")
-        if key is None and _FUNCTION.fullmatch(text):
-            return Samples(request.inputs(_call(text)), text)
+        if names_function(text):
+            return Samples(request.inputs(call(text)), text)
         raise CalibrationError(f"not found: give {_SOURCES}")
 
 
@@ -391,8 +391,18 @@ def _axes(archive: Any, name: str) -> int:
         return 0
 
 
-def _call(name: str) -> Any:
-    """Import MODULE, also from the current directory, and call its FUNCTION without arguments."""
+def names_function(source: str) -> bool:
+    """Tell whether this is MODULE:FUNCTION, and no file."""
+    path, key = _split_key(source)
+    return key is None and not os.path.exists(path) and _FUNCTION.fullmatch(source) is not None
+
+
+def call(name: str) -> Any:
+    """Import MODULE, also from the current directory, and call its FUNCTION without arguments.
+
+    Raises:
+        CalibrationError: the module or the function is not there, or fails.
+    """
     module_name, _, function_name = name.partition(":")
     with _blaming(f"cannot import {module_name}"):
         here = os.getcwd()

@@ -5,12 +5,14 @@ PyTorch is imported only where a module is given, or one is asked for.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from netdecouple import api
+from netdecouple import api, calibration
 from netdecouple.api import Calibration, Result
 from netdecouple.errors import UnavailableError
 from netdecouple.frontends.onnx.model import ModelSource
@@ -18,6 +20,8 @@ from netdecouple.planning.plan import Plan
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+LIBRARIES = ("torchvision", "timm")  # of PyTorch models
 
 
 @overload
@@ -71,11 +75,32 @@ def _is_module(model: Any) -> bool:
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
+def is_named(model: str | os.PathLike[str]) -> bool:
+    """Tell whether a source names a PyTorch model: torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    text = os.fspath(model)
+    library, _, name = text.partition(":")
+    if Path(text).suffix == ".onnx" or os.path.exists(text) or not name:
+        return False
+    return library in LIBRARIES or calibration.names_function(text)
+
+
+def named() -> Any:
+    """The front door for PyTorch models that are named.
+
+    Raises:
+        UnavailableError: PyTorch is not installed.
+    """
+    return _imported("named")
+
+
 def _modules() -> Any:
+    return _imported("modules")
+
+
+def _imported(door: str) -> Any:
     try:
-        from netdecouple import modules
+        return importlib.import_module(f"netdecouple.{door}")
     except ImportError as error:
         raise UnavailableError(
             f"PyTorch modules need torch and safetensors ({error}); pip install 'netdecouple[torch]'"
         ) from error
-    return modules

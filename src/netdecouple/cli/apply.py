@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from netdecouple import api
+from netdecouple import api, doors
 from netdecouple.cli import options
-from netdecouple.cli.results import check_outputs, write_result
+from netdecouple.cli.results import check_networks, check_outputs, write_result
+from netdecouple.cli.sources import check_onnx_only, torch_model
 from netdecouple.planning.plan import Plan
 
 
 def apply(
-    model: options.Model,
+    model: options.AnyModel,
     plan: Annotated[Path, typer.Argument(help="The plan, written by run --plan-out.", show_default=False)],
-    output: options.Output,
+    output: options.Outputs,
     calib: options.Calib = None,
-    preset: options.Preset = "none",
+    preset: options.Preset = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    weights: options.Weights = None,
     report: options.ReportFile = None,
 ) -> None:
     """Carry a saved plan out on the model and the inputs it was made for; the result is the same network.
 
     Example: netdecouple apply model.onnx plan.json -o faster.onnx --calib images/ --preset imagenet
     """
-    check_outputs([model, plan], output, report)
-    with options.Bars() as bars:
-        result = api.apply_plan(
-            model,
-            Plan.load(plan),
-            calib,
-            preprocessing=options.preprocessing(preset, input_size, mean, std),
-            progress=bars,
-        )
-    write_result(options.console(), result, output, None, report)
+    console = options.console()
+    named = doors.is_named(model)
+    check_outputs([model, plan], *output, report, folders=check_networks(output, named))
+    result: Any
+    if named:
+        wanted = Plan.load(plan)
+        opened = torch_model(console, model, weights, wanted.seed)
+        pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
+        with options.Bars() as bars:
+            result = doors.named().apply_plan(opened, wanted, calib, preprocessing=pictures, progress=bars)
+    else:
+        check_onnx_only(model, {"--weights": weights})
+        with options.Bars() as bars:
+            result = api.apply_plan(
+                model,
+                Plan.load(plan),
+                calib,
+                preprocessing=options.preprocessing(preset, input_size, mean, std),
+                progress=bars,
+            )
+    write_result(console, result, output, None, report)

@@ -43,7 +43,7 @@ def demo(
             show_budgets=lambda rows, loss: console.print(budget_table(rows, loss)),
         )
     faster = output / "digits-decoupled.onnx"
-    write_result(console, result, faster, output / "plan.json", output / "report.json")
+    write_result(console, result, [faster], output / "plan.json", output / "report.json")
     scores = api.evaluate([model, faster], f"{data}:images,labels")
     console.print(scores_table(scores))
     networks = [model, faster]

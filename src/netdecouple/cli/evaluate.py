@@ -18,7 +18,7 @@ def evaluate(
     other: Annotated[
         Path | None, typer.Argument(help="A second network to compare.", show_default=False)
     ] = None,
-    preset: options.Preset = "none",
+    preset: options.Preset = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,

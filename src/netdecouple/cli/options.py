@@ -19,6 +19,22 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "s
 """For printing what may hold the names of files, which are nobody's markup."""
 
 Model = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
+AnyModel = Annotated[
+    Path,
+    typer.Argument(
+        help="The network: an .onnx file, torchvision:NAME, timm:NAME, or MODULE:FUNCTION that makes a "
+        "PyTorch module.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a PyTorch model: default (what its library downloads), random, or FILE.safetensors, .pt, "
+        ".pth.",
+        show_default=False,
+    ),
+]
 Calib = Annotated[
     str | None,
     typer.Option(
@@ -27,7 +43,12 @@ Calib = Annotated[
     ),
 ]
 Preset = Annotated[
-    str, typer.Option(help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1).")
+    str | None,
+    typer.Option(
+        help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the weights "
+        "of a PyTorch model say, else none.",
+        show_default=False,
+    ),
 ]
 InputSize = Annotated[
     str | None,
@@ -45,14 +66,29 @@ Std = Annotated[
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]
+Outputs = Annotated[
+    list[Path],
+    typer.Option(
+        "-o",
+        "--output",
+        help="Where to write the new network: an .onnx file; of a PyTorch model also a folder, or both.",
+        show_default=False,
+    ),
+]
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write the report here as JSON.", show_default=False)
 ]
 
 
-def preprocessing(preset: str, input_size: str | None, mean: str | None, std: str | None) -> Preprocessing:
-    """Put the preprocessing options together."""
-    chosen = Preprocessing.preset(preset)
+def preprocessing(
+    preset: str | None,
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    known: Preprocessing = Preprocessing(),
+) -> Preprocessing:
+    """Put the preprocessing options together; what they leave open is as ``known``."""
+    chosen = known if preset is None else Preprocessing.preset(preset)
     if mean is not None:
         chosen = replace(chosen, mean=_floats(mean, "--mean"))
     if std is not None:

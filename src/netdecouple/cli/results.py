@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from netdecouple.api import Result
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
 from netdecouple.frontends.onnx.model import check_writable
 from netdecouple.report.text import report_table
 
+NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
 
-def check_outputs(inputs: Sequence[Path], *outputs: Path | None) -> None:
+
+def check_networks(outputs: Sequence[Path], named: bool) -> list[Path]:
+    """Tell which outputs are folders: of models that are ``named``, all that do not end in .onnx.
+
+    Raises:
+        OutputError: a network cannot be written so.
+    """
+    if not named and len(outputs) > 1:
+        raise OutputError("an .onnx model becomes one .onnx file; give -o once")
+    for output in outputs:
+        if named and output.suffix in NO_FOLDERS:
+            raise OutputError(
+                f"{output}: PyTorch models are written as .onnx or as a folder; leave out {output.suffix}"
+            )
+    return [output for output in outputs if named and output.suffix != ".onnx"]
+
+
+def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Collection[Path] = ()) -> None:
     """Find out before the work that something cannot be written, or would overwrite what it is made from.
 
     Raises:
@@ -24,29 +42,41 @@ def check_outputs(inputs: Sequence[Path], *outputs: Path | None) -> None:
     """
     wanted = [output for output in outputs if output is not None]
     for index, output in enumerate(wanted):
-        check_writable(output)
+        (_check_folder if output in folders else check_writable)(output)
         if any(output.exists() and given.exists() and output.samefile(given) for given in inputs):
             raise OutputError(f"{output}: is an input, and inputs are never overwritten; choose another name")
         if any(output.resolve() == other.resolve() for other in wanted[:index]):
             raise OutputError(f"{output}: is asked for twice; give every result a name of its own")
 
 
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give the name of a folder, or of an .onnx file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "netdecouple.json").exists():
+        raise OutputError(f"{folder}: holds other files; give the name of a new folder, or of an .onnx file")
+    check_writable(folder.resolve().parent / f".{folder.name}")  # it is renamed into place
+
+
 def write_result(
-    console: Console, result: Result, output: Path, plan: Path | None, report: Path | None
+    console: Console, result: Any, outputs: Iterable[Path], plan: Path | None, report: Path | None
 ) -> None:
-    """Write the model and what was asked for beside it, and print the report."""
-    result.save(output)
+    """Write the network and what was asked for beside it, and print the report."""
+    for output in outputs:
+        result.save(output)
     if plan is not None:
         write_text(plan, result.plan.to_json() + "\n")
     if report is not None:
         write_text(report, result.report.to_json())
     console.print(report_table(result.report))
-    tell_written(console, output)
+    for output in outputs:
+        tell_written(console, output)
 
 
 def tell_written(console: Console, output: Path) -> None:
-    """Say which model was written, and how large it is."""
-    console.print(f"Wrote       {output} ({output.stat().st_size / 1e6:.2f} MB)", **options.PLAIN)
+    """Say which network was written, and how large it is."""
+    files = output.iterdir() if output.is_dir() else [output]
+    size = sum(path.stat().st_size for path in files)
+    console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from netdecouple import api
+from netdecouple import api, doors
 from netdecouple.cli import options
-from netdecouple.cli.results import check_outputs, write_result
+from netdecouple.cli.results import check_networks, check_outputs, write_result
+from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
@@ -17,8 +18,8 @@ from netdecouple.report.text import budget_table
 
 
 def run(
-    model: options.Model,
-    output: options.Output,
+    model: options.AnyModel,
+    output: options.Outputs,
     calib: options.Calib = None,
     macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
@@ -72,10 +73,11 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
     samples: Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")] = api.SAMPLES,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
-    preset: options.Preset = "none",
+    preset: options.Preset = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    weights: options.Weights = None,
     plan_out: Annotated[
         Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
     ] = None,
@@ -83,37 +85,65 @@ def run(
 ) -> None:
     """Decouple a network to a budget, from a few hundred unlabelled inputs.
 
-    Example: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
+    Examples: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
+
+    netdecouple run torchvision:resnet18 -o faster.onnx -o faster --calib images/ --macs 50%
     """
     console = options.console()
-    check_outputs([model], output, plan_out, report)
+    named = doors.is_named(model)
+    check_outputs([model], *output, plan_out, report, folders=check_networks(output, named))
+    rule = None if method is None else Rule.parse(method)
+    settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
 
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))
 
-    with options.Bars() as bars:
-        result = api.decouple(
+    result: Any
+    if named:
+        check_torch_only(
             model,
-            calib,
-            macs=macs,
-            parameters=params,
-            latency=latency,
-            max_drop=max_drop,
-            labels=labels,
-            settings=Settings(
-                tuple(exclude or ()),
-                data_free,
-                uniform_rank,
-                seed,
-                parse_families(families),
-                None if method is None else Rule.parse(method),
-            ),
-            emit=emit,
-            runtime=runtime,
-            threads=threads,
-            preprocessing=options.preprocessing(preset, input_size, mean, std),
-            samples=samples,
-            progress=bars,
-            show_budgets=show,
+            {
+                "--latency": latency,
+                "--max-drop": max_drop is not None,
+                "--runtime": runtime,
+                "--threads": threads != 1,
+                "--emit": emit != "standard",
+            },
         )
+        opened = torch_model(console, model, weights, seed)
+        pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
+        with options.Bars() as bars:
+            result = doors.named().decouple(
+                opened,
+                calib,
+                macs=macs,
+                parameters=params,
+                settings=settings,
+                labels=labels,
+                preprocessing=pictures,
+                samples=samples,
+                to_onnx=any(path.suffix == ".onnx" for path in output),
+                progress=bars,
+                show_budgets=show,
+            )
+    else:
+        check_onnx_only(model, {"--weights": weights})
+        with options.Bars() as bars:
+            result = api.decouple(
+                model,
+                calib,
+                macs=macs,
+                parameters=params,
+                latency=latency,
+                max_drop=max_drop,
+                labels=labels,
+                settings=settings,
+                emit=emit,
+                runtime=runtime,
+                threads=threads,
+                preprocessing=options.preprocessing(preset, input_size, mean, std),
+                samples=samples,
+                progress=bars,
+                show_budgets=show,
+            )
     write_result(console, result, output, plan_out, report)
