@@ -41,6 +41,8 @@ MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circul
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 LAYERS = (*KINDS, nn.Linear)
+THREADS = 2  # up to which the fused operator, in one of them, was measured to be faster …
+PIXELS = 14 * 14  # … on maps of that size; on 7×7 the stages are
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,7 @@ class Factorized(nn.Sequential):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self._fused and _fusable(x) and all(map(_is_plain, self))):
+        if not (self._fused and _fusable(x) and _pays(x) and all(map(_is_plain, self))):
             return super().forward(x)
         modules = list(self)
         at = 0
@@ -415,7 +417,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _fusable(x: torch.Tensor) -> bool:
-    """Whether the fused operator computes the same, and no slower."""
+    """Whether the fused operator computes the same."""
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
@@ -428,3 +430,11 @@ def _fusable(x: torch.Tensor) -> bool:
         and x.is_contiguous()
         and kernels.available()
     )
+
+
+def _pays(x: torch.Tensor) -> bool:
+    """Whether the fused operator is no slower, as benchmarks/torch_latency.py has it.
+
+    It runs in one thread, the stages in as many as there are; and it computes whole vectors of pixels.
+    """
+    return torch.get_num_threads() <= THREADS and x.shape[2] * x.shape[3] >= PIXELS
