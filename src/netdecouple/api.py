@@ -190,7 +190,10 @@ def apply_plan(
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = _images(opened, calib, preprocessing, plan.samples, settings)
     network = OnnxNetwork(opened, images.images)
-    plan = plan.adopted(network.fingerprint, network.layers)
+    try:
+        plan = plan.adopted(network.fingerprint, network.layers)
+    except PlanError as error:
+        raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
     inputs = Inputs.split(images.images, plan.seed)
     if inputs.fingerprint != plan.images:
         raise PlanError(
