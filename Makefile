@@ -27,8 +27,8 @@ quick: $(READY)  ## the tests that need no pretrained networks
 	$(BIN)/python -m pytest -q -m 'not shared and not slow'
 
 lint: $(READY)  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 benchmark: $(READY)  ## the accuracy table of the README; needs ../shared
