@@ -137,11 +137,15 @@ class PointwiseDepthwise(Family):
             points, taps = _closed_form(gram, target.reshape(len(target), n, -1), size)
             pulled = target @ gram
             rounds = self._rounds if target.shape[1] <= ALTERNATED else 0
+            # every output reads the whole metric: it is turned once, not each time
+            by_channel = np.ascontiguousarray(gram.reshape(-1, n, taps.shape[2]).swapaxes(0, 1)).reshape(
+                n, -1
+            )
             for o in range(len(target) if self._rounds else 0):
                 for _ in range(rounds):
-                    taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])
+                    taps[o] = _refit_filters(by_channel, pulled[o], points[o], taps.shape[2])
                     points[o] = _refit_rows(gram, pulled[o], taps[o])
-                taps[o] = _refit_filters(gram, pulled[o], points[o], taps.shape[2])
+                taps[o] = _refit_filters(by_channel, pulled[o], points[o], taps.shape[2])
             rows.append(points)
             filters.append(taps)
         pointwise, depthwise = self.structure(problem.geometry, size).stages
@@ -169,10 +173,13 @@ def _closed_form(gram: Array, slices: Array, size: int) -> tuple[Array, Array]:
     return rows, values[..., None] * filters
 
 
-def _refit_filters(gram: Array, pulled: Array, rows: Array, k: int) -> Array:
-    """Least squares for one output's filters (T, k²), rows (T, n) fixed; pulled = W* G (d,)."""
+def _refit_filters(by_channel: Array, pulled: Array, rows: Array, k: int) -> Array:
+    """Least squares for one output's filters (T, k²), rows (T, n) fixed; pulled = W* G (d,).
+
+    ``by_channel`` (n, d·k²) is G with the channels of its second index first.
+    """
     terms, n = rows.shape
-    seen = np.tensordot(gram.reshape(-1, n, k), rows, (1, 1)).swapaxes(1, 2)  # (d, T, k²)
+    seen = (rows @ by_channel).reshape(terms, n, k, k).transpose(1, 2, 0, 3)  # (n, k², T, k²)
     inner = np.tensordot(rows, seen.reshape(n, k, terms * k), (1, 0))  # (T, k², T·k²)
     right = np.tensordot(rows, pulled.reshape(n, k), (1, 0)).reshape(1, -1)
     return solve(inner.reshape(terms * k, -1), right).reshape(terms, k)
