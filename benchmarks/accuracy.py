@@ -5,14 +5,16 @@ Calibration uses training images without labels; test images are only ever looke
 
     python benchmarks/accuracy.py                       # everything, about an hour on two cores
     python benchmarks/accuracy.py --network resnet20 --ratio 2
+    python benchmarks/accuracy.py --csv out/curve.csv --plot out/curve.svg      # the plot needs matplotlib
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -121,8 +123,12 @@ def main(
     ratio: Annotated[list[float] | None, typer.Option(help="Times fewer MACs.")] = None,
     images: Annotated[list[int] | None, typer.Option(help="Calibration images.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(METHODS)}")] = None,
+    table_file: Annotated[Path | None, typer.Option("--csv", help="Add the rows to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the points lost against MACs, of all its rows.")
+    ] = None,
 ) -> None:
-    """Print the table of accuracy against MACs."""
+    """Print the table of accuracy against MACs; rows go to the CSV file as they come."""
     console = Console()
     table = Table(title="CIFAR-10 test, 1,000 images; standard error of an accuracy about 0.9 points")
     for column in (
@@ -137,7 +143,8 @@ def main(
         "seconds",
     ):
         table.add_column(column, justify="left" if column in ("network", "method") else "right")
-    found = rows(
+    known: list[Row] = []
+    found: Iterable[Row] = rows(
         shared(),
         network or ["resnet20", "resnet56", "vgg16_cifar10"],
         ratio or [1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
@@ -158,7 +165,61 @@ def main(
         )
         table.add_row(*cells)
         console.log(" ".join(cells))  # long runs are watched
+        known.append(row)
+        if table_file is not None:
+            _append(table_file, row)
     console.print(table)
+    if plot is not None:
+        draw(known if table_file is None else read(table_file), plot)
+
+
+def _append(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def read(path: Path) -> list[Row]:
+    """Every row of a CSV file; of those that were run again, the last."""
+    with path.open(newline="") as file:
+        found = [
+            Row(*(float(text) if text.replace(".", "", 1).isdigit() else text for text in line.values()))
+            for line in csv.DictReader(file)
+        ]
+    return list({(r.network, r.method, r.images, r.asked): r for r in found}.values())
+
+
+def draw(found: Sequence[Row], path: Path) -> None:
+    """Draw the points of top-1 lost against the MAC ratio, a panel per network and a line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "netdecouple"  # the same rows give the same file
+    from matplotlib import pyplot
+
+    networks = list(dict.fromkeys(row.network for row in found))
+    figure, panels = pyplot.subplots(
+        1, len(networks), figsize=(4.2 * len(networks), 3.6), squeeze=False, layout="constrained"
+    )
+    for network, panel in zip(networks, panels[0], strict=True):
+        for method in dict.fromkeys(row.method for row in found):
+            own = sorted(
+                (r for r in found if (r.network, r.method) == (network, method)), key=lambda r: r.reached
+            )
+            points = [(row.reached, 100 * (row.before - row.after)) for row in own]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=method)
+        panel.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
+        panel.set(title=network, xlabel="times fewer MACs", ylabel="top-1 points lost", ylim=(-1.5, 12))
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
