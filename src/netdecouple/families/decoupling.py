@@ -136,16 +136,19 @@ class PointwiseDepthwise(Family):
         for gram, target in zip(problem.moments.gram, problem.target, strict=True):
             points, taps = _closed_form(gram, target.reshape(len(target), n, -1), size)
             pulled = target @ gram
-            rounds = self._rounds if target.shape[1] <= ALTERNATED else 0
-            # every output reads the whole metric: it is turned once, not each time
+            small = target.shape[1] <= ALTERNATED
+            # every output reads the whole metric: it is turned once, and read for several together
             by_channel = np.ascontiguousarray(gram.reshape(-1, n, taps.shape[2]).swapaxes(0, 1)).reshape(
                 n, -1
             )
-            for o in range(len(target) if self._rounds else 0):
-                for _ in range(rounds):
-                    taps[o] = _refit_filters(by_channel, pulled[o], points[o], taps.shape[2])
-                    points[o] = _refit_rows(gram, pulled[o], taps[o])
-                taps[o] = _refit_filters(by_channel, pulled[o], points[o], taps.shape[2])
+            for start in range(0, len(target) if self._rounds > 1 - small else 0, BLOCK):
+                some = slice(start, start + BLOCK)
+                for _ in range(self._rounds if small else 0):
+                    taps[some] = _refit_filters(by_channel, pulled[some], points[some])
+                    points[some] = [
+                        _refit_rows(gram, *own) for own in zip(pulled[some], taps[some], strict=True)
+                    ]
+                taps[some] = _refit_filters(by_channel, pulled[some], points[some])
             rows.append(points)
             filters.append(taps)
         pointwise, depthwise = self.structure(problem.geometry, size).stages
@@ -173,16 +176,19 @@ def _closed_form(gram: Array, slices: Array, size: int) -> tuple[Array, Array]:
     return rows, values[..., None] * filters
 
 
-def _refit_filters(by_channel: Array, pulled: Array, rows: Array, k: int) -> Array:
-    """Least squares for one output's filters (T, k²), rows (T, n) fixed; pulled = W* G (d,).
+def _refit_filters(by_channel: Array, pulled: Array, rows: Array) -> Array:
+    """Least squares for some outputs' filters (m, T, k²), rows (m, T, n) fixed; pulled = W* G (m, d).
 
     ``by_channel`` (n, d·k²) is G with the channels of its second index first.
     """
-    terms, n = rows.shape
-    seen = (rows @ by_channel).reshape(terms, n, k, k).transpose(1, 2, 0, 3)  # (n, k², T, k²)
-    inner = np.tensordot(rows, seen.reshape(n, k, terms * k), (1, 0))  # (T, k², T·k²)
-    right = np.tensordot(rows, pulled.reshape(n, k), (1, 0)).reshape(1, -1)
-    return solve(inner.reshape(terms * k, -1), right).reshape(terms, k)
+    m, terms, n = rows.shape
+    k = pulled.shape[1] // n
+    seen = (rows.reshape(m * terms, n) @ by_channel).reshape(m, terms, n, k, k)
+    # (m, T, n) · (m, n, k², T·k²): what each term's taps share with every other's
+    inner = rows @ seen.transpose(0, 2, 3, 1, 4).reshape(m, n, -1)
+    right = rows @ pulled.reshape(m, n, k)
+    solved = (solve(a.reshape(terms * k, -1), b.reshape(1, -1)) for a, b in zip(inner, right, strict=True))
+    return np.stack([filters.reshape(terms, k) for filters in solved])
 
 
 def _refit_rows(gram: Array, pulled: Array, filters: Array) -> Array:
