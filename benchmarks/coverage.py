@@ -136,8 +136,8 @@ def looked_at(name: str) -> Outcome:
         before, after = module(*args, **kwargs), new.eval()(*args, **kwargs)
         if _structure(before) != _structure(after):
             problems.append("its outputs changed their structure")
-        exact = network.decoupled({name: _exact(network, name) for name in changed}).eval()
-        worst = max(map(_difference, tensors(before), tensors(exact(*args, **kwargs))), default=0.0)
+        full = network.decoupled({name: exact(network.layer[name]) for name in changed}).eval()
+        worst = max(map(_difference, tensors(before), tensors(full(*args, **kwargs))), default=0.0)
         if not worst < 1e-3:
             problems.append(f"full rank differs by {worst:.0e}")
     problems += _reloaded(name, new, args, kwargs)
@@ -157,9 +157,8 @@ def _least(layer: Layer) -> int:
     return min(layer.macs, round(structure.macs(*layer.size) * layer.maps))
 
 
-def _exact(network: TorchNetwork, name: str) -> Factorization:
+def exact(layer: Layer) -> Factorization:
     """A layer at full rank."""
-    layer = network.layer[name]
     assert layer.geometry is not None
     problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
     (family,) = method("cd" if layer.geometry.is_pointwise else "nd-dp", True, rounds=0).families

@@ -84,10 +84,10 @@ class TorchNetwork:
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
             both = self._batched(samples[:2], traces)
             self.found, order = self._find(traces, both, chosen)
-            self._fold(samples[:1], traces[0])
+            self.layers = tuple(order)
+            self.batchable = both is not None
             self.watched = self._watch(samples[:1])
-        self.batchable = both is not None
-        self.layers = tuple(order)
+            self._fold(samples[:1])
 
     def _traced(self, sample: Samples) -> tuple[Trace, Any]:
         args, kwargs = self.placed(sample)
@@ -242,20 +242,21 @@ class TorchNetwork:
                 return made.name, "x"
         return None
 
-    def _fold(self, sample: Samples, trace: tuple[Trace, Any]) -> None:
+    def _fold(self, sample: Samples) -> None:
         """Put a plain convolution, BatchNorm folded in, in the place of every layer that may change."""
+        before = self.run_module(self.module, sample)
         for name, found in self.found.items():
             substitute(self.module, name, _plain(found.convolution, found.weight, found.bias))
             if found.norm:
                 bypass(self.module, found.norm)
-        args, kwargs = self.placed(sample)
-        folded = list(tensors(self.module(*args, **kwargs)))
-        for before, after in zip(tensors(trace[1]), folded, strict=True):
-            if before.is_floating_point() and before.shape == after.shape and not same(after, before):
-                raise ModelError(
-                    "the module computes something else with its BatchNorms folded into its convolutions; "
-                    "its outputs must not depend on anything but its inputs and weights"
-                )
+        after = self.run_module(self.module, sample)
+        if not all(
+            same(torch.from_numpy(b), torch.from_numpy(a)) for a, b in zip(before, after, strict=True)
+        ):
+            raise ModelError(
+                "the module computes something else with its BatchNorms folded into its convolutions; "
+                "its outputs must not depend on anything but its inputs and weights"
+            )
 
     def _watch(self, sample: Samples) -> tuple[str, ...]:
         """The modules whose outputs tell what decoupling does: the whole, else the largest that can.
