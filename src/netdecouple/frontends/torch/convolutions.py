@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
-from netdecouple.frontends import Array
+from netdecouple.frontends import ONE_CHANNEL, Array
 from netdecouple.kernels.torch import decoupled_conv
 
 Ints = tuple[int, ...]
@@ -101,7 +101,7 @@ class Convolution:
     def refusal(self) -> str:
         """Why it can never be decoupled; empty if it can."""
         if self.groups == self.n_i and self.kernel:
-            return "depthwise convolution" if self.n_i > 1 else "reads a single channel"
+            return "depthwise convolution" if self.n_i > 1 else ONE_CHANNEL
         if self.transposed and len(self.kernel) > 2:
             return "transposed convolution in three dimensions"
         if min((*self.before, *self.after), default=0) < 0:
@@ -189,7 +189,7 @@ class Convolution:
     def weight_of(self, kernel: Array) -> Array:
         """Write the engine's kernel as PyTorch's weight: the inverse of `kernel_of`."""
         if not self.kernel:
-            return kernel[:, :, 0, 0]
+            return np.ascontiguousarray(kernel[:, :, 0, 0])
         weight = kernel.reshape(self.n_o, self.n_i // self.groups, *self.kernel)
         return np.ascontiguousarray(_turned(weight, self.groups) if self.transposed else weight)
 
@@ -233,14 +233,12 @@ class Convolution:
             yield from self._stage(stage, pending, index == last)
 
     def _stage(self, stage: ConvGeometry, pending: set[int], bias: bool) -> Iterator[nn.Module]:
-        rank = len(self.kernel)
+        rank, whole = len(self.kernel), self.geometry
         kernel = [1] * rank
         taken = []
         for axis in sorted(pending):
-            # folded dimensions go together
-            spans = stage.kh if axis == 0 and rank > 1 else stage.kw
-            whole = self.kernel[axis] if rank < 3 or axis == 0 else self.kernel[1] * self.kernel[2]
-            if spans == whole:
+            side = 0 if axis == 0 and rank > 1 else 1  # of the 2-D picture; folded dimensions go together
+            if _along(stage, side) == _along(whole, side):
                 kernel[axis] = self.kernel[axis]
                 taken.append(axis)
         pending.difference_update(taken)
@@ -273,6 +271,12 @@ class Convolution:
     def with_stage(self, stage: ConvGeometry, module: nn.Module) -> Convolution:
         """One stage as a convolution of its own."""
         return replace(Convolution.of(module), n_o=stage.n_o, n_i=stage.n_i, groups=stage.groups)
+
+
+def _along(g: ConvGeometry, side: int) -> Ints:
+    """All that a convolution does along one side, or does not: a 1×1 may have a stride, or pads."""
+    kernel = (g.kh, g.kw)[side]
+    return (kernel, g.strides[side], g.pads[side], g.pads[side + 2], g.dilations[side] if kernel > 1 else 1)
 
 
 def _every(steps: Ints) -> tuple[Any, ...]:
