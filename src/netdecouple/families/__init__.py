@@ -139,6 +139,7 @@ class Family(ABC):
     """A way to factorize a layer. One number, its size, says how far: 0 is nothing, ``exact`` is all."""
 
     name: ClassVar[str]
+    joins_last = False  # the last convolution and the 1×1 behind it can be fitted together, by this family
 
     @abstractmethod
     def exact(self, geometry: ConvGeometry) -> int:

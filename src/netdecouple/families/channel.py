@@ -20,6 +20,7 @@ class ChannelDecomposition(Family):
     """Size: channels per group between the two stages."""
 
     name = "cd"
+    joins_last = True
 
     def exact(self, geometry: ConvGeometry) -> int:
         return min(geometry.n_o // geometry.groups, int(np.prod(geometry.weight_shape[1:])))

@@ -212,8 +212,8 @@ def _fit(
             done += _read_from(stage.channels, _fit(inner, own, steps, made).stages)
         else:
             done += (replace(stage, weight=own.target.reshape(stage.weight.shape)),)
-    if isinstance(family, ChannelDecomposition) and done[-2].geometry.groups == problem.geometry.groups:
-        done = _rejoined(problem, done, step.size)
+    if family.joins_last and done[-2].geometry.groups == problem.geometry.groups:
+        done = _rejoined(family, problem, done, step.size)
     return with_best_bias(problem, done)
 
 
@@ -225,13 +225,15 @@ def _read_from(channels: IntArray | None, stages: tuple[ConvStage, ...]) -> tupl
     return (replace(stages[0], channels=channels if own is None else channels[own]), *stages[1:])
 
 
-def _rejoined(problem: Problem, stages: tuple[ConvStage, ...], size: int) -> tuple[ConvStage, ...]:
-    """Decompose the last convolution and the 1×1 behind it anew, together: both answer for the output."""
+def _rejoined(
+    family: Family, problem: Problem, stages: tuple[ConvStage, ...], size: int
+) -> tuple[ConvStage, ...]:
+    """Factorize the last convolution and the 1×1 behind it anew, together: both answer for the output."""
     *before, conv, wide = stages
     joint = replace(conv.geometry, n_o=wide.geometry.n_o)
     weight = Factorization(joint, (replace(conv, channels=None), wide)).dense()
     own = problem.of_stage(before, ConvStage(joint, weight, conv.channels), True)
-    fitted = ChannelDecomposition().fit(own, size).stages
+    fitted = family.fit(own, size).stages
     return (*before, *_read_from(conv.channels, fitted))
 
 
