@@ -105,6 +105,8 @@ def built(name: str) -> tuple[nn.Module, list[Any]]:
     options: dict[str, Any] = {"weights": None}
     if kind in ("detection", "segmentation"):
         options["weights_backbone"] = None
+    if kind == "detection" and not key.startswith("ssd"):
+        options |= {"min_size": 128, "max_size": 128}  # it would make every picture 800 pixels high
     if kind == "classification" and key in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     path = {"classification": key, "video": f"video.{key}"}.get(kind, key)
