@@ -29,7 +29,7 @@ from netdecouple.convolution import Structure
 from netdecouple.families.decoupling import DepthwisePointwise
 from netdecouple.frontends.torch import convolutions
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
-from netdecouple.frontends.torch.network import substitute
+from netdecouple.frontends.torch.surgery import substitute
 from netdecouple.latency import placeholder
 from netdecouple.runtimes.timing import Ratio, measure
 

@@ -101,6 +101,8 @@ def _apply_asymmetric(
         own = SplitMoments(layer, inputs)
         for seen in walk.observe(layer.name, targets.positions[layer.name]):
             wanted = targets.of(layer.name, seen.images)
+            if len(wanted) < len(seen.patches):
+                continue  # which layers run depends on the samples: the original did not run this one here
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
         with threads.for_unknowns(problem.weight.shape[2]):
@@ -166,4 +168,4 @@ class _Targets:
             )
             if batch.start < images.stop and images.start < batch.stop:
                 found.append(self._store[layer, batch.start][rows])
-        return np.concatenate(found)
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)

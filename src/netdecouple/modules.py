@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -66,17 +67,17 @@ def decouple(
     budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
     if bool(budgets) == (settings.rule is not None):
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
-    network, inputs = _opened(module, calib, device, filter, arguments, samples, settings.seed)
-    analysis = analyze(network, inputs, settings, progress)
-    if show_budgets is not None and settings.rule is None:
-        show_budgets(budget_rows(analysis), analysis.loss)
-    if settings.rule is not None:
-        plan = ruled_plan(analysis)
-    elif settings.data_free and settings.uniform_rank:
-        plan = published_plan(analysis, budgets)
-    else:
-        plan = make_plan(analysis, budgets)
-    return _result(network, inputs, apply(network, inputs, plan, progress))
+    with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
+        analysis = analyze(network, inputs, settings, progress)
+        if show_budgets is not None and settings.rule is None:
+            show_budgets(budget_rows(analysis), analysis.loss)
+        if settings.rule is not None:
+            plan = ruled_plan(analysis)
+        elif settings.data_free and settings.uniform_rank:
+            plan = published_plan(analysis, budgets)
+        else:
+            plan = make_plan(analysis, budgets)
+        return _result(network, inputs, apply(network, inputs, plan, progress))
 
 
 def apply_plan(
@@ -94,12 +95,11 @@ def apply_plan(
         PlanError: the plan is of another network or of other samples.
         NetDecoupleError: as in `decouple`.
     """
-    network, inputs = _opened(module, calib, device, None, arguments, plan.samples, plan.seed)
-    if inputs.fingerprint != plan.images:
-        raise PlanError("the plan was made with other calibration samples; give the same calib")
-    return _result(
-        network, inputs, apply(network, inputs, plan.adopted(network.fingerprint, network.layers), progress)
-    )
+    with _opened(module, calib, device, None, arguments, plan.samples, plan.seed) as (network, inputs):
+        if inputs.fingerprint != plan.images:
+            raise PlanError("the plan was made with other calibration samples; give the same calib")
+        adopted = plan.adopted(network.fingerprint, network.layers)
+        return _result(network, inputs, apply(network, inputs, adopted, progress))
 
 
 def save(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -139,6 +139,7 @@ def load(module: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return new
 
 
+@contextmanager
 def _opened(
     module: nn.Module,
     calib: Iterable[Any],
@@ -147,12 +148,15 @@ def _opened(
     arguments: Callable[[Any], Any] | None,
     samples: int | None,
     seed: int,
-) -> tuple[TorchNetwork, Inputs]:
+) -> Iterator[tuple[TorchNetwork, Inputs]]:
+    """Open a module; whatever happens, nothing is left running."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
-    collected = collect(calib, module, samples, arguments)
-    inputs = Inputs.split(collected, seed, collected.fingerprint)
-    return TorchNetwork(module, collected, device, chosen), inputs
+    with torch.inference_mode(False):  # what is made then can be trained
+        collected = collect(calib, module, samples, arguments)
+        inputs = Inputs.split(collected, seed, collected.fingerprint)
+        with closing(TorchNetwork(module, collected, device, chosen)) as network:
+            yield network, inputs
 
 
 def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Module:

@@ -379,7 +379,8 @@ class Factorized(nn.Sequential):
                 )
         return found
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as PyTorch's layers name it
+        x = input
         if not (self._fused and _fusable(x) and _pays(x) and all(map(_is_plain, self))):
             return super().forward(x)
         modules = list(self)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from netdecouple.errors import ModelError
-from netdecouple.frontends.torch.network import first_line
 from netdecouple.frontends.torch.samples import to_numpy
+from netdecouple.frontends.torch.surgery import first_line
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
 

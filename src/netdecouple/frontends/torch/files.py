@@ -27,7 +27,7 @@ from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError, OutputError, PlanError
 from netdecouple.families.combined import method
 from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
-from netdecouple.frontends.torch.network import bypass, duplicate, first_line, substitute
+from netdecouple.frontends.torch.surgery import duplicate, first_line, install
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.report import Report
 from netdecouple.version import __version__
@@ -249,14 +249,9 @@ def _rebuilt(root: nn.Module, change: Change, structure: Structure) -> nn.Module
             f"layer {change.name!r} is {found}, not the {_shown(change.convolution)} that was decoupled; "
             "give the original module"
         )
-    weight = next(old.parameters())
-    new = Factorized(change.convolution, structure).to(weight.device, weight.dtype)
-    root = substitute(root, change.name, new.requires_grad_(weight.requires_grad).train(old.training))
-    if not change.norm:
-        return root
-    if not isinstance(_part(root, change.norm), _BatchNorm):
+    if change.norm and not isinstance(_part(root, change.norm), _BatchNorm):
         raise ModelError(f"{change.norm!r} is not the BatchNorm that it was; give the original module")
-    return bypass(root, change.norm)
+    return install(root, change.name, Factorized(change.convolution, structure), change.norm)
 
 
 def _part(root: nn.Module, name: str) -> nn.Module:

@@ -49,6 +49,15 @@ class Samples:
         return arguments
 
     @property
+    def alike(self) -> bool:
+        """Whether all samples differ in their numbers only, so that several may be run at once."""
+        first, *others = (
+            (structure, [_kind(leaf) for leaf in leaves])
+            for leaves, structure in map(tree.tree_flatten, self.units)
+        )
+        return all(other == first for other in others)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the numbers; that of plain image tensors is the one their array has."""
         leaves = [tree.tree_leaves(unit) for unit in self.units]
@@ -83,17 +92,22 @@ def collect(
     """
     if isinstance(calib, str | bytes) or not isinstance(calib, Iterable):
         raise CalibrationError(f"calib is a {type(calib).__name__}; give tensors, batches or a DataLoader")
-    batches: Iterable[Any] = [calib] if isinstance(calib, torch.Tensor | np.ndarray) else calib
+    alone = isinstance(calib, torch.Tensor | np.ndarray | Mapping)
     accepted = _positional(module)
+    flat = any(isinstance(part, nn.Conv1d | nn.ConvTranspose1d) for part in module.modules())
     units: list[Arguments] = []
-    for index, batch in enumerate(batches):
-        try:
-            units += _units(arguments(batch) if arguments else batch, accepted)
-        except (TypeError, ValueError) as error:
-            raise CalibrationError(f"batch {index} of calib: {error}") from error
-        if limit is not None and len(units) >= limit:
-            del units[limit:]
-            break
+    count = 0
+    try:  # these are others' functions, and may do anything
+        for batch in [calib] if alone else calib:
+            units += _units(arguments(batch) if arguments else batch, accepted, flat)
+            if limit is not None and len(units) >= limit:
+                del units[limit:]
+                break
+            count += 1
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+        raise CalibrationError(f"batch {count} of calib: {kind}{reason}") from error
     if not units:
         raise CalibrationError("calib is empty; give a few hundred samples")
     return Samples(units)
@@ -107,28 +121,29 @@ def _positional(module: nn.Module) -> int:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
-def _units(batch: Any, accepted: int) -> Iterator[Arguments]:
-    if isinstance(batch, np.ndarray):
-        batch = torch.from_numpy(np.ascontiguousarray(batch))
+def _units(batch: Any, accepted: int, flat: bool) -> Iterator[Arguments]:
+    """Cut a batch; to networks that are ``flat``, three dimensions are a batch and not a picture."""
+    batch = tree.tree_map(_tensor, batch)
     if isinstance(batch, Mapping):
         yield from _cut(((), dict(batch)))
     elif isinstance(batch, torch.Tensor):
         yield from _cut(((batch,), {}))
-    elif isinstance(batch, list) and batch and all(_is_picture(entry) for entry in batch):
-        for picture in batch:
-            yield ([picture],), {}
     elif isinstance(batch, tuple | list) and batch:
-        entries = [torch.from_numpy(e) if isinstance(e, np.ndarray) else e for e in batch]
-        if isinstance(entries[0], tuple | list) and entries[0] and all(map(_is_picture, entries[0])):
-            for picture in entries[0]:
-                yield ([picture],), {}
+        pictures = batch[0] if isinstance(batch[0], tuple | list) else batch
+        listed = isinstance(batch, list) or pictures is not batch  # a tuple is of arguments
+        if listed and pictures and not flat and all(map(_is_picture, pictures)):
+            yield from ((([picture],), {}) for picture in pictures)
             return
-        taken = entries[:1] if any(not isinstance(e, torch.Tensor) for e in entries[1:]) else entries
+        taken = batch[:1] if any(not isinstance(e, torch.Tensor) for e in batch[1:]) else batch
         yield from _cut((tuple(taken[:accepted]), {}))
     else:
         raise TypeError(
             f"a {type(batch).__name__} is nothing to run; give tensors, tuples or mappings of them"
         )
+
+
+def _tensor(leaf: Any) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _is_picture(value: Any) -> bool:
@@ -148,6 +163,11 @@ def _cut(batch: Arguments) -> Iterator[Arguments]:
         own = [v[index : index + 1] if isinstance(v, torch.Tensor) else v for v in leaves]
         arguments: Arguments = tree.tree_unflatten(own, structure)
         yield arguments
+
+
+def _kind(leaf: Any) -> Any:
+    """What must not differ from sample to sample for several to be run at once."""
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

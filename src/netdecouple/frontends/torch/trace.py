@@ -30,7 +30,8 @@ class Call:
     name: str
     start: int  # when, in calls and functions
     end: int = -1
-    x: Any = None  # the first argument
+    x: Any = None  # the first argument …
+    alone: bool = True  # … and whether there were no others
     y: Any = None
     weights: tuple[Any, ...] = ()  # weight and bias that it convolved with, if it did so once …
     convolved: Any = None  # … and then what it was given and made, safe from changes in place
@@ -42,7 +43,7 @@ class Use:
 
     at: int
     name: str
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # all of them, named ones at the end
 
 
 class Trace(TorchFunctionMode):
@@ -70,12 +71,12 @@ class Trace(TorchFunctionMode):
         """The functions that read a tensor which a module made."""
         return self._uses.get(id(tensor), [])
 
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self._now += 1
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        self._open.append(Call(name, self._now, x=x))
+        x = arguments[0] if arguments else None
+        self._open.append(Call(name, self._now, x=x, alone=len(arguments) == 1))
 
-    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, name: str, arguments: tuple[Any, ...], output: Any) -> None:
         self._now += 1
         call = self._open.pop()
         call.end, call.y = self._now, output
@@ -89,16 +90,19 @@ class Trace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        output = func(*args, **named)
         self._now += 1
         if func in CONVOLUTIONS and self._open:
-            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-            self._convolved.setdefault(id(self._open[-1]), []).append((args[1], bias))
+            numbers = (*args[1:3], *(named.get(name) for name in ("weight", "bias")[max(len(args) - 1, 0) :]))
+            self._convolved.setdefault(id(self._open[-1]), []).append(numbers)
         if not any(True for _ in tensors(output)):
             return output  # it looked at a shape or the like
         for tensor in tensors((args, kwargs)):
             if id(tensor) in self._uses and id(tensor) not in self._changed:
-                self._uses[id(tensor)].append(Use(self._now, getattr(func, "__name__", ""), args))
+                self._uses[id(tensor)].append(
+                    Use(self._now, getattr(func, "__name__", ""), (*args, *named.values()))
+                )
                 if tensor is output:  # in place: from here on it is another value
                     self._changed.add(id(tensor))
         return output
@@ -107,23 +111,28 @@ class Trace(TorchFunctionMode):
 @contextmanager
 def hooked(
     root: nn.Module,
-    before: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
-    after: Callable[[str, nn.Module, tuple[Any, ...], Any], Any] | None = None,
+    before: Callable[[str, tuple[Any, ...]], None] | None = None,
+    after: Callable[[str, tuple[Any, ...], Any], Any] | None = None,
     names: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
-    """Have functions called before and after some modules' forward passes; no hook stays behind."""
+    """Have functions called before and after some modules' forward passes; no hook stays behind.
+
+    They are told the module's name and its arguments, named ones at the end.
+    """
     with ExitStack() as stack:
         for name, module in root.named_modules():
             if not names(name):
                 continue
             if before is not None:
                 handle = module.register_forward_pre_hook(
-                    lambda m, args, kwargs, name=name: before(name, m, args, kwargs), with_kwargs=True
+                    lambda m, args, kwargs, name=name: before(name, (*args, *kwargs.values())),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
             if after is not None:
                 handle = module.register_forward_hook(
-                    lambda m, args, output, name=name: after(name, m, args, output)
+                    lambda m, args, kwargs, y, name=name: after(name, (*args, *kwargs.values()), y),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
         yield

@@ -23,8 +23,9 @@ from torch import nn
 from netdecouple.convolution import Factorization
 from netdecouple.frontends import Array, Observation
 from netdecouple.frontends.torch.convolutions import Factorized
-from netdecouple.frontends.torch.network import Shortcuts, TorchNetwork, duplicate
+from netdecouple.frontends.torch.network import Shortcuts, TorchNetwork
 from netdecouple.frontends.torch.samples import Samples
+from netdecouple.frontends.torch.surgery import duplicate
 from netdecouple.frontends.torch.trace import hooked
 
 HELD_BYTES = 2 << 30  # of layer inputs that waiting passes may hold
@@ -76,7 +77,8 @@ class _Pass:
             return
         self._run, self.seen = _nothing, None
         self._go.release()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # the walk may have been last held by a pass
+            self._thread.join()
 
     def _main(self) -> None:
         try:
@@ -109,31 +111,31 @@ class TorchWalk:
         self._hooks = ExitStack()
         self._hooks.enter_context(self._hooked())
         # a walk that is left half-way, by Ctrl-C as well, leaves no thread behind
-        weakref.finalize(self, _give_up_all, self._passes)
+        self.close = weakref.finalize(self, _give_up_all, self._passes)
 
     def _hooked(self) -> AbstractContextManager[None]:
         """Have the pass that is running stop at layers, and see what takes their place."""
         me = weakref.ref(self)  # waiting passes hold the module and its hooks, and must not hold the walk
         layers, sources = set(self._network.found), Shortcuts(self._network, self._steady).names
 
-        def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(name: str, arguments: tuple[Any, ...]) -> None:
             walk = me()
             current = walk._running if walk is not None else None
             del walk
             if current is None:
                 return
-            current.shortcuts.before(name, module, args, kwargs)
+            current.shortcuts.before(name, arguments)
             if name in layers:
-                current.visit(name, args[0])
+                current.visit(name, arguments[0])
 
-        def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def after(name: str, arguments: tuple[Any, ...], output: Any) -> Any:
             walk = me()
             if walk is None:
                 return None
             replaced = walk._replaced.get(name)
-            output = output if replaced is None else replaced(args[0])
+            output = output if replaced is None else replaced(arguments[0])
             if walk._running is not None:
-                walk._running.shortcuts.after(name, module, args, output)
+                walk._running.shortcuts.after(name, arguments, output)
             return output
 
         return hooked(self._module, before, after, (layers | sources).__contains__)
@@ -164,9 +166,12 @@ class TorchWalk:
                     self._passes.pop(index).give_up()
 
     def _forward(self, batch: slice) -> Callable[[], None]:
-        module = self._module
-        args, kwargs = self._network.placed(self._images[batch])
-        return lambda: module(*args, **kwargs)
+        network, module, images = self._network, self._module, self._images[batch]
+
+        def run() -> None:
+            network.forward(module, images)
+
+        return run
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``."""

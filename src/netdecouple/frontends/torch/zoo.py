@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from netdecouple import calibration
 from netdecouple.calibration import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, UnavailableError
-from netdecouple.frontends.torch.network import first_line
+from netdecouple.frontends.torch.surgery import first_line
 
 INSTEAD = "give --weights FILE.safetensors (or .pt, .pth), or --weights random to try things"
 CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights want what ``transform_input`` does
