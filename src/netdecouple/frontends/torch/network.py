@@ -264,7 +264,7 @@ class TorchNetwork:
         for made in trace.calls:
             if counts[made.name] == 1 and made.y is other and made.end < call.start:
                 return made.name, "y"
-            if counts[made.name] == 1 and made.x is other and made.start < call.start:
+            if counts[made.name] == 1 and made.x is other and made.start <= call.start:
                 return made.name, "x"
         return None
 
