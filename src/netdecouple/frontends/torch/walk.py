@@ -51,8 +51,6 @@ class _Pass:
     def to(self, layer: str) -> None:
         """Run until ``layer`` is called, or to the end."""
         self._target, self.seen = layer, None
-        if self._is_over:
-            return
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -158,7 +156,9 @@ class TorchWalk:
             self._running = current
             current.to(layer)
             self._running = None
-            if current.seen is not None:
+            if current.seen is None:  # this batch does not call it; the next layer is looked for anew
+                del self._passes[index]
+            else:
                 yield network.observation(
                     layer, batch, [(current.seen, None)], positions[batch], current.shortcuts.of(layer)
                 )

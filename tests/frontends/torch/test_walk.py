@@ -1,0 +1,234 @@
+"""The walk sees what running the module again with replaced layers would show, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import netdecouple  # noqa: E402
+from netdecouple import Settings  # noqa: E402
+from netdecouple.convolution import Factorization  # noqa: E402
+from netdecouple.errors import ModelError  # noqa: E402
+from netdecouple.families import Problem  # noqa: E402
+from netdecouple.families.combined import Step, method  # noqa: E402
+from netdecouple.frontends import Layer, Observation  # noqa: E402
+from netdecouple.frontends.torch import network as network_module  # noqa: E402
+from netdecouple.frontends.torch import walk as walk_module  # noqa: E402
+from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
+from netdecouple.frontends.torch.samples import Samples, collect  # noqa: E402
+from netdecouple.sampling import sample_positions  # noqa: E402
+
+
+class Residual(nn.Module):
+    """In-place activations and sums, a layer that is called twice, and one that dark samples skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.bright = nn.Conv2d(8, 8, 3, padding=1)
+        self.end = nn.Conv2d(8, 4, 3, stride=2)
+
+    def forward(self, x: Any) -> Any:
+        bright = bool(x.mean() > 0)
+        x = F.relu_(self.stem(x))
+        y = self.two(F.relu_(self.norm(self.one(x))))
+        y += x
+        y = F.relu_(self.twice(F.relu_(self.twice(y))))
+        if bright:
+            y = y + self.bright(y)
+        return self.end(y)
+
+
+@pytest.fixture
+def x() -> Any:
+    """The first samples are bright, and the last one is dark."""
+    x = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x[:8] += 0.5
+    x[-3:] -= 2
+    return x
+
+
+@pytest.fixture
+def module() -> Any:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture
+def samples(module: Any, x: Any) -> Samples:
+    return collect(x, module, None, None)
+
+
+@pytest.fixture(params=[1, 4, 128])
+def network(request: Any, module: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> TorchNetwork:
+    """In batches of several sizes."""
+    monkeypatch.setattr(network_module, "BATCH_BYTES", request.param * 16 * 8 * 64)
+    found = TorchNetwork(module, samples)
+    assert len(found.batches(12)) == -(-12 // request.param)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def halved(layer: Layer) -> Factorization:
+    """About half of a layer, far from it."""
+    chosen = method("nd-dp", rounds=0)
+    problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+    size = max(chosen.exact(layer.geometry)[0] // 3, 1)
+    return chosen.fit(problem, [Step(size)])[0].astype(np.float32)
+
+
+def seen_again(
+    network: TorchNetwork, samples: Samples, layer: Layer, done: dict[str, Factorization]
+) -> dict[int, Observation]:
+    """What a layer sees in the module with the layers before it replaced, run from the start."""
+    other = TorchNetwork(network.decoupled(done), samples, chosen=lambda name, m: name == layer.name)
+    other.batches = network.batches  # type: ignore[method-assign]
+    positions = {layer.name: sample_positions(layer, len(samples), 0)}
+    return {seen.images.start: seen for seen in other.observe(samples, positions)}
+
+
+@pytest.mark.parametrize("held", [1 << 30, 0])
+def test_sees_what_running_again_would_show(
+    network: TorchNetwork, samples: Samples, held: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Inputs and shortcuts, layer after layer, whether passes wait or are given up and begun again."""
+    monkeypatch.setattr(walk_module, "HELD_BYTES", held)
+    walk = network.walk(samples)
+    done: dict[str, Factorization] = {}
+    for layer in network.layers:
+        assert not layer.reason
+        expected = {} if layer.name == "twice" else seen_again(network, samples, layer, done)
+        positions = sample_positions(layer, len(samples), 0)
+        for seen in walk.observe(layer.name, positions):
+            if layer.name == "twice":
+                continue  # the original's
+            again = expected.pop(seen.images.start)
+            np.testing.assert_allclose(seen.patches, again.patches, atol=1e-5)
+            assert (
+                (seen.shortcut is None) == (again.shortcut is None) == (layer.name not in ("two", "bright"))
+            )
+            if seen.shortcut is not None:
+                np.testing.assert_allclose(seen.shortcut, again.shortcut, atol=1e-5)
+        assert not expected, layer.name
+        done[layer.name] = halved(layer)
+        walk.replace(layer.name, done[layer.name])
+    decoupled = network.evaluated(network.decoupled(done))
+    for one, other in zip(walk.outputs(), network.run_module(decoupled, samples), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    original = network.run(samples)
+    assert np.abs(original[0] - walk.outputs()[0]).max() > 0.05
+
+
+def test_layers_may_be_left_alone(network: TorchNetwork, samples: Samples):
+    """The walk goes past them."""
+    walk = network.walk(samples)
+    layer = network.layer["two"]
+    positions = sample_positions(layer, len(samples), 0)
+    original = {s.images.start: s for s in network.observe(samples, {"two": positions})}
+    for seen in walk.observe("two", positions):
+        np.testing.assert_allclose(seen.patches, original[seen.images.start].patches, atol=1e-5)
+    np.testing.assert_allclose(walk.outputs()[0], network.run(samples)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["close", "forget", "finish"])
+def test_threads_end_with_the_walk(network: TorchNetwork, samples: Samples, end: str):
+    """However it ends, and at once."""
+    before = threading.active_count()
+    walk = network.walk(samples)
+    for name in ("stem", "one"):
+        layer = network.layer[name]
+        for _ in walk.observe(name, sample_positions(layer, len(samples), 0)):
+            pass
+    assert threading.active_count() == before + len(network.batches(len(samples)))
+    if end == "close":
+        network.close()
+    elif end == "finish":
+        layer = network.layer["end"]
+        list(walk.observe("end", sample_positions(layer, len(samples), 0)))
+        network.close()
+    else:
+        del walk
+    assert threading.active_count() == before
+
+
+def test_an_error_in_a_pass_is_raised_where_it_is_waited_for(module: Any, x: Any):
+    """With the walk's passes ended, though the error keeps its frames alive."""
+
+    class Failing(Residual):
+        def forward(self, x: Any) -> Any:
+            if torch.is_grad_enabled() or threading.current_thread() is not threading.main_thread():
+                self.one.register_forward_hook(fail)
+            return super().forward(x)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("only in a pass")
+
+    torch.manual_seed(0)
+    failing = Failing().eval()
+    before = threading.active_count()
+    with pytest.raises(ModelError, match="ValueError: only in a pass") as caught:
+        netdecouple.decouple(failing, x, macs=0.7, settings=Settings(families=("nd-dp",)))
+    assert threading.active_count() == before
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["Watching the network", "Weighing layers", "Decoupling layers"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_leaves_nothing_behind(module: Any, x: Any, step: str, error: type[BaseException]):
+    """No thread, no hook, no changed number or mode."""
+    module.train()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    before = threading.active_count()
+    running = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == step:
+            running.append(threading.active_count() - before)
+            raise error
+
+    with pytest.raises(error) as caught:
+        netdecouple.decouple(module, x, macs=0.7, settings=Settings(families=("nd-dp",)), progress=progress)
+    assert caught.value is not None
+    assert threading.active_count() == before
+    assert running == [1 if step == "Decoupling layers" else 0]  # something was there to be ended
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in state.items())
+    assert module.training
+    assert not any(p._forward_hooks or p._forward_pre_hooks for p in module.modules())
+
+
+def test_the_last_reference_may_go_in_a_pass(network: TorchNetwork, samples: Samples):
+    """Its own thread cannot be waited for there; all end nevertheless."""
+    walk = network.walk(samples)
+    layer = network.layer["stem"]
+    list(walk.observe("stem", sample_positions(layer, len(samples), 0)))
+    box = [walk]
+    walk._passes[0].shortcuts.before = lambda *_: box.clear()
+    network._walks.clear()
+    thread = walk._passes[0]._thread
+    thread_pass = walk._passes[0]
+    walk._running = thread_pass
+    thread_pass._target = "one"
+    del walk
+    thread_pass._go.release()
+    thread.join(5)
+    assert not thread.is_alive()
+    gc.collect()
