@@ -5,7 +5,7 @@ Calibration uses training images without labels; test images are only ever looke
 
     python benchmarks/accuracy.py                       # everything, about an hour on two cores
     python benchmarks/accuracy.py --network resnet20 --ratio 2
-    python benchmarks/accuracy.py --csv out/curve.csv --plot out/curve.svg      # the plot needs matplotlib
+    python benchmarks/accuracy.py --csv docs/accuracy.csv --plot docs/accuracy.svg    # needs matplotlib
 """
 
 from __future__ import annotations

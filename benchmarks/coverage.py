@@ -6,9 +6,9 @@ saved folder makes the same network again, and that what ONNX Runtime makes of t
 
     python benchmarks/coverage.py                          # everything, hours on one core
     python benchmarks/coverage.py --only resnet18 --only ssd300_vgg16
-    python benchmarks/coverage.py --print --markdown out/coverage.md
+    python benchmarks/coverage.py --print --markdown docs/coverage.md
 
-Results are kept in out/coverage.json; a run that was cut off goes on where it was.
+Results are kept in docs/coverage.json; a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def every() -> list[str]:
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Names; all if there are none.")] = None,
-    store: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("out/coverage.json"),
+    store: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("docs/coverage.json"),
     only_print: Annotated[
         bool, typer.Option("--print", help="Print what is known, and run nothing.")
     ] = False,

@@ -2,8 +2,8 @@
 
 For ND, SD, CD, CP and their combinations, on pretrained CIFAR-10 networks: the paper's way (from the
 weights alone, the same share in every layer, the first convolution kept) beside ours (fitted to unlabelled
-images, planned), and both fits at the same sizes. Every cell is kept in out/paper_table.json as soon as it is
-known; a run that was cut off goes on where it was.
+images, planned), and both fits at the same sizes. Every cell is kept in docs/paper_table.json as soon as it
+is known; a run that was cut off goes on where it was.
 
 Needs the folder of pretrained networks (NETDECOUPLE_SHARED, or ../shared beside the repository).
 Calibration uses training images without labels. The search for the fewest MACs looks at the accuracy on test
@@ -213,7 +213,7 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(NETWORKS)}")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(METHODS)}")] = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 1000,
-    store: Annotated[Path, typer.Option(help="Where cells are kept.")] = Path("out/paper_table.json"),
+    store: Annotated[Path, typer.Option(help="Where cells are kept.")] = Path("docs/paper_table.json"),
     only_print: Annotated[
         bool, typer.Option("--print", help="Print what is known, and run nothing.")
     ] = False,

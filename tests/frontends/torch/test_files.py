@@ -263,3 +263,20 @@ def test_other_widths_and_decoupled_modules_are_refused(folder: Path, module: An
     for other in (net(channels=16), module, torch.nn.ReLU()):
         with pytest.raises(ModelError, match="give the original module"):
             netdecouple.load(other, folder)
+
+
+class Versioned(torch.nn.Sequential):
+    """Asks, as some modules do, which version of it was saved."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        assert metadata["version"] == 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_modules_may_ask_for_the_version_that_was_saved(tmp_path: Path):
+    module = decoupled(Versioned(torch.nn.Conv2d(3, 16, 3, padding=1)))
+    netdecouple.save(module, tmp_path / "saved")
+    found = netdecouple.load(Versioned(torch.nn.Conv2d(3, 16, 3, padding=1)).eval(), tmp_path / "saved")
+    assert torch.equal(output(found), output(module))

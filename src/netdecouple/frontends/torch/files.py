@@ -286,7 +286,8 @@ def _fill(module: nn.Module, state: State, folder: Path) -> None:
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise ModelError(f"{folder} is of another module: {differences[0]}{more}; give the original module")
-    module.load_state_dict(state)
+    wanted.update(state)  # the same names; it carries the versions that some modules ask for
+    module.load_state_dict(wanted)
 
 
 def _kind(tensor: torch.Tensor) -> str:
