@@ -1,0 +1,338 @@
+"""The PyTorch front door: budgets, plans, the same answers as the ONNX door's, and errors that help."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import netdecouple  # noqa: E402
+from netdecouple import Settings  # noqa: E402
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, NetDecoupleError, PlanError  # noqa: E402
+from netdecouple.families import Problem  # noqa: E402
+from netdecouple.families.combined import Step, method  # noqa: E402
+from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
+from netdecouple.frontends.torch.samples import collect  # noqa: E402
+from netdecouple.planning.candidates import Rule  # noqa: E402
+from netdecouple.planning.plan import Plan  # noqa: E402
+
+ND = Settings(families=("nd-dp",))
+
+
+class Residual(nn.Module):
+    """A stem, two blocks, a head."""
+
+    def __init__(self, channels: int = 12) -> None:
+        super().__init__()
+        c = channels
+        self.stem, self.norm = nn.Conv2d(3, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for _ in range(4))
+        self.head = nn.Linear(c, 6)
+
+    def forward(self, x: Any) -> Any:
+        x = F.relu(self.norm(self.stem(x)))
+        for i in (0, 2):
+            y = F.relu(self.norms[i](self.convs[i](x)))
+            x = F.relu(x + self.norms[i + 1](self.convs[i + 1](y)))
+        return self.head(x.mean((2, 3)))
+
+
+def settled(module: nn.Module, seed: int = 0) -> Any:
+    """In evaluation mode, with BatchNorms that have seen something."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean, 0, 0.2)
+            nn.init.uniform_(part.running_var, 0.5, 1.5)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    torch.manual_seed(0)
+    return settled(Residual())
+
+
+def noise(*shape: int) -> Any:
+    """Smooth noise: neighbours hang together, as in images."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return x + 0.7 * x.roll(1, -1)
+
+
+@pytest.fixture(scope="module")
+def x() -> Any:
+    return noise(40, 3, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def half(module: Any, x: Any) -> Any:
+    return netdecouple.decouple(module, x, macs=0.5, settings=ND)
+
+
+def exported(module: nn.Module, x: Any) -> onnx.ModelProto:
+    stream = io.BytesIO()
+    axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
+    torch.onnx.export(
+        module, (x[:2],), stream, dynamo=False, input_names=["image"], output_names=["logits"],
+        dynamic_axes=axes,
+    )  # fmt: skip
+    return onnx.load_from_string(stream.getvalue())
+
+
+def ran(model: onnx.ModelProto, x: Any) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": x.numpy()})[0]
+
+
+def output(module: nn.Module, x: Any) -> Any:
+    with torch.no_grad():
+        return module(x)
+
+
+@pytest.mark.parametrize(
+    "budget", [{"macs": 0.5}, {"parameters": "60%"}, {"macs": "1.5x", "parameters": 0.7}]
+)
+def test_budgets_are_met(module: Any, x: Any, budget: dict[str, Any]):
+    """Of MACs, parameters, or both; counted on the module itself."""
+    new = netdecouple.decouple(module, x, settings=ND, **budget)
+    plan = new.decoupling.plan
+    if "macs" in budget:
+        assert plan.macs <= {0.5: 0.5, "1.5x": 1 / 1.5}[budget["macs"]] * plan.macs_before
+    if "parameters" in budget:
+        assert plan.parameters <= {"60%": 0.6, 0.7: 0.7}[budget["parameters"]] * plan.parameters_before
+    assert sum(p.numel() for p in new.parameters()) <= plan.parameters + sum(
+        p.numel() for n in new.modules() if isinstance(n, nn.BatchNorm2d) for p in n.parameters()
+    )
+    layers = {layer.name: layer for layer in new.decoupling.report.layers}
+    assert [layers[row.name].macs for row in plan.layers] == [row.macs for row in plan.layers]
+
+
+def test_a_plan_applied_again_gives_the_same_weights(module: Any, x: Any, half: Any):
+    """Bit for bit, by way of its JSON."""
+    plan = Plan.from_json(half.decoupling.plan.to_json())
+    again = netdecouple.apply_plan(module, plan, x)
+    state = half.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    assert again.decoupling.plan == half.decoupling.plan
+
+
+def rows(plan: Plan) -> list[tuple[str, tuple[int, ...], int]]:
+    return [(row.family, row.sizes, row.macs) for row in plan.layers]
+
+
+@pytest.mark.parametrize("families", [("nd-dp",), ("all",)])
+def test_both_doors_agree(module: Any, x: Any, families: tuple[str, ...]):
+    """Families, sizes and what comes out, where all positions are sampled."""
+    settings = Settings(families=families)
+    new = netdecouple.decouple(module, x, macs=0.5, settings=settings)
+    result = netdecouple.decouple(exported(module, x), x.numpy(), macs=0.5, settings=settings)
+    assert rows(new.decoupling.plan) == rows(result.plan)
+    assert len([row for row in result.plan.layers if row.changed]) >= 4
+    expected = output(new, x).numpy()
+    np.testing.assert_allclose(ran(result.model, x), expected, atol=1e-4)
+    assert np.abs(output(module, x).numpy() - expected).max() > 0.01
+
+
+def test_a_plan_of_one_door_is_carried_out_by_the_other(module: Any, x: Any, half: Any):
+    """Either way; layers have other names there."""
+    proto = exported(module, x)
+    expected = output(half, x).numpy()
+    by_onnx = netdecouple.apply_plan(proto, half.decoupling.plan, x.numpy())
+    np.testing.assert_allclose(ran(by_onnx.model, x), expected, atol=1e-4)
+    made = netdecouple.decouple(proto, x.numpy(), macs=0.5, settings=ND)
+    by_torch = netdecouple.apply_plan(module, made.plan, x)
+    expected = ran(made.model, x)
+    np.testing.assert_allclose(output(by_torch, x), expected, atol=1e-4)
+    assert np.abs(output(module, x).numpy() - expected).max() > 0.01
+
+
+def sequence() -> Any:
+    c = nn.Conv1d
+    return nn.Sequential(c(4, 16, 5, padding=2), nn.ReLU(), c(16, 16, 5, padding=2), nn.ReLU(), c(16, 8, 3))
+
+
+def volume() -> Any:
+    c = nn.Conv3d
+    return nn.Sequential(
+        c(2, 8, 3, padding=1), nn.ReLU(), c(8, 8, 3, padding=1), nn.ReLU(), c(8, 6, (1, 3, 3))
+    )
+
+
+def decoder() -> Any:
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(12, 12, 4, 2, 1), nn.ReLU(),
+        nn.ConvTranspose2d(12, 6, 3, padding=1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(sequence, (60, 4, 24)), (volume, (20, 2, 4, 6, 6)), (decoder, (40, 3, 6, 6))],
+)
+def test_samples_help_in_every_dimension(make: Callable[[], Any], shape: tuple[int, ...]):
+    """The same plan, fitted to samples, loses less than fitted to the weights alone."""
+    torch.manual_seed(0)
+    module, x = make().eval(), noise(*shape)
+    new = netdecouple.decouple(module, x, macs=0.6, settings=Settings(families=("nd", "cp")))
+    plan = new.decoupling.plan
+    assert plan.macs <= 0.6 * plan.macs_before
+    blind_rows = tuple(replace(row, channels=(), ridge=0.0) for row in plan.layers)
+    blind = netdecouple.apply_plan(module, replace(plan, data_free=True, layers=blind_rows), x)
+    fresh = noise(*shape).roll(1, 0).flip(-1)
+    errors = [(output(m, fresh) - output(module, fresh)).square().mean().item() for m in (new, blind)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_layers_are_left_alone(module: Any, x: Any):
+    """By the filter, and by name; the report says why."""
+    new = netdecouple.decouple(
+        module, x, macs=0.75, settings=Settings(families=("nd-dp",), exclude=("convs.1",)),
+        filter=lambda name, part: name != "convs.2",
+    )  # fmt: skip
+    reasons = {row.name: row.reason for row in new.decoupling.plan.layers}
+    assert reasons["convs.1"] == "excluded"
+    assert reasons["convs.2"] == "excluded by the filter"
+    assert new.convs[1].weight.equal(module.convs[1].weight)
+    assert type(new.convs[2]) is nn.Conv2d
+    assert type(new.convs[3]) is not nn.Conv2d
+
+
+def test_made_in_inference_mode_it_can_still_be_trained(module: Any, x: Any):
+    with torch.inference_mode():
+        new = netdecouple.decouple(module, x, macs=0.5, settings=ND)
+    new.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in new.parameters() if p.requires_grad)
+
+
+def failing() -> Any:
+    module = settled(Residual())
+    module.head = nn.Linear(7, 6)
+    return module
+
+
+RULED = Settings(rule=Rule("nd-dp", "share", 0.5))
+ERRORS: dict[str, tuple[Callable[[Any, Any], Any], type[NetDecoupleError], str]] = {
+    "no budget": (lambda m, x: netdecouple.decouple(m, x), BudgetError, "give a budget"),
+    "both": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, settings=RULED), BudgetError, "not both"),
+    "budget": (lambda m, x: netdecouple.decouple(m, x, macs="most"), BudgetError, "most"),
+    "out of reach": (lambda m, x: netdecouple.decouple(m, x, macs=0.001), BudgetError, "out of reach"),
+    "samples": (lambda m, x: netdecouple.decouple(m, x[:9], macs=0.5), CalibrationError, "too few"),
+    "channels": (lambda m, x: netdecouple.decouple(m, x[:, :2], macs=0.5), ModelError, "fails on a calib"),
+    "no calib": (lambda m, x: netdecouple.decouple(m, macs=0.5), CalibrationError, "NoneType"),
+    "forward": (lambda m, x: netdecouple.decouple(failing(), x, macs=0.5), ModelError, "fails on a calib"),
+    "device": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, device="x"), ModelError, "device='x'"),
+    "all filtered": (
+        lambda m, x: netdecouple.decouple(m, x, macs=0.5, filter=lambda *_: False),
+        ModelError,
+        "none of the 6 layers can be decoupled",
+    ),
+    "exclude": (
+        lambda m, x: netdecouple.decouple(m, x, macs=0.5, settings=Settings(exclude=("nothing",))),
+        ModelError,
+        "nothing",
+    ),
+    "family": (
+        lambda m, x: netdecouple.decouple(m, x, macs=0.5, settings=Settings(families=("svd",))),
+        BudgetError,
+        "svd",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_say_what_to_do(
+    module: Any, x: Any, act: Callable[[Any, Any], Any], error: type[NetDecoupleError], message: str
+):
+    """In one line."""
+    with pytest.raises(error, match=message) as caught:
+        act(module, x)
+    assert "\n" not in str(caught.value)
+
+
+def test_plans_of_other_modules_and_samples_are_refused(x: Any, module: Any, half: Any):
+    plan = half.decoupling.plan
+    with pytest.raises(PlanError, match="other calibration samples"):
+        netdecouple.apply_plan(module, plan, x + 1)
+    torch.manual_seed(5)
+    for other in (settled(Residual()), settled(Residual(8)), nn.Conv2d(3, 4, 3).eval()):
+        with pytest.raises(PlanError, match="another model"):
+            netdecouple.apply_plan(other, plan, x)
+
+
+class Backbone(nn.Module):
+    """Two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.fine = nn.Conv2d(12, 16, 3, stride=2, padding=1)
+        self.coarse = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        fine = F.relu(self.fine(F.relu(self.stem(x))))
+        return {"fine": fine, "coarse": F.relu(self.coarse(fine))}
+
+
+@pytest.fixture
+def detector(torchvision: Any) -> Any:
+    """torchvision's SSD on a small network; benchmarks/ssd300.py has the large one."""
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD, SSDHead
+
+    torch.manual_seed(0)
+    anchors = DefaultBoxGenerator([[2], [2]])
+    head = SSDHead([16, 24], anchors.num_anchors_per_location(), 5)
+    return SSD(Backbone(), anchors, (32, 32), 5, head=head).eval()
+
+
+def photographs(count: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(3, 64 + 8 * (i % 5), 96 - 8 * (i % 3), generator=generator) for i in range(count)]
+
+
+def test_a_detector_is_decoupled(detector: Any):
+    """It takes pictures of any sizes and gives boxes as before."""
+    batches = [(photographs(20), [{}] * 20)]
+    new = netdecouple.decouple(detector, batches, macs=0.7, settings=ND)
+    assert len([row for row in new.decoupling.plan.layers if row.changed]) >= 3
+    assert new.decoupling.plan.macs <= 0.7 * new.decoupling.plan.macs_before
+    before, after = output(detector, photographs(3)), output(new, photographs(3))
+    assert [set(boxes) for boxes in after] == [set(boxes) for boxes in before]
+    for boxes in after:
+        count = len(boxes["scores"])
+        assert count > 0
+        assert boxes["boxes"].shape == (count, 4)
+        assert boxes["labels"].shape == (count,)
+        assert boxes["labels"].dtype == torch.int64
+
+
+def test_a_detector_loses_nothing_at_full_rank(detector: Any):
+    """Scores and boxes; ties may be sorted otherwise."""
+    network = TorchNetwork(detector, collect([photographs(4)], detector, None, None))
+    assert len(network.found) == len(network.layers) == 7
+    made = {}
+    for layer in network.layers:
+        chosen = method("nd-dp", rounds=0)
+        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+        exact = [Step(size) for size in chosen.exact(layer.geometry)]
+        made[layer.name] = chosen.fit(problem, exact)[0].astype(np.float32)
+    new = network.decoupled(made)
+    for before, after in zip(output(detector, photographs(4)), output(new, photographs(4)), strict=True):
+        assert len(before["scores"]) > 0
+        for key in ("scores", "boxes"):
+            one, other = (v[key].flatten().sort().values for v in (before, after))
+            np.testing.assert_allclose(other, one, atol=1e-3)
