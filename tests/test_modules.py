@@ -27,6 +27,8 @@ from netdecouple.frontends.torch.samples import collect  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402
 from netdecouple.planning.plan import Plan  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter, of itself
+
 ND = Settings(families=("nd-dp",))
 
 

@@ -287,6 +287,29 @@ def test_half_precision(name: str, tolerance: float):
     check_lossless(network, tolerance)
 
 
+def test_mixed_precision_inside():
+    """A forward that casts by itself; inputs are of another type than weights then."""
+
+    def forward(m: Any, x: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return chain(m, x).float()
+
+    network = opened(parts(forward))
+    assert norms(network) == {"a": "n", "b": "n2"}
+    assert not reasons(network)
+    check_lossless(network, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_parts_stay_as_they_are():
+    """Nobody sees what runs inside."""
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()))
+    network = opened(parts(lambda m, x: m.c(m.part(m.b(m.a(x)))), part=part))
+    assert list(network.found) == ["a", "b", "c"]
+    check_lossless(network)
+    assert all(p.requires_grad for p in exact(network).parameters())
+
+
 def test_names_under_which_a_layer_stands_change_together():
     """It is one layer."""
     network = opened(SHAPES["two names"]())
@@ -448,6 +471,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "lazy": (lambda: nn.LazyConv2d(8, 3), "run it once"),
     "meta": (lambda: parts(chain).to("meta"), "cannot be put on cpu"),
     "scripted": (lambda: torch.jit.script(nn.Conv2d(3, 8, 3)), "scripted"),
+    "compiled": (lambda: torch.compile(parts(chain), backend="eager"), "a compiled module"),
     "no copy": (lambda: parts(chain, d=NoCopy()), "must survive copy.deepcopy"),
 }
 

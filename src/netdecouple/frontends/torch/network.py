@@ -76,8 +76,10 @@ class TorchNetwork:
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
     ) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError("a scripted module cannot be changed; give the module it was made from")
+        compiled = any("_orig_mod" in part._modules for part in module.modules())
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            kind = "compiled" if compiled else "scripted"
+            raise ModelError(f"a {kind} module cannot be changed; give the module it was made from")
         if any(nn.parameter.is_lazy(value) for value in (*module.parameters(), *module.buffers())):
             raise ModelError("the module has weights that are made when it first runs; run it once before")
         try:
@@ -86,12 +88,12 @@ class TorchNetwork:
             raise ModelError(f"device={device!r}: {first_line(error)}") from error
         self.original = module
         self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        half = self.dtype not in (torch.float32, torch.float64)
-        self.exact = 8 * torch.finfo(self.dtype).eps if half else EXACT
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
         with torch.no_grad():
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
+            made = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
+            self.exact = max(map(exactness, made), default=EXACT)
             self.batchable = samples.alike and self._batched(samples[:2], traces)
             self.found, layers = self._find(traces, chosen)
             self.layers = tuple(layers)
@@ -228,7 +230,8 @@ class TorchNetwork:
             tries = [convolution, _same_padded(convolution, calls[0].x.shape[2:])]
             for tried in filter(None, tries):
                 plain = _plain(tried, weight, bias)
-                if all(same(plain(x), y) for x, y in (call.convolved for call in calls)):
+                made = ((plain(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
+                if all(same(own.to(y.dtype), y, exactness(y)) for own, y in made):
                     return tried, weight, bias, ""
             reason = "its forward is more than one convolution, or not always the same"
         return convolution, weight, bias, reason
@@ -517,6 +520,12 @@ class Shortcuts:
         """Remember what a module makes; a hook."""
         if (name, "y") in self._wanted:
             self._values[name, "y"] = output
+
+
+def exactness(tensor: torch.Tensor) -> float:
+    """The relative difference that rounding may make to such a tensor, layer after layer."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return 8 * torch.finfo(tensor.dtype).eps if half else EXACT
 
 
 def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = EXACT) -> bool:

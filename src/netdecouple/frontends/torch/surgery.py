@@ -47,12 +47,17 @@ def duplicate(module: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(module, memo)
+        with torch.no_grad():  # else the weights of scripted parts would be computed tensors
+            copied = copy.deepcopy(module, memo)
     except Exception as error:
         raise ModelError(
             f"the module cannot be copied ({type(error).__name__}: {first_line(error)}); "
             "it must survive copy.deepcopy"
         ) from error
+    for own, other in zip(copied.parameters(), module.parameters(), strict=False):
+        if own.requires_grad != other.requires_grad:
+            own.requires_grad_(other.requires_grad)
+    return copied
 
 
 def install(root: nn.Module, name: str, new: nn.Module, norm: str) -> nn.Module:

@@ -121,7 +121,7 @@ def hooked(
     """
     with ExitStack() as stack:
         for name, module in root.named_modules():
-            if not names(name):
+            if not names(name) or isinstance(module, torch.jit.ScriptModule):  # these take no hooks
                 continue
             if before is not None:
                 handle = module.register_forward_pre_hook(
