@@ -104,6 +104,10 @@ def _apply_asymmetric(
             if len(wanted) < len(seen.patches):
                 continue  # which layers run depends on the samples: the original did not run this one here
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
+        if not (own.fitted.count and own.held_back.count):  # no sample runs it: its weights are all there is
+            rows.append(_apply_data_free(row, layer, plan.uniform_rank, applied))
+            walk.replace(layer.name, applied.factorizations[layer.name])
+            continue
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
         with threads.for_unknowns(problem.weight.shape[2]):
             row, regular = _with_ridge(row, problem, own.held_back, plan.uniform_rank)

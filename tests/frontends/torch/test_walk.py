@@ -26,6 +26,7 @@ from netdecouple.frontends.torch import network as network_module  # noqa: E402
 from netdecouple.frontends.torch import walk as walk_module  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import Samples, collect  # noqa: E402
+from netdecouple.planning.candidates import Rule  # noqa: E402
 from netdecouple.sampling import sample_positions  # noqa: E402
 
 
@@ -232,3 +233,15 @@ def test_the_last_reference_may_go_in_a_pass(network: TorchNetwork, samples: Sam
     thread.join(5)
     assert not thread.is_alive()
     gc.collect()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 128])
+def test_layers_that_not_every_batch_runs(module: Any, x: Any, batch: int, monkeypatch: pytest.MonkeyPatch):
+    """They are fitted where original and decoupled network both run them, whatever the batches."""
+    monkeypatch.setattr(network_module, "BATCH_BYTES", batch * 16 * 8 * 64)
+    settings = Settings(rule=Rule("nd-dp", "share", 0.5))
+    new = netdecouple.decouple(module, x, settings=settings)
+    assert {row.name: row.changed for row in new.decoupling.plan.layers}["bright"]
+    with torch.no_grad():
+        for one in x.split(1):
+            assert torch.isfinite(new(one)).all()
