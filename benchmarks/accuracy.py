@@ -214,7 +214,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=method)
         panel.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
-        panel.set(title=network, xlabel="times fewer MACs", ylabel="top-1 points lost", ylim=(-1.5, 12))
+        panel.set(title=network, xlabel="times fewer MACs", ylabel="top-1 points lost")
+        panel.set(xlim=(1.2, 4.2), ylim=(-1.5, 20))
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
