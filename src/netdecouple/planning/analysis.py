@@ -25,6 +25,7 @@ from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
 MOMENT_BYTES = 5 << 28  # of moments held at once
+ROW_BYTES = MOMENT_BYTES // 4  # of a layer's that gets one sample per image: too few for so many inputs
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 
@@ -93,7 +94,7 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
         elif layer.methods and not suitable(layer, settings.methods, settings.rule):
             reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
         elif not settings.data_free and _is_too_wide(layer):
-            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), MOMENT_BYTES))
+            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), ROW_BYTES))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
@@ -108,7 +109,7 @@ def _is_too_wide(layer: Layer) -> bool:
 
     Convolutions as wide as that see many samples, which pay for it.
     """
-    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > MOMENT_BYTES
+    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > ROW_BYTES
 
 
 def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet) -> Analysis:
