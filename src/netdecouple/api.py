@@ -22,7 +22,7 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
 from netdecouple.planning.candidates import least_cost
-from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
+from netdecouple.planning.cost import Budget, Macs, Parameters, budgets_of, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
 from netdecouple.planning.solve import (
@@ -34,7 +34,7 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
-from netdecouple.report.report import Agreement, Report, Score, layer_reports
+from netdecouple.report.report import Report, Score, layer_reports, quality_of
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
@@ -114,8 +114,7 @@ def decouple(
         raise BudgetError(f"--max-drop {max_drop}: give points of accuracy, 0 or more")
     if max_drop is not None and labels is None:
         raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
-    budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
-    budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
+    budgets = budgets_of(macs, parameters)
     share = None if latency is None else parse_share(latency)
     place = _place(emit, runtime, threads)
     opened = read_model(model)
@@ -307,9 +306,7 @@ def _result(
     shown = inputs.held_back
     original, new = network.run(shown), network.run_model(model, shown)
     difference = _difference(network, applied, model, shown[:32])
-    same = agreement(original[0], new[0]) if plan.loss == "kl" else None
-    measured = divergence(original, new, "kl" if plan.loss == "kl" else "relative")
-    quality = Agreement(len(original[0]), plan.loss, measured, plan.predicted_loss, same)
+    quality = quality_of(plan, len(shown), original, new)
     both = None
     if labelled is not None:
         pictures, labels = labelled
@@ -335,11 +332,7 @@ def _result(
 def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
     """Compare the emitted stages with their composed dense kernels, in the whole network."""
     images = images if network.model.batch is None else images[: network.model.batch]
-    kernels = {
-        name: (f.dense().astype(np.float32), np.asarray(f.bias, np.float32))
-        for name, f in applied.factorizations.items()
-    }
-    expected, found = network.run(images, kernels), network.run_model(model, images)
+    expected, found = network.run(images, applied.kernels), network.run_model(model, images)
     worst = max(float(np.sqrt(relative_error(a, b))) for a, b in zip(expected, found, strict=True))
     if not worst <= TOLERANCE:
         raise ModelError(

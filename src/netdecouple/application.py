@@ -30,6 +30,14 @@ class Applied:
     errors: dict[str, float]  # on held-back inputs, relative to the variance of the layer's output
     samples: dict[str, int]  # fitted on, per layer
 
+    @property
+    def kernels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Weight (n_o, n_i / groups, kh, kw) and bias (n_o,) that every changed layer stands for now."""
+        return {
+            name: (made.dense().astype(np.float32), np.asarray(made.bias, np.float32))
+            for name, made in self.factorizations.items()
+        }
+
 
 def apply(network: Network, inputs: Inputs, plan: Plan, progress: Progress = quiet) -> Applied:
     """Fit every chosen layer on what it sees in the network as decoupled so far, against what the

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from netdecouple.api import TOLERANCE
 from netdecouple.application import Applied, apply
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.frontends import Layer
@@ -20,15 +21,13 @@ from netdecouple.frontends.torch.files import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
-from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
+from netdecouple.planning.cost import budgets_of
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.sensitivity import agreement, divergence, relative_error
+from netdecouple.planning.sensitivity import relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, ruled_plan
-from netdecouple.report.report import Agreement, Report, layer_reports
+from netdecouple.report.report import Report, layer_reports, quality_of
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
-
-TOLERANCE = 1e-3  # relative difference between the new module and the plan's arithmetic
 
 
 def decouple(
@@ -63,8 +62,7 @@ def decouple(
     Raises:
         NetDecoupleError: one of its children, with one line that says what to do.
     """
-    budgets = [Budget(Macs(), parse_share(macs))] if macs is not None else []
-    budgets += [Budget(Parameters(), parse_share(parameters))] if parameters is not None else []
+    budgets = budgets_of(macs, parameters)
     if bool(budgets) == (settings.rule is not None):
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
     with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
@@ -166,11 +164,7 @@ def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Modul
     evaluated = network.evaluated(module)
     original, new = network.run(shown), network.run_module(evaluated, shown)
     few = shown[:32]
-    kernels = {
-        name: (f.dense().astype(np.float32), np.asarray(f.bias, np.float32))
-        for name, f in applied.factorizations.items()
-    }
-    pairs = zip(network.run(few, kernels), network.run_module(evaluated, few), strict=True)
+    pairs = zip(network.run(few, applied.kernels), network.run_module(evaluated, few), strict=True)
     worst = max(float(np.sqrt(relative_error(a, b))) for a, b in pairs)
     tolerance = TOLERANCE if network.exact <= TOLERANCE else 0.1  # half precision, somewhere
     if not worst <= tolerance:
@@ -178,9 +172,7 @@ def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Modul
             f"the decoupled module differs from its own plan by {worst:.1e}; please report this model"
         )
     plan = applied.plan
-    same = agreement(original[0], new[0]) if plan.loss == "kl" else None
-    measured = divergence(original, new, "kl" if plan.loss == "kl" else "relative")
-    quality = Agreement(len(shown), plan.loss, measured, plan.predicted_loss, same)
+    quality = quality_of(plan, len(shown), original, new)
     layers = {layer.name: layer for layer in network.layers}
     rows = layer_reports(layers, applied, [_written(layer, applied) for layer in network.layers])
     report = Report(type(network.original).__name__, __version__, plan.budget, rows, quality, worst)

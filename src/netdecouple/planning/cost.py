@@ -94,3 +94,13 @@ def parse_share(text: str | float) -> float:
     if not 0 < share <= 1:
         raise BudgetError(f"a budget of {text} makes no sense; it is the share that may stay: 50%, 2x or 0.5")
     return share
+
+
+def budgets_of(macs: str | float | None, parameters: str | float | None) -> list[Budget]:
+    """The budgets that were given, of those two; see `parse_share`.
+
+    Raises:
+        BudgetError: one of them is none.
+    """
+    given = ((Macs(), macs), (Parameters(), parameters))
+    return [Budget(cost, parse_share(share)) for cost, share in given if share is not None]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from netdecouple.application import Applied
-from netdecouple.frontends import Layer
-from netdecouple.planning.plan import LayerPlan
+from netdecouple.frontends import Array, Layer
+from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.planning.sensitivity import agreement, divergence
 from netdecouple.runtimes.timing import Timing
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
@@ -47,6 +48,14 @@ class Agreement:
     divergence: float
     predicted: float
     same_class: float | None  # share; None if the network is no classifier
+
+
+def quality_of(plan: Plan, images: int, original: Sequence[Array], new: Sequence[Array]) -> Agreement:
+    """Compare a decoupled network's outputs with the original's, as the plan that made it does."""
+    is_classifier = plan.loss == "kl"
+    measured = divergence(original, new, "kl" if is_classifier else "relative")
+    same = agreement(original[0], new[0]) if is_classifier else None
+    return Agreement(images, plan.loss, measured, plan.predicted_loss, same)
 
 
 @dataclass(frozen=True)

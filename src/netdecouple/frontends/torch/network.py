@@ -134,7 +134,7 @@ class TorchNetwork:
         """Whether running two samples at once is what running them one by one is."""
         try:
             trace, output = Trace.of(self.module, *self.placed(samples))
-        except Exception:
+        except Exception:  # whatever it is, one by one they have run
             return False
         parts = zip(*(list(tensors(out)) for out in (output, single[0][1], single[1][1])), strict=False)
         for both, *each in parts:
