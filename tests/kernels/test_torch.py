@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
 import subprocess
@@ -374,6 +375,48 @@ def test_forget_helps_where_changes_are_hidden(packed: list) -> None:
     fused.forget()
     check(module)
     assert len(packed) == 2
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_pytorchs_own_threads_share_the_work(threads: int) -> None:
+    """As many as PyTorch has been told to use: on wide layers and narrow ones, and whole batches."""
+    before = torch.get_num_threads()
+    layers = [(module_of(1), images(1, 6, 40, 40)), (module_of(2), images(3, 6, 5, 5))]
+    try:
+        for module, x in layers:
+            torch.set_num_threads(1)
+            with torch.inference_mode():
+                alone = module(x)
+                torch.set_num_threads(threads)
+                for _ in range(20):
+                    assert torch.equal(module(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_team_of_threads_is_taken_from_the_openmp_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is entered once per call, by no more threads than there are tiles; without one all works."""
+    entered = []
+
+    @ctypes.CFUNCTYPE(
+        None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    )
+    def parallel(work: Any, data: int, threads: int, flags: int) -> None:
+        entered.append(threads)
+        work(data)
+
+    address = ctypes.cast(parallel, ctypes.c_void_p).value
+    layer = separable(
+        ConvGeometry(6, 6, 3, 3, pads=(1, 1, 1, 1)), np.arange(6)[None], np.random.default_rng(0)
+    )
+    packed_layer, x = kernels.DecoupledConv(layer), np.ones((1, 6, 40, 40), np.float32)
+    expected = packed_layer(x)
+    for found, threads, teams in ((address, 3, [3]), (address, 1000, [8]), (address, 1, []), (None, 3, [])):
+        monkeypatch.setattr(kernels, "_gomp_parallel", lambda found=found: found)
+        entered.clear()
+        np.testing.assert_array_equal(packed_layer(x, threads=threads), expected)
+        assert len(entered) == len(teams)
+        assert all(given <= wanted for given, wanted in zip(entered, teams, strict=True))
 
 
 def test_several_threads_may_call_one_module() -> None:

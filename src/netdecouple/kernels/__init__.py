@@ -81,6 +81,10 @@ class _Shape(ctypes.Structure):
     )
 
 
+class _OpenMP(ctypes.Structure):
+    _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_uint))
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_existing()))
@@ -88,14 +92,24 @@ def _library() -> ctypes.CDLL:
     library.netdecouple_create.restype = pointer
     library.netdecouple_create.argtypes = [pointer] * 6 + [ctypes.c_char_p, ctypes.c_size_t]
     library.netdecouple_run.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 2
+    library.netdecouple_openmp_for.restype = None
     library.netdecouple_destroy.argtypes = [pointer]
     library.netdecouple_destroy.restype = None
     library.netdecouple_level.restype = ctypes.c_char_p
     return library
 
 
+@cache
+def _gomp_parallel() -> int | None:
+    """Where the OpenMP that this process has loaded begins a parallel region; None if it has none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):  # no such symbol; or no way to ask
+        return None
+
+
 class DecoupledConv:
-    """A depthwise and a pointwise stage packed together, run on NumPy arrays in the calling thread.
+    """A depthwise and a pointwise stage packed together, run on NumPy arrays.
 
     Args:
         factorization: a depthwise stage and a pointwise one (`Factorization.is_separable`).
@@ -141,9 +155,12 @@ class DecoupledConv:
             raise ValueError(f"{OPERATOR}: {error.value.decode()}")
 
     def __call__(
-        self, x: NDArray[np.float32], residual: NDArray[np.float32] | None = None
+        self, x: NDArray[np.float32], residual: NDArray[np.float32] | None = None, threads: int = 1
     ) -> NDArray[np.float32]:
         """Return (n, n_o, h', w') for x (n, n_i, h, w); ``residual`` is added before slope and limits.
+
+        More ``threads`` than the calling one are those of the OpenMP library that the process has loaded,
+        as PyTorch does; where there is none, that many are not used.
 
         Raises:
             ValueError: the input does not fit the layer.
@@ -160,8 +177,10 @@ class DecoupledConv:
             raise ValueError(f"{OPERATOR}: the residual has shape {residual.shape}, not {y.shape}")
         x = np.ascontiguousarray(x, np.float32)
         added = None if residual is None else np.ascontiguousarray(residual, np.float32)
+        pool = _OpenMP(_gomp_parallel(), threads) if threads > 1 and _gomp_parallel() else None
+        shared = (None, None) if pool is None else (self._library.netdecouple_openmp_for, ctypes.byref(pool))
         if self._library.netdecouple_run(
-            self._handle, x.ctypes.data, _data(added), y.ctypes.data, n, h, w, None, None
+            self._handle, x.ctypes.data, _data(added), y.ctypes.data, n, h, w, *shared
         ):
             raise MemoryError(f"{OPERATOR}: out of memory")
         return y

@@ -2,6 +2,7 @@
 #include "fused.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -242,6 +243,27 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
     } catch (...) {
         return 1;
     }
+}
+
+namespace {
+
+struct Team {
+    void (*work)(void*, size_t);
+    void* task;
+    size_t count;
+    std::atomic<size_t> next;
+};
+
+}  // namespace
+
+void netdecouple_openmp_for(void* to, void (*work)(void*, size_t), size_t count, void* task) {
+    const auto* pool = static_cast<const netdecouple_openmp*>(to);
+    Team team{work, task, count, {0}};
+    const auto member = [](void* data) {  // every thread of the team takes what is left to do
+        auto& team = *static_cast<Team*>(data);
+        for (size_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.count;) team.work(team.task, i);
+    };
+    pool->parallel(member, &team, static_cast<unsigned>(std::min<size_t>(pool->threads, count)), 0);
 }
 
 void netdecouple_destroy(netdecouple_layer* layer) { delete layer; }

@@ -29,6 +29,12 @@ typedef struct {
 // Calls work(task, i) for every i < count, in any order, on any threads, and returns when all are done.
 typedef void (*netdecouple_parallel_for)(void* pool, void (*work)(void* task, size_t i), size_t count, void* task);
 
+// A pool for netdecouple_openmp_for: the host's own OpenMP, by the address of its GOMP_parallel.
+typedef struct {
+    void (*parallel)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
+    unsigned threads;       // at most
+} netdecouple_openmp;
+
 typedef struct netdecouple_layer netdecouple_layer;
 
 // Check and pack a layer: channels (rows), depthwise (rows, kh, kw), pointwise (n_o, rows / groups),
@@ -48,6 +54,9 @@ NETDECOUPLE_EXPORT void netdecouple_output_size(
 NETDECOUPLE_EXPORT int netdecouple_run(
     const netdecouple_layer* layer, const float* x, const float* residual, float* y, int64_t n, int64_t h, int64_t w,
     netdecouple_parallel_for parallel_for, void* pool);
+
+// A netdecouple_parallel_for; the pool is a netdecouple_openmp.
+NETDECOUPLE_EXPORT void netdecouple_openmp_for(void* pool, void (*work)(void* task, size_t i), size_t count, void* task);
 
 NETDECOUPLE_EXPORT void netdecouple_destroy(netdecouple_layer* layer);
 

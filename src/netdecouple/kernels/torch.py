@@ -282,7 +282,8 @@ def _run(*arguments: Any) -> torch.Tensor:
     _check_type("x", call.x)
     _check_type("residual", call.residual)
     residual = None if call.residual is None else call.residual.contiguous().numpy(force=True)
-    return torch.from_numpy(layer(call.x.contiguous().numpy(force=True), residual))
+    x = call.x.contiguous().numpy(force=True)
+    return torch.from_numpy(layer(x, residual, torch.get_num_threads()))
 
 
 def _fake(*arguments: Any) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,6 @@ torch = pytest.importorskip("torch")
 
 from netdecouple.frontends.torch.convolutions import Factorized  # noqa: E402
 from tests.frontends.torch.modules import decoupled, inputs, net  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The fused operator runs in one thread, and where there are many it is not used."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -168,8 +158,6 @@ def test_the_operator_runs_only_where_it_computes_the_same(layer: Any):
         with torch.autocast("cpu", torch.bfloat16):
             assert calls_of_the_operator(layer.float(), x) == 0
         assert calls_of_the_operator(layer, x[..., :8, :8].contiguous()) == 0
-        torch.set_num_threads(8)
-        assert calls_of_the_operator(layer, x) == 0
 
 
 def test_hooks_and_adapters_are_heard(layer: Any):
