@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, issparse
 
 Array = NDArray[np.floating]
 IntArray = NDArray[np.int64]
+# (row, column) of every tap, dilation counted, → its matrix (n_o, n_i), sparse where it is mostly zeros
+Taps = dict[tuple[int, int], Any]
+SPARSE = 20  # times fewer numbers than places, from which on products with a sparse matrix are faster
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,36 @@ class ConvStage:
     def dense(self, n_i: int) -> Array:
         """Write the stage as one ungrouped, undilated kernel over all ``n_i`` channels of its input."""
         g = self.geometry
-        channels = np.arange(g.n_i) if self.channels is None else self.channels
         kernel = np.zeros((g.n_o, n_i, g.dilations[0] * (g.kh - 1) + 1, g.dilations[1] * (g.kw - 1) + 1))
-        sources = channels.reshape(g.groups, -1).repeat(g.n_o // g.groups, axis=0)  # (n_o, n_i/groups)
         taps = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
-        np.add.at(taps, (np.arange(g.n_o)[:, None], sources), self.weight)
+        np.add.at(taps, (np.arange(g.n_o)[:, None], self._sources), self.weight)
         return kernel
+
+    def taps(self, n_i: int) -> Taps:
+        """The kernel by its taps, matrices (n_o, n_i) over all channels of the input."""
+        g = self.geometry
+        d = g.dilations
+        return {(i * d[0], j * d[1]): self._tap(n_i, i, j) for i, j in np.ndindex(g.kh, g.kw)}
+
+    def _tap(self, n_i: int, i: int, j: int) -> Any:
+        g = self.geometry
+        weight = self.weight[:, :, i, j].astype(np.float64)
+        rows = np.arange(g.n_o)[:, None]
+        if SPARSE * weight.shape[1] < n_i:
+            rows = rows.repeat(weight.shape[1], axis=1)
+            return csr_array((weight.ravel(), (rows.ravel(), self._sources.ravel())), (g.n_o, n_i))
+        if g.groups == 1 and self.channels is None:
+            return weight
+        matrix = np.zeros((g.n_o, n_i))
+        np.add.at(matrix, (rows, self._sources), weight)
+        return matrix
+
+    @property
+    def _sources(self) -> IntArray:
+        """The input channels that each output reads: (n_o, n_i / groups)."""
+        g = self.geometry
+        channels = np.arange(g.n_i) if self.channels is None else self.channels
+        return channels.reshape(g.groups, -1).repeat(g.n_o // g.groups, axis=0)
 
 
 @dataclass(frozen=True)
@@ -177,16 +206,21 @@ class Factorization:
 
     def dense(self) -> Array:
         """Compose the stages back into the one kernel (n_o, n_i / groups, kh, kw) they stand for."""
-        first, *rest = self.stages
-        kernel, step = first.dense(self.geometry.n_i), first.geometry.strides
-        for stage in rest:
-            kernel = _compose(kernel, stage.dense(kernel.shape[0]), step)
-            strides = stage.geometry.strides
-            step = (step[0] * strides[0], step[1] * strides[1])
         g = self.geometry
-        kernel = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
-        blocks = kernel.reshape(g.groups, g.n_o // g.groups, g.groups, g.n_i // g.groups, g.kh, g.kw)
-        return np.concatenate([blocks[i, :, i] for i in range(g.groups)])
+        first, *rest = self.stages
+        taps, step, n = first.taps(g.n_i), first.geometry.strides, first.geometry.n_o
+        for stage in rest:
+            taps = _composed(taps, stage.taps(n), step)
+            step = (step[0] * stage.geometry.strides[0], step[1] * stage.geometry.strides[1])
+            n = stage.geometry.n_o
+        kernel = np.zeros((g.groups, g.n_o // g.groups, g.n_i // g.groups, g.kh, g.kw))
+        for (i, j), tap in taps.items():
+            blocks = (tap.toarray() if issparse(tap) else tap).reshape(
+                g.groups, kernel.shape[1], g.groups, -1
+            )
+            for group in range(g.groups):
+                kernel[group, :, :, i // g.dilations[0], j // g.dilations[1]] = blocks[group, :, group]
+        return kernel.reshape(g.weight_shape)
 
     @property
     def structure(self) -> Structure:
@@ -236,16 +270,12 @@ def spread(geometry: ConvGeometry, weight: Array, bias: Array | None) -> Factori
     return Factorization(g, stages, bias)
 
 
-def _compose(first: Array, second: Array, step: Sequence[int]) -> Array:
-    """Compose kernels: apply ``first`` with stride ``step``, then ``second``; both undilated."""
-    n_o, _, kh, kw = second.shape
-    out = np.zeros(
-        (n_o, first.shape[1], (kh - 1) * step[0] + first.shape[2], (kw - 1) * step[1] + first.shape[3])
-    )
-    for i in range(kh):
-        for j in range(kw):
-            rows = slice(i * step[0], i * step[0] + first.shape[2])
-            cols = slice(j * step[1], j * step[1] + first.shape[3])
-            flat = second[:, :, i, j] @ first.reshape(len(first), -1)
-            out[:, :, rows, cols] += flat.reshape(n_o, *first.shape[1:])
+def _composed(first: Taps, second: Taps, step: Sequence[int]) -> Taps:
+    """Compose kernels by their taps: apply ``first`` with stride ``step``, then ``second``."""
+    out: Taps = {}
+    for (i, j), outer in second.items():
+        for (y, x), inner in first.items():
+            at = i * step[0] + y, j * step[1] + x
+            product = outer @ inner
+            out[at] = out[at] + product if at in out else product
     return out

@@ -6,6 +6,7 @@ The oracle is always the dense convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -145,6 +146,21 @@ class OneFamilyTests(FamilyTests):
         assert problem.error(self.fit(problem, level)) <= problem.power * (
             self.family.curve(problem)[level] + 1e-4
         )
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.floats(0, 1))
+    @settings(INHERITED, max_examples=30)
+    def test_white_inputs_spare_work_and_change_nothing(
+        self, g: ConvGeometry, seed: int, share: float
+    ) -> None:
+        """What is left out for white inputs is what an identity for a metric would not change."""
+        short = data_free_problem(g, seed)
+        long = replace(short, white=False)
+        np.testing.assert_allclose(self.family.curve(short), self.family.curve(long), atol=1e-6)
+        level = self.levels(g)[int(share * (len(self.levels(g)) - 1))]
+        errors = [error_of(long, self.fit(problem, level)) for problem in (short, long)]
+        assert errors[0] <= errors[1] + 1e-7 * long.moments.variance
+        fitted = self.fit(short, level)
+        assert short.error(fitted) == pytest.approx(long.error(fitted), abs=1e-8 * long.power)
 
     @given(geometries(), st.integers(0, 99), st.floats(0, 1))
     @settings(INHERITED, max_examples=30)

@@ -31,6 +31,7 @@ class Problem:
     geometry: ConvGeometry
     weight: Array  # (groups, m, d) float64, m = n_o / groups, d = n_i / groups · kh · kw
     moments: Moments
+    white: bool = False  # the inputs are uncorrelated and alike: the metric is the identity
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, work: Callable[[], T]) -> T:
@@ -50,13 +51,16 @@ class Problem:
         """Take the inputs to be white, which makes every fit the data-free one and keeps the bias (n_o,)."""
         matrix = _matrix(geometry, weight)
         groups, m, d = matrix.shape
-        white = Moments.empty(groups, d, m)
-        white = replace(white, count=1, gram=np.broadcast_to(np.eye(d), (groups, d, d)))
-        return cls(
-            geometry,
-            matrix,
-            white.with_linear_target(matrix, np.asarray(bias, np.float64).reshape(groups, m)),
+        moments = replace(
+            Moments.empty(groups, 0, m),
+            count=1,
+            mean_x=np.zeros((groups, d)),
+            mean_y=np.asarray(bias, np.float64).reshape(groups, m),
+            gram=np.broadcast_to(np.eye(d), (groups, d, d)),
+            cross=matrix,
+            power=np.square(matrix).sum(axis=2),
         )
+        return cls(geometry, matrix, moments, white=True)
 
     def regularized(self, ridge: float) -> Problem:
         """Add white pseudo-samples on which the layer does what it always did.
@@ -71,12 +75,15 @@ class Problem:
         gram[:, np.arange(size), np.arange(size)] += strength[:, None]
         cross = cross + strength[:, None, None] * self.weight
         power = self.moments.power + strength[:, None] * np.square(self.weight).sum(axis=2)
-        return replace(self, moments=replace(self.moments, gram=gram, cross=cross, power=power))
+        moments = replace(self.moments, gram=gram, cross=cross, power=power)
+        return replace(self, moments=moments, white=False)
 
     @cached_property
     def target(self) -> Array:
         """W* = C G⁻¹ (groups, m, d), written as W + (C − W G) G⁻¹ so that a singular G keeps W."""
         target = self.weight.copy()
+        if self.white:
+            return target
         for i, (gram, cross) in enumerate(zip(self.moments.gram, self.moments.cross, strict=True)):
             excess = cross - self.weight[i] @ gram
             # nothing to solve where the target is what the layer does anyway, but for float32's rounding
@@ -92,6 +99,8 @@ class Problem:
     def error(self, factorization: Factorization) -> float:
         """Σ |y − ŷ|² over the samples, for a factorization with the best bias."""
         fitted = factorization.dense().reshape(self.weight.shape)
+        if self.white:
+            return float(np.square(self.weight - fitted).sum())
         return self.moments.error(fitted, self.moments.bias(fitted)) * max(self.moments.count, 1)
 
     def of_stage(self, before: Sequence[ConvStage], stage: ConvStage, last: bool) -> Problem:

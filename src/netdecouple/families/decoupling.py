@@ -115,12 +115,7 @@ class PointwiseDepthwise(Family):
 
     def energies(self, problem: Problem) -> Array:
         """As in the DP form; a slice is the weight of one output channel."""
-        n = problem.geometry.weight_shape[1]
-        values = [
-            _weighted_svd(gram, target.reshape(len(target), n, -1))[1]
-            for gram, target in zip(problem.moments.gram, problem.target, strict=True)
-        ]
-        return mean_energy(np.square(np.concatenate(values)))
+        return mean_energy(np.square(np.concatenate([values for _, values, _ in _pd_terms(problem)])))
 
     def curve(self, problem: Problem) -> Array:
         closed = PointwiseDepthwise(rounds=0)
@@ -132,23 +127,12 @@ class PointwiseDepthwise(Family):
 
     def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         rows, filters = [], []
-        n = problem.geometry.weight_shape[1]
-        for gram, target in zip(problem.moments.gram, problem.target, strict=True):
-            points, taps = _closed_form(gram, target.reshape(len(target), n, -1), size)
-            pulled = target @ gram
+        parts = zip(problem.moments.gram, problem.target, _pd_terms(problem), strict=True)
+        for gram, target, (points, values, taps) in parts:
+            points, taps = points[:, :size].copy(), values[:, :size, None] * taps[:, :size]
             small = target.shape[1] <= ALTERNATED
-            # every output reads the whole metric: it is turned once, and read for several together
-            by_channel = np.ascontiguousarray(gram.reshape(-1, n, taps.shape[2]).swapaxes(0, 1)).reshape(
-                n, -1
-            )
-            for start in range(0, len(target) if self._rounds > 1 - small else 0, BLOCK):
-                some = slice(start, start + BLOCK)
-                for _ in range(self._rounds if small else 0):
-                    taps[some] = _refit_filters(by_channel, pulled[some], points[some])
-                    points[some] = [
-                        _refit_rows(gram, *own) for own in zip(pulled[some], taps[some], strict=True)
-                    ]
-                taps[some] = _refit_filters(by_channel, pulled[some], points[some])
+            if self._rounds > (0 if small else 1):
+                _refit(gram, target @ gram, points, taps, self._rounds if small else 0)
             rows.append(points)
             filters.append(taps)
         pointwise, depthwise = self.structure(problem.geometry, size).stages
@@ -161,19 +145,40 @@ class PointwiseDepthwise(Family):
         )
 
 
+def _pd_terms(problem: Problem) -> list[tuple[Array, Array, Array]]:
+    """For every group the terms of its slices: rows (m, K, n), singular values (m, K), filters (m, K, k²)."""
+    n = problem.geometry.weight_shape[1]
+    return problem.once(
+        "nd-pd",
+        lambda: [
+            _weighted_svd(gram, target.reshape(len(target), n, -1))
+            for gram, target in zip(problem.moments.gram, problem.target, strict=True)
+        ],
+    )
+
+
 def _weighted_svd(gram: Array, slices: Array) -> tuple[Array, Array, Array]:
     """Rows (m, K, n), singular values (m, K) and filters (m, K, k²) of slices (m, n, k²), G ≈ A ⊗ B."""
-    n, k = slices.shape[1:]
+    m, n, k = slices.shape
     blocks = gram.reshape(n, k, n, k)
     along, across = root(np.einsum("iaja->ij", blocks)), root(np.einsum("iaib->ab", blocks))
     left, values, right = np.linalg.svd(along.T @ slices @ across, full_matrices=False)
-    return np.linalg.solve(along.T, left).swapaxes(1, 2), values, right @ np.linalg.inv(across)
+    flat = left.transpose(0, 2, 1).reshape(-1, n)  # (m·K, n)
+    rows = scipy.linalg.solve_triangular(along, flat.T, lower=True, trans="T", check_finite=False).T
+    return rows.reshape(m, -1, n), values, right @ np.linalg.inv(across)
 
 
-def _closed_form(gram: Array, slices: Array, size: int) -> tuple[Array, Array]:
-    """The first terms of slices (m, n, k²): rows (m, T, n) and filters (m, T, k²)."""
-    rows, values, filters = (part[:, :size] for part in _weighted_svd(gram, slices))
-    return rows, values[..., None] * filters
+def _refit(gram: Array, pulled: Array, rows: Array, filters: Array, rounds: int) -> None:
+    """Refit rows (m, T, n) and filters (m, T, k²) in turn, in place, filters last; pulled = W* G (m, d)."""
+    n = rows.shape[2]
+    # every output reads the whole metric: it is turned once, and read for several together
+    by_channel = np.ascontiguousarray(gram.reshape(-1, n, filters.shape[2]).swapaxes(0, 1)).reshape(n, -1)
+    for start in range(0, len(rows), BLOCK):
+        some = slice(start, start + BLOCK)
+        for _ in range(rounds):
+            filters[some] = _refit_filters(by_channel, pulled[some], rows[some])
+            rows[some] = [_refit_rows(gram, *own) for own in zip(pulled[some], filters[some], strict=True)]
+        filters[some] = _refit_filters(by_channel, pulled[some], rows[some])
 
 
 def _refit_filters(by_channel: Array, pulled: Array, rows: Array) -> Array:
@@ -276,6 +281,9 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
     order = terms.order() if order is None else order
     explained = np.zeros(order.shape[1] + 1)
     for i in range(problem.geometry.groups):
+        if problem.white:  # terms are orthogonal, and each explains its own energy
+            explained[1:] += np.cumsum(terms.energy[i].reshape(-1)[order[i]])
+            continue
         gram, cross = _in_terms(terms.filters[i], moments.gram[i], moments.cross[i])
         gram, cross = gram[np.ix_(order[i], order[i])], cross[:, order[i]]
         gram.flat[:: len(gram) + 1] += 1e-12 * np.trace(gram) / len(gram)
@@ -304,8 +312,11 @@ def fit(
     for i in range(g.groups):
         metric, aim = problem.moments.gram[i], problem.target[i]
         kept = _stack(start.filters[i], per_group[i])
-        points = _refit_pointwise(metric, aim, kept, per_group[i])
-        kept, points = _descend(metric, aim, kept, points, per_group[i], sweeps)
+        if problem.white:  # the truncated SVD of every slice, which nothing can better
+            points = _depthwise(aim, kept, per_group[i])
+        else:
+            points = _refit_pointwise(metric, aim, kept, per_group[i])
+            kept, points = _descend(metric, aim, kept, points, per_group[i], sweeps)
         filters.append(kept)
         columns.append(points)
     return _assemble(problem, ranks, np.concatenate(filters), np.concatenate(columns))

@@ -35,7 +35,7 @@ class ChannelPruning(Family):
 
     def curve(self, problem: Problem) -> Array:
         losses = np.sum([losses for _, losses in _eliminations(problem)], axis=0)
-        left = 1 - _explained(problem) / problem.power
+        left = 0.0 if problem.white else 1 - _explained(problem) / problem.power
         added = np.concatenate([[0.0], np.cumsum(losses)]) / problem.power  # by channels gone
         return np.maximum(left + added[::-1], 0.0)
 
@@ -50,7 +50,8 @@ class ChannelPruning(Family):
         stage = ConvStage(narrow, np.zeros(narrow.weight_shape), channels)
         weights = []
         for i, taps in enumerate(_taps(channels.reshape(g.groups, -1) % count, g)):
-            weights.append(problem.target[i][:, taps] + _made_up(problem, i, taps))
+            own = problem.target[i][:, taps]
+            weights.append(own if problem.white else own + _made_up(problem, i, taps))
         stage = replace(
             stage,
             weight=np.stack(weights).reshape(narrow.weight_shape),
@@ -93,6 +94,10 @@ def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:
     g = problem.geometry
     size = g.kh * g.kw
     gram, weight = problem.moments.gram[group], problem.target[group]
+    if problem.white:  # nobody can take over from anybody
+        norms = np.square(weight).reshape(len(weight), -1, size).sum(axis=(0, 2))
+        weakest = np.argsort(norms, kind="stable")
+        return weakest, norms[weakest]
     gram = gram + (1e-10 * np.trace(gram) / len(gram) + TINY**0.5) * np.eye(len(gram))
     inverse = np.linalg.inv(gram)
     left = np.arange(len(gram) // size)

@@ -43,7 +43,10 @@ class SpatialDecomposition(Family):
         g, moments = problem.geometry, problem.moments
         explained = np.zeros(self.exact(g) + 1)
         for i in range(g.groups):
-            terms = _rows(problem, i, self.exact(g))  # (r, n, kh)
+            terms, energy = _rows(problem, i, self.exact(g))  # (r, n, kh), (r,)
+            if problem.white:  # terms are orthogonal, and each explains its own energy
+                explained[1:] += np.cumsum(energy)
+                continue
             seen = _second_inputs(g, moments.gram[i], terms)  # (d, r, kw)
             gram = np.tensordot(terms, seen.reshape(-1, g.kh, g.kw, len(terms) * g.kw), ((1, 2), (0, 1)))
             gram = gram.reshape(len(terms) * g.kw, -1)
@@ -80,20 +83,20 @@ def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:
     return root(rows), root(columns / (np.trace(columns) / g.kw + TINY))
 
 
-def _rows(problem: Problem, group: int, size: int) -> Array:
-    """The first stage (r, n, kh) from the weighted SVD, strongest first."""
-    terms = problem.once(f"sd {group}", lambda: _all_rows(problem, group))
-    return terms[:size].reshape(size, -1, problem.geometry.kh)
+def _rows(problem: Problem, group: int, size: int) -> tuple[Array, Array]:
+    """The first stage (r, n, kh) from the weighted SVD, strongest first, and squared singular values (r,)."""
+    terms, energy = problem.once(f"sd {group}", lambda: _all_rows(problem, group))
+    return terms[:size].reshape(size, -1, problem.geometry.kh), energy[:size]
 
 
-def _all_rows(problem: Problem, group: int) -> Array:
+def _all_rows(problem: Problem, group: int) -> tuple[Array, Array]:
     g = problem.geometry
     along, across = _factors(problem.moments.gram[group], g)
     unfolded = along.T @ _unfolded(problem.target[group], g)
     weighted = (unfolded.reshape(len(unfolded), -1, g.kw) @ across).reshape(unfolded.shape)
-    left = scipy.linalg.svd(weighted, full_matrices=False, check_finite=False)[0]
+    left, values, _ = scipy.linalg.svd(weighted, full_matrices=False, check_finite=False)
     terms = scipy.linalg.solve_triangular(along, left, lower=True, trans="T", check_finite=False)
-    return np.ascontiguousarray(terms.T)
+    return np.ascontiguousarray(terms.T), np.square(values)
 
 
 def _second_inputs(g: ConvGeometry, gram: Array, first: Array) -> Array:
@@ -106,7 +109,10 @@ def _alternate(problem: Problem, group: int, size: int, rounds: int) -> tuple[Ar
     """First stage (r, n, kh) and second (m, r, kw): each in turn the best for the other."""
     g = problem.geometry
     gram, target = problem.moments.gram[group], problem.target[group]
-    first = _rows(problem, group, size)
+    first, _ = _rows(problem, group, size)
+    if problem.white:  # the truncated SVD, which nothing can better
+        kernel = target.reshape(len(target), -1, g.kh, g.kw)
+        return _balanced(first, np.tensordot(kernel, first, ((1, 2), (1, 2))).swapaxes(1, 2))
     second = _second(g, gram, target, first)
     preconditioner = _factors(gram, g)[0]
     for _ in range(rounds):
