@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import scipy.linalg
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
@@ -56,7 +57,7 @@ class Problem:
             count=1,
             mean_x=np.zeros((groups, d)),
             mean_y=np.asarray(bias, np.float64).reshape(groups, m),
-            gram=np.broadcast_to(np.eye(d), (groups, d, d)),
+            gram=np.broadcast_to(_identity(d), (groups, d, d)),
             cross=matrix,
             power=np.square(matrix).sum(axis=2),
         )
@@ -142,6 +143,13 @@ class Problem:
         for a, b in np.ndindex(*kernel):
             maps[:, :, a, b, :, a : a + kh, b : b + kw] = dense
         return self.moments.mapped(maps.reshape(g.groups, -1, self.moments.gram.shape[1])), kernel
+
+
+def _identity(d: int) -> Array:
+    """A read-only identity of d × d numbers that takes the memory of 2 d."""
+    impulse = np.zeros(2 * d - 1)
+    impulse[d - 1] = 1
+    return sliding_window_view(impulse, d)[::-1]
 
 
 class Family(ABC):
