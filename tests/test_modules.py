@@ -213,6 +213,16 @@ def test_layers_are_left_alone(module: Any, x: Any):
     assert type(new.convs[3]) is not nn.Conv2d
 
 
+@pytest.mark.parametrize("settings", [Settings(rule=Rule("cd", "share", 0.6)), Settings((), True, True)])
+def test_published_procedures_keep_the_first_convolution_and_the_head(
+    module: Any, x: Any, settings: Settings
+):
+    budget = None if settings.rule else 0.5
+    rows = netdecouple.decouple(module, x, macs=budget, settings=settings).decoupling.plan.layers
+    assert [row.name for row in rows if not row.changed] == ["stem", "head"]
+    assert rows[0].reason == "first convolution"
+
+
 def test_made_in_inference_mode_it_can_still_be_trained(module: Any, x: Any):
     with torch.inference_mode():
         new = netdecouple.decouple(module, x, macs=0.5, settings=ND)

@@ -102,7 +102,8 @@ class SplitMoments:
         images = batch.stop - batch.start
         cut = int(np.clip(self._cut - batch.start, 0, images)) * len(x) // images
         for side, rows in enumerate((slice(0, cut), slice(cut, len(x)))):
-            self._waiting[side].append((x[rows], y[rows]))
+            # copies: a frontend's arrays may be parts of larger ones, which would be kept too
+            self._waiting[side].append((x[rows].copy(), y[rows].copy()))
             if sum(len(waiting) for waiting, _ in self._waiting[side]) >= self._size:
                 self._flushed(side)
 

@@ -55,8 +55,8 @@ def run(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a budget, one method for every layer but the first: nd-dp:T=4, nd:energy=0.8, "
-            "cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published.",
+            help="Instead of a budget, one method for every convolution but the first: nd-dp:T=4, "
+            "nd:energy=0.8, cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published.",
             show_default=False,
         ),
     ] = None,

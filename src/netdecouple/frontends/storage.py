@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DEFAULT_LIMIT = 2 << 30  # bytes
+DEFAULT_LIMIT = 1 << 30  # bytes
 
 
 class ArrayStore:

@@ -19,6 +19,8 @@ from netdecouple.planning.cost import Budget, Macs, Parameters
 from netdecouple.planning.plan import VERSION, LayerPlan, Plan
 
 FIRST = "first convolution"
+FULLY_CONNECTED = ("Gemm", "MatMul", "Linear")
+NO_CONVOLUTION = "fully connected; published methods are for convolutions"
 FormOf = Callable[[Layer, Candidate], str]  # how a layer's candidate is written
 
 
@@ -174,7 +176,7 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
 
 
 def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
-    """The one candidate of every layer that the settings' rule asks for; the first convolution is kept.
+    """The one candidate of every convolution but the first that the settings' rule asks for.
 
     Raises:
         BudgetError: no layer can follow the rule.
@@ -182,16 +184,11 @@ def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
     layers, rule = analysis.network.layers, analysis.settings.rule
     assert rule is not None
     first = first_convolution(layers)
-    rows = [
-        _layer_plan(
-            analysis,
-            la,
-            0 if _found(analysis, la) and la is not first else -1,
-            FIRST if la is first else "",
-            form,
-        )
-        for la in layers
-    ]
+    rows = []
+    for layer in layers:
+        reason = FIRST if layer is first else NO_CONVOLUTION if layer.operator in FULLY_CONNECTED else ""
+        index = 0 if _found(analysis, layer) and not reason else -1
+        rows.append(_layer_plan(analysis, layer, index, reason, form))
     if not any(row.changed for row in rows):
         raise BudgetError(f"--method {rule}: no layer becomes cheaper by it; give a smaller size")
     return _plan(analysis, rows, str(rule))
@@ -199,7 +196,7 @@ def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
 
 def first_convolution(layers: Sequence[Layer]) -> Layer | None:
     """The layer that published procedures leave alone."""
-    return next((la for la in layers if la.operator == "Conv"), None)
+    return next((la for la in layers if la.operator.startswith("Conv")), None)
 
 
 def _found(analysis: Analysis, layer: Layer) -> tuple[Candidate, ...]:

@@ -1,4 +1,4 @@
-"""Small PyTorch modules with seeded random weights, and what decoupling them by rules gives, quickly."""
+"""Small PyTorch modules with seeded random weights, and what decoupling them gives, quickly."""
 
 # mypy: allow-subclassing-any
 
@@ -12,7 +12,6 @@ from torch.nn import functional
 
 import netdecouple
 from netdecouple import Settings
-from netdecouple.planning.candidates import Rule
 
 SHAPE = (3, 16, 16)  # large enough for the fused operator
 
@@ -69,7 +68,7 @@ def inputs(count: int = 4) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def decoupled(module: nn.Module, method: str = "nd-dp", share: float = 0.6) -> Any:
-    """Every layer by one method, from the weights alone."""
-    settings = Settings(data_free=True, rule=Rule(method, "share", share))
-    return netdecouple.decouple(module, inputs(12), settings=settings)
+def decoupled(module: nn.Module, method: str = "nd-dp", share: float = 0.5) -> Any:
+    """By one method, from the weights alone."""
+    settings = Settings(data_free=True, families=(method,))
+    return netdecouple.decouple(module, inputs(12), macs=share, settings=settings)

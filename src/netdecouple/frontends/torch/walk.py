@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from netdecouple.convolution import Factorization
 from netdecouple.frontends import Array, Observation
@@ -28,7 +27,7 @@ from netdecouple.frontends.torch.samples import Samples
 from netdecouple.frontends.torch.surgery import duplicate
 from netdecouple.frontends.torch.trace import hooked
 
-HELD_BYTES = 2 << 30  # of layer inputs that waiting passes may hold
+HELD_BYTES = 1 << 30  # of layer inputs that waiting passes may hold; other tensors of theirs come on top
 
 
 class _GivenUp(BaseException):
@@ -102,7 +101,6 @@ class TorchWalk:
         self._images = images
         self._module = duplicate(network.module)
         self._batches = network.batches(len(images))
-        self._replaced: dict[str, nn.Module] = {}
         self._steady = {name for name, found in network.found.items() if found.steady}
         self._passes: dict[int, _Pass] = {}
         self._running: _Pass | None = None
@@ -126,15 +124,10 @@ class TorchWalk:
             if name in layers:
                 current.visit(name, arguments[0])
 
-        def after(name: str, arguments: tuple[Any, ...], output: Any) -> Any:
+        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             walk = me()
-            if walk is None:
-                return None
-            replaced = walk._replaced.get(name)
-            output = output if replaced is None else replaced(arguments[0])
-            if walk._running is not None:
+            if walk is not None and walk._running is not None:
                 walk._running.shortcuts.after(name, arguments, output)
-            return output
 
         return hooked(self._module, before, after, (layers | sources).__contains__)
 
@@ -174,10 +167,12 @@ class TorchWalk:
         return run
 
     def replace(self, layer: str, factorization: Factorization) -> None:
-        """Put a factorization in the place of ``layer``."""
+        """Put a factorization in the place of ``layer``: into its chain, before which passes wait."""
         weight = self._network.found[layer].weight
         module = Factorized.of(self._network.found[layer].convolution, factorization)
-        self._replaced[layer] = module.to(weight.device, weight.dtype).eval()
+        chain = self._module.get_submodule(layer)
+        chain._modules.clear()
+        chain.add_module("0", module.to(weight.device, weight.dtype).eval())
 
     def outputs(self) -> list[Array]:
         """Return the decoupled network's outputs on every sample."""
