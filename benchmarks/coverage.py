@@ -116,7 +116,7 @@ def built(name: str) -> tuple[nn.Module, list[Any]]:
     if kind == "detection":
         return module, [[torch.rand(3, 96, 96)] for _ in range(SAMPLES)]
     if kind == "video":
-        frames, side = (16, 224) if key.startswith("mvit") else (16 if key == "s3d" else 8, 64)
+        frames, side = (16, 224) if key in ("mvit_v1_b", "s3d") else (8, 64)
         return module, [torch.randn(SAMPLES, 3, frames, side, side)]
     side = {"inception_v3": 96, "vit_b_16": 224, "maxvit_t": 224}.get(key, 64)
     return module, [torch.randn(SAMPLES, 3, side, side)]
