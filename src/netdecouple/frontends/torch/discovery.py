@@ -64,7 +64,7 @@ def find(
         module = modules[name]
         rank = len(Convolution.of(module).kernel)
         sizes = [_size(call, rank) for call in own]
-        steady = len(own) == len(other[name]) == 1 and maps_of(own[0]) == 1 == maps_of(other[name][0])
+        steady = len(own) == len(other[name]) == 1 and maps_in(own[0].x) == 1 == maps_in(other[name][0].x)
         steady &= [_size(call, rank) for call in other[name]] == sizes
         convolution, weight, bias, reason = _read(module, [*own, *other[name]])
         maps = [math.prod(call.x.shape[: -1 - len(convolution.kernel)]) for call in own]
@@ -192,9 +192,9 @@ def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = EXACT) -> bo
     return bool((a - b).square().sum().sqrt() <= tolerance * b.square().sum().sqrt())
 
 
-def maps_of(call: Call) -> int:
-    """How many maps a call was about; 0 if that cannot be said."""
-    return len(call.x) if isinstance(call.x, torch.Tensor) and call.x.ndim > 1 else 0
+def maps_in(x: Any) -> int:
+    """How many maps a module was given; 0 if that cannot be said."""
+    return len(x) if isinstance(x, torch.Tensor) and x.ndim > 1 else 0
 
 
 def _size(call: Call, rank: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.torch.convolutions import (
     Factorized,
 )
-from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_of, plain, same
+from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_in, plain, same
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.surgery import duplicate, failures, first_line, install
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
@@ -114,8 +114,15 @@ class TorchNetwork:
 
     def _batched(self, samples: Samples, single: Sequence[tuple[Trace, Any]]) -> bool:
         """Whether running two samples at once is what running them one by one is."""
+        calls: list[tuple[str, int]] = []  # no trace, which would hold all that is made
+
+        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
+            calls.append((name, maps_in(arguments[0] if arguments else None)))
+
         try:
-            trace, output = Trace.of(self.module, *self.placed(samples))
+            with hooked(self.module, after=after):
+                args, kwargs = self.placed(samples)
+                output = self.module(*args, **kwargs)
         except Exception:  # whatever it is, one by one they have run
             return False
         parts = zip(*(list(tensors(out)) for out in (output, single[0][1], single[1][1])), strict=False)
@@ -124,8 +131,7 @@ class TorchNetwork:
                 return False
             if not same(both, torch.cat(each), self.exact):
                 return False
-        calls = [[(c.name, maps_of(c)) for c in t.calls] for t in (trace, single[0][0])]
-        return calls[0] == [(name, maps and 2 * maps) for name, maps in calls[1]]
+        return calls == [(call.name, 2 * maps_in(call.x)) for call in single[0][0].calls]
 
     def _fold(self, few: Samples) -> tuple[nn.Module, set[str]]:
         """Put plain convolutions, BatchNorm folded in, in the place of the layers that may change.
@@ -173,21 +179,33 @@ class TorchNetwork:
         Detectors end in sorting and suppressing boxes; how these change says little about the layers.
         """
         noisy = Samples(tree.tree_map(_disturbed, list(sample.units)))
-        outputs = [Trace.of(self.module, *self.placed(s))[0].calls for s in (sample, noisy)]
-        by_name = [{c.name: c for c in sorted(calls, key=lambda c: c.start)} for calls in outputs]
+        made = [self._made(some) for some in (sample, noisy)]
 
         def is_static(name: str) -> bool:
-            found = [list(tensors(calls[name].y)) if name in calls else [] for calls in by_name]
-            shapes = [[t.shape for t in own] for own in found]
-            return bool(found[0]) and shapes[0] == shapes[1] and all(t.is_floating_point() for t in found[0])
+            shapes = made[0][name]
+            return bool(shapes) and shapes == made[1].get(name) and all(real for _, real in shapes)
 
         watched: list[str] = []
-        for name in by_name[0]:  # from the outside in
+        for name in made[0]:  # from the outside in
             inside = any(name.startswith(f"{w}.") for w in watched) or "" in watched
             holds = any(f"{layer}.".startswith(f"{name}." if name else "") for layer in self.found)
             if not inside and holds and is_static(name):
                 watched.append(name)
         return tuple(watched)
+
+    def _made(self, sample: Samples) -> dict[str, list[tuple[torch.Size, bool]]]:
+        """What every module makes of a sample: its tensors' shapes, and whether they hold real numbers."""
+        made: dict[str, list[tuple[torch.Size, bool]]] = {}
+
+        def before(name: str, arguments: tuple[Any, ...]) -> None:
+            made.setdefault(name, [])
+
+        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
+            made[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
+
+        with hooked(self.module, before, after):
+            self.forward(self.module, sample)
+        return made
 
     @property
     def fingerprint(self) -> str:
