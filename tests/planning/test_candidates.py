@@ -248,3 +248,24 @@ def test_families_are_read_from_a_list() -> None:
         parse_families("nd,tucker")
     with pytest.raises(BudgetError):
         parse_families("")
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_a_layer_that_makes_nothing_costs_next_to_nothing(aware: bool) -> None:
+    """Where all weights are zero, as in residual branches before training, the least will do."""
+    problem, held = two_sides(200)
+    zero = np.zeros(G.weight_shape)
+    if aware:
+        moments, held = (
+            m.with_linear_target(np.zeros((1, 24, 144)), np.ones((1, 24))) for m in (problem.moments, held)
+        )
+        problem = Problem.of(G, zero, moments)
+    else:
+        problem = Problem.data_free(G, zero, np.ones(24))
+    found = candidates(LAYER, problem, held if aware else None, methods(("all",)), False, 3)
+    assert found.candidates
+    assert found.probes
+    least = min(c.structure.macs(*LAYER.size) for c in found.candidates)
+    assert least < 0.05 * LAYER.macs
+    assert np.isfinite([c.error for c in found.candidates]).all()
+    assert max(np.abs(probe.weight).max() for probe in found.probes) < 1e-6

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import Array, Family, Problem, root, solve, with_best_bias
+from netdecouple.families import TINY, Array, Family, Problem, root, solve, with_best_bias
 
 SWEEPS = 5
 ROUNDS = 2  # of filters, rows, in the PD form
@@ -286,7 +286,7 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
             continue
         gram, cross = _in_terms(terms.filters[i], moments.gram[i], moments.cross[i])
         gram, cross = gram[np.ix_(order[i], order[i])], cross[:, order[i]]
-        gram.flat[:: len(gram) + 1] += 1e-12 * np.trace(gram) / len(gram)
+        gram.flat[:: len(gram) + 1] += 1e-12 * np.trace(gram) / len(gram) + TINY**0.5
         root = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
         gains = scipy.linalg.solve_triangular(root, cross.T, lower=True, check_finite=False)
         explained[1:] += np.cumsum(np.square(gains).sum(axis=1))

@@ -208,7 +208,8 @@ def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bo
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
         outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
         trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
-        found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)]
+        # where a layer makes nothing, all sizes are as good, and the smallest is all that is left
+        found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
         envelope = worthwhile(t for of_method in found.values() for t in of_method)
         for other in found:
             found[other] = [t for t in found[other] if t.error <= HOPELESS * _least(envelope, t.macs)]
