@@ -65,7 +65,7 @@ SEGMENTERS = (
 VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "swin3d_t")
 TIMM = (
     *("resnet10t", "resnet18", "resnet26d", "resnetv2_50", "resnetaa50", "seresnet50", "ecaresnet26t"),
-    *("skresnet18", "res2net50_26w_4s", "resnest14d", "resnext50_32x4d", "gluon_xception65", "xception41"),
+    *("skresnet18", "res2net50_26w_4s", "resnest14d", "resnext50_32x4d", "xception65", "xception41"),
     *("densenet121", "dpn48b", "dla34", "hrnet_w18_small", "vgg11_bn", "vovnet39a", "selecsls42b"),
     *("cspresnet50", "cspdarknet53", "darknet53", "dm_nfnet_f0", "nf_regnet_b0", "regnety_002", "rexnet_100"),
     *("efficientnet_b0", "tf_efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv3_small_100", "mixnet_s"),
