@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ from netdecouple.planning.solve import (
     FormOf,
     budget_rows,
     make_plan,
-    published_plan,
+    plan_within,
     reachable,
     ruled_plan,
 )
@@ -116,21 +117,20 @@ def decouple(
         raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
     budgets = budgets_of(macs, parameters)
     share = None if latency is None else parse_share(latency)
-    place = _place(emit, runtime, threads)
+    place = place_for(emit, runtime, threads)
     opened = read_model(model)
-    images = _images(opened, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else _labelled(opened, labels, preprocessing, settings.seed)
+    images = load_images(opened, calib, preprocessing, samples, settings)
+    labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
     network = OnnxNetwork(opened, images.images)
     inputs = Inputs.split(images.images, settings.seed)
     analysis = analyze(network, inputs, settings, progress)
     if show_budgets is not None and settings.rule is None:
         show_budgets(budget_rows(analysis), analysis.loss)
-    clock, form = None, _first_form(place)
+    clock, form = None, first_form(place)
     if share is not None or runtime is not None:
         image = network.padded(images.images, slice(0, opened.batch or 1))
         clock = Latency(network, analysis.candidates, place, image, progress=progress)
         form = clock.form
-    plan_for = published_plan if settings.data_free and settings.uniform_rank else make_plan
     if max_drop is not None:
         assert labelled is not None
         applied = _search(analysis, max_drop, labelled, form, progress)
@@ -138,13 +138,13 @@ def decouple(
         assert clock is not None
         applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
     else:
-        plan = ruled_plan(analysis, form) if settings.rule else plan_for(analysis, budgets, form)
+        plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
         plan = plan if clock is None else clock.with_neighbours(plan)
         applied = apply(network, inputs, plan, progress)
-    return _result(network, inputs, applied, images, labelled, None if calib is None else analysis, clock)
+    return Judge(network, inputs, images, labelled, calib is not None).result(applied, clock)
 
 
-def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
+def place_for(emit: str, runtime_name: str | None, threads: int) -> Place:
     """Where the network is to run.
 
     Raises:
@@ -167,7 +167,8 @@ def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
     return Place(runtimes.runtime(name), threads, FUSED if emit == "fused" else STANDARD)
 
 
-def _first_form(place: Place) -> FormOf:
+def first_form(place: Place) -> FormOf:
+    """The form that is chosen where nothing is measured."""
     return lambda layer, candidate: place.forms[0]
 
 
@@ -187,7 +188,7 @@ def apply_plan(
     """
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
-    images = _images(opened, calib, preprocessing, plan.samples, settings)
+    images = load_images(opened, calib, preprocessing, plan.samples, settings)
     network = OnnxNetwork(opened, images.images)
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
@@ -199,16 +200,21 @@ def apply_plan(
             "the plan was made with other calibration images; give the same --calib and preprocessing"
         )
     applied = apply(network, inputs, plan, progress)
-    return _result(network, inputs, applied, images, None, calib)
+    return Judge(network, inputs, images, None, calib is not None).result(applied)
 
 
-def _images(
+def load_images(
     model: OnnxModel,
     calib: Calibration | None,
     preprocessing: Preprocessing,
     samples: int | None,
     settings: Settings,
 ) -> Samples:
+    """Load calibration images for a model; without any, and data-free, noise.
+
+    Raises:
+        CalibrationError: they cannot be read or do not fit, or there are none and there should be.
+    """
     channels = model.channels or 3
     if calib is None:
         if not settings.data_free:
@@ -233,9 +239,14 @@ def _images(
     return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
 
 
-def _labelled(
+def load_labelled(
     model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
 ) -> tuple[Array, np.ndarray]:
+    """Load images and their labels for a model.
+
+    Raises:
+        CalibrationError: they cannot be read, or do not fit.
+    """
     images, labels = calibration.load_labelled(
         source,
         channels=model.channels or 3,
@@ -288,45 +299,54 @@ def _search(
     return best
 
 
-def _result(
-    network: OnnxNetwork,
-    inputs: Inputs,
-    applied: Applied,
-    images: Samples,
-    labelled: tuple[Array, np.ndarray] | None,
-    calib: object | None,
-    clock: Latency | None = None,
-) -> Result:
-    """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
-    plan = applied.plan
-    metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
-    forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
-    layers = {layer.name: layer for layer in network.layers}
-    model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
-    shown = inputs.held_back
-    original, new = network.run(shown), network.run_model(model, shown)
-    difference = _difference(network, applied, model, shown[:32])
-    quality = quality_of(plan, len(shown), original, new)
-    both = None
-    if labelled is not None:
-        pictures, labels = labelled
-        both = (
-            accuracy(network.run(pictures)[0], labels),
-            accuracy(network.run_model(model, pictures)[0], labels),
+@dataclass(frozen=True)
+class Judge:
+    """What decoupled networks are held against: the original's outputs, which are computed once."""
+
+    network: OnnxNetwork
+    inputs: Inputs
+    images: Samples
+    labelled: tuple[Array, np.ndarray] | None
+    is_calibrated: bool  # or else the inputs are noise
+
+    @cached_property
+    def original(self) -> list[Array]:
+        """The original's outputs on the inputs that are held back."""
+        return self.network.run(self.inputs.held_back)
+
+    @cached_property
+    def original_accuracy(self) -> float:
+        """The original's accuracy on the labelled images."""
+        assert self.labelled is not None
+        return accuracy(self.network.run(self.labelled[0])[0], self.labelled[1])
+
+    def result(self, applied: Applied, clock: Latency | None = None) -> Result:
+        """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
+        network, plan, shown = self.network, applied.plan, self.inputs.held_back
+        metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
+        forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
+        layers = {layer.name: layer for layer in network.layers}
+        model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
+        new = network.run_model(model, shown)
+        difference = _difference(network, applied, model, shown[:32])
+        quality = quality_of(plan, len(shown), self.original, new)
+        both = None
+        if self.labelled is not None:
+            pictures, labels = self.labelled
+            both = self.original_accuracy, accuracy(network.run_model(model, pictures)[0], labels)
+        rows = layer_reports(layers, applied, network.layers_of(model))
+        report = Report(
+            network.model.origin,
+            __version__,
+            plan.budget,
+            rows,
+            quality if self.is_calibrated else None,
+            difference,
+            both,
+            None if clock is None else clock.speed(model, plan),
+            self.images.skipped,
         )
-    rows = layer_reports(layers, applied, network.layers_of(model))
-    report = Report(
-        network.model.origin,
-        __version__,
-        plan.budget,
-        rows,
-        quality if calib is not None else None,
-        difference,
-        both,
-        None if clock is None else clock.speed(model, plan),
-        images.skipped,
-    )
-    return Result(model, plan, report)
+        return Result(model, plan, report)
 
 
 def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
@@ -356,7 +376,7 @@ def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspecti
     """Look at a network without calibration images; ``size`` (h, w) is needed if the model leaves it open."""
     opened = read_model(model)
     settings = Settings(data_free=True)
-    noise = _images(opened, None, Preprocessing(size=size), None, settings)
+    noise = load_images(opened, None, Preprocessing(size=size), None, settings)
     return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
 
 
@@ -389,7 +409,7 @@ def evaluate(
     first: Array | None = None
     for source in models:
         model = read_model(source)
-        images, labels = _labelled(model, data, preprocessing, 0)
+        images, labels = load_labelled(model, data, preprocessing, 0)
         network = OnnxNetwork(model, images)
         outputs = network.run(images)[0]
         top1, labels = accuracy(outputs, labels), labels[: len(outputs)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +15,21 @@ import torch
 from torch import nn
 
 from netdecouple.api import TOLERANCE
-from netdecouple.application import Applied, apply
+from netdecouple.application import Applied, Targets, apply
+from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
 from netdecouple.errors import BudgetError, ModelError, PlanError
-from netdecouple.frontends import Layer
+from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.torch import files
 from netdecouple.frontends.torch.files import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
-from netdecouple.planning.cost import budgets_of
+from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import relative_error
-from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, ruled_plan
+from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
 from netdecouple.report.report import Report, layer_reports, quality_of
+from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.sampling import Inputs
 from netdecouple.version import __version__
 
@@ -71,11 +75,77 @@ def decouple(
             show_budgets(budget_rows(analysis), analysis.loss)
         if settings.rule is not None:
             plan = ruled_plan(analysis)
-        elif settings.data_free and settings.uniform_rank:
-            plan = published_plan(analysis, budgets)
         else:
-            plan = make_plan(analysis, budgets)
+            plan = plan_within(analysis, budgets)
         return _result(network, inputs, apply(network, inputs, plan, progress))
+
+
+def sweep(
+    module: nn.Module,
+    calib: Iterable[Any],
+    macs: str | Iterable[str | float] = (),
+    *,
+    output: str | os.PathLike[str] | None = None,
+    show: Show = unseen,
+    **options: Any,
+) -> Sweep:
+    """Decouple a module to several budgets at little more than the price of one.
+
+    The module is analysed once. What a budget gives is what `decouple` gives for it alone.
+
+    Args:
+        module, calib: as in `decouple`.
+        macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
+        output: a folder that gets a folder for `load` per budget; else only figures are kept.
+        show: called with every point of the curve as soon as it is known.
+        options: device, filter, arguments, settings, samples, progress; as in `decouple`.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    name = type(module).__name__
+    files = None if output is None else Files(Path(output), name, "")
+
+    def point(budget: Budget, faster: nn.Module) -> SweepPoint:
+        file = None if files is None else files.save(budget, partial(save, faster))
+        made: Any = faster.decoupling
+        return SweepPoint.of(made.report, made.plan, file)
+
+    return Sweep.of(name, *each(module, calib, budgets_in(macs), point, show, **options))
+
+
+def each(
+    module: nn.Module,
+    calib: Iterable[Any],
+    budgets: Sequence[Budget],
+    point: Callable[[Budget, nn.Module], SweepPoint],
+    show: Show,
+    *,
+    device: str = "cpu",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    settings: Settings = Settings(),
+    samples: int | None = 1000,
+    progress: Progress = quiet,
+) -> tuple[str, list[SweepPoint]]:
+    """Decouple a module to several budgets and make a ``point`` of each; tell the kind of loss as well.
+
+    Raises:
+        NetDecoupleError: as in `decouple`.
+    """
+    if not budgets:
+        raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5)")
+    points = []
+    with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
+        analysis = analyze(network, inputs, settings, progress)
+        plans = [plan_within(analysis, [budget]) for budget in budgets]
+        targets = None if settings.data_free else Targets(network, inputs, plans, progress)
+        original = network.run(inputs.held_back)
+        for budget, plan in zip(budgets, plans, strict=True):
+            applied = apply(network, inputs, plan, named_after(budget, progress), targets)
+            points.append(point(budget, _result(network, inputs, applied, original)))
+            show(points[-1])
+    return analysis.loss, points
 
 
 def apply_plan(
@@ -157,12 +227,14 @@ def _opened(
             yield network, inputs
 
 
-def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Module:
+def _result(
+    network: TorchNetwork, inputs: Inputs, applied: Applied, original: list[Array] | None = None
+) -> nn.Module:
     """Build the new module, hold it against the plan's own arithmetic and the original."""
     module = network.decoupled(applied.factorizations)
     shown = inputs.held_back
     evaluated = network.evaluated(module)
-    original, new = network.run(shown), network.run_module(evaluated, shown)
+    original, new = original or network.run(shown), network.run_module(evaluated, shown)
     few = shown[:32]
     pairs = zip(network.run(few, applied.kernels), network.run_module(evaluated, few), strict=True)
     worst = max(float(np.sqrt(relative_error(a, b))) for a, b in pairs)

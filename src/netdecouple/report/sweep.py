@@ -5,9 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from netdecouple.report.report import Agreement
+import numpy as np
+
+from netdecouple.planning.plan import Plan
+from netdecouple.report.report import Agreement, Report
+from netdecouple.version import __version__
+
+NEGLIGIBLE = 0.01  # a loss below, of either kind, does not show
+RUINED = 0.5  # a loss beyond, of either kind: how much more makes no difference to anyone
+BEND = 0.05  # of the curve's height: how far below its chord a knee must lie
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,21 @@ class SweepPoint:
     accuracy: tuple[float, float] | None  # before, after; with labels only
     file: str | None  # where the network is; None if it was not kept
 
+    @classmethod
+    def of(cls, report: Report, plan: Plan, file: str | None) -> SweepPoint:
+        """Take from a run's report what the curve needs."""
+        return cls(
+            report.budget,
+            report.macs_before,
+            report.macs,
+            report.parameters_before,
+            report.parameters,
+            plan.predicted_loss,
+            report.agreement,
+            report.accuracy,
+            file,
+        )
+
 
 @dataclass(frozen=True)
 class LayerChoice:
@@ -36,7 +60,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of an earlier run, put beside the sweep; the layers are those of the plan in its metadata."""
+    """The result of an earlier run, put beside the sweep; its layers are told by the plan in its metadata."""
 
     point: SweepPoint
     layers: tuple[LayerChoice, ...]  # empty if the file holds no plan
@@ -52,6 +76,13 @@ class Sweep:
     points: tuple[SweepPoint, ...]
     knee: int | None  # the point that is recommended; None if the curve has none
     compared: tuple[Compared, ...] = ()
+
+    @classmethod
+    def of(
+        cls, model: str, loss: str, points: Sequence[SweepPoint], compared: Sequence[Compared] = ()
+    ) -> Sweep:
+        """Put the curve together and find its knee."""
+        return cls(model, __version__, loss, tuple(points), knee(points), tuple(compared))
 
     def to_json(self) -> str:
         """The sweep as text."""
@@ -105,3 +136,37 @@ def _csv_row(point: SweepPoint, at_knee: bool) -> dict[str, object]:
         "file": point.file,
         "knee": int(at_knee),
     }
+
+
+def knee(points: Sequence[SweepPoint]) -> int | None:
+    """Find the point beyond which every further saving costs more than the savings before it did.
+
+    The curve starts at the original network, which loses nothing, and goes through the points in the plane of
+    log MACs and loss: what was measured on held-back inputs, or predicted where nothing was. Points that
+    another beats in both are left out; a loss beyond 0.5 counts as 0.5, and the first such point ends the
+    curve. Both axes are scaled to 1. The knee is the point farthest below the chord from the curve's start to
+    its end (Satopää et al. 2011, "Kneedle").
+
+    If no point loses 0.01 the curve is flat and the network with the fewest MACs is recommended. If none lies
+    0.05 below the chord (a straight line; or all is lost at once) there is no knee: None.
+    """
+    measured = [p.agreement.divergence for p in points if p.agreement is not None]
+    losses = measured if len(measured) == len(points) else [p.predicted_loss for p in points]
+    if not losses:
+        return None
+    if max(losses) < NEGLIGIBLE:
+        return min(range(len(points)), key=lambda i: points[i].macs)
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i].macs, losses[i])):
+        if not front or losses[i] < losses[front[-1]]:
+            front.append(i)
+    front.reverse()  # most MACs first
+    ruined = next((n for n, i in enumerate(front) if losses[i] >= RUINED), len(front))
+    front = front[: ruined + 1]
+    saved = np.log([points[i].macs_before / points[i].macs for i in front])
+    lost = np.minimum([losses[i] for i in front], RUINED)
+    if saved[-1] <= 0 or lost[-1] <= 0:
+        return None
+    below = saved / saved[-1] - lost / lost[-1]
+    best = int(np.argmax(below))
+    return front[best] if below[best] >= BEND else None
