@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import onnx
 
-from netdecouple import calibration, kernels, runtimes
+from netdecouple import benchmark, calibration, kernels, runtimes
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
@@ -35,8 +35,11 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
-from netdecouple.report.report import Report, Score, layer_reports, quality_of
-from netdecouple.sampling import Inputs
+from netdecouple.provenance import provenance
+from netdecouple.report.files import report_ending
+from netdecouple.report.pictures import pictures
+from netdecouple.report.report import Disagreement, Report, Score, disagreements_of, layer_reports, quality_of
+from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
 SAMPLES = 1000  # calibration images taken unless more or fewer are asked for
@@ -53,6 +56,36 @@ class Result:
     model: onnx.ModelProto
     plan: Plan
     report: Report
+    source: ModelSource  # what it was made of
+    shape: tuple[int, ...]  # of one input, as it was calibrated with
+
+    def timed(
+        self, runtimes: Sequence[str] = ("onnxruntime",), threads: Sequence[int] = (1,), seconds: float = 2.0
+    ) -> Result:
+        """The same with times in its report: of the original and of this network, and layer by layer.
+
+        Whatever cannot be timed does not fail, and the report says why.
+
+        Args:
+            runtimes: "onnxruntime", "openvino".
+            threads: the numbers of threads to time with.
+            seconds: how long to measure, for each runtime and number of threads.
+        """
+        networks = (self.source, self.model)
+        shape = self.shape
+        report = benchmark.timed(self.report, networks, runtimes, threads, seconds, shape=shape, layers=True)
+        return replace(self, report=report)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as .html or .json, as the path ends; for .html it is timed first, if it was not.
+
+        Raises:
+            OutputError: the ending is another one, or the place is not writable.
+        """
+        if report_ending(path) == ".html" and not (self.report.benchmark or self.report.not_timed):
+            self.timed().report.save(path)
+        else:
+            self.report.save(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; whatever happens, there is never half a file under ``path``.
@@ -124,8 +157,9 @@ def decouple(
     network = OnnxNetwork(opened, images.images)
     inputs = Inputs.split(images.images, settings.seed)
     analysis = analyze(network, inputs, settings, progress)
-    if show_budgets is not None and settings.rule is None:
-        show_budgets(budget_rows(analysis), analysis.loss)
+    curve = budget_rows(analysis) if settings.rule is None else []
+    if show_budgets is not None and curve:
+        show_budgets(curve, analysis.loss)
     clock, form = None, first_form(place)
     if share is not None or runtime is not None:
         image = network.padded(images.images, slice(0, opened.batch or 1))
@@ -141,7 +175,11 @@ def decouple(
         plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
         plan = plan if clock is None else clock.with_neighbours(plan)
         applied = apply(network, inputs, plan, progress)
-    return Judge(network, inputs, images, labelled, calib is not None).result(applied, clock)
+    is_calibrated = calib is not None
+    judge = Judge(
+        network, inputs, images, labelled, is_calibrated, model, preprocessing, settings, tuple(curve)
+    )
+    return judge.result(applied, clock)
 
 
 def place_for(emit: str, runtime_name: str | None, threads: int) -> Place:
@@ -200,7 +238,7 @@ def apply_plan(
             "the plan was made with other calibration images; give the same --calib and preprocessing"
         )
     applied = apply(network, inputs, plan, progress)
-    return Judge(network, inputs, images, None, calib is not None).result(applied)
+    return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
 
 
 def load_images(
@@ -226,7 +264,7 @@ def load_images(
             raise CalibrationError(f"{model.origin} takes images of any size; say which with --input-size")
         # without inputs, noise tells the shapes of things
         noise = np.random.default_rng(settings.seed).standard_normal((10, channels, *size))
-        return Samples(noise.astype(np.float32), "noise")
+        return Samples(noise.astype(np.float32), calibration.NOISE)
     options = {
         "channels": channels,
         "size": model.size,
@@ -308,6 +346,10 @@ class Judge:
     images: Samples
     labelled: tuple[Array, np.ndarray] | None
     is_calibrated: bool  # or else the inputs are noise
+    source: ModelSource | None = None  # what was read; None: the network as it was read
+    preprocessing: Preprocessing = Preprocessing()  # of the images, if they were pictures
+    settings: Settings | None = None  # None where a saved plan is carried out
+    curve: tuple[BudgetRow, ...] = ()  # what other budgets would lose
 
     @cached_property
     def original(self) -> list[Array]:
@@ -319,6 +361,11 @@ class Judge:
         """The original's accuracy on the labelled images."""
         assert self.labelled is not None
         return accuracy(self.network.run(self.labelled[0])[0], self.labelled[1])
+
+    @cached_property
+    def energies(self) -> dict[str, Array]:
+        """The principal components of the original's layers."""
+        return energies(self.network.layers)
 
     def result(self, applied: Applied, clock: Latency | None = None) -> Result:
         """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
@@ -332,9 +379,14 @@ class Judge:
         quality = quality_of(plan, len(shown), self.original, new)
         both = None
         if self.labelled is not None:
-            pictures, labels = self.labelled
-            both = self.original_accuracy, accuracy(network.run_model(model, pictures)[0], labels)
-        rows = layer_reports(layers, applied, network.layers_of(model))
+            labelled, labels = self.labelled
+            both = self.original_accuracy, accuracy(network.run_model(model, labelled)[0], labels)
+        rows = layer_reports(layers, applied, network.layers_of(model), self.energies)
+        images = self.images
+        found: tuple[Disagreement, ...] = ()
+        if self.is_calibrated:
+            places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :]
+            found = disagreements_of(plan, places.tolist(), self.original, new)
         report = Report(
             network.model.origin,
             __version__,
@@ -344,9 +396,16 @@ class Judge:
             difference,
             both,
             None if clock is None else clock.speed(model, plan),
-            self.images.skipped,
+            images.skipped,
+            network.model.bytes,
+            model.ByteSize(),
+            self.curve,
+            found,
+            provenance(plan, self.inputs, images.origin, self.settings),
+            pictures=pictures([images.images[d.sample] for d in found], self.preprocessing),
         )
-        return Result(model, plan, report)
+        source = network.model.proto if self.source is None else self.source
+        return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))
 
 
 def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
@@ -380,14 +439,19 @@ def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspecti
     return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
 
 
-def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
-    """Look at layers that a frontend has found."""
+def energies(layers: Iterable[Layer]) -> dict[str, Array]:
+    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
     (decoupling,) = method("nd-dp").families
-    energy = {
+    return {
         layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
         for layer in layers
         if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
     }
+
+
+def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
+    """Look at layers that a frontend has found."""
+    energy = energies(layers)
     least = [
         sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)
         for cost in (Macs(), Parameters())

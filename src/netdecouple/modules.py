@@ -14,23 +14,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from netdecouple.api import TOLERANCE
+from netdecouple.api import TOLERANCE, energies
 from netdecouple.application import Applied, Targets, apply
+from netdecouple.calibration import Preprocessing
 from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.torch import files
 from netdecouple.frontends.torch.files import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork
-from netdecouple.frontends.torch.samples import collect
+from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
-from netdecouple.report.report import Report, layer_reports, quality_of
+from netdecouple.provenance import provenance
+from netdecouple.report.pictures import pictures
+from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.sampling import Inputs
+from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
 
@@ -71,13 +74,14 @@ def decouple(
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
     with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
         analysis = analyze(network, inputs, settings, progress)
-        if show_budgets is not None and settings.rule is None:
-            show_budgets(budget_rows(analysis), analysis.loss)
+        curve = budget_rows(analysis) if settings.rule is None else []
+        if show_budgets is not None and curve:
+            show_budgets(curve, analysis.loss)
         if settings.rule is not None:
             plan = ruled_plan(analysis)
         else:
             plan = plan_within(analysis, budgets)
-        return _result(network, inputs, apply(network, inputs, plan, progress))
+        return _result(network, inputs, apply(network, inputs, plan, progress), None, settings, curve)
 
 
 def sweep(
@@ -228,7 +232,12 @@ def _opened(
 
 
 def _result(
-    network: TorchNetwork, inputs: Inputs, applied: Applied, original: list[Array] | None = None
+    network: TorchNetwork,
+    inputs: Inputs,
+    applied: Applied,
+    original: list[Array] | None = None,
+    settings: Settings | None = None,
+    curve: Sequence[BudgetRow] = (),
 ) -> nn.Module:
     """Build the new module, hold it against the plan's own arithmetic and the original."""
     module = network.decoupled(applied.factorizations)
@@ -246,11 +255,44 @@ def _result(
     plan = applied.plan
     quality = quality_of(plan, len(shown), original, new)
     layers = {layer.name: layer for layer in network.layers}
-    rows = layer_reports(layers, applied, [_written(layer, applied) for layer in network.layers])
-    report = Report(type(network.original).__name__, __version__, plan.budget, rows, quality, worst)
+    written = [_written(layer, applied) for layer in network.layers]
+    rows = layer_reports(layers, applied, written, energies(network.layers))
+    places = shuffled(len(inputs.images), plan.seed)[inputs.fitted :]
+    found = disagreements_of(plan, places.tolist(), original, new)
+    report = Report(
+        type(network.original).__name__,
+        __version__,
+        plan.budget,
+        rows,
+        quality,
+        worst,
+        bytes_before=state_bytes(network.original),
+        bytes=state_bytes(module),
+        curve=tuple(curve),
+        disagreements=found,
+        provenance=provenance(plan, inputs, "batches", settings),
+        pictures=drawn(inputs.held_back, places.tolist(), found, Preprocessing()),
+    )
     norms = {name: network.found[name].norm for name in applied.factorizations if network.found[name].norm}
     module.decoupling = Decoupling(plan, report, norms)
     return module
+
+
+def state_bytes(module: nn.Module) -> int:
+    """What a module's parameters and buffers take; what several names mean counts once."""
+    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def drawn(
+    held_back: Samples, places: Sequence[int], found: Iterable[Disagreement], preprocessing: Preprocessing
+) -> tuple[bytes, ...]:
+    """Pictures of the samples that networks disagree on, where a sample is one picture and nothing else."""
+    arguments = [held_back.units[places.index(d.sample)] for d in found]
+    tensors = [args[0] if len(args) == 1 and not kwargs else None for args, kwargs in arguments]
+    if any(not isinstance(t, torch.Tensor) or t.ndim != 4 or len(t) != 1 for t in tensors):
+        return ()
+    return pictures([np.asarray(to_numpy(t)[0], np.float32) for t in tensors], preprocessing)
 
 
 def _written(layer: Layer, applied: Applied) -> Layer:
