@@ -79,7 +79,7 @@ Reports = Annotated[
     list[Path] | None,
     typer.Option(
         "--report",
-        help="Write the report here, as a page (.html, for which both networks are timed) or as data (.json). "
+        help="Write the report here: as a page (.html; both networks are timed for it) or as data (.json). "
         "Repeatable.",
         show_default=False,
     ),

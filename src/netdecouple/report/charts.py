@@ -16,7 +16,7 @@ CROWDED = 15  # marks nearer than this share a label, that of the first
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a chart in its own units; ``kind`` is its class in the style sheet, ``label`` stands by it."""
+    """A point in a chart's own units; ``kind`` is its class in the style sheet."""
 
     x: float
     y: float
@@ -139,7 +139,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Flow:
-    """A stage between two bars: a band where every channel reaches every other, lines where each stays alone."""
+    """A stage between two bars: a band that joins all channels, lines where each stays alone."""
 
     kind: str
     path: str

@@ -121,18 +121,22 @@ def inspect_html(seen: Inspection) -> str:
             Fact(
                 count(macs),
                 "MACs",
-                f"{count(seen.least_macs)} at the least: {times(macs, seen.least_macs)} fewer",
+                _least(macs, seen.least_macs),
             ),
             Fact(
                 count(parameters),
                 "parameters",
-                f"{count(seen.least_parameters)} at the least: {times(parameters, seen.least_parameters)} fewer",
+                _least(parameters, seen.least_parameters),
             ),
             Fact(
                 str(len(rows)), "layers", f"{sum(not r.reason for r in seen.layers)} of them can be decoupled"
             ),
         ],
     )
+
+
+def _least(now: int, least: int) -> str:
+    return f"{count(least)} at the least: {times(now, least)} fewer"
 
 
 def sweep_html(sweep: Sweep) -> str:
@@ -159,7 +163,7 @@ def sweep_html(sweep: Sweep) -> str:
 
 
 def headline(report: Report) -> TimedModel | None:
-    """The time that is told first: the new network's, where the first runtime was given the fewest threads."""
+    """The time that is told first: the new network's in the first runtime."""
     rows = report.benchmark.models if report.benchmark else ()
     return next((row for row in rows if row.faster is not None), None)
 
@@ -267,7 +271,7 @@ def verdict(report: Report) -> str:
     elif a.same_class is not None:
         lost = f"the class is the same for {100 * a.same_class:.1f}% of {a.images} held-back inputs"
     else:
-        lost = f"on {a.images} held-back inputs the outputs are {100 * a.divergence**0.5:.2g}% off (root of the relative squared error)"
+        lost = f"the outputs' relative error on {a.images} held-back inputs is {_brief(a.divergence)}"
     if report.accuracy:
         before, after = report.accuracy
         lost += f", and top-1 accuracy goes from {100 * before:.1f}% to {100 * after:.1f}%"

@@ -29,9 +29,10 @@ def pictures(inputs: Sequence[Array], preprocessing: Preprocessing) -> tuple[byt
         shown = [x * std[:, None, None] + mean[:, None, None] for x in inputs]
     else:
         shown = list(inputs)
-    low, high = min(float(x.min()) for x in shown), max(float(x.max()) for x in shown)
+    low, high = float(min(x.min() for x in shown)), float(max(x.max() for x in shown))
     if low < -TOLERANCE or high > 1 + TOLERANCE:
-        shown = [(x - low) / max(high - low, np.finfo(np.float32).tiny) for x in shown]
+        span = max(high - low, 1e-30)
+        shown = [(x - low) / span for x in shown]
     return tuple(_png(np.rint(255 * np.clip(x, 0, 1)).astype(np.uint8)) for x in shown)
 
 
