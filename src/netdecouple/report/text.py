@@ -17,7 +17,7 @@ from netdecouple.frontends import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.report.report import LayerReport, Report, Score, describe
-from netdecouple.report.sweep import Sweep
+from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
 from netdecouple.runtimes.timing import Ratio, Timing
@@ -254,10 +254,10 @@ def knee_line(sweep: Sweep) -> Text:
     if sweep.knee is None:
         return Text("Knee        none: no budget stands out; choose by what may be lost")
     point = sweep.points[sweep.knee]
-    return Text(
-        f"Knee        {point.budget}, {times(point.macs_before, point.macs)} fewer MACs: "
-        "the point farthest below the chord of loss over log MACs"
-    )
+    why = "every further saving costs more than those before"
+    if is_flat(sweep.points):
+        why = "the fewest MACs, as no budget loses anything that shows"
+    return Text(f"Knee        {point.budget}, {times(point.macs_before, point.macs)} fewer MACs: {why}")
 
 
 def families_table(sweep: Sweep) -> Table:
