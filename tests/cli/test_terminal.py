@@ -30,7 +30,9 @@ RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_json_is_all_there_is_on_standard_output(netdecouple, arguments: list[str], expected: dict):
+def test_json_is_all_there_is_on_standard_output(
+    netdecouple, folder: Path, arguments: list[str], expected: dict
+):
     """One object; the tables go to standard error."""
     ended = netdecouple(*arguments, "--json")
     assert ended.code == 0, ended
@@ -63,7 +65,7 @@ def test_json_of_apply_eval_and_lower(netdecouple, folder: Path):
         (["eval", "net.onnx"], "--data"),
     ],
 )
-def test_errors_as_json(netdecouple, arguments: list[str], message: str):
+def test_errors_as_json(netdecouple, folder: Path, arguments: list[str], message: str):
     """What standard error says as well, with the exit code."""
     ended = netdecouple(*arguments, "--json")
     found = json.loads(ended.out)
@@ -144,7 +146,7 @@ def test_colours_are_for_terminals(folder: Path, variable: str, coloured: bool):
 def test_completions(folder: Path, line: str, expected: set[str]):
     """What bash is told when somebody presses tab."""
     ended = subprocess.run(
-        [sys.executable, "-c", "from netdecouple.__main__ import main; main()"],
+        [sys.executable, "-m", "netdecouple"],
         env=os.environ
         | {
             "_NETDECOUPLE_COMPLETE": "complete_bash",
