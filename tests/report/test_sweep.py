@@ -80,6 +80,15 @@ def sweep() -> Sweep:
     return Sweep.of("net.onnx", "kl", points, [other])
 
 
+def test_layers_side_by_side():
+    """Every layer of any plan; networks without a plan take no part."""
+    one = Compared(point(300, 0.1), (LayerChoice("a", "nd-dp", (4, 2)), LayerChoice("b", "kept", ())))
+    other = Compared(point(300, 0.1), (LayerChoice("b", "sd", (3,)),))
+    sweep = Sweep.of("net.onnx", "kl", [], [one, Compared(point(200, 0.1), ()), other])
+    found = {name: [str(choice) for choice in own] for name, own in sweep.side_by_side().items()}
+    assert found == {"a": ["nd-dp 4 2", "None"], "b": ["kept", "sd 3"]}
+
+
 def test_json(sweep: Sweep):
     """Every field, nested as it is."""
     read = json.loads(sweep.to_json())

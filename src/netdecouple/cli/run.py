@@ -76,7 +76,7 @@ def run(
     Examples:
       netdecouple run model.onnx -o faster.onnx --calib images/ --macs 50%
       netdecouple run model.onnx -o faster.onnx --calib images/ --latency 60%
-      netdecouple run timm:resnet50 -o faster.onnx --calib images/ --macs 2x
+      netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(quiet, as_json)
     console = terminal.console
