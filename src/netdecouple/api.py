@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -69,7 +69,10 @@ class Result:
     shape: tuple[int, ...]  # of one input, as it was calibrated with
 
     def timed(
-        self, runtimes: Sequence[str] = ("onnxruntime",), threads: Sequence[int] = (1,), seconds: float = 2.0
+        self,
+        runtimes: Sequence[str] = ("onnxruntime",),
+        threads: Sequence[int] = (1,),
+        seconds: float | None = None,
     ) -> Result:
         """The same with times in its report: of the original and of this network, and layer by layer.
 
@@ -78,7 +81,7 @@ class Result:
         Args:
             runtimes: "onnxruntime", "openvino".
             threads: the numbers of threads to time with.
-            seconds: how long to measure, for each runtime and number of threads.
+            seconds: how long to measure, for each runtime and number of threads; two unless told.
         """
         networks = (self.source, self.model)
         shape = self.shape
@@ -356,7 +359,9 @@ class Judge:
     labelled: tuple[Array, np.ndarray] | None
     is_calibrated: bool  # or else the inputs are noise
     source: ModelSource | None = None  # what was read; None: the network as it was read
-    preprocessing: Preprocessing = Preprocessing()  # of the images, if they were pictures
+    preprocessing: Preprocessing = field(
+        default_factory=Preprocessing
+    )  # of the images, if they were pictures
     settings: Settings | None = None  # None where a saved plan is carried out
     curve: tuple[BudgetRow, ...] = ()  # what other budgets would lose
 

@@ -33,7 +33,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         with Scratch(beside=path.parent) as folder:
             partial = Path(folder) / path.name
-            partial.write_text(text, encoding="utf-8")
+            # names of files may hold bytes that are no text
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             with publishing(path):
                 os.replace(partial, path)
     except OSError as error:
