@@ -362,9 +362,10 @@ def test_an_exclude_that_matches_everything(refused):
 # --- results
 
 
-def test_the_output_is_a_folder(refused):
+def test_the_output_is_a_folder(refused, folder: Path):
     """Of every kind of output."""
-    for options in ({"output": "images"}, {"plan_out": "images"}, {"report": "images"}):
+    (folder / "images.json").mkdir()
+    for options in ({"output": "images"}, {"plan_out": "images"}, {"report": "images.json"}):
         refused(changed(RUN, **options), "images", "is a folder")
 
 
@@ -389,7 +390,7 @@ def test_the_output_is_the_input(refused, folder: Path):
     for name in ("net.onnx", "./net.onnx", "link.onnx", "hard.onnx"):
         refused(changed(RUN, output=name), "is an input")
         refused(changed(LOWER, output=name), "is an input")
-    refused(changed(RUN, report="net.onnx"), "is an input")
+    refused(changed(RUN, report="net.onnx"), "net.onnx", ".html or .json")
 
 
 def test_two_outputs_are_one(refused):
