@@ -176,6 +176,7 @@ def test_on_a_terminal(long_run: Path):
     assert shown.endswith(b"nothing was written\r\n")
 
 
+@pytest.mark.slow
 def test_what_was_written_is_told(long_run: Path):
     """A sweep that is interrupted keeps the networks that are whole, and names them."""
     budgets = ",".join(f"{share}%" for share in range(90, 40, -5))
@@ -197,6 +198,7 @@ def test_what_was_written_is_told(long_run: Path):
     assert not files(long_run / "temporary")
 
 
+@pytest.mark.slow
 def test_told_as_json(long_run: Path):
     """One object, as for every other end."""
     process = started(long_run, *RUN, "--json")
