@@ -9,8 +9,9 @@ import typer
 
 from netdecouple import api, doors
 from netdecouple.cli import options
-from netdecouple.cli.results import check_networks, check_outputs, write_result
+from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, torch_model
+from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.planning.plan import Plan
 
 
@@ -24,25 +25,31 @@ def apply(
     mean: options.Mean = None,
     std: options.Std = None,
     weights: options.Weights = None,
-    report: options.ReportFile = None,
+    report: options.Reports = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Carry a saved plan out on the model and the inputs it was made for; the result is the same network.
 
-    Example: netdecouple apply model.onnx plan.json -o faster.onnx --calib images/ --preset imagenet
+    \b
+    Example:
+      netdecouple apply model.onnx plan.json -o faster.onnx --calib images/
     """
-    console = options.console()
+    terminal = Terminal(quiet, as_json)
+    console = terminal.console
     named = doors.is_named(model)
-    check_outputs([model, plan], *output, report, folders=check_networks(output, named))
+    check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
+    reports = check_reports(report)
     result: Any
     if named:
         wanted = Plan.load(plan)
         opened = torch_model(console, model, weights, wanted.seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = doors.named().apply_plan(opened, wanted, calib, preprocessing=pictures, progress=bars)
     else:
         check_onnx_only(model, {"--weights": weights})
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = api.apply_plan(
                 model,
                 Plan.load(plan),
@@ -50,4 +57,5 @@ def apply(
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 progress=bars,
             )
-    write_result(console, result, output, None, report)
+    found = write_result(console, result.timed() if wants_times(reports) else result, output, None, reports)
+    terminal.give(found)

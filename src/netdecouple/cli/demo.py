@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from netdecouple import api, kernels
 from netdecouple.benchmark import benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
+from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import OutputError
 from netdecouple.frontends.onnx.lowering import lower
 from netdecouple.frontends.onnx.model import write_model
@@ -24,7 +26,8 @@ def demo(
     macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "2x",
 ) -> None:
     """Decouple a small digit classifier and show MACs, accuracy and time before and after."""
-    console = options.console()
+    terminal = Terminal()
+    console = terminal.console
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,7 +36,7 @@ def demo(
         ) from error
     model, data = (Path(__file__).parents[1] / "demo" / name for name in ("digits.onnx", "digits.npz"))
     console.print("A small VGG-like network that reads digits among clutter, and 512 unlabelled images.")
-    with options.Bars() as bars:
+    with terminal.bars() as bars:
         result = api.decouple(
             model,
             f"{data}:calib",
@@ -43,15 +46,24 @@ def demo(
             show_budgets=lambda rows, loss: console.print(budget_table(rows, loss)),
         )
     faster = output / "digits-decoupled.onnx"
-    write_result(console, result, [faster], output / "plan.json", output / "report.json")
+    result.save(faster)
     scores = api.evaluate([model, faster], f"{data}:images,labels")
-    console.print(scores_table(scores))
     networks = [model, faster]
     if kernels.available():
         networks.append(output / "digits-standard.onnx")
         write_model(lower(result.model), networks[-1])
-    else:
+    timed = benchmark(networks, layers=True)
+    result = replace(
+        result,
+        report=replace(result.report, accuracy=(scores[0].top1, scores[1].top1), benchmark=timed),
+    )
+    page = output / "report.html"
+    write_result(console, result, [faster], output / "plan.json", [output / "report.json", page])
+    console.print(scores_table(scores))
+    if not kernels.available():
         console.print("The fused operator was not built (no C++ compiler), so these are standard operators.")
-    for table in timing_tables(benchmark(networks)):
+    for table in timing_tables(timed):
         console.print(table)
-    console.print(f"Results are in {output}/", **options.PLAIN)
+    console.print(
+        f"Results are in {output}/; what was gained and lost, layer by layer: {page}", **options.PLAIN
+    )

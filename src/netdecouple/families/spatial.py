@@ -94,7 +94,8 @@ def _all_rows(problem: Problem, group: int) -> tuple[Array, Array]:
     along, across = _factors(problem.moments.gram[group], g)
     unfolded = along.T @ _unfolded(problem.target[group], g)
     weighted = (unfolded.reshape(len(unfolded), -1, g.kw) @ across).reshape(unfolded.shape)
-    left, values, _ = scipy.linalg.svd(weighted, full_matrices=False, check_finite=False)
+    left, values, _ = np.linalg.svd(weighted, full_matrices=False)  # SciPy's stops other threads
+    left = np.asfortranarray(left)
     terms = scipy.linalg.solve_triangular(along, left, lower=True, trans="T", check_finite=False)
     return np.ascontiguousarray(terms.T), np.square(values)
 

@@ -17,6 +17,7 @@ from netdecouple.frontends import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.report.report import LayerReport, Report, Score, describe
+from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
 from netdecouple.runtimes.timing import Ratio, Timing
@@ -57,7 +58,7 @@ def report_table(report: Report) -> Group:
             Text(short_name(layer.name)),
             layer.shape,
             layer.family if changed else "",
-            _sizes(layer),
+            layer_sizes(layer),
             count(layer.macs_before),
             f"→ {count(layer.macs)}" if layer.macs != layer.macs_before else "",
             _number(layer.predicted_error),
@@ -72,7 +73,8 @@ def report_table(report: Report) -> Group:
     return Group(table, legend, *summary(report))
 
 
-def _sizes(layer: LayerReport) -> str:
+def layer_sizes(layer: LayerReport) -> str:
+    """The sizes of every family in turn, and how terms are spread over the channels."""
     sizes = " ".join(map(str, layer.sizes))
     if layer.terms_per_channel:
         fewest, most = layer.terms_per_channel
@@ -202,6 +204,74 @@ def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int)
     return table
 
 
+def sweep_table(sweep: Sweep) -> Table:
+    """Every budget with what it costs and loses, the knee marked; compared networks below."""
+    lost = "KL" if sweep.loss == "kl" else "relative error"
+    points = [*sweep.points, *(compared.point for compared in sweep.compared)]
+    measured = next((p.agreement for p in points if p.agreement), None)
+    is_classifier = any(p.agreement is not None and p.agreement.same_class is not None for p in points)
+    columns = ["MACs", "fewer", "parameters", "fewer", f"predicted {lost}"]
+    columns += [lost] if measured else []
+    columns += ["same class"] if is_classifier else []
+    columns += ["top-1"] if any(p.accuracy for p in points) else []
+    title = (
+        f"{sweep.model} at {len(sweep.points)} budgets" if sweep.points else f"Compared with {sweep.model}"
+    )
+    title += f", on {measured.images} held-back inputs" if measured else ""
+    table = _table(title, ("budget", "left"), *((name, "right") for name in columns), ("", "left"))
+    before = points[0]
+    original = [count(before.macs_before), "", count(before.parameters_before)]
+    if before.accuracy:
+        original += [""] * (len(columns) - len(original) - 1) + [_share(before.accuracy[0])]
+    table.add_row("original", *original)
+    for index, point in enumerate(points):
+        row = [
+            count(point.macs),
+            times(point.macs_before, point.macs),
+            count(point.parameters),
+            times(point.parameters_before, point.parameters),
+            _number(point.predicted_loss or None),
+        ]
+        a = point.agreement
+        row += [_number(None if a is None else a.divergence)] if measured else []
+        row += [_share(None if a is None else a.same_class)] if is_classifier else []
+        row += [_share(point.accuracy[1] if point.accuracy else None)] if "top-1" in columns else []
+        at_knee = index == sweep.knee
+        table.add_row(
+            Text(short_name(point.budget)), *row, "← knee" if at_knee else "", style="bold" if at_knee else ""
+        )
+        if index == len(sweep.points) - 1:
+            table.add_section()
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def knee_line(sweep: Sweep) -> Text:
+    """Which budget is recommended, and by what rule."""
+    if sweep.knee is None:
+        return Text("Knee        none: no budget stands out; choose by what may be lost")
+    point = sweep.points[sweep.knee]
+    why = "every further saving costs more than those before"
+    if is_flat(sweep.points):
+        why = "the fewest MACs, as no budget loses anything that shows"
+    return Text(f"Knee        {point.budget}, {times(point.macs_before, point.macs)} fewer MACs: {why}")
+
+
+def families_table(sweep: Sweep) -> Table:
+    """What compared networks' plans did to each layer, side by side."""
+    compared = [c for c in sweep.compared if c.layers]
+    names = [(short_name(Path(c.point.budget).name, 30), "left") for c in compared]
+    table = _table("What was done to each layer", ("layer", "left"), *names)  # type: ignore[arg-type]
+    for layer, choices in sweep.side_by_side().items():
+        is_kept = all(choice is None or choice.family == "kept" for choice in choices)
+        cells = ("–" if choice is None else str(choice) for choice in choices)
+        table.add_row(Text(short_name(layer)), *cells, style="dim" if is_kept else "")
+    return table
+
+
 def scores_table(scores: Sequence[Score]) -> Table:
     """Accuracy side by side."""
     names = ("top-1", "top-5", "same class", "KL")
@@ -228,7 +298,7 @@ def timing_tables(timed: Benchmark) -> list[Table]:
 def _timing_table(models: Sequence[TimedModel]) -> Table:
     first = models[0]
     table = _table(
-        f"{first.runtime} {first.version}, {_threads(first.threads)}, "
+        f"{first.runtime} {first.version}, {threads(first.threads)}, "
         f"input {', '.join(map(describe_shape, first.shapes))}",
         ("network", "left"),
         ("MACs", "right"),
@@ -266,7 +336,7 @@ def layer_times_tables(timed: Benchmark) -> list[Group]:
 
 
 def _layer_times_table(times: LayerTimes) -> Group:
-    title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {_threads(times.threads)}"
+    title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {threads(times.threads)}"
     first, *others = (short_name(Path(name).name, 20) for name in times.models)
     columns: list[tuple[str, Literal["left", "right"]]] = [("layer", "left"), (first, "right")]
     for name in others:
@@ -288,5 +358,6 @@ def _milliseconds(timing: Timing | None) -> str:
     return "" if timing is None else f"{timing.median:.3f}"
 
 
-def _threads(number: int) -> str:
+def threads(number: int) -> str:
+    """1 thread, 2 threads."""
     return "1 thread" if number == 1 else f"{number} threads"

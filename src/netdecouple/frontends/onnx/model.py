@@ -30,6 +30,7 @@ from netdecouple.runtimes.onnxruntime import (
     run,
     uses_kernels,
 )
+from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -46,6 +47,7 @@ class OnnxModel:
     batch: int | None  # None if dynamic
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
+    bytes: int = 0  # as read, external data included
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -74,7 +76,9 @@ def read_model(source: ModelSource) -> OnnxModel:
             f"{origin}: input {inputs[0].name!r} is {found}; float32 images (N, C, H, W) are supported"
         )
     size = (dims[2], dims[3]) if dims[2] and dims[3] else None
-    return OnnxModel(folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size)
+    return OnnxModel(
+        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize()
+    )
 
 
 def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
@@ -181,7 +185,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+    with Scratch() as folder:
         path = Path(folder) / "folded.onnx"
         chosen.optimized_model_filepath = str(path)
         if proto.ByteSize() >= PROTOBUF_LIMIT:
@@ -424,7 +428,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     check_writable(target)
     try:
-        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=target.parent) as folder:
+        with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
             if proto.ByteSize() < PROTOBUF_LIMIT:
@@ -434,9 +438,10 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
                 copy.CopyFrom(proto)
                 onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
             _check_written(partial, proto)
-            if data.exists():
-                os.replace(data, target.parent / data.name)
-            os.replace(partial, target)
+            with publishing(target):
+                if data.exists():
+                    os.replace(data, target.parent / data.name)
+                os.replace(partial, target)
     except OSError as error:
         raise _unwritable(target, error) from error
 
