@@ -29,7 +29,7 @@ def long_run(folder: Path) -> Path:
     """The folder, with a network on which a run takes many seconds, and a folder for temporary files."""
     b = networks.Builder()
     x = b.conv("image", 3, 64, 3, "first")
-    for index in range(12):
+    for index in range(40):
         x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
     b.classifier(x, 64)
     onnx.save(b.model(), folder / "net.onnx")

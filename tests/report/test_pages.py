@@ -189,7 +189,7 @@ def test_the_scheme_can_be_switched(browser: Browser, page: Path) -> None:
     button.click()
     assert browser.run(shown) == dark
     assert button.accessible_name == "Switch to the light scheme"
-    for _ in range(20):  # the choice reaches the disk when Chromium finds the time
+    for _ in range(120):  # the choice reaches the disk when Chromium finds the time
         browser.open(page, fresh=False)
         if browser.run(shown) == dark:
             break
