@@ -241,7 +241,7 @@ def test_run_follows_a_method(netdecouple, folder: Path):
     rows = {row["name"]: row for row in json.loads((folder / "plan.json").read_text())["layers"]}
     assert [rows[name]["reason"] for name in ("conv1", "logits")] == [
         "first convolution",
-        "only cd would do, which is not asked for",
+        "fully connected; published methods are for convolutions",
     ]
     for name, n_i in (("conv2", 12), ("conv3", 16)):
         assert (rows[name]["family"], rows[name]["sizes"]) == ("nd-dp", [2 * n_i])
