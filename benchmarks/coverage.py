@@ -98,7 +98,8 @@ def built(name: str) -> tuple[nn.Module, list[Any]]:
         import timm
 
         module = timm.create_model(key, pretrained=False)
-        size = max(64, (module.pretrained_cfg or {}).get("min_input_size", (3, 64, 64))[-1])
+        least = 96 if key in ("inception_v3", "inception_resnet_v2") else 64
+        size = max(least, (module.pretrained_cfg or {}).get("min_input_size", (3, 64, 64))[-1])
         if module.pretrained_cfg.get("fixed_input_size"):
             size = module.pretrained_cfg["input_size"][-1]
         return module.eval(), [torch.randn(SAMPLES, 3, size, size)]
