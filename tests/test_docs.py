@@ -148,8 +148,8 @@ def test_the_examples_of_the_help_texts_run(prepared: Path, monkeypatch: pytest.
     script = ROOT / "docs" / "tables.py"
     subprocess.run([sys.executable, str(script), str(prepared)], check=True)
     monkeypatch.chdir(prepared)
-    options = "--calib images/ --preset imagenet --macs 60% --plan-out plan.json"
-    made = f"netdecouple run model.onnx -o fused.onnx --emit fused {options}"
+    made = "netdecouple run model.onnx --calib images/ --preset imagenet --macs 60% -o "
+    made += f"fused.onnx --emit fused\n{made} faster.onnx --plan-out plan.json"
     page = prepared / "commands.md"
     page.write_text(f"```sh\n{made}\n```\n{page.read_text(encoding='utf-8')}", encoding="utf-8")
     _run(_document(page, prepared))
