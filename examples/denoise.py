@@ -1,8 +1,8 @@
 """Images in, images out: ``python examples/denoise.py`` (needs ``netdecouple[torch]``).
 
 A small denoiser of DnCNN's shape learns to remove noise from the images that come with the package, is
-decoupled, and compared in dB. Nothing about decoupling is special here: outputs that are no classes are judged
-by their relative error, and no clean image is needed. Half a minute on one core.
+decoupled, and compared in dB. Nothing about decoupling is special here: outputs that are no classes are
+judged by their relative error, and no clean image is needed. Half a minute on one core.
 """
 
 import argparse
