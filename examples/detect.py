@@ -2,8 +2,8 @@
 
 Like torchvision's it takes a list of pictures of any sizes and gives a list of dictionaries, as many boxes as
 it finds. Nothing is traced, so that is no obstacle: layers are found by running the module. The network here
-is small and learns to find rectangles in noise; then it is decoupled, and its boxes are compared. A quarter of
-a minute on one core.
+is small and learns to find rectangles in noise; then it is decoupled, and its boxes are compared. Fifteen
+seconds on one core.
 """
 
 import argparse
