@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -347,7 +347,9 @@ class Judge:
     labelled: tuple[Array, np.ndarray] | None
     is_calibrated: bool  # or else the inputs are noise
     source: ModelSource | None = None  # what was read; None: the network as it was read
-    preprocessing: Preprocessing = Preprocessing()  # of the images, if they were pictures
+    preprocessing: Preprocessing = field(
+        default_factory=Preprocessing
+    )  # of the images, if they were pictures
     settings: Settings | None = None  # None where a saved plan is carried out
     curve: tuple[BudgetRow, ...] = ()  # what other budgets would lose
 

@@ -32,8 +32,8 @@ def apply(
     """
     console = options.console()
     named = doors.is_named(model)
+    check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
-    check_outputs([model, plan], *output, *reports, folders=check_networks(output, named))
     result: Any
     if named:
         wanted = Plan.load(plan)

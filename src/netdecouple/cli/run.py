@@ -91,8 +91,8 @@ def run(
     """
     console = options.console()
     named = doors.is_named(model)
+    check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
-    check_outputs([model], *output, plan_out, *reports, folders=check_networks(output, named))
     rule = None if method is None else Rule.parse(method)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
 

@@ -100,6 +100,7 @@ def plot(
         near = any(m.label and abs(m.x - x) < 70 and abs(m.y - y) < CROWDED for m in marks)
         side = "end" if x > frame.width * 0.75 else "start"
         marks.append(Mark(x, y, "" if near else point.label, point.kind, side))
+    marks.sort(key=lambda mark: mark.kind == "run")  # drawn last, above all others
     lines = tuple(
         (line.kind, "M" + " L".join(f"{x} {y}" for x, y in (place(*p) for p in line.points)))
         for line in series

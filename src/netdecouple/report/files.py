@@ -33,7 +33,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=path.parent) as folder:
             partial = Path(folder) / path.name
-            partial.write_text(text, encoding="utf-8")
+            # names of files may hold bytes that are no text
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot write there ({error.strerror or error})") from error

@@ -274,7 +274,10 @@ def verdict(report: Report) -> str:
         lost = f"the outputs' relative error on {a.images} held-back inputs is {_brief(a.divergence)}"
     if report.accuracy:
         before, after = report.accuracy
-        lost += f", and top-1 accuracy goes from {100 * before:.1f}% to {100 * after:.1f}%"
+        goes = f"goes from {_percent(before)} to {_percent(after)}"
+        lost += (
+            f", and top-1 accuracy {goes if abs(after - before) >= 5e-4 else f'stays at {_percent(after)}'}"
+        )
     joint = " but " if time.tone == "loss" else " and "
     return f"{joint.join(gained)}; {lost}."
 

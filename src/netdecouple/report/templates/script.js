@@ -23,7 +23,7 @@
   const key = (row, column) => {
     const cell = row.cells[column];
     const given = cell.dataset.value;
-    if (given === undefined) return cell.textContent.trim();
+    if (given === undefined) return cell.textContent.trim() || null;
     return given === "" ? null : Number(given);
   };
   const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
