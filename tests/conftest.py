@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from tests import networks
+from tests.browser import Browser, started
 
 # the same examples every time: what fails here fails everywhere
 settings.register_profile("fixed", derandomize=True)
@@ -52,6 +53,13 @@ def model(network_maker: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
 @pytest.fixture
 def images(model: onnx.ModelProto) -> np.ndarray:
     return networks.images_for(model)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, started once; skipped where there is none."""
+    with started(tmp_path_factory.mktemp("chromium")) as window:
+        yield window
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from netdecouple.api import Result
 from netdecouple.calibration import Preprocessing
-from netdecouple.doors import apply_plan, decouple, load, save
+from netdecouple.doors import apply_plan, decouple, load, save, sweep
 from netdecouple.errors import NetDecoupleError
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
@@ -19,4 +19,5 @@ __all__ = [
     "decouple",
     "load",
     "save",
+    "sweep",
 ]

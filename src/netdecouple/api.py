@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
 
-from netdecouple import calibration, kernels, runtimes
+from netdecouple import benchmark, calibration, kernels, runtimes
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
@@ -30,12 +31,15 @@ from netdecouple.planning.solve import (
     FormOf,
     budget_rows,
     make_plan,
-    published_plan,
+    plan_within,
     reachable,
     ruled_plan,
 )
-from netdecouple.report.report import Report, Score, layer_reports, quality_of
-from netdecouple.sampling import Inputs
+from netdecouple.provenance import provenance
+from netdecouple.report.files import report_ending
+from netdecouple.report.pictures import pictures
+from netdecouple.report.report import Disagreement, Report, Score, disagreements_of, layer_reports, quality_of
+from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
 SAMPLES = 1000  # calibration images taken unless more or fewer are asked for
@@ -52,6 +56,36 @@ class Result:
     model: onnx.ModelProto
     plan: Plan
     report: Report
+    source: ModelSource  # what it was made of
+    shape: tuple[int, ...]  # of one input, as it was calibrated with
+
+    def timed(
+        self, runtimes: Sequence[str] = ("onnxruntime",), threads: Sequence[int] = (1,), seconds: float = 2.0
+    ) -> Result:
+        """The same with times in its report: of the original and of this network, and layer by layer.
+
+        Whatever cannot be timed does not fail, and the report says why.
+
+        Args:
+            runtimes: "onnxruntime", "openvino".
+            threads: the numbers of threads to time with.
+            seconds: how long to measure, for each runtime and number of threads.
+        """
+        networks = (self.source, self.model)
+        shape = self.shape
+        report = benchmark.timed(self.report, networks, runtimes, threads, seconds, shape=shape, layers=True)
+        return replace(self, report=report)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as .html or .json, as the path ends; for .html it is timed first, if it was not.
+
+        Raises:
+            OutputError: the ending is another one, or the place is not writable.
+        """
+        if report_ending(path) == ".html" and not (self.report.benchmark or self.report.not_timed):
+            self.timed().report.save(path)
+        else:
+            self.report.save(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; whatever happens, there is never half a file under ``path``.
@@ -117,21 +151,21 @@ def decouple(
         raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
     budgets = budgets_of(macs, parameters)
     share = None if latency is None else parse_share(latency)
-    place = _place(emit, runtime, threads)
+    place = place_for(emit, runtime, threads)
     opened = read_model(model)
-    images = _images(opened, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else _labelled(opened, labels, preprocessing, settings.seed)
+    images = load_images(opened, calib, preprocessing, samples, settings)
+    labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
     network = OnnxNetwork(opened, images.images)
     inputs = Inputs.split(images.images, settings.seed)
     analysis = analyze(network, inputs, settings, progress)
-    if show_budgets is not None and settings.rule is None:
-        show_budgets(budget_rows(analysis), analysis.loss)
-    clock, form = None, _first_form(place)
+    curve = budget_rows(analysis) if settings.rule is None else []
+    if show_budgets is not None and curve:
+        show_budgets(curve, analysis.loss)
+    clock, form = None, first_form(place)
     if share is not None or runtime is not None:
         image = network.padded(images.images, slice(0, opened.batch or 1))
         clock = Latency(network, analysis.candidates, place, image, progress=progress)
         form = clock.form
-    plan_for = published_plan if settings.data_free and settings.uniform_rank else make_plan
     if max_drop is not None:
         assert labelled is not None
         applied = _search(analysis, max_drop, labelled, form, progress)
@@ -139,13 +173,17 @@ def decouple(
         assert clock is not None
         applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
     else:
-        plan = ruled_plan(analysis, form) if settings.rule else plan_for(analysis, budgets, form)
+        plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
         plan = plan if clock is None else clock.with_neighbours(plan)
         applied = apply(network, inputs, plan, progress)
-    return _result(network, inputs, applied, images, labelled, None if calib is None else analysis, clock)
+    is_calibrated = calib is not None
+    judge = Judge(
+        network, inputs, images, labelled, is_calibrated, model, preprocessing, settings, tuple(curve)
+    )
+    return judge.result(applied, clock)
 
 
-def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
+def place_for(emit: str, runtime_name: str | None, threads: int) -> Place:
     """Where the network is to run.
 
     Raises:
@@ -168,7 +206,8 @@ def _place(emit: str, runtime_name: str | None, threads: int) -> Place:
     return Place(runtimes.runtime(name), threads, FUSED if emit == "fused" else STANDARD)
 
 
-def _first_form(place: Place) -> FormOf:
+def first_form(place: Place) -> FormOf:
+    """The form that is chosen where nothing is measured."""
     return lambda layer, candidate: place.forms[0]
 
 
@@ -188,7 +227,7 @@ def apply_plan(
     """
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
-    images = _images(opened, calib, preprocessing, plan.samples, settings)
+    images = load_images(opened, calib, preprocessing, plan.samples, settings)
     network = OnnxNetwork(opened, images.images)
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
@@ -200,16 +239,21 @@ def apply_plan(
             "the plan was made with other calibration images; give the same --calib and preprocessing"
         )
     applied = apply(network, inputs, plan, progress)
-    return _result(network, inputs, applied, images, None, calib)
+    return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
 
 
-def _images(
+def load_images(
     model: OnnxModel,
     calib: Calibration | None,
     preprocessing: Preprocessing,
     samples: int | None,
     settings: Settings,
 ) -> Samples:
+    """Load calibration images for a model; without any, and data-free, noise.
+
+    Raises:
+        CalibrationError: they cannot be read or do not fit, or there are none and there should be.
+    """
     channels = model.channels or 3
     if calib is None:
         if not settings.data_free:
@@ -221,7 +265,7 @@ def _images(
             raise CalibrationError(f"{model.origin} takes images of any size; say which with --input-size")
         # without inputs, noise tells the shapes of things
         noise = np.random.default_rng(settings.seed).standard_normal((10, channels, *size))
-        return Samples(noise.astype(np.float32), "noise")
+        return Samples(noise.astype(np.float32), calibration.NOISE)
     options = {
         "channels": channels,
         "size": model.size,
@@ -234,9 +278,14 @@ def _images(
     return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
 
 
-def _labelled(
+def load_labelled(
     model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
 ) -> tuple[Array, np.ndarray]:
+    """Load images and their labels for a model.
+
+    Raises:
+        CalibrationError: they cannot be read, or do not fit.
+    """
     images, labels = calibration.load_labelled(
         source,
         channels=model.channels or 3,
@@ -289,45 +338,77 @@ def _search(
     return best
 
 
-def _result(
-    network: OnnxNetwork,
-    inputs: Inputs,
-    applied: Applied,
-    images: Samples,
-    labelled: tuple[Array, np.ndarray] | None,
-    calib: object | None,
-    clock: Latency | None = None,
-) -> Result:
-    """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
-    plan = applied.plan
-    metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
-    forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
-    layers = {layer.name: layer for layer in network.layers}
-    model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
-    shown = inputs.held_back
-    original, new = network.run(shown), network.run_model(model, shown)
-    difference = _difference(network, applied, model, shown[:32])
-    quality = quality_of(plan, len(shown), original, new)
-    both = None
-    if labelled is not None:
-        pictures, labels = labelled
-        both = (
-            accuracy(network.run(pictures)[0], labels),
-            accuracy(network.run_model(model, pictures)[0], labels),
+@dataclass(frozen=True)
+class Judge:
+    """What decoupled networks are held against: the original's outputs, which are computed once."""
+
+    network: OnnxNetwork
+    inputs: Inputs
+    images: Samples
+    labelled: tuple[Array, np.ndarray] | None
+    is_calibrated: bool  # or else the inputs are noise
+    source: ModelSource | None = None  # what was read; None: the network as it was read
+    preprocessing: Preprocessing = field(
+        default_factory=Preprocessing
+    )  # of the images, if they were pictures
+    settings: Settings | None = None  # None where a saved plan is carried out
+    curve: tuple[BudgetRow, ...] = ()  # what other budgets would lose
+
+    @cached_property
+    def original(self) -> list[Array]:
+        """The original's outputs on the inputs that are held back."""
+        return self.network.run(self.inputs.held_back)
+
+    @cached_property
+    def original_accuracy(self) -> float:
+        """The original's accuracy on the labelled images."""
+        assert self.labelled is not None
+        return accuracy(self.network.run(self.labelled[0])[0], self.labelled[1])
+
+    @cached_property
+    def energies(self) -> dict[str, Array]:
+        """The principal components of the original's layers."""
+        return energies(self.network.layers)
+
+    def result(self, applied: Applied, clock: Latency | None = None) -> Result:
+        """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
+        network, plan, shown = self.network, applied.plan, self.inputs.held_back
+        metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
+        forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
+        layers = {layer.name: layer for layer in network.layers}
+        model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
+        new = network.run_model(model, shown)
+        difference = _difference(network, applied, model, shown[:32])
+        quality = quality_of(plan, len(shown), self.original, new)
+        both = None
+        if self.labelled is not None:
+            labelled, labels = self.labelled
+            both = self.original_accuracy, accuracy(network.run_model(model, labelled)[0], labels)
+        rows = layer_reports(layers, applied, network.layers_of(model), self.energies)
+        images = self.images
+        found: tuple[Disagreement, ...] = ()
+        if self.is_calibrated:
+            places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :]
+            found = disagreements_of(plan, places.tolist(), self.original, new)
+        report = Report(
+            network.model.origin,
+            __version__,
+            plan.budget,
+            rows,
+            quality if self.is_calibrated else None,
+            difference,
+            both,
+            None if clock is None else clock.speed(model, plan),
+            images.skipped,
+            network.model.bytes,
+            model.ByteSize(),
+            self.curve,
+            found,
+            provenance(plan, self.inputs, images.origin, self.settings),
+            pictures=pictures([images.images[d.sample] for d in found], self.preprocessing),
         )
-    rows = layer_reports(layers, applied, network.layers_of(model))
-    report = Report(
-        network.model.origin,
-        __version__,
-        plan.budget,
-        rows,
-        quality if calib is not None else None,
-        difference,
-        both,
-        None if clock is None else clock.speed(model, plan),
-        images.skipped,
-    )
-    return Result(model, plan, report)
+        source = network.model.proto if self.source is None else self.source
+        return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))
 
 
 def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
@@ -357,18 +438,23 @@ def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspecti
     """Look at a network without calibration images; ``size`` (h, w) is needed if the model leaves it open."""
     opened = read_model(model)
     settings = Settings(data_free=True)
-    noise = _images(opened, None, Preprocessing(size=size), None, settings)
+    noise = load_images(opened, None, Preprocessing(size=size), None, settings)
     return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
 
 
-def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
-    """Look at layers that a frontend has found."""
+def energies(layers: Iterable[Layer]) -> dict[str, Array]:
+    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
     (decoupling,) = method("nd-dp").families
-    energy = {
+    return {
         layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
         for layer in layers
         if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
     }
+
+
+def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
+    """Look at layers that a frontend has found."""
+    energy = energies(layers)
     least = [
         sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)
         for cost in (Macs(), Parameters())
@@ -390,7 +476,7 @@ def evaluate(
     first: Array | None = None
     for source in models:
         model = read_model(source)
-        images, labels = _labelled(model, data, preprocessing, 0)
+        images, labels = load_labelled(model, data, preprocessing, 0)
         network = OnnxNetwork(model, images)
         outputs = network.run(images)[0]
         top1, labels = accuracy(outputs, labels), labels[: len(outputs)]

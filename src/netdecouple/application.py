@@ -16,7 +16,7 @@ from netdecouple.families.ridge import best_ridge, held_back_error
 from netdecouple.frontends import Layer, Network
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.moments import Moments
-from netdecouple.planning.analysis import Progress, quiet
+from netdecouple.planning.analysis import EXCLUDED, Progress, quiet
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
@@ -39,11 +39,18 @@ class Applied:
         }
 
 
-def apply(network: Network, inputs: Inputs, plan: Plan, progress: Progress = quiet) -> Applied:
+def apply(
+    network: Network,
+    inputs: Inputs,
+    plan: Plan,
+    progress: Progress = quiet,
+    targets: Targets | None = None,
+) -> Applied:
     """Fit every chosen layer on what it sees in the network as decoupled so far, against what the
     original produced at the same places (asymmetric reconstruction, DESIGN §4).
 
     Ranks and ridges that the plan already has are kept, so a plan applied twice gives the same network.
+    ``targets`` may have been recorded before, for several plans at once; that changes nothing either.
 
     Raises:
         PlanError: the plan names other layers than the network has, or asks for what a layer cannot be.
@@ -57,7 +64,8 @@ def apply(network: Network, inputs: Inputs, plan: Plan, progress: Progress = qui
     if plan.data_free:
         rows = [_apply_data_free(row, layers[row.name], plan.uniform_rank, applied) for row in plan.layers]
     else:
-        rows = _apply_asymmetric(network, inputs, plan, layers, applied, progress)
+        targets = targets or Targets(network, inputs, [plan], progress)
+        rows = _apply_asymmetric(network, inputs, plan, layers, applied, targets, progress)
     return replace(applied, plan=replace(plan, layers=tuple(rows)))
 
 
@@ -94,10 +102,10 @@ def _apply_asymmetric(
     plan: Plan,
     layers: Mapping[str, Layer],
     applied: Applied,
+    targets: Targets,
     progress: Progress,
 ) -> list[LayerPlan]:
-    changed = [layers[row.name] for row in plan.layers if row.changed]
-    targets = _Targets(network, inputs, changed, plan.seed, progress)
+    changed = sum(row.changed for row in plan.layers)
     walk = network.walk(inputs.images)
     rows = []
     for row in plan.layers:
@@ -127,7 +135,7 @@ def _apply_asymmetric(
         error = held_back_error(problem, own.held_back, fitted)
         applied.errors[layer.name] = error / max(targets.variances[layer.name], np.finfo(float).tiny)
         applied.samples[layer.name] = own.fitted.count
-        progress("Decoupling layers", len(applied.factorizations), len(changed))
+        progress("Decoupling layers", len(applied.factorizations), changed)
     return rows
 
 
@@ -145,26 +153,33 @@ def _with_ridge(
     return replace(row, ridge=ridge), regular
 
 
-class _Targets:
-    """What the original network produced at the sampled positions of some layers, plus their shortcuts.
+class Targets:
+    """What the original network produced at sampled positions of the layers that some plans change.
 
-    A residual branch's last layer thereby also makes up for what is already wrong on the shortcut.
+    Shortcuts are added: a residual branch's last layer thereby also makes up for what is already wrong there.
+    All layers that could be changed are looked at, whatever the plans say, as a runtime may round otherwise
+    where it is asked for less: several plans' targets are, number for number, those of each of them.
     """
 
     def __init__(
-        self, network: Network, inputs: Inputs, layers: Sequence[Layer], seed: int, progress: Progress
+        self, network: Network, inputs: Inputs, plans: Sequence[Plan], progress: Progress = quiet
     ) -> None:
         count = len(inputs.images)
-        self.positions = {la.name: sample_positions(la, count, seed) for la in layers}
+        excluded = {row.name for row in plans[0].layers if row.reason == EXCLUDED}
+        able = [la for la in network.layers if la.geometry and not la.reason and la.name not in excluded]
+        wanted = {row.name for plan in plans for row in plan.layers if row.changed}
+        self.positions = {la.name: sample_positions(la, count, plans[0].seed) for la in able}
         self._store = ArrayStore()
-        self._recorded: dict[str, list[slice]] = {la.name: [] for la in layers}
-        sums = {la.name: np.zeros((2, len(la.bias))) for la in layers}
-        for seen in network.observe(inputs.images, self.positions):
+        self._recorded: dict[str, list[slice]] = {name: [] for name in wanted}
+        sums = {la.name: np.zeros((2, len(la.bias))) for la in able if la.name in wanted}
+        for seen in network.observe(inputs.images, self.positions if wanted else {}):
+            progress("Recording targets", min(seen.images.stop, count), count)
+            if seen.layer not in wanted:
+                continue
             y = seen.outputs
             sums[seen.layer] += [y.sum(axis=0, dtype=np.float64), np.square(y, dtype=np.float64).sum(axis=0)]
             self._store[seen.layer, seen.images.start] = y if seen.shortcut is None else y + seen.shortcut
             self._recorded[seen.layer].append(seen.images)
-            progress("Recording targets", min(seen.images.stop, count), count)
         self.variances = {}
         for name, (first, second) in sums.items():
             rows = self.positions[name].size

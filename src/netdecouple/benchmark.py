@@ -17,7 +17,8 @@ from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.model import nodes_of, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedLayer, TimedModel
-from netdecouple.runtimes import Feeds, Runtime
+from netdecouple.report.report import Report
+from netdecouple.runtimes import Feeds, Runtime, runtime
 from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
 from netdecouple.runtimes.onnxruntime import OnnxRuntime, Profiled
@@ -25,6 +26,7 @@ from netdecouple.runtimes.timing import WARM_UP, Ratio, Timing, measure, rounds
 from netdecouple.version import __version__
 
 SECONDS = 4.0  # for each runtime and number of threads
+DECOUPLED = "decoupled"  # what reports call the network that was made
 PROFILED = 200  # runs at most; a profile holds an event for every node of every run
 
 
@@ -62,6 +64,39 @@ def benchmark(
     timed = [replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True)]
     profiled = [_profiled(models, names, count, shape, feeds, seconds) for count in threads] if layers else []
     return Benchmark(__version__, tuple(timed), tuple(profiled))
+
+
+def timed(
+    report: Report,
+    models: Sequence[object],
+    runtimes: Sequence[str],
+    threads: Sequence[int],
+    seconds: float,
+    *,
+    shape: tuple[int, ...] | None = None,
+    feeds: Feeds | None = None,
+    layers: bool = False,
+) -> Report:
+    """Return the report of a run with more times in it: of the original, and of the network it became.
+
+    Time per layer is told for ONNX Runtime and the first number of threads. Nothing fails: what cannot be
+    timed is left out, and the report says why.
+    """
+    names = (report.model, DECOUPLED)
+    known = report.benchmark or Benchmark(__version__, ())
+    rows, profiles, reasons = list(known.models), list(known.layers), list(report.not_timed)
+    for name in runtimes:
+        try:
+            found = benchmark(
+                models, [runtime(name)], threads=threads, shape=shape, feeds=feeds, seconds=seconds
+            )
+            rows += [replace(row, model=names[i % len(names)]) for i, row in enumerate(found.models)]
+            if layers and name == OnnxRuntime.name:
+                profiles.append(_profiled(models, names, threads[0], shape, feeds, seconds))
+        except Exception as error:  # whatever it is, the network was made, and that is what was asked for
+            reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+    times = Benchmark(__version__, tuple(rows), tuple(profiles)) if rows else None
+    return replace(report, benchmark=times, not_timed=tuple(reasons))
 
 
 def model_names(models: Sequence[object]) -> list[str]:

@@ -30,6 +30,7 @@ AnyArray = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
 PRESETS = ("imagenet", "cifar10", "none")
+NOISE = "noise"  # where samples come from that nobody gave
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAY_EXTENSIONS = (".npy", ".npz")
 

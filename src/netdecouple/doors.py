@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from netdecouple import api, calibration
+from netdecouple import api, calibration, curve
 from netdecouple.api import Calibration, Result
 from netdecouple.errors import UnavailableError
 from netdecouple.frontends.onnx.model import ModelSource
 from netdecouple.planning.plan import Plan
+from netdecouple.report.sweep import Sweep
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -58,6 +59,20 @@ def apply_plan(model: Any, plan: Plan, calib: Any = None, **options: Any) -> Any
     if _is_module(model):
         return _modules().apply_plan(model, plan, calib, **options)
     return api.apply_plan(model, plan, calib, **options)
+
+
+def sweep(model: Any, calib: Any = None, macs: Any = (), **options: Any) -> Sweep:
+    """Decouple a network to several budgets, from one analysis, and find the best trade.
+
+    For ONNX models, as a path or a ModelProto, see `curve.sweep`; for PyTorch modules `modules.sweep`.
+
+    Raises:
+        NetDecoupleError: as in `decouple`.
+    """
+    if _is_module(model):
+        swept: Sweep = _modules().sweep(model, calib, macs, **options)
+        return swept
+    return curve.sweep(model, calib, macs, **options)
 
 
 def save(module: Module, folder: str | os.PathLike[str]) -> None:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from netdecouple.api import TOLERANCE
-from netdecouple.application import Applied, apply
+from netdecouple.api import TOLERANCE, energies
+from netdecouple.application import Applied, Targets, apply
+from netdecouple.calibration import Preprocessing
+from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
 from netdecouple.errors import BudgetError, ModelError, PlanError
-from netdecouple.frontends import Layer
+from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.torch import files
 from netdecouple.frontends.torch.files import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork
-from netdecouple.frontends.torch.samples import collect
+from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
-from netdecouple.planning.cost import budgets_of
+from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import relative_error
-from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, published_plan, ruled_plan
-from netdecouple.report.report import Report, layer_reports, quality_of
-from netdecouple.sampling import Inputs
+from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
+from netdecouple.provenance import provenance
+from netdecouple.report.pictures import pictures
+from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
+from netdecouple.report.sweep import Sweep, SweepPoint
+from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
 
@@ -68,15 +75,82 @@ def decouple(
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
     with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
         analysis = analyze(network, inputs, settings, progress)
-        if show_budgets is not None and settings.rule is None:
-            show_budgets(budget_rows(analysis), analysis.loss)
+        curve = budget_rows(analysis) if settings.rule is None else []
+        if show_budgets is not None and curve:
+            show_budgets(curve, analysis.loss)
         if settings.rule is not None:
             plan = ruled_plan(analysis)
-        elif settings.data_free and settings.uniform_rank:
-            plan = published_plan(analysis, budgets)
         else:
-            plan = make_plan(analysis, budgets)
-        return _result(network, inputs, apply(network, inputs, plan, progress))
+            plan = plan_within(analysis, budgets)
+        return _result(network, inputs, apply(network, inputs, plan, progress), None, settings, curve)
+
+
+def sweep(
+    module: nn.Module,
+    calib: Iterable[Any],
+    macs: str | Iterable[str | float] = (),
+    *,
+    output: str | os.PathLike[str] | None = None,
+    show: Show = unseen,
+    **options: Any,
+) -> Sweep:
+    """Decouple a module to several budgets at little more than the price of one.
+
+    The module is analysed once. What a budget gives is what `decouple` gives for it alone.
+
+    Args:
+        module, calib: as in `decouple`.
+        macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
+        output: a folder that gets a folder for `load` per budget; else only figures are kept.
+        show: called with every point of the curve as soon as it is known.
+        options: device, filter, arguments, settings, samples, progress; as in `decouple`.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    name = type(module).__name__
+    files = None if output is None else Files(Path(output), name, "")
+
+    def point(budget: Budget, faster: nn.Module) -> SweepPoint:
+        file = None if files is None else files.save(budget, partial(save, faster))
+        made: Any = faster.decoupling
+        return SweepPoint.of(made.report, made.plan, file)
+
+    return Sweep.of(name, *each(module, calib, budgets_in(macs), point, show, **options))
+
+
+def each(
+    module: nn.Module,
+    calib: Iterable[Any],
+    budgets: Sequence[Budget],
+    point: Callable[[Budget, nn.Module], SweepPoint],
+    show: Show,
+    *,
+    device: str = "cpu",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    settings: Settings = Settings(),
+    samples: int | None = 1000,
+    progress: Progress = quiet,
+) -> tuple[str, list[SweepPoint]]:
+    """Decouple a module to several budgets and make a ``point`` of each; tell the kind of loss as well.
+
+    Raises:
+        NetDecoupleError: as in `decouple`.
+    """
+    if not budgets:
+        raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5)")
+    points = []
+    with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
+        analysis = analyze(network, inputs, settings, progress)
+        plans = [plan_within(analysis, [budget]) for budget in budgets]
+        targets = None if settings.data_free else Targets(network, inputs, plans, progress)
+        original = network.run(inputs.held_back)
+        for budget, plan in zip(budgets, plans, strict=True):
+            applied = apply(network, inputs, plan, named_after(budget, progress), targets)
+            points.append(point(budget, _result(network, inputs, applied, original)))
+            show(points[-1])
+    return analysis.loss, points
 
 
 def apply_plan(
@@ -158,12 +232,19 @@ def _opened(
             yield network, inputs
 
 
-def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Module:
+def _result(
+    network: TorchNetwork,
+    inputs: Inputs,
+    applied: Applied,
+    original: list[Array] | None = None,
+    settings: Settings | None = None,
+    curve: Sequence[BudgetRow] = (),
+) -> nn.Module:
     """Build the new module, hold it against the plan's own arithmetic and the original."""
     module = network.decoupled(applied.factorizations)
     shown = inputs.held_back
     evaluated = network.evaluated(module)
-    original, new = network.run(shown), network.run_module(evaluated, shown)
+    original, new = original or network.run(shown), network.run_module(evaluated, shown)
     few = shown[:32]
     pairs = zip(network.run(few, applied.kernels), network.run_module(evaluated, few), strict=True)
     worst = max(float(np.sqrt(relative_error(a, b))) for a, b in pairs)
@@ -175,11 +256,44 @@ def _result(network: TorchNetwork, inputs: Inputs, applied: Applied) -> nn.Modul
     plan = applied.plan
     quality = quality_of(plan, len(shown), original, new)
     layers = {layer.name: layer for layer in network.layers}
-    rows = layer_reports(layers, applied, [_written(layer, applied) for layer in network.layers])
-    report = Report(type(network.original).__name__, __version__, plan.budget, rows, quality, worst)
+    written = [_written(layer, applied) for layer in network.layers]
+    rows = layer_reports(layers, applied, written, energies(network.layers))
+    places = shuffled(len(inputs.images), plan.seed)[inputs.fitted :]
+    found = disagreements_of(plan, places.tolist(), original, new)
+    report = Report(
+        type(network.original).__name__,
+        __version__,
+        plan.budget,
+        rows,
+        quality,
+        worst,
+        bytes_before=state_bytes(network.original),
+        bytes=state_bytes(module),
+        curve=tuple(curve),
+        disagreements=found,
+        provenance=provenance(plan, inputs, "batches", settings),
+        pictures=drawn(inputs.held_back, places.tolist(), found, Preprocessing()),
+    )
     norms = {name: network.found[name].norm for name in applied.factorizations if network.found[name].norm}
     module.decoupling = Decoupling(plan, report, norms)
     return module
+
+
+def state_bytes(module: nn.Module) -> int:
+    """What a module's parameters and buffers take; what several names mean counts once."""
+    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def drawn(
+    held_back: Samples, places: Sequence[int], found: Iterable[Disagreement], preprocessing: Preprocessing
+) -> tuple[bytes, ...]:
+    """Pictures of the samples that networks disagree on, where a sample is one picture and nothing else."""
+    arguments = [held_back.units[places.index(d.sample)] for d in found]
+    tensors = [args[0] if len(args) == 1 and not kwargs else None for args, kwargs in arguments]
+    if any(not isinstance(t, torch.Tensor) or t.ndim != 4 or len(t) != 1 for t in tensors):
+        return ()
+    return pictures([np.asarray(to_numpy(t)[0], np.float32) for t in tensors], preprocessing)
 
 
 def _written(layer: Layer, applied: Applied) -> Layer:

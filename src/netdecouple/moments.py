@@ -41,9 +41,11 @@ class Moments:
     @classmethod
     def of(cls, x: Array, y: Array) -> Moments:
         """Moments of samples x (n, groups, d) and y (n, groups, m)."""
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        x, y = np.array(x, np.float64), np.array(y, np.float64)  # copies, which are ours to change
         mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
-        x, y = (x - mean_x).swapaxes(0, 1), (y - mean_y).swapaxes(0, 1)  # (groups, n, ·)
+        x -= mean_x
+        y -= mean_y
+        x, y = x.swapaxes(0, 1), y.swapaxes(0, 1)  # (groups, n, ·)
         gram = np.stack([g.T @ g for g in x])  # a plain AᵀA lets BLAS do half the work
         return cls(x.shape[1], mean_x, mean_y, gram, y.swapaxes(1, 2) @ x, np.square(y).sum(axis=1))
 

@@ -13,19 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from netdecouple import api, calibration, modules
+from netdecouple import api, benchmark, calibration, modules
 from netdecouple.api import Inspection
 from netdecouple.calibration import Preprocessing
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch.export import export
 from netdecouple.frontends.torch.network import TorchNetwork
-from netdecouple.frontends.torch.samples import Samples, collect
+from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.zoo import Model, build
 from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.files import report_ending
 from netdecouple.report.report import Report
+from netdecouple.sampling import shuffled
 from netdecouple.version import __version__
 
 __all__ = ["Calibrated", "Result", "apply_plan", "build", "calibrate", "decouple", "inspect"]
@@ -51,6 +53,47 @@ class Result:
     plan: Plan
     report: Report
     samples: Samples
+    original: nn.Module
+
+    def timed(
+        self, runtimes: Sequence[str] = (), threads: Sequence[int] = (1,), seconds: float = 2.0
+    ) -> Result:
+        """The same with times in its report: of the original and of this network.
+
+        Whatever cannot be timed does not fail, and the report says why.
+
+        Args:
+            runtimes: "torch", "torch.compile", and for models that can be exported "onnxruntime" and
+                "openvino"; those two that everybody has unless they are named.
+            threads: the numbers of threads to time with.
+            seconds: how long to measure, for each runtime and number of threads.
+        """
+        report = self.report
+        for name in runtimes or ("torch", "onnxruntime"):
+            networks: list[Any] = [self.original, self.module]
+            shape, feeds = None, None
+            try:
+                if name.startswith("torch"):
+                    feeds = _feeds(self.samples)
+                else:
+                    few = _picture_tensor(self.samples)
+                    networks, shape = [export(n, few, {}) for n in networks], (1, *few.shape[1:])
+            except ModelError as error:
+                report = replace(report, not_timed=(*report.not_timed, f"{name}: {error}"))
+                continue
+            report = benchmark.timed(report, networks, [name], threads, seconds, shape=shape, feeds=feeds)
+        return replace(self, report=report)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as .html or .json, as the path ends; for .html it is timed first, if it was not.
+
+        Raises:
+            OutputError: the ending is another one, or the place is not writable.
+        """
+        if report_ending(path) == ".html" and not (self.report.benchmark or self.report.not_timed):
+            self.timed().report.save(path)
+        else:
+            self.report.save(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file, or else a folder for `netdecouple.load`; never half of either.
@@ -122,7 +165,7 @@ def decouple(
     both = None
     if labelled is not None:
         both = _accuracy(model.module, *labelled), _accuracy(module, *labelled)
-    return _result(model, module, calibrated, collected, both)
+    return _result(model, module, calibrated, collected, calib, preprocessing, both)
 
 
 def apply_plan(
@@ -140,10 +183,11 @@ def apply_plan(
         NetDecoupleError: as in `decouple`.
     """
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
-    calibrated = calibrate(model, calib, preprocessing or model.preprocessing, plan.samples, settings)
+    preprocessing = preprocessing or model.preprocessing
+    calibrated = calibrate(model, calib, preprocessing, plan.samples, settings)
     collected = collect(calibrated.batches, model.module, plan.samples, None)
     module = modules.apply_plan(model.module, plan, _batches(collected), progress=progress)
-    return _result(model, module, calibrated, collected)
+    return _result(model, module, calibrated, collected, calib, preprocessing)
 
 
 def inspect(model: Model, preprocessing: Preprocessing | None = None) -> Inspection:
@@ -235,6 +279,14 @@ def _batches(samples: Samples) -> Iterable[Any]:
         yield kwargs or args
 
 
+def _feeds(samples: Samples) -> dict[str, Any]:
+    """The first sample, as what a module is timed with."""
+    args, kwargs = samples.units[0]
+    if kwargs or not all(isinstance(a, torch.Tensor) for a in args):
+        raise ModelError("only models that take tensors by position are timed")
+    return {str(index): to_numpy(a) for index, a in enumerate(args)}
+
+
 def _picture_tensor(samples: Samples) -> torch.Tensor:
     """A few samples as the one tensor that an exported model is to take."""
     few: Sequence[Any] = samples[:TRIED].units
@@ -257,15 +309,23 @@ def _result(
     module: nn.Module,
     calibrated: Calibrated,
     samples: Samples,
+    calib: str | None,
+    preprocessing: Preprocessing,
     accuracy: tuple[float, float] | None = None,
 ) -> Result:
     made: Any = module.decoupling
     report = replace(
         made.report,
         model=model.name,
-        agreement=None if calibrated.noise else made.report.agreement,
         accuracy=accuracy,
         skipped=calibrated.skipped,
+        provenance=replace(made.report.provenance, calibration=calib or calibration.NOISE),
     )
+    if calibrated.noise:
+        report = replace(report, agreement=None, disagreements=(), pictures=())
+    else:
+        places = shuffled(len(samples), made.plan.seed).tolist()
+        order = samples[np.array(places)]
+        report = replace(report, pictures=modules.drawn(order, places, report.disagreements, preprocessing))
     module.decoupling = replace(made, report=report)
-    return Result(module, made.plan, report, samples)
+    return Result(module, made.plan, report, samples, model.module)

@@ -41,12 +41,17 @@ class Inputs:
             for image in images:
                 digest.update(np.ascontiguousarray(image).tobytes())
             fingerprint = digest.hexdigest()
-        order = np.random.default_rng(seed).permutation(len(images))
+        order = shuffled(len(images), seed)
         return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
 
     @property
     def held_back(self) -> Images:
         return self.images[self.fitted :]
+
+
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """Where every one of the shuffled images stood before."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ import typer
 
 from netdecouple import api, doors
 from netdecouple.cli import options
-from netdecouple.cli.results import check_networks, check_outputs, write_result
+from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, torch_model
 from netdecouple.planning.plan import Plan
 
@@ -24,7 +24,7 @@ def apply(
     mean: options.Mean = None,
     std: options.Std = None,
     weights: options.Weights = None,
-    report: options.ReportFile = None,
+    report: options.Reports = None,
 ) -> None:
     """Carry a saved plan out on the model and the inputs it was made for; the result is the same network.
 
@@ -32,7 +32,8 @@ def apply(
     """
     console = options.console()
     named = doors.is_named(model)
-    check_outputs([model, plan], *output, report, folders=check_networks(output, named))
+    check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
+    reports = check_reports(report)
     result: Any
     if named:
         wanted = Plan.load(plan)
@@ -50,4 +51,4 @@ def apply(
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 progress=bars,
             )
-    write_result(console, result, output, None, report)
+    write_result(console, result.timed() if wants_times(reports) else result, output, None, reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,15 +44,24 @@ def demo(
             show_budgets=lambda rows, loss: console.print(budget_table(rows, loss)),
         )
     faster = output / "digits-decoupled.onnx"
-    write_result(console, result, [faster], output / "plan.json", output / "report.json")
+    result.save(faster)
     scores = api.evaluate([model, faster], f"{data}:images,labels")
-    console.print(scores_table(scores))
     networks = [model, faster]
     if kernels.available():
         networks.append(output / "digits-standard.onnx")
         write_model(lower(result.model), networks[-1])
-    else:
+    timed = benchmark(networks, layers=True)
+    result = replace(
+        result,
+        report=replace(result.report, accuracy=(scores[0].top1, scores[1].top1), benchmark=timed),
+    )
+    page = output / "report.html"
+    write_result(console, result, [faster], output / "plan.json", [output / "report.json", page])
+    console.print(scores_table(scores))
+    if not kernels.available():
         console.print("The fused operator was not built (no C++ compiler), so these are standard operators.")
-    for table in timing_tables(benchmark(networks)):
+    for table in timing_tables(timed):
         console.print(table)
-    console.print(f"Results are in {output}/", **options.PLAIN)
+    console.print(
+        f"Results are in {output}/; what was gained and lost, layer by layer: {page}", **options.PLAIN
+    )

@@ -75,8 +75,14 @@ Outputs = Annotated[
         show_default=False,
     ),
 ]
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", help="Write the report here as JSON.", show_default=False)
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        help="Write the report here: as a page (.html; both networks are timed for it) or as data (.json). "
+        "Repeatable.",
+        show_default=False,
+    ),
 ]
 
 

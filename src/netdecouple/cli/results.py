@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import shlex
+import sys
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
 from netdecouple.frontends.onnx.model import check_writable
+from netdecouple.report.files import report_ending, write_text
+from netdecouple.report.report import Report
 from netdecouple.report.text import report_table
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
@@ -58,18 +61,49 @@ def _check_folder(folder: Path) -> None:
 
 
 def write_result(
-    console: Console, result: Any, outputs: Iterable[Path], plan: Path | None, report: Path | None
+    console: Console,
+    result: Any,
+    outputs: Iterable[Path],
+    plan: Path | None,
+    reports: Iterable[Path] = (),
 ) -> None:
     """Write the network and what was asked for beside it, and print the report."""
+    told = told_report(result.report)
+    texts = {path: told.rendered(path) for path in reports}  # before anything is written
     for output in outputs:
         result.save(output)
     if plan is not None:
         write_text(plan, result.plan.to_json() + "\n")
-    if report is not None:
-        write_text(report, result.report.to_json())
+    for path, text in texts.items():
+        write_text(path, text)
     console.print(report_table(result.report))
     for output in outputs:
         tell_written(console, output)
+
+
+def told_report(report: Report) -> Report:
+    """The same, with the command that it is a report of."""
+    if report.provenance is None:
+        return report
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return replace(report, provenance=replace(report.provenance, command=shlex.join(words)))
+
+
+def check_reports(reports: Iterable[Path] | None) -> list[Path]:
+    """Refuse reports that end in something else than they can be written as.
+
+    Raises:
+        OutputError: see there.
+    """
+    found = list(reports or ())
+    for path in found:
+        report_ending(path)
+    return found
+
+
+def wants_times(reports: Iterable[Path]) -> bool:
+    """Whether a report is asked for that tells times."""
+    return any(report_ending(path) == ".html" for path in reports)
 
 
 def tell_written(console: Console, output: Path) -> None:
@@ -77,18 +111,3 @@ def tell_written(console: Console, output: Path) -> None:
     files = output.iterdir() if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
     console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step.
-
-    Raises:
-        OutputError: the place is not writable.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write there ({error.strerror or error})") from error

@@ -9,7 +9,7 @@ import typer
 
 from netdecouple import api, doors
 from netdecouple.cli import options
-from netdecouple.cli.results import check_networks, check_outputs, write_result
+from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
@@ -81,7 +81,7 @@ def run(
     plan_out: Annotated[
         Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
     ] = None,
-    report: options.ReportFile = None,
+    report: options.Reports = None,
 ) -> None:
     """Decouple a network to a budget, from a few hundred unlabelled inputs.
 
@@ -91,7 +91,8 @@ def run(
     """
     console = options.console()
     named = doors.is_named(model)
-    check_outputs([model], *output, plan_out, report, folders=check_networks(output, named))
+    check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(output, named))
+    reports = check_reports(report)
     rule = None if method is None else Rule.parse(method)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
 
@@ -146,4 +147,9 @@ def run(
                 progress=bars,
                 show_budgets=show,
             )
-    write_result(console, result, output, plan_out, report)
+    if wants_times(reports):
+        places = ("onnxruntime", *([runtime] if runtime else []))
+        result = result.timed(
+            () if named else tuple(dict.fromkeys(places)), tuple(dict.fromkeys((1, threads)))
+        )
+    write_result(console, result, output, plan_out, reports)

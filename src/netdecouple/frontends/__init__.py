@@ -5,14 +5,16 @@ A frontend finds convolutions, moves activations and puts stages back. It does n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.convolution import ConvGeometry, Factorization
+from netdecouple.errors import ModelError
 
 Array = NDArray[np.floating]
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
@@ -49,9 +51,29 @@ class Observation:
 
     layer: str
     images: slice
-    patches: Array  # (images · positions, groups, n_i / groups · kh · kw)
+    look: Callable[[], Array]  # gathers the patches, which not everyone wants
     outputs: Array  # (images · positions, n_o): what the layer produced
     shortcut: Array | None  # (images · positions, n_o): what is added to a residual branch's last layer
+
+    def __post_init__(self) -> None:
+        self._check(self.outputs)
+
+    @cached_property
+    def patches(self) -> Array:
+        """What the layer saw: (images · positions, groups, n_i / groups · kh · kw).
+
+        Raises:
+            ModelError: NaN or Inf; of what the layer made, that is told at once.
+        """
+        seen = self.look()
+        self._check(seen)
+        return seen
+
+    def _check(self, values: Array) -> None:
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"NaN or Inf in the activations of layer {self.layer!r}; check the preprocessing"
+            )
 
 
 class Walk(Protocol):

@@ -223,8 +223,8 @@ def _check_outputs(
     if all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f"):
         return
     positions = {la.name: sample_positions(la, len(inputs.held_back), 0) for la in layers}
-    for _ in network.observe(inputs.held_back, positions):
-        pass  # raises, with its name, at the first layer that sees or makes NaN or Inf
+    for seen in network.observe(inputs.held_back, positions):
+        seen.patches  # noqa: B018  # raises, with its name, at the first layer that sees or makes NaN or Inf
     raise ModelError(
         "the network's outputs are NaN or Inf on the calibration images; check the preprocessing"
     )

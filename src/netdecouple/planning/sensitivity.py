@@ -29,6 +29,30 @@ def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) ->
     )
 
 
+def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> Array | None:
+    """The divergence on every sample (n,), of which `divergence` is about the mean.
+
+    None where it cannot be told apart: outputs whose first axes are not the same samples.
+    """
+    pairs = list(zip(original, other, strict=True))
+    if any(a.shape != b.shape or not (a.ndim and a.size) or len(a) != len(original[0]) for a, b in pairs):
+        return None
+    found = [_kl(a, b) if loss == "kl" else _relative(a, b) for a, b in pairs]
+    return np.mean(found, axis=0)  # type: ignore[no-any-return]
+
+
+def _kl(original: Array, other: Array) -> Array:
+    """KL(p ‖ q) of every sample in nats, from logits or probabilities (n, classes)."""
+    p, q = log_probabilities(original), log_probabilities(other)
+    return np.maximum(np.sum(np.exp(p) * (p - q), axis=-1), 0.0)  # type: ignore[no-any-return]
+
+
+def _relative(original: Array, other: Array) -> Array:
+    """Every sample's share in `relative_error`, times their number."""
+    a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (original, other))
+    return np.square(a - b).mean(axis=1) / max(a.var(), 1e-12 * np.square(a).mean(), np.finfo(float).tiny)  # type: ignore[no-any-return]
+
+
 def _mean_kl(original: Array, other: Array) -> float:
     """Mean KL(p ‖ q) in nats, from logits or probabilities (n, classes)."""
     p, q = log_probabilities(original), log_probabilities(other)

@@ -150,6 +150,16 @@ def budget_rows(analysis: Analysis) -> list[BudgetRow]:
     return rows
 
 
+def plan_within(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
+    """Plan for budgets as the settings say: the least loss, or the paper's own procedure.
+
+    Raises:
+        BudgetError: a budget cannot be met.
+    """
+    published = analysis.settings.data_free and analysis.settings.uniform_rank
+    return (published_plan if published else make_plan)(analysis, budgets, form)
+
+
 def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
     """The paper's own procedure: the first convolution kept, one rank T for all others, as large as fits.
 

@@ -1,20 +1,42 @@
-"""The report as data; JSON out. `report.text` prints it."""
+"""The report as data; JSON out and in. `report.text` and `report.html` print it."""
 
 from __future__ import annotations
 
+import builtins
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from netdecouple import records
 from netdecouple.application import Applied
+from netdecouple.convolution import ConvGeometry, Factorization
+from netdecouple.errors import PlanError
 from netdecouple.frontends import Array, Layer
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.sensitivity import agreement, divergence
+from netdecouple.planning.sensitivity import agreement, divergence, divergences, log_probabilities
+from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.benchmark import Benchmark
+from netdecouple.report.files import report_ending, write_text
 from netdecouple.runtimes.timing import Timing
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
+DISAGREEMENTS = 8  # inputs that are shown, those whose outputs changed most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One plain convolution of what a layer was, or is now."""
+
+    kind: str  # "depthwise", "pointwise" or "convolution"
+    reads: int  # channels of its input that it looks at
+    n_i: int  # channels it takes, those that it takes more than once included
+    n_o: int
+    kernel: tuple[int, int]
+    groups: int
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,9 @@ class LayerReport:
     ridge: float | None
     samples: int | None
     samples_wanted: int | None
+    before: Stage | None = None  # None: it is no 2-D convolution
+    stages: tuple[Stage, ...] = ()  # what it is now; empty if it is kept
+    energy: tuple[float, ...] = ()  # of its weights, in the first 1, 2, … components of every slice
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,65 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a classifier says about one input."""
+
+    chosen: int  # the class, counted from 0
+    probability: float
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """One held-back input on which the two networks differ."""
+
+    sample: int  # its place in the calibration set, counted from 0
+    divergence: float
+    original: Answer | None  # None unless the network is a classifier
+    new: Answer | None
+
+
+def disagreements_of(
+    plan: Plan, places: Sequence[int], original: Sequence[Array], new: Sequence[Array]
+) -> tuple[Disagreement, ...]:
+    """The held-back inputs whose outputs differ most, worst first; ``places`` are theirs in the whole set."""
+    is_classifier = plan.loss == "kl"
+    found = divergences(original, new, "kl" if is_classifier else "relative")
+    if found is None or len(found) != len(places):  # outputs that are not one per input
+        return ()
+    answers = [_answers(outputs[0]) if is_classifier else [None] * len(found) for outputs in (original, new)]
+    worst = np.argsort(-found, kind="stable")[:DISAGREEMENTS]
+    return tuple(
+        Disagreement(int(places[i]), float(found[i]), answers[0][i], answers[1][i])
+        for i in worst
+        if found[i] > 0
+    )
+
+
+def _answers(outputs: Array) -> list[Answer | None]:
+    shares = np.exp(log_probabilities(outputs))
+    return [Answer(int(row.argmax()), float(row.max())) for row in shares]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What it takes to know where a result comes from, and to make it again."""
+
+    command: str  # empty where it was no command line
+    python: str
+    versions: tuple[tuple[str, str], ...]  # package, version
+    machine: str
+    threads: int  # that the process may use
+    calibration: str  # where the inputs came from
+    samples: int
+    held_back: int
+    seed: int
+    method: str  # how it was fitted and planned
+    model_hash: str  # of the operators and weights as read
+    calibration_hash: str
+    plan_hash: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything there is to say about one run."""
 
@@ -82,6 +166,18 @@ class Report:
     accuracy: tuple[float, float] | None = None  # before, after; with --labels only
     speed: Speed | None = None  # with a budget in time only
     skipped: tuple[str, ...] = ()  # calibration files that could not be read
+    bytes_before: int | None = None  # of the model's file; of a module's parameters and buffers
+    bytes: int | None = None
+    curve: tuple[
+        BudgetRow, ...
+    ] = ()  # what other budgets would cost and lose; empty where nothing was planned
+    disagreements: tuple[Disagreement, ...] = ()
+    provenance: Provenance | None = None
+    benchmark: Benchmark | None = None  # the original first, then this one; only where it was asked for
+    not_timed: tuple[str, ...] = ()  # what could not be timed, and why
+    pictures: tuple[builtins.bytes, ...] = field(
+        default=(), repr=False
+    )  # of the disagreements, PNG; never in JSON
 
     @property
     def macs_before(self) -> int:
@@ -99,15 +195,57 @@ class Report:
     def parameters(self) -> int:
         return sum(layer.parameters for layer in self.layers)
 
+    @property
+    def without_pictures(self) -> Report:
+        """The same as far as it is kept in files: inputs are nobody else's business."""
+        return replace(self, pictures=())
+
     def to_json(self) -> str:
-        """The report as text, totals included."""
-        totals = {
-            "macs_before": self.macs_before,
-            "macs": self.macs,
-            "parameters_before": self.parameters_before,
-            "parameters": self.parameters,
-        }
-        return json.dumps(totals | asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The report as text, totals included, pictures left out."""
+        data = {name: getattr(self, name) for name in TOTALS} | asdict(self.without_pictures)
+        del data["pictures"]
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report back.
+
+        Raises:
+            PlanError: it is none, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            rest = {name: value for name, value in data.items() if name not in TOTALS}
+            return records.read(cls, rest | {"pictures": []})
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise PlanError(
+                f"not a report of this version of netdecouple ({error}); make it again"
+            ) from error
+
+    def to_html(self) -> str:
+        """The report as one self-contained page."""
+        from netdecouple.report.html import report_html  # which prints what is defined here
+
+        return report_html(self)
+
+    def rendered(self, path: str | os.PathLike[str]) -> str:
+        """What is to be written to a path that ends in .html or .json.
+
+        Raises:
+            OutputError: it ends in something else.
+        """
+        return self.to_html() if report_ending(path) == ".html" else self.to_json()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as .html or .json, as the path ends, all of it or nothing.
+
+        Raises:
+            OutputError: the ending is another one, or the place is not writable.
+        """
+        write_text(path, self.rendered(path))
+
+
+TOTALS = ("macs_before", "macs", "parameters_before", "parameters")
 
 
 @dataclass(frozen=True)
@@ -140,7 +278,24 @@ def describe(layer: Layer) -> str:
     return " ".join(parts)
 
 
-def layer_report(layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[int, int]) -> LayerReport:
+def stages_of(layer: Layer, factorization: Factorization) -> tuple[Stage, ...]:
+    """What stands in the place of a layer, stage by stage."""
+    size, found = layer.size, []
+    for stage in factorization.stages:
+        reads = stage.geometry.n_i if stage.channels is None else len(np.unique(stage.channels))
+        found.append(_stage(stage.geometry, size, reads, layer.maps))
+        size = stage.geometry.output_size(*size)
+    return tuple(found)
+
+
+def _stage(g: ConvGeometry, size: tuple[int, int], reads: int, maps: float) -> Stage:
+    kind = "pointwise" if g.is_pointwise else "depthwise" if g.groups == g.n_i > 1 else "convolution"
+    return Stage(kind, reads, g.n_i, g.n_o, (g.kh, g.kw), g.groups, round(g.macs(*size) * maps))
+
+
+def layer_report(
+    layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[int, int], energy: Sequence[float] = ()
+) -> LayerReport:
     """Put what was planned for a layer and what came of it together; ``costs`` are MACs and parameters."""
     samples = applied.samples.get(row.name)
     g = layer.geometry
@@ -162,6 +317,9 @@ def layer_report(layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[in
         row.ridge or None,
         samples,
         ROWS_PER_UNKNOWN * unknowns if samples is not None else None,
+        None if g is None else _stage(g, layer.size, g.n_i, layer.maps),
+        stages_of(layer, applied.factorizations[row.name]) if row.name in applied.factorizations else (),
+        tuple(round(float(share), 6) for share in energy),
     )
 
 
@@ -173,18 +331,29 @@ def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
 
 
 def layer_reports(
-    layers: Mapping[str, Layer], applied: Applied, written: Iterable[Layer]
+    layers: Mapping[str, Layer],
+    applied: Applied,
+    written: Iterable[Layer],
+    energies: Mapping[str, Array] | None = None,
 ) -> tuple[LayerReport, ...]:
     """Report on every layer of a plan, in its order, with the costs of what was ``written`` for it.
 
-    That can be less than was planned: filters go whose outputs nobody reads any more.
+    That can be less than was planned: filters go whose outputs nobody reads any more. ``energies`` are
+    cumulative shares of the weights' energy by T.
     """
+    energies = energies or {}
     costs = {name: [0, 0] for name in layers}
     for part in written:
         name = max((n for n in layers if f"{part.name}/".startswith(f"{n}/")), key=len)
         costs[name][0] += part.macs
         costs[name][1] += part.parameters
     return tuple(
-        layer_report(layers[row.name], row, applied, (costs[row.name][0], costs[row.name][1]))
+        layer_report(
+            layers[row.name],
+            row,
+            applied,
+            (costs[row.name][0], costs[row.name][1]),
+            energies.get(row.name, np.zeros(0)).tolist(),
+        )
         for row in applied.plan.layers
     )

@@ -57,7 +57,7 @@ def report_table(report: Report) -> Group:
             Text(short_name(layer.name)),
             layer.shape,
             layer.family if changed else "",
-            _sizes(layer),
+            layer_sizes(layer),
             count(layer.macs_before),
             f"→ {count(layer.macs)}" if layer.macs != layer.macs_before else "",
             _number(layer.predicted_error),
@@ -72,7 +72,8 @@ def report_table(report: Report) -> Group:
     return Group(table, legend, *summary(report))
 
 
-def _sizes(layer: LayerReport) -> str:
+def layer_sizes(layer: LayerReport) -> str:
+    """The sizes of every family in turn, and how terms are spread over the channels."""
     sizes = " ".join(map(str, layer.sizes))
     if layer.terms_per_channel:
         fewest, most = layer.terms_per_channel
@@ -228,7 +229,7 @@ def timing_tables(timed: Benchmark) -> list[Table]:
 def _timing_table(models: Sequence[TimedModel]) -> Table:
     first = models[0]
     table = _table(
-        f"{first.runtime} {first.version}, {_threads(first.threads)}, "
+        f"{first.runtime} {first.version}, {threads(first.threads)}, "
         f"input {', '.join(map(describe_shape, first.shapes))}",
         ("network", "left"),
         ("MACs", "right"),
@@ -266,7 +267,7 @@ def layer_times_tables(timed: Benchmark) -> list[Group]:
 
 
 def _layer_times_table(times: LayerTimes) -> Group:
-    title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {_threads(times.threads)}"
+    title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {threads(times.threads)}"
     first, *others = (short_name(Path(name).name, 20) for name in times.models)
     columns: list[tuple[str, Literal["left", "right"]]] = [("layer", "left"), (first, "right")]
     for name in others:
@@ -288,5 +289,6 @@ def _milliseconds(timing: Timing | None) -> str:
     return "" if timing is None else f"{timing.median:.3f}"
 
 
-def _threads(number: int) -> str:
+def threads(number: int) -> str:
+    """1 thread, 2 threads."""
     return "1 thread" if number == 1 else f"{number} threads"

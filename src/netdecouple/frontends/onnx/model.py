@@ -46,6 +46,7 @@ class OnnxModel:
     batch: int | None  # None if dynamic
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
+    bytes: int = 0  # as read, external data included
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -74,7 +75,9 @@ def read_model(source: ModelSource) -> OnnxModel:
             f"{origin}: input {inputs[0].name!r} is {found}; float32 images (N, C, H, W) are supported"
         )
     size = (dims[2], dims[3]) if dims[2] and dims[3] else None
-    return OnnxModel(folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size)
+    return OnnxModel(
+        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize()
+    )
 
 
 def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:

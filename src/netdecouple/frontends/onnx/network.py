@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
@@ -148,10 +147,7 @@ class OnnxNetwork:
         geometry = self._layer[name].geometry
         assert geometry is not None
         maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # what a fully connected layer sees are rows
-        patches = geometry.patches(maps, where[batch])
-        if not (np.isfinite(patches).all() and np.isfinite(outputs).all()):
-            raise ModelError(f"NaN or Inf in the activations of layer {name!r}; check the preprocessing")
-        return Observation(name, batch, patches, outputs, shortcut)
+        return Observation(name, batch, partial(geometry.patches, maps, where[batch]), outputs, shortcut)
 
     def shortcut(self, name: str) -> str | None:
         """The tensor added to this layer's output by an Add, if it is known before the layer runs.

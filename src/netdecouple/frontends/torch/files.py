@@ -77,7 +77,8 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
     target = Path(folder).resolve()
     state, tied = _written(module.state_dict())
     changes = tuple(_changes(module, decoupling))
-    description = Description(VERSION, __version__, changes, tied, decoupling.report)
+    report = None if decoupling.report is None else decoupling.report.without_pictures
+    description = Description(VERSION, __version__, changes, tied, report)
     text = json.dumps(asdict(description) | {"plan": asdict(decoupling.plan)}, indent=1, ensure_ascii=False)
     try:
         _check_replaceable(target)

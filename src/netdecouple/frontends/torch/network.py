@@ -461,12 +461,14 @@ class TorchNetwork:
                     outputs.append(pick(y[index : index + 1], here) if y is not None else np.zeros((0, 0)))
             seen, made = np.concatenate(patches), np.concatenate(outputs)
         else:
-            seen = convolution.patches(xs[0], where)
+            seen = None
             made = np.zeros((0, 0), np.float32) if ys[0] is None else pick(ys[0], where)
-        if not (np.isfinite(seen).all() and np.isfinite(made).all()):
-            raise ModelError(f"NaN or Inf in the activations of layer {name!r}; check the preprocessing")
+
+        def look() -> Array:
+            return convolution.patches(xs[0], where) if seen is None else seen
+
         other = None if shortcut is None else pick(to_numpy(shortcut), where)
-        return Observation(name, batch, seen, made, other)
+        return Observation(name, batch, look, made, other)
 
     def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer."""

@@ -1,0 +1,189 @@
+"""The front door for sweeps of ONNX models: one analysis, many budgets, what each costs and loses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from netdecouple import api
+from netdecouple.api import Calibration, Judge
+from netdecouple.application import Targets, apply
+from netdecouple.calibration import Preprocessing
+from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
+from netdecouple.frontends.onnx.model import ModelSource, check_writable, load, read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
+from netdecouple.planning.cost import Budget, Macs, parse_share
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.sensitivity import Loss, agreement, divergence, loss_kind
+from netdecouple.planning.solve import plan_within
+from netdecouple.report.report import Agreement
+from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
+from netdecouple.sampling import Inputs
+
+Show = Callable[[SweepPoint], None]
+
+
+def unseen(point: SweepPoint) -> None:
+    """Show nobody a point."""
+
+
+def sweep(
+    model: ModelSource,
+    calib: Calibration | None = None,
+    macs: str | Iterable[str | float] = (),
+    *,
+    compare: Sequence[ModelSource] = (),
+    labels: str | os.PathLike[str] | None = None,
+    settings: Settings = Settings(),
+    emit: str = "standard",
+    preprocessing: Preprocessing = Preprocessing(),
+    samples: int | None = api.SAMPLES,
+    output: str | os.PathLike[str] | None = None,
+    progress: Progress = quiet,
+    show: Show = unseen,
+) -> Sweep:
+    """Decouple an ONNX model to several budgets at little more than the price of one.
+
+    The network is analysed once. What a budget gives is, byte for byte, what `decouple` gives for it alone.
+
+    Args:
+        model, calib, settings, emit, preprocessing, samples: as in `api.decouple`.
+        macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
+        compare: results of earlier runs, to be judged on the same inputs. With them ``macs`` may be left out.
+        labels: FILE.npz:IMAGES,LABELS, to measure top-1 accuracy on.
+        output: a folder to write every network into, as soon as it is there; else only figures are kept.
+        progress: called with a step's name, what is done and what there is to do.
+        show: called with every point of the curve as soon as it is known.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    budgets = budgets_in(macs)
+    if not budgets and not compare:
+        raise BudgetError("give budgets to sweep over (--macs 80%,60%,50%), or networks to --compare")
+    form = api.first_form(api.place_for(emit, None, 1))
+    opened = read_model(model)
+    files = None if output is None else Files(Path(output), _stem(model), ".onnx")
+    others = [(source, read_model(source)) for source in compare]
+    images = api.load_images(opened, calib, preprocessing, samples, settings)
+    labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
+    network = OnnxNetwork(opened, images.images)
+    inputs = Inputs.split(images.images, settings.seed)
+    judge = Judge(network, inputs, images, labelled, calib is not None)
+    loss = settings.loss or loss_kind(judge.original)
+    compared = []
+    for source, other in others:
+        compared.append(_compared(judge, source, OnnxNetwork(other, images.images), loss))
+        show(compared[-1].point)
+    points = []
+    if budgets:
+        analysis = analyze(network, inputs, settings, progress)
+        plans = [plan_within(analysis, [budget], form) for budget in budgets]
+        targets = None if settings.data_free else Targets(network, inputs, plans, progress)
+        for budget, plan in zip(budgets, plans, strict=True):
+            applied = apply(network, inputs, plan, named_after(budget, progress), targets)
+            result = judge.result(applied)
+            file = None if files is None else files.save(budget, result.save)
+            points.append(SweepPoint.of(result.report, result.plan, file))
+            show(points[-1])
+    return Sweep.of(opened.origin, loss, points, compared)
+
+
+def budgets_in(macs: str | Iterable[str | float]) -> list[Budget]:
+    """The budgets of a sweep, most MACs first, each once.
+
+    Raises:
+        BudgetError: one of them is none.
+    """
+    parts = macs.split(",") if isinstance(macs, str) else macs
+    return [Budget(Macs(), share) for share in sorted({parse_share(part) for part in parts}, reverse=True)]
+
+
+def named_after(budget: Budget, progress: Progress) -> Progress:
+    """Say in every step's name which budget it is for."""
+    return lambda step, done, total: progress(f"{step} {_percent(budget)}%", done, total)
+
+
+def _percent(budget: Budget) -> str:
+    return f"{100 * budget.share:.4g}"
+
+
+class Files:
+    """Where the networks of a sweep go: a folder that is made when there is something to put into it.
+
+    Raises:
+        OutputError: nothing can be written there; that is found out before any work.
+    """
+
+    def __init__(self, folder: Path, stem: str, suffix: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(
+                f"{folder}: is a file; give the name of a folder, which gets one network per budget"
+            )
+        check_writable((folder if folder.is_dir() else folder.resolve().parent) / f"{stem}{suffix}")
+        self._folder, self._stem, self._suffix = folder, stem, suffix
+
+    def of(self, budget: Budget) -> Path:
+        """The file, or folder, of one budget."""
+        return self._folder / f"{self._stem}-macs{_percent(budget)}{self._suffix}"
+
+    def save(self, budget: Budget, write: Callable[[Path], None]) -> str:
+        """Write one budget's network, and tell where it is."""
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self._folder}: cannot make the folder ({error.strerror})") from error
+        write(self.of(budget))
+        return str(self.of(budget))
+
+
+def _stem(model: ModelSource) -> str:
+    return Path(model).stem if isinstance(model, str | os.PathLike) else model.graph.name or "model"
+
+
+def _compared(judge: Judge, source: ModelSource, other: OnnxNetwork, loss: Loss) -> Compared:
+    """Judge the result of an earlier run by the original's outputs.
+
+    Raises:
+        ModelError: it takes other inputs than the original, or makes other outputs.
+    """
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else other.model.origin
+    network, shown = judge.network, judge.inputs.held_back
+    try:
+        new = other.run(shown)
+    except ModelError as error:
+        raise ModelError(
+            f"{name}: {error}; compare networks that were made of {network.model.origin}"
+        ) from error
+    shapes = [[o.shape for o in outputs] for outputs in (judge.original, new)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(
+            f"{name}: its outputs are {shapes[1]} and those of {network.model.origin} {shapes[0]}; "
+            f"compare networks that were made of it"
+        )
+    plan = _plan_in(source)
+    predicted = 0.0 if plan is None else plan.predicted_loss
+    quality = None
+    if judge.is_calibrated:
+        same = agreement(judge.original[0], new[0]) if loss == "kl" else None
+        quality = Agreement(len(shown), loss, divergence(judge.original, new, loss), predicted, same)
+    both = None
+    if judge.labelled is not None:
+        pictures, labels = judge.labelled
+        both = judge.original_accuracy, api.accuracy(other.run(pictures)[0], labels)
+    macs_before, macs = (sum(la.macs for la in net.layers) for net in (network, other))
+    parameters_before, parameters = (sum(la.parameters for la in net.layers) for net in (network, other))
+    point = SweepPoint(name, macs_before, macs, parameters_before, parameters, predicted, quality, both, name)
+    rows = () if plan is None else plan.layers
+    return Compared(point, tuple(LayerChoice(row.name, row.family, row.sizes) for row in rows))
+
+
+def _plan_in(source: ModelSource) -> Plan | None:
+    """The plan that a network was made by, if it says so, and in a way that is still understood."""
+    found = {entry.key: entry.value for entry in load(source)[0].metadata_props}
+    try:
+        return Plan.from_json(found["netdecouple.plan"])
+    except (KeyError, PlanError):
+        return None

@@ -1,0 +1,63 @@
+"""Where a result comes from: what ran, on which machine, from which inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib import metadata
+
+from netdecouple.latency import machine
+from netdecouple.planning.analysis import Settings
+from netdecouple.planning.plan import Plan
+from netdecouple.report.report import Provenance
+from netdecouple.sampling import Inputs
+from netdecouple.version import __version__
+
+ALWAYS = ("numpy", "scipy", "onnx", "onnxruntime")
+IF_USED = ("torch", "torchvision", "timm", "openvino")
+
+
+def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings | None = None) -> Provenance:
+    """Put together what is known about a run; without ``settings`` a plan was carried out again."""
+    return Provenance(
+        "",
+        platform.python_version(),
+        (("netdecouple", __version__), *_versions()),
+        machine(),
+        _threads(),
+        calibration,
+        len(inputs.images),
+        len(inputs.held_back),
+        plan.seed,
+        _method(plan, settings),
+        plan.model,
+        plan.images,
+        hashlib.sha256(plan.to_json().encode()).hexdigest(),
+    )
+
+
+def _versions() -> list[tuple[str, str]]:
+    used = [*ALWAYS, *(name for name in IF_USED if name in sys.modules)]
+    return [(name, metadata.version(name)) for name in used]
+
+
+def _threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _method(plan: Plan, settings: Settings | None) -> str:
+    parts = ["from the weights alone" if plan.data_free else "fitted to the inputs"]
+    parts.append("one rank per layer" if plan.uniform_rank else "ranks per channel")
+    if settings is None:
+        parts.append("a saved plan")
+    elif settings.rule is not None:
+        parts.append(f"one rule: {settings.rule}")
+    else:
+        parts.append(f"families {', '.join(settings.families)}")
+        if settings.exclude:
+            parts.append(f"excluded {', '.join(settings.exclude)}")
+    return "; ".join(parts)
