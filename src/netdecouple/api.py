@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,15 @@ from netdecouple.planning.solve import (
 from netdecouple.provenance import provenance
 from netdecouple.report.files import report_ending
 from netdecouple.report.pictures import pictures
-from netdecouple.report.report import Disagreement, Report, Score, disagreements_of, layer_reports, quality_of
+from netdecouple.report.report import (
+    Disagreement,
+    Report,
+    Score,
+    describe,
+    disagreements_of,
+    layer_reports,
+    quality_of,
+)
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
@@ -432,6 +441,29 @@ class Inspection:
     energy: dict[str, Array]
     least_macs: int
     least_parameters: int
+
+    def to_json(self) -> str:
+        """All of it but the weights, as text."""
+        layers = [
+            {
+                "name": layer.name,
+                "operator": layer.operator,
+                "shape": describe(layer),
+                "macs": layer.macs,
+                "parameters": layer.parameters,
+                "reason": layer.reason,
+                "energy": [float(share) for share in self.energy.get(layer.name, ())],
+            }
+            for layer in self.layers
+        ]
+        totals = {
+            "model": self.model,
+            "macs": sum(layer.macs for layer in self.layers),
+            "least_macs": self.least_macs,
+            "parameters": sum(layer.parameters for layer in self.layers),
+            "least_parameters": self.least_parameters,
+        }
+        return json.dumps(totals | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"
 
 
 def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
 from netdecouple.runtimes.onnxruntime import OnnxRuntime, Profiled
 from netdecouple.runtimes.timing import WARM_UP, Ratio, Timing, measure, rounds
+from netdecouple.scratch import Scratch
 from netdecouple.version import __version__
 
 SECONDS = 4.0  # for each runtime and number of threads
@@ -207,7 +207,7 @@ def _profiled(
             networks.append(_network(model, tuple(array.shape for array in given[-1].values())))
     layers = original_layers(layer.name for network in networks for layer in network.layers)
     owners = [Owners.of(network.model.proto.graph, layers) for network in networks]
-    with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+    with Scratch() as folder:
         watched = [
             Profiled(with_names(network.model.proto), threads, Path(folder) / str(index))
             for index, network in enumerate(networks)

@@ -97,7 +97,7 @@ def budgets_in(macs: str | Iterable[str | float]) -> list[Budget]:
     Raises:
         BudgetError: one of them is none.
     """
-    parts = macs.split(",") if isinstance(macs, str) else macs
+    parts = filter(None, macs.split(",")) if isinstance(macs, str) else macs
     return [Budget(Macs(), share) for share in sorted({parse_share(part) for part in parts}, reverse=True)]
 
 

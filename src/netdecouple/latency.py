@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from netdecouple.planning.solve import make_plan, reachable
 from netdecouple.report.report import Speed
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.timing import Timing, measure
+from netdecouple.scratch import Scratch
 from netdecouple.version import __version__
 
 STANDARD: tuple[Form, ...] = ("parallel", "gather")
@@ -79,7 +79,7 @@ class Cache:
         self._times |= times
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            with Scratch(beside=self.path.parent) as folder:
                 partial = Path(folder) / self.path.name
                 partial.write_text(json.dumps(self._times, indent=0, sort_keys=True), encoding="utf-8")
                 os.replace(partial, self.path)

@@ -16,6 +16,7 @@ from torch import nn
 from netdecouple import api, benchmark, calibration, modules
 from netdecouple.api import Inspection
 from netdecouple.calibration import Preprocessing
+from netdecouple.curve import Files, Show, budgets_in, unseen
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch.export import export
@@ -23,14 +24,16 @@ from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.zoo import Model, build
 from netdecouple.planning.analysis import Progress, Settings, quiet
+from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.files import report_ending
 from netdecouple.report.report import Report
+from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.sampling import shuffled
 from netdecouple.version import __version__
 
-__all__ = ["Calibrated", "Result", "apply_plan", "build", "calibrate", "decouple", "inspect"]
+__all__ = ["Calibrated", "Result", "apply_plan", "build", "calibrate", "decouple", "inspect", "sweep"]
 
 BATCH = 32  # labelled images that are run at once
 TRIED = 3  # samples that an exported model is tried with
@@ -138,17 +141,7 @@ def decouple(
         raise BudgetError("give one of: a budget (--macs 50%, --params 2x), or --method")
     preprocessing = preprocessing or model.preprocessing
     calibrated = calibrate(model, calib, preprocessing, samples, settings)
-    labelled = None
-    if labels is not None:
-        pictures, classes = calibration.load_labelled(
-            labels,
-            channels=_channels(model),
-            size=None,
-            preprocessing=preprocessing,
-            samples=None,
-            seed=settings.seed,
-        )
-        labelled = pictures.images, classes
+    labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
     collected = collect(calibrated.batches, model.module, samples, None)
     if to_onnx:
         export(model.module, _picture_tensor(collected), {})
@@ -166,6 +159,72 @@ def decouple(
     if labelled is not None:
         both = _accuracy(model.module, *labelled), _accuracy(module, *labelled)
     return _result(model, module, calibrated, collected, calib, preprocessing, both)
+
+
+def sweep(
+    model: Model,
+    calib: str | None,
+    macs: str | Iterable[str | float],
+    *,
+    settings: Settings = Settings(),
+    labels: str | os.PathLike[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = api.SAMPLES,
+    output: str | os.PathLike[str] | None = None,
+    progress: Progress = quiet,
+    show: Show = unseen,
+) -> Sweep:
+    """Decouple a model that `build` made to several budgets; see `modules.sweep`.
+
+    Args:
+        output: a folder to write an .onnx file per budget into.
+
+    Raises:
+        NetDecoupleError: one of its children, with one line that says what to do.
+    """
+    budgets = budgets_in(macs)
+    files = None if output is None else Files(Path(output), model.name.rpartition(":")[2], ".onnx")
+    preprocessing = preprocessing or model.preprocessing
+    calibrated = calibrate(model, calib, preprocessing, samples, settings)
+    labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
+    collected = collect(calibrated.batches, model.module, samples, None)
+    if files is not None:
+        export(model.module, _picture_tensor(collected), {})
+    before = None if labelled is None else _accuracy(model.module, *labelled)
+
+    def point(budget: Budget, module: nn.Module) -> SweepPoint:
+        both = None
+        if before is not None and labelled is not None:
+            both = before, _accuracy(module, *labelled)
+        result = _result(model, module, calibrated, collected, calib, preprocessing, both)
+        file = None if files is None else files.save(budget, result.save)
+        return SweepPoint.of(result.report, result.plan, file)
+
+    made = modules.each(
+        model.module,
+        _batches(collected),
+        budgets,
+        point,
+        show,
+        settings=settings,
+        samples=samples,
+        progress=progress,
+    )
+    return Sweep.of(model.name, *made)
+
+
+def _labelled(
+    model: Model, labels: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
+) -> tuple[Any, Any]:
+    pictures, classes = calibration.load_labelled(
+        labels,
+        channels=_channels(model),
+        size=None,
+        preprocessing=preprocessing,
+        samples=None,
+        seed=seed,
+    )
+    return pictures.images, classes
 
 
 def apply_plan(

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import sys
-from types import FrameType
+from typing import Any
 
 import typer
 from rich.console import Console
 
-from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run
+from netdecouple import scratch
+from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run, sweep
+from netdecouple.cli.interrupt import Interrupted, interruptible, leave
+from netdecouple.cli.terminal import Bars
 from netdecouple.errors import NetDecoupleError
 from netdecouple.version import __version__
 
+EXIT_CODES = """\b
+Exit codes:
+  0    all is well
+  1    a mistake of ours
+  2    the input or an option is wrong; one line says what to do, and nothing has been written
+  130  interrupted by Ctrl-C; one line says what had been written by then
+"""
+
+# typer imports click or, in later versions, brings its own copy;
+# what is wrong with arguments has this base in both
+UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 app = typer.Typer(
     help="Make pretrained convolutional networks faster without training, by network decoupling.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("apply")(apply.apply)
 app.command("lower")(lower.lower)
@@ -45,40 +62,66 @@ def _options(
     pass
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C, under a name that typer does not handle itself."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _Interrupted
-
-
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
-    handler = signal.signal(signal.SIGINT, _interrupt)
+    out = sys.stdout
+    scratch.forget()
     try:
-        app()
-    except NetDecoupleError as error:
-        _fail(2, "error", str(error))
-    except (_Interrupted, KeyboardInterrupt):
-        _fail(130, "interrupted", "nothing was written")
-    except MemoryError:
-        _fail(2, "error", "out of memory; try fewer --samples or smaller images")
-    except Exception as error:
-        if os.environ.get("NETDECOUPLE_TRACEBACK"):
+        code = interruptible(lambda: app(standalone_mode=False)) or 0
+    except SystemExit:  # completions
+        raise
+    except BaseException as error:
+        sys.stdout = out
+        if isinstance(error, Exception) and os.environ.get("NETDECOUPLE_TRACEBACK"):
             raise
-        _fail(
-            1,
-            "internal error",
-            f"{type(error).__name__}: {error}; this is a mistake of ours, please report it "
-            "(NETDECOUPLE_TRACEBACK=1 shows where it happened)",
-        )
+        code = _failed(error)
+        if isinstance(error, Interrupted):
+            leave(code)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        sys.stdout = out
+    sys.exit(code)
 
 
-def _fail(code: int, what: str, message: str) -> None:
+def _failed(error: BaseException) -> int:
+    """Say what went wrong, in one line; return the exit code."""
+    match error:
+        case UsageError():
+            return _misused(error)
+        case NetDecoupleError():
+            return _fail(2, "error", str(error))
+        case Interrupted() | KeyboardInterrupt() | typer.Abort():
+            if Bars.shown is not None:
+                Bars.shown.stop()
+            written = ", ".join(map(str, scratch.abandon()))
+            return _fail(
+                130, "interrupted", f"written by then: {written}" if written else "nothing was written"
+            )
+        case MemoryError():
+            return _fail(2, "error", "out of memory; try fewer --samples or smaller images")
+    return _fail(
+        1,
+        "internal error",
+        f"{type(error).__name__}: {error}; this is a mistake of ours, please report it "
+        "(NETDECOUPLE_TRACEBACK=1 shows where it happened)",
+    )
+
+
+def _misused(error: Any) -> int:
+    """Say what is wrong with the arguments, and where help is."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # help has been printed instead
+        print(message, end="")
+        return int(error.exit_code)
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "netdecouple"
+    return _fail(2, "error", f"{message.rstrip('.')}; see {command} --help")
+
+
+def _fail(code: int, what: str, message: str) -> int:
+    message = " ".join(message.split())
     console = Console(stderr=True)
     console.print(f"{what}:", style="bold red", end=" ")
-    console.print(" ".join(message.split()), **options.PLAIN)
-    sys.exit(code)
+    console.print(message, **options.PLAIN)
+    if "--json" in sys.argv[1:]:
+        told = f"{what}: {message}".removeprefix("error: ")
+        print(json.dumps({"error": told, "exit_code": code}, indent=1), flush=True)
+    return code

@@ -11,6 +11,7 @@ from netdecouple import api, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, torch_model
+from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.planning.plan import Plan
 
 
@@ -25,12 +26,15 @@ def apply(
     std: options.Std = None,
     weights: options.Weights = None,
     report: options.Reports = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Carry a saved plan out on the model and the inputs it was made for; the result is the same network.
 
     Example: netdecouple apply model.onnx plan.json -o faster.onnx --calib images/ --preset imagenet
     """
-    console = options.console()
+    terminal = Terminal(quiet, as_json)
+    console = terminal.console
     named = doors.is_named(model)
     check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
@@ -39,11 +43,11 @@ def apply(
         wanted = Plan.load(plan)
         opened = torch_model(console, model, weights, wanted.seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = doors.named().apply_plan(opened, wanted, calib, preprocessing=pictures, progress=bars)
     else:
         check_onnx_only(model, {"--weights": weights})
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = api.apply_plan(
                 model,
                 Plan.load(plan),
@@ -51,4 +55,5 @@ def apply(
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 progress=bars,
             )
-    write_result(console, result.timed() if wants_times(reports) else result, output, None, reports)
+    found = write_result(console, result.timed() if wants_times(reports) else result, output, None, reports)
+    terminal.give(found)

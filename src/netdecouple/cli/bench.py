@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from netdecouple.benchmark import SECONDS, benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
+from netdecouple.cli.terminal import Json, Terminal
 from netdecouple.report.files import write_text
 from netdecouple.report.text import layer_times_tables, timing_tables
 from netdecouple.runtimes import NAMES, runtime
@@ -23,7 +25,11 @@ def bench(
     ],
     runtimes: Annotated[
         list[str] | None,
-        typer.Option("--runtime", help=f"{', '.join(NAMES)}; default {NAMES[0]}. Repeatable."),
+        typer.Option(
+            "--runtime",
+            help=f"{', '.join(NAMES)}; default {NAMES[0]}. Repeatable.",
+            autocompletion=options.among(NAMES),
+        ),
     ] = None,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="Threads to run with; default 1. Repeatable.")
@@ -41,15 +47,17 @@ def bench(
     trust: Annotated[
         bool, typer.Option("--trust", help="Open .pt2 files, which can run any code of their maker's.")
     ] = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the times here as JSON.", show_default=False)
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write the times here as JSON.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Time networks against each other, in turns, and tell how much faster one is only if that shows.
 
     Example: netdecouple bench model.onnx faster.onnx --runtime onnxruntime --runtime openvino --threads 1
     """
-    check_outputs(models, json)
+    terminal = Terminal(as_json=as_json)
+    check_outputs(models, report)
     found = [runtime(name, trust=trust) for name in dict.fromkeys(runtimes or NAMES[:1])]
     timed = benchmark(
         models,
@@ -59,8 +67,8 @@ def bench(
         seconds=seconds,
         layers=layers,
     )
-    if json is not None:
-        write_text(json, timed.to_json())
-    console = options.console()
+    if report is not None:
+        write_text(report, timed.to_json())
     for table in (*timing_tables(timed), *layer_times_tables(timed)):
-        console.print(table)
+        terminal.console.print(table)
+    terminal.give(json.loads(timed.to_json()))

@@ -12,6 +12,7 @@ from netdecouple import api, kernels
 from netdecouple.benchmark import benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
+from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import OutputError
 from netdecouple.frontends.onnx.lowering import lower
 from netdecouple.frontends.onnx.model import write_model
@@ -25,7 +26,8 @@ def demo(
     macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "2x",
 ) -> None:
     """Decouple a small digit classifier and show MACs, accuracy and time before and after."""
-    console = options.console()
+    terminal = Terminal()
+    console = terminal.console
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,7 +36,7 @@ def demo(
         ) from error
     model, data = (Path(__file__).parents[1] / "demo" / name for name in ("digits.onnx", "digits.npz"))
     console.print("A small VGG-like network that reads digits among clutter, and 512 unlabelled images.")
-    with options.Bars() as bars:
+    with terminal.bars() as bars:
         result = api.decouple(
             model,
             f"{data}:calib",

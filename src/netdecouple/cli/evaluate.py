@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from netdecouple import api
 from netdecouple.cli import options
+from netdecouple.cli.terminal import Json, Terminal
 from netdecouple.report.text import scores_table
 
 
@@ -22,14 +24,17 @@ def evaluate(
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    as_json: Json = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy, and how often two networks agree.
 
     Example: netdecouple eval model.onnx faster.onnx --data test.npz:images,labels --preset cifar10
     """
+    terminal = Terminal(as_json=as_json)
     scores = api.evaluate(
         [model] if other is None else [model, other],
         data,
         options.preprocessing(preset, input_size, mean, std),
     )
-    options.console().print(scores_table(scores))
+    terminal.console.print(scores_table(scores))
+    terminal.give({"scores": [asdict(score) for score in scores]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from netdecouple import api, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
 from netdecouple.cli.sources import check_onnx_only, torch_model
+from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.report.files import write_text
 from netdecouple.report.html import inspect_html
 from netdecouple.report.text import inspect_table, reach_table
@@ -23,12 +25,15 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write it here as a page, too.", show_default=False)
     ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Show every layer's shape, MACs and principal components, and which budgets can be met.
 
     Example: netdecouple inspect model.onnx --html model.html
     """
-    console = options.console()
+    terminal = Terminal(quiet, as_json)
+    console = terminal.console
     check_outputs([model], html)
     if doors.is_named(model):
         opened = torch_model(console, model, weights)
@@ -43,3 +48,4 @@ def inspect(
     if html is not None:
         write_text(html, inspect_html(seen))
         console.print(f"Wrote       {html}", **options.PLAIN)
+    terminal.give(json.loads(seen.to_json()))

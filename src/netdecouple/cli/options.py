@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from netdecouple.calibration import Preprocessing
+from netdecouple.calibration import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
+from netdecouple.families.combined import methods
 
+EMITS = ("standard", "fused")
+FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 """For printing what may hold the names of files, which are nobody's markup."""
+
+
+def among(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Complete one of some words for the shell."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def list_of(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Complete the last of several words with commas between them."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + word for word in words if word.startswith(last)]
+
+    return complete
+
 
 Model = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
 AnyModel = Annotated[
@@ -48,6 +64,7 @@ Preset = Annotated[
         help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the weights "
         "of a PyTorch model say, else none.",
         show_default=False,
+        autocompletion=among(PRESETS),
     ),
 ]
 InputSize = Annotated[
@@ -63,6 +80,34 @@ Mean = Annotated[
 Std = Annotated[
     str | None, typer.Option(help="Standard deviation per channel: 0.229,0.224,0.225.", show_default=False)
 ]
+Labels = Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
+]
+DataFree = Annotated[bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")]
+UniformRank = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
+    ),
+]
+Families = Annotated[
+    str,
+    typer.Option(
+        help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
+        "or methods in full, like nd-dp,sd+nd-dp.",
+        autocompletion=list_of(FAMILIES),
+    ),
+]
+Emit = Annotated[
+    str,
+    typer.Option(
+        help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple).",
+        autocompletion=among(EMITS),
+    ),
+]
+Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]
@@ -115,40 +160,3 @@ def _floats(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(t) for t in text.replace(",", " ").split())
     except ValueError as error:
         raise CalibrationError(f"{option} {text!r}: write numbers separated by commas") from error
-
-
-def console() -> Console:
-    """Standard output; where it is no terminal, lines are wide enough for every table."""
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=150)
-
-
-class Bars:
-    """Progress bars on standard error, one per step, with the time that remains; on terminals only."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, tuple[TaskID, int]] = {}  # step → task, last done
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        task, last = self._tasks.get(step, (None, 0))
-        if task is None:
-            task = self._progress.add_task(step, total=total)
-        elif done < last:  # the step starts over, for the next group of layers
-            self._progress.reset(task, total=total)
-        self._tasks[step] = (task, done)
-        self._progress.update(task, completed=done, total=total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -63,11 +64,11 @@ def _check_folder(folder: Path) -> None:
 def write_result(
     console: Console,
     result: Any,
-    outputs: Iterable[Path],
+    outputs: Sequence[Path],
     plan: Path | None,
     reports: Iterable[Path] = (),
-) -> None:
-    """Write the network and what was asked for beside it, and print the report."""
+) -> dict[str, Any]:
+    """Write the network and what was asked for beside it, and print the report; return it for programs."""
     told = told_report(result.report)
     texts = {path: told.rendered(path) for path in reports}  # before anything is written
     for output in outputs:
@@ -79,6 +80,13 @@ def write_result(
     console.print(report_table(result.report))
     for output in outputs:
         tell_written(console, output)
+    written = {
+        "outputs": [str(path) for path in outputs],
+        "plan": None if plan is None else str(plan),
+        "reports": [str(path) for path in texts],
+    }
+    found: dict[str, Any] = json.loads(told.to_json())
+    return found | written
 
 
 def told_report(report: Report) -> Report:

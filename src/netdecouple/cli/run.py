@@ -11,6 +11,7 @@ from netdecouple import api, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
+from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
@@ -32,26 +33,11 @@ def run(
             min=0, help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."
         ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
-    ] = None,
-    data_free: Annotated[
-        bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")
-    ] = False,
-    uniform_rank: Annotated[
-        bool,
-        typer.Option(
-            "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
-        ),
-    ] = False,
-    families: Annotated[
-        str,
-        typer.Option(
-            help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
-            "or methods in full, like nd-dp,sd+nd-dp."
-        ),
-    ] = "all",
+    labels: options.Labels = None,
+    exclude: options.Exclude = None,
+    data_free: options.DataFree = False,
+    uniform_rank: options.UniformRank = False,
+    families: options.Families = "all",
     method: Annotated[
         str | None,
         typer.Option(
@@ -60,19 +46,18 @@ def run(
             show_default=False,
         ),
     ] = None,
-    emit: Annotated[
-        str,
-        typer.Option(help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple)."),
-    ] = "standard",
+    emit: options.Emit = "standard",
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Choose by measuring in onnxruntime or openvino how layers are written.", show_default=False
+            help="Choose by measuring in onnxruntime or openvino how layers are written.",
+            show_default=False,
+            autocompletion=options.among(("onnxruntime", "openvino")),
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
-    samples: Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")] = api.SAMPLES,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    samples: options.Samples = api.SAMPLES,
+    seed: options.Seed = 0,
     preset: options.Preset = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -82,6 +67,8 @@ def run(
         Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
     ] = None,
     report: options.Reports = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Decouple a network to a budget, from a few hundred unlabelled inputs.
 
@@ -89,7 +76,8 @@ def run(
 
     netdecouple run torchvision:resnet18 -o faster.onnx -o faster --calib images/ --macs 50%
     """
-    console = options.console()
+    terminal = Terminal(quiet, as_json)
+    console = terminal.console
     named = doors.is_named(model)
     check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
@@ -113,7 +101,7 @@ def run(
         )
         opened = torch_model(console, model, weights, seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = doors.named().decouple(
                 opened,
                 calib,
@@ -129,7 +117,7 @@ def run(
             )
     else:
         check_onnx_only(model, {"--weights": weights})
-        with options.Bars() as bars:
+        with terminal.bars() as bars:
             result = api.decouple(
                 model,
                 calib,
@@ -152,4 +140,5 @@ def run(
         result = result.timed(
             () if named else tuple(dict.fromkeys(places)), tuple(dict.fromkeys((1, threads)))
         )
-    write_result(console, result, output, plan_out, reports)
+    found = write_result(console, result, output, plan_out, reports)
+    terminal.give(found)

@@ -37,7 +37,7 @@ def check_onnx_only(model: Path, given: Mapping[str, object]) -> None:
             raise ModelError(f"{option} is for PyTorch models, like torchvision:resnet18; {model} is a file")
 
 
-def check_torch_only(model: Path, given: Mapping[str, object]) -> None:
+def check_torch_only(model: Path, given: Mapping[str, object], command: str = "run") -> None:
     """Refuse what only ONNX models take.
 
     Raises:
@@ -47,5 +47,5 @@ def check_torch_only(model: Path, given: Mapping[str, object]) -> None:
         if value:
             raise ModelError(
                 f"{option} is for .onnx models; export {model} first (torch.onnx.export), "
-                f"then netdecouple run model.onnx {option} …"
+                f"then netdecouple {command} model.onnx {option} …"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from netdecouple.scratch import Scratch
 
 DEFAULT_LIMIT = 2 << 30  # bytes
 
@@ -20,7 +21,7 @@ class ArrayStore:
         self._limit = limit
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
         self._written = 0
 
     def __setitem__(self, key: Hashable, array: NDArray[Any]) -> None:
@@ -30,7 +31,7 @@ class ArrayStore:
             self._arrays[key] = array
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="netdecouple-")
+            self._folder = Scratch()
         path = Path(self._folder.name) / f"{self._written}.npy"
         self._written += 1
         np.save(path, array, allow_pickle=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from netdecouple.errors import OutputError
+from netdecouple.scratch import Scratch, publishing
 
 ENDINGS = (".html", ".json")
 
@@ -31,10 +31,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     path = Path(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=path.parent) as folder:
+        with Scratch(beside=path.parent) as folder:
             partial = Path(folder) / path.name
             # names of files may hold bytes that are no text
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-            os.replace(partial, path)
+            with publishing(path):
+                os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot write there ({error.strerror or error})") from error

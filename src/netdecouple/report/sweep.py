@@ -138,6 +138,17 @@ def _csv_row(point: SweepPoint, at_knee: bool) -> dict[str, object]:
     }
 
 
+def losses_of(points: Sequence[SweepPoint]) -> list[float]:
+    """What every point loses: measured on held-back inputs, or predicted where nothing was measured."""
+    measured = [p.agreement.divergence for p in points if p.agreement is not None]
+    return measured if len(measured) == len(points) else [p.predicted_loss for p in points]
+
+
+def is_flat(points: Sequence[SweepPoint]) -> bool:
+    """Whether no point loses anything that shows."""
+    return max(losses_of(points), default=0.0) < NEGLIGIBLE
+
+
 def knee(points: Sequence[SweepPoint]) -> int | None:
     """Find the point beyond which every further saving costs more than the savings before it did.
 
@@ -150,11 +161,10 @@ def knee(points: Sequence[SweepPoint]) -> int | None:
     If no point loses 0.01 the curve is flat and the network with the fewest MACs is recommended. If none lies
     0.05 below the chord (a straight line; or all is lost at once) there is no knee: None.
     """
-    measured = [p.agreement.divergence for p in points if p.agreement is not None]
-    losses = measured if len(measured) == len(points) else [p.predicted_loss for p in points]
+    losses = losses_of(points)
     if not losses:
         return None
-    if max(losses) < NEGLIGIBLE:
+    if is_flat(points):
         return min(range(len(points)), key=lambda i: points[i].macs)
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i].macs, losses[i])):

@@ -17,6 +17,7 @@ from netdecouple.frontends import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.report.report import LayerReport, Report, Score, describe
+from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
 from netdecouple.runtimes.timing import Ratio, Timing
@@ -200,6 +201,79 @@ def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int)
         ("parameters", sum(layer.parameters for layer in layers), least_parameters),
     ):
         table.add_row(name, count(now), count(least), f"{times(now, least)} fewer")
+    return table
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """Every budget with what it costs and loses, the knee marked; compared networks below."""
+    lost = "KL" if sweep.loss == "kl" else "relative error"
+    points = [*sweep.points, *(compared.point for compared in sweep.compared)]
+    measured = next((p.agreement for p in points if p.agreement), None)
+    is_classifier = any(p.agreement is not None and p.agreement.same_class is not None for p in points)
+    columns = ["MACs", "fewer", "parameters", "fewer", f"predicted {lost}"]
+    columns += [lost] if measured else []
+    columns += ["same class"] if is_classifier else []
+    columns += ["top-1"] if any(p.accuracy for p in points) else []
+    title = (
+        f"{sweep.model} at {len(sweep.points)} budgets" if sweep.points else f"Compared with {sweep.model}"
+    )
+    title += f", on {measured.images} held-back inputs" if measured else ""
+    table = _table(title, ("budget", "left"), *((name, "right") for name in columns), ("", "left"))
+    before = points[0]
+    original = [count(before.macs_before), "", count(before.parameters_before)]
+    if before.accuracy:
+        original += [""] * (len(columns) - len(original) - 1) + [_share(before.accuracy[0])]
+    table.add_row("original", *original)
+    for index, point in enumerate(points):
+        row = [
+            count(point.macs),
+            times(point.macs_before, point.macs),
+            count(point.parameters),
+            times(point.parameters_before, point.parameters),
+            _number(point.predicted_loss or None),
+        ]
+        a = point.agreement
+        row += [_number(None if a is None else a.divergence)] if measured else []
+        row += [_share(None if a is None else a.same_class)] if is_classifier else []
+        row += [_share(point.accuracy[1] if point.accuracy else None)] if "top-1" in columns else []
+        at_knee = index == sweep.knee
+        table.add_row(
+            Text(short_name(point.budget)), *row, "← knee" if at_knee else "", style="bold" if at_knee else ""
+        )
+        if index == len(sweep.points) - 1:
+            table.add_section()
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def knee_line(sweep: Sweep) -> Text:
+    """Which budget is recommended, and by what rule."""
+    if sweep.knee is None:
+        return Text("Knee        none: no budget stands out; choose by what may be lost")
+    point = sweep.points[sweep.knee]
+    why = "every further saving costs more than those before"
+    if is_flat(sweep.points):
+        why = "the fewest MACs, as no budget loses anything that shows"
+    return Text(f"Knee        {point.budget}, {times(point.macs_before, point.macs)} fewer MACs: {why}")
+
+
+def families_table(sweep: Sweep) -> Table:
+    """What compared networks' plans did to each layer, side by side."""
+    compared = [c for c in sweep.compared if c.layers]
+    names = [(short_name(Path(c.point.budget).name, 30), "left") for c in compared]
+    table = _table("What was done to each layer", ("layer", "left"), *names)  # type: ignore[arg-type]
+    choices = [{choice.layer: choice for choice in c.layers} for c in compared]
+    for layer in dict.fromkeys(name for of_network in choices for name in of_network):
+        cells = []
+        for of_network in choices:
+            choice = of_network.get(layer)
+            sizes = "" if choice is None else " ".join(map(str, choice.sizes))
+            cells.append("–" if choice is None else f"{choice.family} {sizes}".strip())
+        is_kept = set(cells) <= {"kept", "–"}
+        table.add_row(Text(short_name(layer)), *cells, style="dim" if is_kept else "")
     return table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from netdecouple import kernels
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Feeds, Input
+from netdecouple.scratch import Scratch
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
@@ -62,7 +62,7 @@ def open_session(
             return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
         if model.ByteSize() < PROTOBUF_LIMIT:
             return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
-        with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+        with Scratch() as folder:
             path = Path(folder) / "model.onnx"
             copy = onnx.ModelProto()
             copy.CopyFrom(model)

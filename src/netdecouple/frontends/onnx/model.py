@@ -30,6 +30,7 @@ from netdecouple.runtimes.onnxruntime import (
     run,
     uses_kernels,
 )
+from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -184,7 +185,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+    with Scratch() as folder:
         path = Path(folder) / "folded.onnx"
         chosen.optimized_model_filepath = str(path)
         if proto.ByteSize() >= PROTOBUF_LIMIT:
@@ -427,7 +428,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     check_writable(target)
     try:
-        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=target.parent) as folder:
+        with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
             if proto.ByteSize() < PROTOBUF_LIMIT:
@@ -437,9 +438,10 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
                 copy.CopyFrom(proto)
                 onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
             _check_written(partial, proto)
-            if data.exists():
-                os.replace(data, target.parent / data.name)
-            os.replace(partial, target)
+            with publishing(target):
+                if data.exists():
+                    os.replace(data, target.parent / data.name)
+                os.replace(partial, target)
     except OSError as error:
         raise _unwritable(target, error) from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from netdecouple.frontends.torch.samples import to_numpy
 from netdecouple.frontends.torch.surgery import first_line
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.scratch import Scratch
 
 TOLERANCE = 1e-4  # relative difference between what ONNX Runtime and PyTorch compute
 
@@ -45,7 +45,7 @@ def export(module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str])
         for name, tensor in zip(["image", *inside], [images, *outputs], strict=True)
         if tensor.ndim and len(tensor) == len(images)
     }
-    with tempfile.TemporaryDirectory(prefix="netdecouple-") as folder:
+    with Scratch() as folder:
         path = Path(folder) / "model.onnx"
         try:
             with _hushed(), torch.no_grad():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convo
 from netdecouple.frontends.torch.surgery import duplicate, first_line, install
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.report import Report
+from netdecouple.scratch import Scratch, publishing
 from netdecouple.version import __version__
 
 VERSION = 1
@@ -82,7 +82,7 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
     text = json.dumps(asdict(description) | {"plan": asdict(decoupling.plan)}, indent=1, ensure_ascii=False)
     try:
         _check_replaceable(target)
-        with tempfile.TemporaryDirectory(prefix=".netdecouple-", dir=target.parent) as scratch:
+        with Scratch(beside=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             (new / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -91,7 +91,8 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
                 _weights(new), state
             ):
                 raise ModelError(f"{target}: something else once written; choose another place")
-            _put(new, target, Path(scratch) / "old")
+            with publishing(folder):
+                _put(new, target, Path(scratch) / "old")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{target}: cannot write there ({reason}); choose another place") from error

@@ -1,0 +1,185 @@
+"""Ctrl-C, at whatever moment: an end within a second, one line, exit code 130, and nothing half done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx
+import pytest
+
+from netdecouple.cli.interrupt import interruptible
+from tests import networks
+
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images", "--families", "nd"]
+SOON = 2.0  # seconds that the end may take; one is promised, to a machine that is not busy
+
+
+@pytest.fixture
+def long_run(folder: Path) -> Path:
+    """The folder, with a network on which a run takes many seconds, and a folder for temporary files."""
+    b = networks.Builder()
+    x = b.conv("image", 3, 64, 3, "first")
+    for index in range(12):
+        x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
+    b.classifier(x, 64)
+    onnx.save(b.model(), folder / "net.onnx")
+    (folder / "temporary").mkdir()
+    return folder
+
+
+def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "netdecouple", *arguments],
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder / "temporary")} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Send Ctrl-C; return what was printed, if the end comes soon."""
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - sent < SOON
+    assert process.returncode == 130, err
+    return out, err
+
+
+def wait_for(stream: IO[str] | None, text: str) -> None:
+    assert stream is not None
+    for line in stream:
+        if text in line:
+            return
+    raise AssertionError(f"ended before it said {text!r}")
+
+
+def files(folder: Path) -> set[Path]:
+    own = ("__pycache__", ".ses")  # Python's, and what ONNX Runtime leaves behind when it is imported
+    return {path for path in folder.rglob("*") if not set(own) & set(path.parts)}
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 2.0, 3.0, 5.0])
+def test_at_any_moment(long_run: Path, seconds: float):
+    """While modules are imported, the network is read, watched, weighed, decoupled."""
+    before = files(long_run)
+    process = started(long_run, *RUN)
+    time.sleep(seconds)
+    _, err = interrupted(process)
+    assert err == "interrupted: nothing was written\n"
+    assert files(long_run) == before
+
+
+NATIVE = """
+import os, sys
+import numpy as np
+from netdecouple import api
+
+def work():
+    print("at work", file=sys.stderr, flush=True)
+    {call}
+
+real = api.read_model
+api.read_model = lambda source: work() or real(source)
+sys.argv = ["netdecouple", *sys.argv[1:]]
+from netdecouple.__main__ import main
+main()
+"""
+CALLS = {
+    "lapack": "np.linalg.eigh(np.ones((4000, 4000)) + np.diag(np.arange(4000.0)))",
+    "scipy": "import scipy.linalg; scipy.linalg.solve(np.eye(6000) + 1e-3, np.ones((6000, 6000)))",
+    "torch": "import torch; torch.linalg.svd(torch.rand(3000, 3000))",
+}
+
+
+@pytest.mark.parametrize("library", ["lapack", "scipy", "torch"])
+def test_inside_a_native_call(long_run: Path, library: str):
+    """That takes many seconds, in which Python's interpreter is not asked."""
+    if library == "torch":
+        pytest.importorskip("torch")
+    before = files(long_run)
+    process = subprocess.Popen(
+        [sys.executable, "-c", NATIVE.format(call=CALLS[library]), *RUN],
+        cwd=long_run,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process.stderr, "at work")
+    time.sleep(0.5)
+    _, err = interrupted(process)
+    assert err == "interrupted: nothing was written\n"
+    assert files(long_run) == before
+
+
+def test_inside_onnx_runtime(long_run: Path):
+    """One run of a network on a large batch takes many seconds as well."""
+    b = networks.Builder()
+    x = b.conv("image", 3, 512, 3, "first")
+    for index in range(6):
+        x = b.node("Relu", b.conv(x, 512, 512, 3, f"conv{index}"))
+    b.classifier(x, 512)
+    onnx.save(b.model(), long_run / "net.onnx")
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((4000, 3, 8, 8)).astype(np.float32)
+    np.savez(long_run / "many.npz", images=images, labels=np.zeros(4000, np.int64))
+    before = files(long_run)
+    process = started(long_run, "eval", "net.onnx", "--data", "many.npz:images,labels")
+    time.sleep(4)
+    assert process.poll() is None
+    interrupted(process)
+    assert files(long_run) == before
+
+
+def test_what_was_written_is_told(long_run: Path):
+    """A sweep that is interrupted keeps the networks that are whole, and names them."""
+    budgets = ",".join(f"{share}%" for share in range(90, 30, -2))
+    process = started(
+        long_run, "sweep", "net.onnx", "--calib", "data.npz:images", "--macs", budgets, "-o", "networks"
+    )
+    first = long_run / "networks" / "net-macs90.onnx"
+    while not first.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    _, err = interrupted(process)
+    last = err.splitlines()[-1]
+    assert last.startswith("interrupted: written by then: networks/net-macs90.onnx")
+    assert sorted(last.split(": ")[2].split(", ")) == sorted(
+        str(path.relative_to(long_run)) for path in first.parent.iterdir()
+    )
+    for path in first.parent.iterdir():
+        onnx.checker.check_model(onnx.load(path))
+    assert not files(long_run / "temporary")
+
+
+def test_told_as_json(long_run: Path):
+    """One object, as for every other end."""
+    process = started(long_run, *RUN, "--json")
+    wait_for(process.stderr, "Budgets that can be met")
+    out, err = interrupted(process)
+    assert json.loads(out) == {"error": "interrupted: nothing was written", "exit_code": 130}
+    assert err.endswith("interrupted: nothing was written\n")
+
+
+def test_work_runs_in_a_thread_and_its_outcome_comes_back():
+    """What it returns, what it raises; and the handler is what it was."""
+    before = signal.getsignal(signal.SIGINT)
+    assert interruptible(threading.current_thread) is not threading.main_thread()
+
+    def fail() -> None:
+        raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        interruptible(fail)
+    assert signal.getsignal(signal.SIGINT) is before
