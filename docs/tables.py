@@ -43,16 +43,16 @@ def _command(name: str, command: Any) -> Iterator[str]:
     required = " ".join(f"{max(p.opts, key=len)} {_kind(p)}" for p in options if p.required)
     yield f"## netdecouple {name} {{ #{name} }}"
     yield ""
-    summary, *examples = inspect.cleandoc(command.help or "").split("\n\n")
+    summary, _, rest = inspect.cleandoc(command.help or "").partition("\n\n")
+    examples = [line[line.index("netdecouple") :] for line in rest.splitlines() if "netdecouple" in line]
     yield summary
     yield ""
     yield "```text"
     yield f"netdecouple {name} {' '.join(part for part in (usage, required) if part)} [OPTIONS]"
     yield "```"
     yield ""
-    for example in examples:
-        text = example.replace("\n", " ").removeprefix("Examples:").removeprefix("Example:").strip()
-        yield from ("For example:", "", "```sh", text, "```", "")
+    if examples:
+        yield from ("For example:", "", "```sh", *examples, "```", "")
     rows = [(f"`{_placeholder(p)}`", p) for p in arguments]
     rows += [
         (", ".join(f"`{o}`" for o in p.opts) + (f" `{_kind(p)}`" if _kind(p) else ""), p) for p in options
@@ -77,7 +77,7 @@ def _kind(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    known = isinstance(value, str | int | float | Path) and not isinstance(value, bool)
+    known = isinstance(value, str | int | float | Path) and not isinstance(value, bool) and value != ""
     return f"`{value}`" if known else "*required*" if parameter.required else ""
 
 

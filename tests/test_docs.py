@@ -150,6 +150,7 @@ def test_the_examples_of_the_help_texts_run(prepared: Path, monkeypatch: pytest.
     monkeypatch.chdir(prepared)
     made = "netdecouple run model.onnx --calib images/ --preset imagenet --macs 60% -o "
     made += f"fused.onnx --emit fused\n{made} faster.onnx --plan-out plan.json"
+    made += "\ncp faster.onnx a.onnx\ncp fused.onnx b.onnx"
     page = prepared / "commands.md"
     page.write_text(f"```sh\n{made}\n```\n{page.read_text(encoding='utf-8')}", encoding="utf-8")
     _run(_document(page, prepared))
