@@ -29,7 +29,7 @@ from tests.networks import Builder
 ROOT = Path(__file__).parents[1]
 SIZE = 32
 INSTEAD = {  # pretrained weights would be downloaded, and large networks take minutes
-    "torchvision:resnet18": "torchvision:squeezenet1_1 --weights random --input-size 64",
+    "torchvision:resnet18": "torchvision:squeezenet1_1 --weights random --input-size 64 --families nd",
 }
 COUNTED = re.compile(r"^[ ]*```(sh|python)\b", re.MULTILINE)
 SKIPPED = re.compile(r"<!-- skip: next", re.MULTILINE)

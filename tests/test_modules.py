@@ -338,3 +338,21 @@ def test_a_detector_loses_nothing_at_full_rank(detector: Any):
         for key in ("scores", "boxes"):
             one, other = (v[key].flatten().sort().values for v in (before, after))
             np.testing.assert_allclose(other, one, atol=1e-3)
+
+
+def test_a_sweep_makes_the_modules_of_single_calls(tmp_path):
+    """Bit for bit; in folders that can be loaded, or as figures only."""
+    module = settled(Residual())
+    calib = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sweep = netdecouple.sweep(module, calib, (0.9, 0.5), settings=ND, output=tmp_path / "nets")
+    for point in sweep.points:
+        one = netdecouple.decouple(module, calib, macs=point.budget.removesuffix(" MACs"), settings=ND)
+        loaded = netdecouple.load(settled(Residual()), point.file)
+        assert loaded.decoupling.plan == one.decoupling.plan
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), one.parameters(), strict=True))
+        assert point.agreement == one.decoupling.report.agreement
+    figures = netdecouple.sweep(module, calib, "90%,50%", settings=ND)
+    assert [point.file for point in figures.points] == [None, None]
+    assert [point.macs for point in figures.points] == [point.macs for point in sweep.points]
+    with pytest.raises(BudgetError, match="give budgets"):
+        netdecouple.sweep(module, calib)

@@ -69,7 +69,10 @@ class Result:
     shape: tuple[int, ...]  # of one input, as it was calibrated with
 
     def timed(
-        self, runtimes: Sequence[str] = ("onnxruntime",), threads: Sequence[int] = (1,), seconds: float = 2.0
+        self,
+        runtimes: Sequence[str] = ("onnxruntime",),
+        threads: Sequence[int] = (1,),
+        seconds: float | None = None,
     ) -> Result:
         """The same with times in its report: of the original and of this network, and layer by layer.
 
@@ -78,7 +81,7 @@ class Result:
         Args:
             runtimes: "onnxruntime", "openvino".
             threads: the numbers of threads to time with.
-            seconds: how long to measure, for each runtime and number of threads.
+            seconds: how long to measure, for each runtime and number of threads; two unless told.
         """
         networks = (self.source, self.model)
         shape = self.shape

@@ -26,6 +26,7 @@ from netdecouple.scratch import Scratch
 from netdecouple.version import __version__
 
 SECONDS = 4.0  # for each runtime and number of threads
+SHORT = 2.0  # the same for a report, which is about more than time
 DECOUPLED = "decoupled"  # what reports call the network that was made
 PROFILED = 200  # runs at most; a profile holds an event for every node of every run
 
@@ -71,7 +72,7 @@ def timed(
     models: Sequence[object],
     runtimes: Sequence[str],
     threads: Sequence[int],
-    seconds: float,
+    seconds: float | None = None,
     *,
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
@@ -82,7 +83,7 @@ def timed(
     Time per layer is told for ONNX Runtime and the first number of threads. Nothing fails: what cannot be
     timed is left out, and the report says why.
     """
-    names = (report.model, DECOUPLED)
+    names, seconds = (report.model, DECOUPLED), SHORT if seconds is None else seconds
     known = report.benchmark or Benchmark(__version__, ())
     rows, profiles, reasons = list(known.models), list(known.layers), list(report.not_timed)
     for name in runtimes:

@@ -59,7 +59,7 @@ class Result:
     original: nn.Module
 
     def timed(
-        self, runtimes: Sequence[str] = (), threads: Sequence[int] = (1,), seconds: float = 2.0
+        self, runtimes: Sequence[str] = (), threads: Sequence[int] = (1,), seconds: float | None = None
     ) -> Result:
         """The same with times in its report: of the original and of this network.
 
@@ -69,7 +69,7 @@ class Result:
             runtimes: "torch", "torch.compile", and for models that can be exported "onnxruntime" and
                 "openvino"; those two that everybody has unless they are named.
             threads: the numbers of threads to time with.
-            seconds: how long to measure, for each runtime and number of threads.
+            seconds: how long to measure, for each runtime and number of threads; two unless told.
         """
         report = self.report
         for name in runtimes or ("torch", "onnxruntime"):

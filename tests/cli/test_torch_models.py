@@ -229,3 +229,19 @@ def test_a_library_s_model(netdecouple, folder: Path, torchvision, name: str):
     assert ended.code == 0, ended
     assert "Weights     random (seed 0)" in ended.out
     assert onnx.load(folder / "out.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_sweep_writes_a_file_per_budget(netdecouple, folder: Path):
+    """The same as runs of their own; with accuracy."""
+    calib = ["nets:make", "--calib", "data.npz:images", "--families", "nd"]
+    labels = ["--labels", "data.npz:images,labels"]
+    ended = netdecouple("sweep", *calib, *labels, "--macs", "80%,50%", "-o", "swept", "--json")
+    assert ended.code == 0, ended
+    points = json.loads(ended.out)["points"]
+    assert [point["file"] for point in points] == ["swept/make-macs80.onnx", "swept/make-macs50.onnx"]
+    assert all(point["accuracy"] for point in points)
+    assert netdecouple("run", *calib, "--macs", "50%", "-o", "one.onnx", "-q").code == 0
+    assert (folder / "one.onnx").read_bytes() == (folder / points[1]["file"]).read_bytes()
+    ended = netdecouple("sweep", *calib, "--compare", "one.onnx", "one.onnx")
+    assert ended.code == 2
+    assert "netdecouple sweep model.onnx --compare" in ended.err

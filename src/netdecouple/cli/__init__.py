@@ -67,7 +67,7 @@ def main() -> None:
     out = sys.stdout
     scratch.forget()
     try:
-        code = interruptible(lambda: app(standalone_mode=False)) or 0
+        code = interruptible(lambda: app(prog_name="netdecouple", standalone_mode=False)) or 0
     except SystemExit:  # completions
         raise
     except BaseException as error:

@@ -31,7 +31,9 @@ def apply(
 ) -> None:
     """Carry a saved plan out on the model and the inputs it was made for; the result is the same network.
 
-    Example: netdecouple apply model.onnx plan.json -o faster.onnx --calib images/ --preset imagenet
+    \b
+    Example:
+      netdecouple apply model.onnx plan.json -o faster.onnx --calib images/
     """
     terminal = Terminal(quiet, as_json)
     console = terminal.console

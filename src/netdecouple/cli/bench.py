@@ -54,7 +54,10 @@ def bench(
 ) -> None:
     """Time networks against each other, in turns, and tell how much faster one is only if that shows.
 
-    Example: netdecouple bench model.onnx faster.onnx --runtime onnxruntime --runtime openvino --threads 1
+    \b
+    Examples:
+      netdecouple bench model.onnx faster.onnx --threads 1 --threads 2
+      netdecouple bench model.onnx faster.onnx --runtime openvino --report times.json
     """
     terminal = Terminal(as_json=as_json)
     check_outputs(models, report)

@@ -28,7 +28,9 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy, and how often two networks agree.
 
-    Example: netdecouple eval model.onnx faster.onnx --data test.npz:images,labels --preset cifar10
+    \b
+    Example:
+      netdecouple eval model.onnx faster.onnx --data test.npz:images,labels
     """
     terminal = Terminal(as_json=as_json)
     scores = api.evaluate(

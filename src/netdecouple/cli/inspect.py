@@ -30,7 +30,10 @@ def inspect(
 ) -> None:
     """Show every layer's shape, MACs and principal components, and which budgets can be met.
 
-    Example: netdecouple inspect model.onnx --html model.html
+    \b
+    Examples:
+      netdecouple inspect model.onnx
+      netdecouple inspect model.onnx --html model.html
     """
     terminal = Terminal(quiet, as_json)
     console = terminal.console

@@ -13,7 +13,9 @@ from netdecouple.frontends.onnx.model import load, nodes_of, write_model
 def lower(model: options.Model, output: options.Output, quiet: Quiet = False, as_json: Json = False) -> None:
     """Write a network's fused operators as standard ones, which every runtime has.
 
-    Example: netdecouple lower fused.onnx -o standard.onnx
+    \b
+    Example:
+      netdecouple lower fused.onnx -o standard.onnx
     """
     terminal = Terminal(quiet, as_json)
     check_outputs([model], output)

@@ -72,9 +72,11 @@ def run(
 ) -> None:
     """Decouple a network to a budget, from a few hundred unlabelled inputs.
 
-    Examples: netdecouple run model.onnx -o faster.onnx --calib images/ --preset imagenet --macs 50%
-
-    netdecouple run torchvision:resnet18 -o faster.onnx -o faster --calib images/ --macs 50%
+    \b
+    Examples:
+      netdecouple run model.onnx -o faster.onnx --calib images/ --macs 50%
+      netdecouple run model.onnx -o faster.onnx --calib images/ --latency 60%
+      netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(quiet, as_json)
     console = terminal.console

@@ -72,8 +72,8 @@ def sweep(
 
     \b
     Examples:
-      netdecouple sweep model.onnx --calib images/ --macs 80%,60%,50%,40% --report curve.html
-      netdecouple sweep model.onnx --calib images/ --macs 1.5x,2x,3x -o networks/ --csv curve.csv
+      netdecouple sweep model.onnx --calib images/ --macs 80%,60%,50% --csv curve.csv
+      netdecouple sweep model.onnx --calib images/ --macs 1.5x,2x,3x -o networks/
       netdecouple sweep model.onnx --calib images/ --compare a.onnx b.onnx
     """
     terminal = Terminal(quiet, as_json)

@@ -182,7 +182,9 @@ def solve(gram: Array, right: Array) -> Array:
     """Solve X gram = right (·, d) for a symmetric gram (d, d) that may be singular up to rounding."""
     gram = gram.copy()
     gram.flat[:: len(gram) + 1] += 1e-10 * np.trace(gram) / len(gram) + TINY**0.5
-    return np.asarray(scipy.linalg.solve(gram, right.T, assume_a="pos", check_finite=False).T)
+    # scipy.linalg.solve does the same, but lets no other thread run meanwhile, not even one that sees Ctrl-C
+    factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
+    return np.asfortranarray(scipy.linalg.cho_solve(factor, right.T, check_finite=False).T)
 
 
 def with_best_bias(problem: Problem, stages: Sequence[ConvStage]) -> Factorization:

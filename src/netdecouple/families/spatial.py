@@ -91,7 +91,7 @@ def _all_rows(problem: Problem, group: int) -> Array:
     along, across = _factors(problem.moments.gram[group], g)
     unfolded = along.T @ _unfolded(problem.target[group], g)
     weighted = (unfolded.reshape(len(unfolded), -1, g.kw) @ across).reshape(unfolded.shape)
-    left = scipy.linalg.svd(weighted, full_matrices=False, check_finite=False)[0]
+    left = np.asfortranarray(np.linalg.svd(weighted, full_matrices=False)[0])  # SciPy's stops other threads
     terms = scipy.linalg.solve_triangular(along, left, lower=True, trans="T", check_finite=False)
     return np.ascontiguousarray(terms.T)
 

@@ -152,6 +152,7 @@ def sweep_html(sweep: Sweep) -> str:
         rows=[*((p, p is knee, False) for p in sweep.points), *((p, False, True) for p in compared)],
         chart=_sweep_chart(sweep),
         loss_name=_loss_name(sweep.loss),
+        planned=[c.point.budget for c in sweep.compared if c.layers],
         has_classes=any(
             p.agreement and p.agreement.same_class is not None for p in (*sweep.points, *compared)
         ),

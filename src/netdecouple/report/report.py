@@ -176,7 +176,7 @@ class Report:
     benchmark: Benchmark | None = None  # the original first, then this one; only where it was asked for
     not_timed: tuple[str, ...] = ()  # what could not be timed, and why
     pictures: tuple[builtins.bytes, ...] = field(
-        default=(), repr=False
+        default=(), repr=False, compare=False
     )  # of the disagreements, PNG; never in JSON
 
     @property

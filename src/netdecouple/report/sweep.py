@@ -57,6 +57,9 @@ class LayerChoice:
     family: str  # "kept" if nothing
     sizes: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return " ".join([self.family, *map(str, self.sizes)])
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -83,6 +86,13 @@ class Sweep:
     ) -> Sweep:
         """Put the curve together and find its knee."""
         return cls(model, __version__, loss, tuple(points), knee(points), tuple(compared))
+
+    def side_by_side(self) -> dict[str, list[LayerChoice | None]]:
+        """By layer, what the plans of compared networks did to it; ``None``: a plan has no such layer."""
+        choices = [{c.layer: c for c in compared.layers} for compared in self.compared if compared.layers]
+        return {
+            name: [own.get(name) for own in choices] for name in dict.fromkeys(n for c in choices for n in c)
+        }
 
     def to_json(self) -> str:
         """The sweep as text."""

@@ -265,14 +265,9 @@ def families_table(sweep: Sweep) -> Table:
     compared = [c for c in sweep.compared if c.layers]
     names = [(short_name(Path(c.point.budget).name, 30), "left") for c in compared]
     table = _table("What was done to each layer", ("layer", "left"), *names)  # type: ignore[arg-type]
-    choices = [{choice.layer: choice for choice in c.layers} for c in compared]
-    for layer in dict.fromkeys(name for of_network in choices for name in of_network):
-        cells = []
-        for of_network in choices:
-            choice = of_network.get(layer)
-            sizes = "" if choice is None else " ".join(map(str, choice.sizes))
-            cells.append("–" if choice is None else f"{choice.family} {sizes}".strip())
-        is_kept = set(cells) <= {"kept", "–"}
+    for layer, choices in sweep.side_by_side().items():
+        is_kept = all(choice is None or choice.family == "kept" for choice in choices)
+        cells = ("–" if choice is None else str(choice) for choice in choices)
         table.add_row(Text(short_name(layer)), *cells, style="dim" if is_kept else "")
     return table
 

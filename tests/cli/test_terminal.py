@@ -1,0 +1,162 @@
+"""What people and programs are told, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netdecouple.cli import terminal
+from netdecouple.cli.terminal import Bars
+
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images", "--families", "nd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*RUN, "--plan-out", "p.json"], {"outputs": ["out.onnx"], "plan": "p.json", "model": "net.onnx"}),
+        (["inspect", "net.onnx"], {"model": "net.onnx"}),
+        (["bench", "net.onnx", "--seconds", "0"], {"layers": []}),
+        (
+            ["sweep", "net.onnx", "--calib", "data.npz:images", "--macs", "80%,50%", "--csv", "c.csv",
+             "--families", "nd"],
+            {"model": "net.onnx", "loss": "kl", "outputs": ["c.csv"], "compared": []},
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_json_is_all_there_is_on_standard_output(
+    netdecouple, folder: Path, arguments: list[str], expected: dict
+):
+    """One object; the tables go to standard error."""
+    ended = netdecouple(*arguments, "--json")
+    assert ended.code == 0, ended
+    found = json.loads(ended.out)
+    assert {key: found[key] for key in expected} == expected
+    assert "MACs" in ended.err
+
+
+def test_json_of_apply_eval_and_lower(netdecouple, folder: Path):
+    """The report of the plan that was carried out; every score; how many operators were lowered."""
+    assert netdecouple(*RUN, "--plan-out", "plan.json", "--emit", "fused", "--quiet").code == 0
+    ended = netdecouple(
+        *("apply", "net.onnx", "plan.json", "-o", "again.onnx", "--calib", "data.npz:images", "--json")
+    )
+    found = json.loads(ended.out)
+    assert found["outputs"] == ["again.onnx"]
+    assert found["macs"] <= found["macs_before"] / 2
+    ended = netdecouple("eval", "net.onnx", "again.onnx", "--data", "data.npz:images,labels", "--json")
+    assert [score["model"] for score in json.loads(ended.out)["scores"]] == ["net.onnx", "again.onnx"]
+    ended = netdecouple("lower", "again.onnx", "-o", "standard.onnx", "--json")
+    assert json.loads(ended.out)["outputs"] == ["standard.onnx"]
+    assert json.loads(ended.out)["operators"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "gone.onnx"], "no such file"),
+        (["run", "net.onnx", "--nonsense"], "No such option"),
+        (["eval", "net.onnx"], "--data"),
+    ],
+)
+def test_errors_as_json(netdecouple, folder: Path, arguments: list[str], message: str):
+    """What standard error says as well, with the exit code."""
+    ended = netdecouple(*arguments, "--json")
+    found = json.loads(ended.out)
+    assert (ended.code, found["exit_code"]) == (2, 2)
+    assert message in found["error"]
+    assert ended.err == f"error: {found['error']}\n"
+
+
+def test_what_a_function_prints_does_not_spoil_the_json(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Calibration functions may print what they like."""
+    monkeypatch.syspath_prepend(folder)
+    (folder / "talkative.py").write_text(
+        "import numpy as np\ndef data():\n    print('hello')\n    return np.load('data.npz')['images']\n"
+    )
+    arguments = [argument.replace("data.npz:images", "talkative:data") for argument in RUN]
+    ended = netdecouple(*arguments, "--json")
+    assert json.loads(ended.out)["model"] == "net.onnx"
+    assert "hello" in ended.err
+
+
+def test_quiet(netdecouple, folder: Path):
+    """Nothing at all, but errors; the result is written all the same."""
+    ended = netdecouple(*RUN, "--quiet")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    assert (folder / "out.onnx").exists()
+    ended = netdecouple("lower", "net.onnx", "-o", "out.onnx", "-q")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+
+
+def test_lines_of_progress_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Now and then one, with the time that remains; not for every call, and none when quiet."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    for quiet in (True, False):
+        bars = Bars(quiet)
+        with bars:
+            for done in range(101):
+                bars("Counting", done, 100)
+                now[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Counting: 10 of 100, about 1:30 left"
+    assert lines[-1] == "Counting: 100 of 100"
+    assert len(lines) == 10
+
+
+@pytest.mark.parametrize(
+    ("variable", "coloured"), [("NO_COLOR", False), ("FORCE_COLOR", True), ("TERM", False)]
+)
+def test_colours_are_for_terminals(folder: Path, variable: str, coloured: bool):
+    """None in a pipe, unless they are forced; none where nobody wants them."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "netdecouple", "inspect", "net.onnx"],
+        env=environment | {variable: "xterm-256color" if variable == "TERM" else "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("\x1b[" in ended.stdout) == coloured
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("netdecouple run net.onnx --preset ", {"imagenet", "cifar10", "none"}),
+        ("netdecouple run net.onnx --emit f", {"fused"}),
+        ("netdecouple run net.onnx --families nd,nd-", {"nd,nd-dp", "nd,nd-pd"}),
+        ("netdecouple bench net.onnx --runtime open", {"openvino"}),
+        ("netdecouple sw", {"sweep"}),
+    ],
+)
+def test_completions(folder: Path, line: str, expected: set[str]):
+    """What bash is told when somebody presses tab."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "netdecouple"],
+        env=os.environ
+        | {
+            "_NETDECOUPLE_COMPLETE": "complete_bash",
+            "_TYPER_COMPLETE_ARGS": line,
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(ended.stdout.split()) == expected, ended
