@@ -11,6 +11,7 @@ from netdecouple.report.text import count
 
 SPEEDUPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100)
 BETWEEN = (1.25, 2.5, 4, 7, 15, 30)  # those that go first where there are too many
+ROOM = 84  # for a label beside its mark
 CROWDED = 15  # marks nearer than this share a label, that of the first
 
 
@@ -98,7 +99,7 @@ def plot(
     for point in points:
         x, y = place(point.x, point.y)
         near = any(m.label and abs(m.x - x) < 70 and abs(m.y - y) < CROWDED for m in marks)
-        side = "end" if x > frame.width * 0.75 else "start"
+        side = "end" if x > frame.left + ROOM else "start"  # curves rise: there is room up to the left
         marks.append(Mark(x, y, "" if near else point.label, point.kind, side))
     marks.sort(key=lambda mark: mark.kind == "run")  # drawn last, above all others
     lines = tuple(
