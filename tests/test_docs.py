@@ -2,7 +2,7 @@
 
 Each page runs from top to bottom in a folder of its own that holds the files the pages name: ``model.onnx``,
 ``images/`` and ``test.npz``. A block is left out only where the page says so, in a comment with the reason.
-What cannot be had offline is replaced as `INSTEAD` says.
+What cannot be had offline, or takes long, is replaced as `INSTEAD` says.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from tests.networks import Builder
 
 ROOT = Path(__file__).parents[1]
 SIZE = 32
-INSTEAD = {  # pretrained weights would be downloaded, and large networks take minutes
+INSTEAD = {
+    # longer than a second shows no more here
+    "netdecouple bench": "netdecouple bench --seconds 1",
+    # pretrained weights would be downloaded, and large networks take minutes
     "torchvision:resnet18": "torchvision:squeezenet1_1 --weights random --input-size 64 --families nd",
 }
 COUNTED = re.compile(r"^[ ]*```(sh|python)\b", re.MULTILINE)
