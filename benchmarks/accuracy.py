@@ -130,19 +130,6 @@ def main(
 ) -> None:
     """Print the table of accuracy against MACs; rows go to the CSV file as they come."""
     console = Console()
-    table = Table(title="CIFAR-10 test, 1,000 images; standard error of an accuracy about 0.9 points")
-    for column in (
-        "network",
-        "method",
-        "images",
-        "asked",
-        "MACs",
-        "top-1",
-        "drop",
-        "same class, held back",
-        "seconds",
-    ):
-        table.add_column(column, justify="left" if column in ("network", "method") else "right")
     known: list[Row] = []
     found: Iterable[Row] = rows(
         shared(),
@@ -152,25 +139,48 @@ def main(
         method or list(METHODS),
     )
     for row in found:
-        cells = (
-            row.network,
-            row.method,
-            str(row.images or "–"),
-            f"{row.asked:g}×",
-            f"{row.reached:.2f}× fewer",
-            f"{100 * row.after:.1f}",
-            f"{100 * (row.before - row.after):+.1f}",
-            f"{100 * row.held_back:.1f}",
-            f"{row.seconds:.0f}",
-        )
-        table.add_row(*cells)
-        console.log(" ".join(cells))  # long runs are watched
+        console.log(" ".join(_cells(row)))  # long runs are watched
         known.append(row)
         if table_file is not None:
             _append(table_file, row)
-    console.print(table)
+    console.print(table(known))
     if plot is not None:
         draw(known if table_file is None else read(table_file), plot)
+
+
+def table(found: Iterable[Row]) -> Table:
+    """A line for every row."""
+    out = Table(title="CIFAR-10 test, 1,000 images; standard error of an accuracy about 0.9 points")
+    names = (
+        "network",
+        "method",
+        "images",
+        "asked",
+        "MACs",
+        "top-1",
+        "drop",
+        "same class, held back",
+        "seconds",
+    )
+    for name in names:
+        out.add_column(name, justify="left" if name in ("network", "method") else "right")
+    for row in found:
+        out.add_row(*_cells(row))
+    return out
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.network,
+        row.method,
+        f"{row.images:g}" if row.images else "–",
+        f"{row.asked:g}×",
+        f"{row.reached:.2f}× fewer",
+        f"{100 * row.after:.1f}",
+        f"{100 * (row.before - row.after):+.1f}",
+        f"{100 * row.held_back:.1f}",
+        f"{row.seconds:.0f}",
+    )
 
 
 def _append(path: Path, row: Row) -> None:

@@ -173,6 +173,12 @@ def cells(bench: Bench, methods: list[str], known: set[tuple[str, str, str]]) ->
                 yield work(method)
 
 
+def read(store: Path) -> dict[tuple[str, str, str], Cell]:
+    """Every cell that is known."""
+    lines = store.read_text().splitlines() if store.exists() else []
+    return {(c.network, c.method, c.way): c for c in (Cell(**json.loads(line)) for line in lines)}
+
+
 def table(network: str, found: dict[tuple[str, str, str], Cell]) -> Table:
     """One network's cells, a line per method."""
     out = Table(
@@ -221,8 +227,7 @@ def main(
     """Fill the table, and print it."""
     console = Console(width=150)
     store.parent.mkdir(parents=True, exist_ok=True)
-    lines = store.read_text().splitlines() if store.exists() else []
-    found = {(c.network, c.method, c.way): c for c in (Cell(**json.loads(line)) for line in lines)}
+    found = read(store)
     for name in () if only_print else network or NETWORKS:
         for cell in cells(Bench(name, images), method or list(METHODS), set(found)):
             found[cell.network, cell.method, cell.way] = cell

@@ -133,7 +133,8 @@ def decouple(
         model: a path or a ModelProto with one float32 image input (N, C, H, W).
         calib: unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION, or arrays
             (N, C, H, W) that are ready for the network. May be left out when ``settings.data_free``.
-        macs, parameters: the share that may stay: 0.5, "50%" or "2x" (two times fewer).
+        macs: the share of the MACs that may stay: 0.5, "50%" or "2x" (two times fewer).
+        parameters: the share of the parameters that may stay.
         latency: the share of its time that the network may still take, for one input in ``runtime``.
         max_drop: instead of a budget, the points of top-1 accuracy that may be lost on ``labels``
             (FILE.npz:IMAGES,LABELS); the smallest network within them is searched for.

@@ -57,7 +57,8 @@ def decouple(
         module: convolutional; whatever Python its forward runs.
         calib: unlabelled samples in batches: tensors, tuples of arguments, mappings, a DataLoader; or one
             tensor (N, …) of them all.
-        macs, parameters: the share that may stay: 0.5, "50%" or "2x" (two times fewer).
+        macs: the share of the MACs that may stay: 0.5, "50%" or "2x" (two times fewer).
+        parameters: the share of the parameters that may stay.
         device: where to run the module while decoupling; the linear algebra is NumPy's.
         filter: called with every layer's name and module; False leaves it alone.
         arguments: makes what the module's forward takes out of one batch of ``calib``, if that is not it.

@@ -371,6 +371,10 @@ def test_the_output_is_a_folder(refused, folder: Path):
         refused(changed(RUN, **options), "images", "is a folder")
 
 
+def test_an_output_that_says_it_is_a_folder(refused):
+    refused(changed(RUN, output="faster/"), "write -o faster.onnx")
+
+
 def test_the_output_is_in_no_folder(refused):
     """Found out before the work."""
     for options in ({"output": "no/out.onnx"}, {"plan_out": "no/plan.json"}, {"report": "no/report.json"}):

@@ -31,6 +31,8 @@ def check_networks(outputs: Sequence[Path], named: bool) -> list[Path]:
     if not named and len(outputs) > 1:
         raise OutputError("an .onnx model becomes one .onnx file; give -o once")
     for output in outputs:
+        if not named and not output.suffix and not output.exists():
+            raise OutputError(f"{output}: .onnx models are written as .onnx files; write -o {output}.onnx")
         if named and output.suffix in NO_FOLDERS:
             raise OutputError(
                 f"{output}: PyTorch models are written as .onnx or as a folder; leave out {output.suffix}"

@@ -1,0 +1,114 @@
+"""Write the documentation's generated tables: the command line's reference, and what the benchmarks measured.
+
+    python docs/tables.py docs/generated
+
+Nothing is measured here: results are read from the files that the scripts in ``benchmarks/`` keep beside the
+pages, and printed by those scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+from rich.table import Table
+
+from netdecouple.cli import app
+
+KINDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH"}
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "benchmarks"))
+
+import accuracy  # noqa: E402
+import paper_table  # noqa: E402
+
+
+def commands() -> str:
+    """Every command with its arguments and options, as ``--help`` has them."""
+    group: Any = typer.main.get_command(app)
+    return "\n".join(line for name, command in group.commands.items() for line in _command(name, command))
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [
+        p for p in command.params if p.param_type_name == "option" and not p.hidden and p.name != "help"
+    ]
+    usage = " ".join(_placeholder(p) for p in arguments)
+    required = " ".join(f"{max(p.opts, key=len)} {_kind(p)}" for p in options if p.required)
+    yield f"## netdecouple {name} {{ #{name} }}"
+    yield ""
+    summary, _, rest = inspect.cleandoc(command.help or "").partition("\n\n")
+    examples = [line[line.index("netdecouple") :] for line in rest.splitlines() if "netdecouple" in line]
+    yield summary
+    yield ""
+    yield "```text"
+    yield f"netdecouple {name} {' '.join(part for part in (usage, required) if part)} [OPTIONS]"
+    yield "```"
+    yield ""
+    if examples:
+        yield from ("For example:", "", "```sh", *examples, "```", "")
+    rows = [(f"`{_placeholder(p)}`", p) for p in arguments]
+    rows += [
+        (", ".join(f"`{o}`" for o in p.opts) + (f" `{_kind(p)}`" if _kind(p) else ""), p) for p in options
+    ]
+    yield "| | | default |"
+    yield "| --- | --- | --- |"
+    for label, parameter in rows:
+        yield f"| {label} | {_cell(parameter.help or '')} | {_default(parameter)} |"
+    yield ""
+
+
+def _placeholder(parameter: Any) -> str:
+    name = parameter.name.upper() + ("…" if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _kind(parameter: Any) -> str:
+    kind = parameter.type_descriptor.annotation
+    kind = (*get_args(kind), kind)[0]  # of list[kind], the kind
+    return "" if parameter.is_flag else KINDS[kind]
+
+
+def _default(parameter: Any) -> str:
+    value = parameter.default
+    known = isinstance(value, str | int | float | Path) and not isinstance(value, bool) and value != ""
+    return f"`{value}`" if known else "*required*" if parameter.required else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def markdown(table: Table) -> str:
+    """A table of rich's in Markdown."""
+    heads = [str(column.header) for column in table.columns]
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [heads, rules, *([_cell(str(cell)) for cell in row] for row in rows)]
+    return f"*{table.title}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the documentation's generated tables.")
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = paper_table.read(DOCS / "paper_table.json")
+    networks = dict.fromkeys(network for network, _, _ in cells)
+    pages = {
+        "commands": commands(),
+        "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
+        "paper": "\n".join(markdown(paper_table.table(name, cells)) for name in networks) or "Not run yet.\n",
+    }
+    for name, text in pages.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
