@@ -109,7 +109,8 @@ def built(name: str) -> tuple[nn.Module, list[Any]]:
     if kind == "detection" and not key.startswith("ssd"):
         options |= {"min_size": 128, "max_size": 128}  # it would make every picture 800 pixels high
     if "rcnn" in key:
-        options["rpn_post_nms_top_n_test"] = 50  # pictures this small hold fewer things than the usual 1000
+        # pictures this small hold fewer things than the usual thousand proposals and hundred detections
+        options |= {"rpn_post_nms_top_n_test": 50, "box_detections_per_img": 10}
     if kind == "classification" and key in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     path = {"classification": key, "video": f"video.{key}"}.get(kind, key)
