@@ -52,7 +52,7 @@ def cases(name: str) -> Iterator[tuple[str, OnnxNetwork, dict[str, Factorization
                 chosen = {
                     la.name: placeholder(with_terms(la.geometry, terms), seed)
                     for seed, la in enumerate(network.layers)
-                    if la.geometry and la.geometry.n_i > 3
+                    if la.geometry and la.geometry.kh > 1 and la.geometry.n_i > 3
                 }
                 yield f"{label}, T = {terms}", network, chosen
         return

@@ -172,7 +172,7 @@ class Targets:
         self._store = ArrayStore()
         self._recorded: dict[str, list[slice]] = {name: [] for name in wanted}
         sums = {la.name: np.zeros((2, len(la.bias))) for la in able if la.name in wanted}
-        for seen in network.observe(inputs.images, self.positions if wanted else {}):
+        for seen in network.observe(inputs.images, self.positions if wanted else {}, with_patches=False):
             progress("Recording targets", min(seen.images.stop, count), count)
             if seen.layer not in wanted:
                 continue

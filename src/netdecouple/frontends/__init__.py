@@ -112,8 +112,10 @@ class Network(Protocol):
         """Return the network's outputs, with some layers' weight and bias replaced."""
         ...
 
-    def observe(self, images: Images, positions: Positions) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+    def observe(
+        self, images: Images, positions: Positions, with_patches: bool = True
+    ) -> Iterator[Observation]:
+        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if that is wanted."""
         ...
 
     def walk(self, images: Images) -> Walk:

@@ -106,8 +106,10 @@ class OnnxNetwork:
             )
         return proto
 
-    def observe(self, images: Array, positions: Positions) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+    def observe(
+        self, images: Array, positions: Positions, with_patches: bool = True
+    ) -> Iterator[Observation]:
+        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if that is wanted."""
         if not positions:
             return
         tensors = list(

@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -274,33 +274,47 @@ class TorchNetwork:
         except Exception as error:
             raise ModelError(f"the module cannot be put on {self.device}: {first_line(error)}") from error
 
-    def observe(self, images: Samples, positions: Positions) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` see and produce."""
+    def observe(
+        self, images: Samples, positions: Positions, with_patches: bool = True
+    ) -> Iterator[Observation]:
+        """Yield, batch by batch, what the layers named in ``positions`` see, if that is wanted, and produce.
+
+        What was sampled is gathered when a layer is called: whole maps are held for no more than one.
+        """
         if not positions:
             return
-        held = sum(
-            4 * (la.geometry.n_i * math.prod(la.size) + 2 * la.geometry.n_o * math.prod(la.output_size))
-            for la in self.layers
-            if la.geometry and la.name in positions
-        )
         shortcuts = Shortcuts(self, positions)
-        calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        added: dict[str, torch.Tensor] = {}
+        gathered: dict[str, Observation] = {}
+        calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of layers called several times
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            if name in positions:  # copied: what comes later may change it in place
+            if name in positions and self.found[name].steady:
+                where = positions[name][batch]
+                seen = self.observation(name, batch, [(arguments[0], output)], where, shortcuts.of(name))
+                gathered[name] = replace(seen, look=partial(_as_is, seen.patches if with_patches else None))
+            elif name in positions:  # copied: what comes later may change it in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
-                if (shortcut := shortcuts.of(name)) is not None:
-                    added[name] = shortcut.clone()
             shortcuts.after(name, arguments, output)
 
         names = set(positions) | shortcuts.names
-        for batch in self.batches(len(images), held):
+        held = sum(self._sampled_bytes(name, where) for name, where in positions.items())
+        for batch in self.batches(len(images), held if with_patches else 0):
             with torch.no_grad(), hooked(self.module, shortcuts.before, after, names.__contains__):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
-                if name in calls:
-                    yield self.observation(name, batch, calls.pop(name), where[batch], added.pop(name, None))
+                if name in gathered:
+                    yield gathered.pop(name)
+                elif name in calls:
+                    yield self.observation(name, batch, calls.pop(name), where[batch], None)
+
+    def _sampled_bytes(self, name: str, where: NDArray[np.int64]) -> int:
+        """What is gathered of a layer for one sample, its maps too if these are kept until the end."""
+        layer = self.layer[name]
+        g = layer.geometry
+        assert g is not None
+        taken = where.shape[1] * (g.n_i // g.groups * g.kh * g.kw * g.groups + g.n_o)
+        maps = g.n_i * math.prod(layer.size) + g.n_o * math.prod(layer.output_size)
+        return 4 * (taken if self.found[name].steady else int(layer.maps * maps))
 
     def observation(
         self,
@@ -396,6 +410,11 @@ class Shortcuts:
         """Remember what a module makes; a hook."""
         if (name, "y") in self._wanted:
             self._values[name, "y"] = output
+
+
+def _as_is(patches: Array | None) -> Array:
+    assert patches is not None, "patches were not asked for"
+    return patches
 
 
 def _disturbed(value: Any) -> Any:
