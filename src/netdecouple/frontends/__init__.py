@@ -115,7 +115,7 @@ class Network(Protocol):
     def observe(
         self, images: Images, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if that is wanted."""
+        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
         ...
 
     def walk(self, images: Images) -> Walk:

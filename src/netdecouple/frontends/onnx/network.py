@@ -109,7 +109,7 @@ class OnnxNetwork:
     def observe(
         self, images: Array, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if that is wanted."""
+        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
         if not positions:
             return
         tensors = list(
