@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +46,21 @@ def test_batches_add_up_to_the_whole(sizes: list[int]) -> None:
         streamed.add(x[start : start + size].astype(np.float64), y[start : start + size])
         start += size
     assert_equal(streamed, Moments.of(x, y))
+
+
+def test_float32_samples_are_summed_in_float64() -> None:
+    """A mean a thousand times the spread leaves float32 no digits for the sums of squares."""
+    rng = np.random.default_rng(0)
+    x, y = ((rng.standard_normal((2000, 1, d)) + 1000).astype(np.float32) for d in (3, 2))
+    assert_equal(Moments.of(x, y), Moments.of(x.astype(np.float64), y.astype(np.float64)))
+
+
+def test_the_error_of_one_sample_is_its_squared_residual() -> None:
+    moments = Moments.of(np.ones((1, 1, 2)), np.full((1, 1, 1), 5.0))
+    once = replace(moments, gram=np.eye(2)[None], cross=np.zeros((1, 1, 2)))  # as of white pseudo-samples
+    assert moments.error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 9.0
+    assert once.error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 2.0 + 9.0
+    assert replace(once, count=2).error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 1.0 + 9.0
 
 
 def test_shards_merge_to_the_whole_and_stay_as_they_are() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netdecouple.errors import BudgetError
-from netdecouple.planning.solve import Option, choose
+from netdecouple.families.combined import Step, method
+from netdecouple.frontends import Layer
+from netdecouple.planning.analysis import Analysis, Settings
+from netdecouple.planning.candidates import Candidate, LayerCandidates, Rule
+from netdecouple.planning.cost import Budget, Macs, Parameters
+from netdecouple.planning.plan import VERSION, LayerPlan
+from netdecouple.planning.solve import (
+    RATIOS,
+    Option,
+    budget_rows,
+    choose,
+    make_plan,
+    parallel,
+    plan_within,
+    published_plan,
+    reachable,
+    ruled_plan,
+)
+from tests.planning.layers import conv, linear
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 2), st.floats(0.2, 1))
@@ -43,3 +63,287 @@ def test_the_choice_is_the_best_of_all(seed: int, depth: int, budgets: int, shar
 def test_nothing_is_changed_when_the_budget_allows_everything() -> None:
     layers = [[Option(0.0, (10.0,)), Option(1.0, (1.0,))]] * 3
     assert choose(layers, [30.0]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", [2, 3, 6, 8, 11, 17, 20, 23])
+def test_a_limit_is_never_overshot_by_the_solvers_tolerance(seed: int) -> None:
+    """A choice that costs half a millionth more than the limit is none; the best of the others is taken."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        [Option(0.0, (100.0,)), *(Option(rng.uniform(1, 10), (rng.uniform(10, 90),)) for _ in range(5))]
+        for _ in range(6)
+    ]
+    sums = {"loss": np.zeros(1), "cost": np.zeros(1)}
+    for options in layers:
+        sums["loss"] = np.add.outer(sums["loss"], [o.loss for o in options]).ravel()
+        sums["cost"] = np.add.outer(sums["cost"], [o.costs[0] for o in options]).ravel()
+    within = sums["cost"] <= 300
+    tempting = sums["cost"][within][np.argmin(sums["loss"][within])]
+    limit = tempting * (1 - 4e-7)
+    chosen = [options[i] for options, i in zip(layers, choose(layers, [limit]), strict=True)]
+    assert sum(o.costs[0] for o in chosen) <= limit
+    best = sums["loss"][sums["cost"] <= limit].min()
+    assert sum(o.loss for o in chosen) == pytest.approx(best, rel=2e-5)
+
+
+def test_no_choice_at_all_is_an_error() -> None:
+    with pytest.raises(BudgetError, match=r"^no choice of ranks meets the budget$"):
+        choose([[Option(0.0, (2.0,)), Option(1.0, (1.0,))]], [0.5])
+
+
+def test_budgets_far_apart_in_size_are_all_kept() -> None:
+    """MACs run into billions where milliseconds are fractions."""
+    layers = [
+        [Option(0.0, (4e9, 0.4)), Option(1.0, (1e9, 0.4)), Option(3.0, (4e9, 0.1)), Option(9.0, (1e9, 0.1))]
+    ]
+    assert [choose(layers, limits)[0] for limits in ((4e9, 0.4), (2e9, 0.4), (4e9, 0.2), (2e9, 0.2))] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_losses_of_any_size_are_weighed() -> None:
+    """Sums of losses of 1e-30 are compared like those of 1e30."""
+    for unit in (1e-30, 1.0, 1e30):
+        layers = [
+            [Option(0.0, (2.0,)), Option(2 * unit, (1.0,))],
+            [Option(0.0, (2.0,)), Option(unit, (1.0,))],
+        ]
+        assert choose(layers, [3.0]) == [0, 1]
+    assert choose([[Option(0.0, (2.0,)), Option(0.0, (1.0,))]], [1.0]) == [1]
+
+
+FIRST, WIDE, OTHER, LAST = (
+    conv("first", 3, 16, 8),
+    conv("wide", 16, 32, 8),
+    conv("other", 32, 32, 4),
+    linear("fc", 32, 10),
+)
+LAYERS = (FIRST, WIDE, OTHER, LAST)
+RANKS = (1, 2, 3)
+
+
+def candidate(layer: Layer, rank: int) -> Candidate:
+    """The paper's form with the same T for every channel; its error falls as T rises."""
+    steps = (Step(rank * layer.geometry.weight_shape[1]),)
+    return Candidate("nd-dp", steps, method("nd-dp").structure(layer.geometry, steps), 0.1**rank)
+
+
+def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] | None = None) -> Analysis:
+    """Two convolutions in the middle that may be changed, a first one that may, and a layer that may not."""
+    found, losses = {}, {}
+    for layer in LAYERS[:3]:
+        options = tuple(candidate(layer, rank) for rank in (ranks or {}).get(layer.name, RANKS))
+        found[layer.name] = LayerCandidates(layer.name, options, ())
+        losses[layer.name] = tuple(10 * c.error for c in options)
+    inputs = SimpleNamespace(fingerprint="images", images=range(50))
+    network = SimpleNamespace(layers=LAYERS, fingerprint="network")
+    return Analysis(network, settings, inputs, "kl", {"fc": "too small"}, found, losses)  # type: ignore[arg-type]
+
+
+def least(counter: Macs | Parameters) -> float:
+    return sum(
+        min([counter.dense(la), *(counter.decoupled(la, candidate(la, 1)) for _ in range(la is not LAST))])
+        for la in LAYERS
+    )
+
+
+def test_what_can_be_reached_is_every_layer_at_its_cheapest() -> None:
+    budgets = [Budget(Macs(), 0.5), Budget(Parameters(), 0.5)]
+    assert reachable(analysis(), budgets) == [least(Macs()), least(Parameters())]
+
+
+def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
+    seen = analysis(Settings(seed=7))
+    plan = make_plan(seen, [Budget(Macs(), 0.6)], form=lambda layer, c: f"{layer.name} in {len(c.steps)}")
+    assert (plan.version, plan.model, plan.images, plan.samples, plan.seed) == (
+        VERSION,
+        "network",
+        "images",
+        50,
+        7,
+    )
+    assert (plan.loss, plan.data_free, plan.uniform_rank, plan.budget) == ("kl", False, False, "60% MACs")
+    assert [row.name for row in plan.layers] == [la.name for la in LAYERS]
+    assert plan.macs_before == sum(la.macs for la in LAYERS)
+    assert plan.macs <= 0.6 * plan.macs_before
+    for layer, row in zip(LAYERS, plan.layers, strict=True):
+        assert (row.operator, row.macs_before, row.parameters_before) == (
+            layer.operator,
+            layer.macs,
+            layer.parameters,
+        )
+        if row.changed:
+            chosen = candidate(layer, row.sizes[0] // layer.geometry.weight_shape[1])
+            assert (row.family, row.reason, row.form) == ("nd-dp", "", f"{layer.name} in 1")
+            assert (row.macs, row.parameters) == (
+                Macs().decoupled(layer, chosen),
+                Parameters().decoupled(layer, chosen),
+            )
+            assert (row.predicted_error, row.predicted_loss) == (chosen.error, 10 * chosen.error)
+            assert (row.channels, row.ridge) == ((), 0.0)  # known when the plan has been applied
+        else:
+            costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
+            kept = LayerPlan(layer.name, layer.operator, "kept", row.reason, (), (), 0.0, *costs, 0.0, 0.0)
+            assert row == kept
+    assert any(row.changed for row in plan.layers)
+
+
+def test_of_all_plans_the_one_with_the_least_predicted_loss_is_made() -> None:
+    seen = analysis()
+    for share in (0.35, 0.5, 0.7, 0.9):
+        limit = share * sum(la.macs for la in LAYERS)
+        choices = [
+            [
+                (la.macs, 0.0),
+                *((Macs().decoupled(la, candidate(la, r)), 10 * 0.1**r) for r in RANKS if la is not LAST),
+            ]
+            for la in LAYERS
+        ]
+        best = min(
+            sum(loss for _, loss in picks)
+            for picks in itertools.product(*choices)
+            if sum(macs for macs, _ in picks) <= limit
+        )
+        assert make_plan(seen, [Budget(Macs(), share)]).predicted_loss == pytest.approx(best)
+
+
+def test_kept_layers_say_why() -> None:
+    """Named before planning; nothing cheaper in the budget's unit; or not worth it."""
+    layers = {row.name: row.reason for row in make_plan(analysis(), [Budget(Macs(), 1.0)]).layers}
+    assert layers == {
+        "first": "worth its cost",
+        "wide": "worth its cost",
+        "other": "worth its cost",
+        "fc": "too small",
+    }
+    full = analysis(ranks={"wide": (9,)})  # all terms: as exact as the layer, and dearer
+    plan = make_plan(full, [Budget(Macs(), 0.7), Budget(Parameters(), 1.0)])
+    assert {row.name: row.reason for row in plan.layers}["wide"] == "no candidate has less MACs"
+    assert plan.budget == "70% MACs and 100% parameters"
+
+
+def test_a_candidate_that_costs_the_same_is_none() -> None:
+    """Six terms of a 3 × 3 kernel with 18 outputs: 6 · (9 + 18) = 9 · 18."""
+    layer = conv("even", 4, 18, 8)
+    option = candidate(layer, 6)
+    assert Macs().decoupled(layer, option) == layer.macs
+    seen = replace(
+        analysis(),
+        network=SimpleNamespace(layers=(layer,), fingerprint=""),
+        candidates={"even": LayerCandidates("even", (option,), ())},
+        losses={"even": (1.0,)},
+    )
+    (row,) = make_plan(seen, [Budget(Macs(), 1.0)]).layers
+    assert row.reason == "no candidate has less MACs"
+
+
+def test_a_network_of_which_nothing_can_be_changed_meets_a_budget_of_everything() -> None:
+    seen = replace(analysis(), candidates={})
+    plan = make_plan(seen, [Budget(Macs(), 1.0)])
+    assert not any(row.changed for row in plan.layers)
+    with pytest.raises(BudgetError, match="not even T = 1 meets 100% MACs and 100% parameters;"):
+        published_plan(seen, [Budget(Macs(), 1.0), Budget(Parameters(), 1.0)])
+
+
+def test_a_budget_out_of_reach_says_what_can_be_had() -> None:
+    share = least(Parameters()) / sum(la.parameters for la in LAYERS)
+    for budgets in ([Budget(Parameters(), 0.05)], [Budget(Macs(), 0.9), Budget(Parameters(), 0.05)]):
+        with pytest.raises(BudgetError, match="out of reach") as raised:
+            make_plan(analysis(), budgets)
+        assert f"is {100 * share:.1f}% ({1 / share:.2f} times fewer parameters)" in str(raised.value)
+        assert str(raised.value).startswith("5% parameters")
+    assert make_plan(analysis(), [Budget(Parameters(), share * (1 + 1e-9))]).parameters == least(Parameters())
+
+
+@pytest.mark.parametrize(("ranks", "labels"), [((1, 2, 3), RATIOS), ((3,), RATIOS[:3])])
+def test_the_table_of_budgets_ends_at_the_least_that_can_be_reached(
+    ranks: tuple[int, ...], labels: tuple[float, ...]
+) -> None:
+    """T = 1 of every layer takes 6.9 times fewer MACs, T = 3 takes 2.3 times fewer."""
+    seen = analysis(ranks=dict.fromkeys(("first", "wide", "other"), ranks))
+    rows = budget_rows(seen)
+    (fewest,) = reachable(seen, [Budget(Macs(), 1.0)])
+    total = sum(la.macs for la in LAYERS)
+    assert len(rows) == len(labels) + 1
+    assert (rows[-1].macs, rows[-1].label) == (fewest, f"{total / fewest:.2f}×")
+    for ratio, row in zip(labels, rows, strict=False):
+        plan = make_plan(seen, [Budget(Macs(), 1 / ratio)])
+        assert row.macs <= total / ratio
+        assert (row.macs, row.parameters) == (plan.macs, plan.parameters)
+        assert row.predicted_loss == plan.predicted_loss
+
+
+PAPER = Settings(data_free=True, uniform_rank=True)
+
+
+def test_the_published_procedure_keeps_the_first_convolution_and_gives_all_others_one_rank() -> None:
+    macs = {
+        r: FIRST.macs + LAST.macs + sum(Macs().decoupled(la, candidate(la, r)) for la in (WIDE, OTHER))
+        for r in RANKS
+    }
+    total = sum(la.macs for la in LAYERS)
+    for rank in RANKS:
+        plan = published_plan(analysis(PAPER), [Budget(Macs(), macs[rank] / total)], form=lambda *_: "fused")
+        assert plan.macs == macs[rank]
+        assert [row.sizes for row in plan.layers] == [(), (16 * rank,), (32 * rank,), ()]
+        assert [row.reason for row in plan.layers] == ["first convolution", "", "", "too small"]
+        assert [row.form for row in plan.layers] == ["", "fused", "fused", ""]
+        assert plan.budget.endswith("MACs")
+        assert (plan.data_free, plan.uniform_rank) == (True, True)
+    budgets = [Budget(Macs(), 1.0)]
+    form = "fused".format
+    assert plan_within(analysis(PAPER), budgets, form) == published_plan(analysis(PAPER), budgets, form)
+    assert plan_within(analysis(PAPER), budgets) == published_plan(analysis(PAPER), budgets, parallel)
+    with pytest.raises(BudgetError, match=r"not even T = 1 meets .*; leave --uniform-rank away"):
+        published_plan(analysis(PAPER), [Budget(Macs(), 0.99 * macs[1] / total)])
+
+
+def test_the_published_procedure_meets_every_budget() -> None:
+    parameters = FIRST.parameters + LAST.parameters
+    parameters += sum(Parameters().decoupled(la, candidate(la, 1)) for la in (WIDE, OTHER))
+    share = parameters / sum(la.parameters for la in LAYERS)
+    plan = published_plan(analysis(PAPER), [Budget(Macs(), 1.0), Budget(Parameters(), share)])
+    assert plan.parameters == parameters
+    assert plan.budget == f"100% MACs and {Budget(Parameters(), share)}"
+
+
+def test_a_layer_without_the_common_rank_is_kept_by_the_published_procedure() -> None:
+    plan = published_plan(analysis(PAPER, {"other": (1,)}), [Budget(Macs(), 1.0)])
+    assert [row.sizes for row in plan.layers] == [(), (48,), (), ()]
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(data_free=True), Settings(uniform_rank=True)])
+def test_only_both_settings_together_mean_the_published_procedure(settings: Settings) -> None:
+    """Under the others the least loss wins, for which the first convolution may change, too."""
+    plan = plan_within(
+        analysis(settings), [Budget(Macs(), least(Macs()) / sum(la.macs for la in LAYERS) + 1e-9)]
+    )
+    assert [row.changed for row in plan.layers] == [True, True, True, False]
+    assert [row.form for row in plan.layers] == ["parallel"] * 3 + [""]
+
+
+def test_a_rule_is_followed_by_every_convolution_but_the_first() -> None:
+    rule = Rule.parse("nd-dp:T=2")
+    plan = ruled_plan(
+        analysis(Settings(rule=rule), dict.fromkeys(("first", "wide", "other"), (2,))), "fused".format
+    )
+    assert [row.form for row in plan.layers] == ["", "fused", "fused", ""]
+    assert [row.sizes for row in plan.layers] == [(), (32,), (64,), ()]
+    assert [row.reason for row in plan.layers] == [
+        "first convolution",
+        "",
+        "",
+        "fully connected; published methods are for convolutions",
+    ]
+    assert (plan.budget, plan.uniform_rank) == (str(rule), True)
+    share = Rule.parse("nd-dp:2x")
+    assert not ruled_plan(analysis(Settings(rule=share), {"wide": (2,), "other": (2,)})).uniform_rank
+
+
+def test_a_rule_that_no_layer_can_follow_is_refused() -> None:
+    seen = analysis(Settings(rule=Rule.parse("nd-dp:T=9")), dict.fromkeys(("wide", "other"), ()))
+    with pytest.raises(BudgetError, match=r"--method nd-dp, size 9 in every layer: no layer becomes cheaper"):
+        ruled_plan(seen)
