@@ -5,28 +5,35 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/netdecouple/kernels/*.cpp src/netdecouple/kernels/*.h)
 
-DOCS := $(VENV)/.ready-docs
+EXTRAS := $(VENV)/.ready-extras
+TOOLS := $(VENV)-tools
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
+COMPILE := $(TOOLS)/bin/uv pip compile --universal --generate-hashes --no-annotate --no-strip-extras --quiet \
+    --custom-compile-command 'make lock' $(UPGRADE)
 
-.PHONY: demo test quick lint docs benchmark clean
+.PHONY: demo test quick lint docs benchmark extras lock release audit mutants clean
 
-# the constraints are for what builds the package as well; pip has had two names for that
-$(READY): export PIP_CONSTRAINT := constraints.txt
-$(READY): export PIP_BUILD_CONSTRAINT := constraints.txt
-$(READY): pyproject.toml constraints.txt $(NATIVE)
+$(READY): pyproject.toml requirements/develop.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "netdecouple needs Python 3.11 or newer; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(INSTALL) requirements/develop.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(DOCS): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+$(EXTRAS): $(READY) requirements/extras.txt
+	$(INSTALL) requirements/extras.txt
+	touch $@
+
+$(TOOLS)/.ready: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
 	touch $@
 
 demo: $(READY)  ## decouple the network that comes with the package; results in out/demo
 	$(BIN)/netdecouple demo --output out/demo
 
-test: $(READY)  ## every test, quick ones first; those marked `shared` need ../shared
-	$(BIN)/python -m pytest -q -m 'not shared and not slow'
+test: $(READY)  ## every test, quick ones first, which must run 95% of the engine; those marked `shared` need ../shared
+	$(BIN)/python -m pytest -q -m 'not shared and not slow' --cov
 	$(BIN)/python -m pytest -q -m 'shared or slow'
 
 quick: $(READY)  ## the tests that need no pretrained networks
@@ -37,7 +44,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 
-docs: $(DOCS)  ## the documentation, in out/site; a broken link or anchor is an error
+docs: $(EXTRAS)  ## the documentation, in out/site; a broken link or anchor is an error
 	$(BIN)/python docs/pictures.py docs/generated
 	$(BIN)/python docs/tables.py docs/generated
 	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
@@ -45,5 +52,30 @@ docs: $(DOCS)  ## the documentation, in out/site; a broken link or anchor is an 
 benchmark: $(READY)  ## the accuracy table of the README; needs ../shared
 	$(BIN)/python benchmarks/accuracy.py
 
+release: $(READY) $(TOOLS)/.ready  ## sources, wheel, bill of materials and checksums, in out/dist
+	rm -rf out/dist out/environment
+	$(TOOLS)/bin/python -m build --no-isolation --outdir out/dist
+	case $$(uname) in Linux) PATH="$(TOOLS)/bin:$$PATH" auditwheel repair --wheel-dir out/dist out/dist/*-linux_*.whl && rm out/dist/*-linux_*.whl;; esac
+	$(PYTHON) -m venv --without-pip out/environment
+	$(BIN)/pip --python out/environment/bin/python install --quiet --require-hashes --requirement requirements/run.txt
+	$(BIN)/pip --python out/environment/bin/python install --quiet --no-deps --no-index out/dist/*.whl
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	    --output-file out/dist/netdecouple.cdx.json out/environment/bin/python
+	cd out/dist && sha256sum netdecouple* > SHA256SUMS
+
+audit: $(TOOLS)/.ready  ## known vulnerabilities of all that is locked; asks a service on the network
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip $(patsubst %,--requirement %,$(wildcard requirements/*.txt))
+
+mutants: $(READY) $(TOOLS)/.ready  ## change the solver in hundreds of ways, and see which changes its tests let pass
+	PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') $(TOOLS)/bin/mutmut run
+
+extras: $(EXTRAS)  ## what all tests and the documentation want, but PyTorch
+
+lock: $(TOOLS)/.ready  ## write requirements/ again after a change of pyproject.toml; newer versions: UPGRADE=--upgrade
+	$(COMPILE) pyproject.toml --python-version 3.11.5 --all-extras --group build --group networks --no-emit-package torch -o requirements/extras.txt
+	$(COMPILE) pyproject.toml --python-version 3.11 --constraint requirements/extras.txt --extra test --extra lint --group build -o requirements/develop.txt
+	$(COMPILE) pyproject.toml --python-version 3.11 --constraint requirements/extras.txt -o requirements/run.txt
+	$(COMPILE) --python-version 3.11 --group tools -o requirements/tools.txt
+
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) out mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis
