@@ -1,4 +1,4 @@
-"""Write the documentation's generated tables: the command line's reference, and what the benchmarks measured.
+"""Write the documentation's generated tables: the command line, licences, and what the benchmarks measured.
 
     python docs/tables.py docs/generated
 
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import metadata, requires
 from pathlib import Path
 from typing import Any, get_args
 
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from netdecouple.cli import app
@@ -85,6 +89,28 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def licences() -> str:
+    """The licence of every package that an installation takes, as the package itself names it."""
+    known, wanted = {"netdecouple"}, ["netdecouple"]
+    while wanted:
+        for need in map(Requirement, requires(wanted.pop()) or ()):
+            name = canonicalize_name(need.name)
+            if name not in known and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                known.add(name)
+                wanted.append(name)
+    rows = [f"| {name} | {_licence(name)} |" for name in sorted(known - {"netdecouple"})]
+    return "\n".join(["| package | licence |", "| --- | --- |", *rows, ""])
+
+
+def _licence(name: str) -> str:
+    about: Any = metadata(name)
+    classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier", ()) if "License ::" in c]
+    named = about["License-Expression"] or about["License"] or " or ".join(classifiers)
+    if not named:
+        raise SystemExit(f"{name} names no licence; look at it before anything depends on it")
+    return _cell(re.split(r"\n", named)[0] if len(named) < 80 else " or ".join(classifiers))
+
+
 def markdown(table: Table) -> str:
     """A table of rich's in Markdown."""
     heads = [str(column.header) for column in table.columns]
@@ -104,6 +130,7 @@ def main() -> None:
     pages = {
         "commands": commands(),
         "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
+        "licences": licences(),
         "paper": "\n".join(markdown(paper_table.table(name, cells)) for name in networks) or "Not run yet.\n",
     }
     for name, text in pages.items():
