@@ -317,6 +317,8 @@ def accuracy(outputs: Array, labels: np.ndarray) -> float:
     """
     if outputs.ndim != 2:
         raise ModelError(f"accuracy needs outputs (N, classes), these are {outputs.shape}")
+    if len(outputs) > len(labels):
+        raise ModelError(f"accuracy needs one output per image; {len(labels)} images gave {outputs.shape}")
     return float(np.mean(outputs.argmax(axis=1) == labels[: len(outputs)]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -66,6 +67,8 @@ def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
     out = sys.stdout
     scratch.forget()
+    if not sys.warnoptions:  # what libraries wonder about is no news to the user
+        warnings.simplefilter("ignore")
     try:
         code = interruptible(lambda: app(prog_name="netdecouple", standalone_mode=False)) or 0
     except SystemExit:  # completions

@@ -14,22 +14,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
+from netdecouple import limits
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.kernels import DOMAIN, OPERATOR
-from netdecouple.runtimes.onnxruntime import (
-    PROTOBUF_LIMIT,
-    first_line,
-    open_session,
-    options,
-    run,
-    uses_kernels,
-)
+from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.onnxfile import first_line
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, uses_kernels
 from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
@@ -58,6 +53,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     """
     proto, origin = load(source)
     _check_weights(proto, origin)
+    check_sizes(proto, origin)
     folded = _fold(_with_initializers(proto))
     if not any(node.op_type == "Conv" for node in folded.graph.node):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
@@ -90,18 +86,10 @@ def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
     if isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
+        onnxfile.check(copy, "the model")
         return copy, source.graph.name or "the model"
     path = Path(source)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; give the path of an .onnx model")
-    try:
-        proto = onnx.load(path)
-    except (DecodeError, ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not an ONNX file, or cut short; export or copy it again") from error
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"{path}: cannot read it, or its external data: {first_line(error)}") from error
-    if not proto.graph.node:
-        raise ModelError(f"{path}: not an ONNX file, or an empty graph; export or copy it again")
+    proto = onnxfile.read(path)
     return proto, path.name
 
 
@@ -114,6 +102,40 @@ def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
                 yield node.output[0], numpy_helper.to_array(attribute.t)
 
 
+def check_sizes(proto: onnx.ModelProto, origin: str, sample: Array | None = None) -> None:
+    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
+
+    What can be told of shapes without running is looked at, for images of the size of ``sample`` (n, c, h, w).
+
+    Raises:
+        ModelError: a tensor is too large; it, and what makes it, are named.
+    """
+    copy = onnx.ModelProto(ir_version=proto.ir_version)
+    _replace(copy.opset_import, proto.opset_import)
+    _replace(copy.functions, proto.functions)
+    for field in ("node", "input", "output"):
+        getattr(copy.graph, field).extend(getattr(proto.graph, field))
+    copy.graph.name = proto.graph.name or "graph"
+    for tensor in proto.graph.initializer:
+        if tensor.ByteSize() < 1000:  # may be a shape
+            copy.graph.initializer.add().CopyFrom(tensor)
+        else:
+            copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    if sample is not None:
+        for value in copy.graph.input[:1]:
+            for dim, size in zip(value.type.tensor_type.shape.dim, (1, *sample.shape[1:]), strict=False):
+                dim.dim_value = dim.dim_value or size
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    except Exception:  # whatever is wrong, running the model tells better
+        return
+    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
+        what = f"{origin}: tensor {value.name!r} of layer {maker.get(value.name, 'input')!r}"
+        limits.TENSOR_BYTES.check(4 * math.prod(dims), what, ModelError)
+
+
 def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
     used_by = {name: node.name or node.op_type for node in proto.graph.node for name in node.input}
     try:
@@ -123,7 +145,7 @@ def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
                 raise ModelError(
                     f"{origin}: NaN or Inf in {name!r}, a weight of layer {used_by.get(name, '?')!r}"
                 )
-    except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+    except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{origin}: broken weights ({first_line(error)}); export it again") from error
 
 
@@ -221,6 +243,7 @@ def find_layers(
 
     The shapes are those of the tensors that the layers, and all additions, read and write.
     """
+    check_sizes(model.proto, model.origin, sample)
     graph = model.proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
@@ -273,7 +296,7 @@ def _read_conv(
         return Layer(
             name, node.op_type, macs, parameters, reason=f"its weights are {weight.dtype}, not float32"
         )
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
     auto = attributes.get("auto_pad", b"NOTSET").decode()
@@ -319,7 +342,7 @@ def _read_matmul(
     model: OnnxModel,
 ) -> Layer:
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     turned = bool(attributes.get("transB", 0))
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     images = shapes[model.input_name][0]
