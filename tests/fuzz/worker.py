@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import tempfile
 import traceback
@@ -96,6 +97,26 @@ PYTHON: dict[str, Callable[[], None]] = {
 }
 
 
+def die() -> None:
+    """As a library does that is not written in Python."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def grow() -> None:
+    """Take memory, and give it back."""
+    np.ones(GROWTH // 8 + 10**7)
+
+
+# what the worker has to notice
+FAULTS: dict[str, Callable[[], object]] = {
+    "test-dies": die,
+    "test-raises": lambda: {}["nothing"],
+    "test-grows": grow,
+    "test-writes": lambda: Path("../secret").write_bytes(b""),
+    "test-litters": lambda: Path("litter").touch(),
+}
+
+
 def run(case: Case) -> str:
     """Run a case in a box of its own; return what was wrong about how it ended, or nothing."""
     with tempfile.TemporaryDirectory() as box:
@@ -146,9 +167,9 @@ def _called(case: Case) -> tuple[bool, str]:
     """Whether the command went well, and what was wrong about how it ended."""
     name = case.command[0]
     try:
-        if name in PYTHON:
+        if name in PYTHON or name in FAULTS:
             try:
-                PYTHON[name]()
+                (PYTHON | FAULTS)[name]()
             except NetDecoupleError as error:
                 text = str(error)
                 return False, "" if text and len(text.splitlines()) == 1 else f"not one line: {text!r:.500}"

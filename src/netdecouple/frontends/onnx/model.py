@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
+SINGLE = np.dtype(np.float32)
+DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class OnnxModel:
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
     bytes: int = 0  # as read, external data included
+    dtype: np.dtype[Any] = SINGLE  # of the input
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -66,14 +70,14 @@ def read_model(source: ModelSource) -> OnnxModel:
         )
     kind = inputs[0].type.tensor_type
     dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
-    if len(dims) != 4 or kind.elem_type != onnx.TensorProto.FLOAT:
+    if len(dims) != 4 or kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
         found = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
-        raise ModelError(
-            f"{origin}: input {inputs[0].name!r} is {found}; float32 images (N, C, H, W) are supported"
-        )
+        wanted = "float32 or float16 images (N, C, H, W)"
+        raise ModelError(f"{origin}: input {inputs[0].name!r} is {found}; {wanted} are supported")
     size = (dims[2], dims[3]) if dims[2] and dims[3] else None
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return OnnxModel(
-        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize()
+        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize(), dtype
     )
 
 
@@ -105,7 +109,7 @@ def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
 def check_sizes(proto: onnx.ModelProto, origin: str, sample: Array | None = None) -> None:
     """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
 
-    What can be told of shapes without running is looked at, for images of the size of ``sample`` (n, c, h, w).
+    What can be told of shapes without running is looked at, for images of the size of ``sample``.
 
     Raises:
         ModelError: a tensor is too large; it, and what makes it, are named.
@@ -221,7 +225,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         {node.output[0] for node in nodes_of(p.graph) if node.op_type == "Cast"} for p in (proto, folded)
     )
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
-        folded = proto
+        folded = _with_norms_folded(proto)
     if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
@@ -234,6 +238,48 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
     _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
     return folded
+
+
+def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every BatchNorm behind a convolution in that one's weights, whatever their type.
+
+    ONNX Runtime's optimizer does so for float32; float16 it can only run between casts.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
+    readers = Counter(t for node in graph.node for t in reads(node)) + Counter(v.name for v in graph.output)
+    for norm in list(graph.node):
+        convolution = convolutions.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
+        if convolution is None or readers[norm.input[0]] != 1 or len(norm.output) != 1:
+            continue
+        names = [*convolution.input[1:], *norm.input[1:]]
+        if not all(name in constants for name in names):
+            continue
+        weight, *bias, scale, shift, mean, variance = (
+            np.asarray(numpy_helper.to_array(constants[name]), np.float64) for name in names
+        )
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        folded = (
+            weight * factor.reshape(-1, *[1] * (weight.ndim - 1)),
+            shift + ((bias[0] if bias else 0.0) - mean) * factor,
+        )
+        dtype = helper.tensor_dtype_to_np_dtype(constants[names[0]].data_type)
+        new = [f"{norm.output[0]}/folded.{part}" for part in ("weight", "bias")]
+        with np.errstate(over="ignore"):
+            stored = [array.astype(dtype) for array in folded]
+        if not all(np.isfinite(array).all() for array in stored):
+            continue
+        graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(stored, new, strict=True))
+        convolution.input[:] = [convolution.input[0], *new]
+        convolution.output[:] = norm.output
+        graph.node.remove(norm)
+    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    return copy
 
 
 def find_layers(
@@ -292,10 +338,9 @@ def _read_conv(
     weight = numpy_helper.to_array(constants[node.input[1]])
     if len(spatial) != 2:
         return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
-    if weight.dtype != np.float32:
-        return Layer(
-            name, node.op_type, macs, parameters, reason=f"its weights are {weight.dtype}, not float32"
-        )
+    if weight.dtype not in DTYPES:
+        reason = f"its weights are {weight.dtype}, not float32 or float16"
+        return Layer(name, node.op_type, macs, parameters, reason=reason)
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
@@ -356,8 +401,8 @@ def _read_matmul(
     if not reason and bias is not None and bias.shape not in ((), (1,), (1, 1), shape[1:], (1, *shape[1:])):
         reason = f"its bias {bias.shape} is not one number per output"
     weight = numpy_helper.to_array(constants[node.input[1]])
-    if not reason and weight.dtype != np.float32:
-        reason = f"its weights are {weight.dtype}, not float32"
+    if not reason and weight.dtype not in DTYPES:
+        reason = f"its weights are {weight.dtype}, not float32 or float16"
     if reason:
         return Layer(name, node.op_type, macs, parameters, reason=reason)
     weight = weight if turned else weight.T
