@@ -73,7 +73,18 @@ def base() -> dict[str, bytes]:
     made = {name: make() for name, make in networks.ALL.items()}
     made["detector"] = networks.detector()
     made["expanding"] = _expanding()
-    return {name: model.SerializeToString() for name, model in made.items()}
+    made["halved"] = networks.halved(networks.residual())
+    return {name: coarse(model).SerializeToString() for name, model in made.items()}
+
+
+def coarse(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Round weights, so that cases that are kept take little room."""
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f" and array.size > 1:
+            rounded = np.round(32 * array) / 32 + (0.03125 * (array.ndim == 1))
+            tensor.CopyFrom(numpy_helper.from_array(rounded.astype(array.dtype), tensor.name))
+    return model
 
 
 def _expanding() -> onnx.ModelProto:
@@ -93,7 +104,7 @@ def _expanding() -> onnx.ModelProto:
 
 
 def _images(model: onnx.ModelProto) -> dict[str, bytes]:
-    images = networks.images_for(model, 12)
+    images = np.round(8 * networks.images_for(model, 12)) / 8
     single, both = io.BytesIO(), io.BytesIO()
     np.save(single, images)
     np.savez(both, images=images, labels=np.arange(12) % 10)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests import networks
 from tests.fuzz.case import Case
+from tests.fuzz.models import coarse
 from tests.fuzz.mutations import FLOATS, INTEGERS, TEXTS, choice, damaged
 
 FORMATS = {
@@ -34,7 +35,6 @@ def case(rng: np.random.Generator) -> Case:
     model = choice(rng, ("net.onnx", "any.onnx"))
     made = _arrays if rng.random() < 0.5 else _folder
     source, parts = made(rng)
-    files = {"net.onnx": _models()["net.onnx"], "any.onnx": _models()["any.onnx"]}
     if rng.random() < 0.2:
         images = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
         source, parts = "good.npz:images", Case((), {"good.npz": npz(images=images)})
@@ -64,8 +64,8 @@ def case(rng: np.random.Generator) -> Case:
         ),
     )
     good = io.BytesIO()
-    np.save(good, rng.standard_normal((12, 3, 8, 8), np.float32))
-    files = {**files, "good.npy": good.getvalue(), **parts.files}
+    np.save(good, np.round(8 * rng.standard_normal((12, 3, 8, 8), np.float32)) / 8)
+    files = {model: _models()[model], "good.npy": good.getvalue(), **parts.files}
     if command[0] == "eval":
         options = [o for o in options if o != "--samples" and o != "10"]
     return Case((*command, *options), files, parts.links, parts.pipes, parts.sparse)
@@ -74,8 +74,8 @@ def case(rng: np.random.Generator) -> Case:
 @functools.cache
 def _models() -> dict[str, bytes]:
     return {
-        "net.onnx": networks.classifier().SerializeToString(),
-        "any.onnx": networks.restorer().SerializeToString(),
+        "net.onnx": coarse(networks.classifier()).SerializeToString(),
+        "any.onnx": coarse(networks.restorer()).SerializeToString(),
     }
 
 
@@ -91,7 +91,7 @@ def _options(rng: np.random.Generator) -> list[str]:
 
 
 def _arrays(rng: np.random.Generator) -> tuple[str, Case]:
-    images = rng.standard_normal((12, 3, 8, 8)).astype(np.float32)
+    images = np.round(8 * rng.standard_normal((12, 3, 8, 8))).astype(np.float32) / 8
     if rng.random() < 0.3:
         images.flat[int(rng.integers(images.size))] = choice(rng, FLOATS)
     labels = rng.integers(0, 10, 12)
