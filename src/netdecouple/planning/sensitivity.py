@@ -23,7 +23,7 @@ def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) ->
     with np.errstate(over="ignore", invalid="ignore"):
         found = np.mean(
             [
-                _mean_kl(a, b) if loss == "kl" else relative_error(a, b)
+                _mean_kl(a, b) if loss == "kl" and a.shape == b.shape else relative_error(a, b)
                 for a, b in zip(original, other, strict=True)
             ]
         )

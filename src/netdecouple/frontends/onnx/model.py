@@ -136,8 +136,8 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: Array | None = None
     maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
-        what = f"{origin}: tensor {value.name!r} of layer {maker.get(value.name, 'input')!r}"
-        limits.TENSOR_BYTES.check(4 * math.prod(dims), what, ModelError)
+        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
+        limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
 
 
 def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
