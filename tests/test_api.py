@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
@@ -17,6 +17,7 @@ from netdecouple.api import evaluate, inspect
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
 from netdecouple.families.combined import methods
 from netdecouple.planning.candidates import Rule
+from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import (
     Builder,
     classifier,
@@ -284,6 +285,57 @@ def test_a_float16_model_keeps_its_type(make: Callable[[], onnx.ModelProto], dat
     assert single is not None
     assert half is not None
     assert half.divergence <= 1.5 * single.divergence + 0.01
+
+
+def edited(name: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """The classifier with some of its constants changed."""
+    model = classifier()
+    (tensor,) = (t for t in model.graph.initializer if t.name == name)
+    array = change(numpy_helper.to_array(tensor)).astype(np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return model
+
+
+TROUBLE: dict[str, Callable[[np.ndarray], tuple[onnx.ModelProto, np.ndarray]]] = {
+    "huge": lambda x: (residual(), 1e30 * x),
+    "denormal": lambda x: (classifier(), 1e-42 * x),
+    "constant": lambda x: (classifier(), 0 * x + 3),
+    "zero": lambda x: (residual(), 0 * x),
+    "dead channels": lambda x: (classifier(), x * np.array([1, 0, 0])[:, None, None]),
+    "channels of all sizes": lambda x: (classifier(), x * np.array([1e-9, 1, 1e9])[:, None, None]),
+    "far from zero": lambda x: (classifier(), x + 1e5),
+    "zero weights": lambda x: (edited("conv2.weight", lambda w: 0 * w), x),
+    "dead activations": lambda x: (edited("bn1.shift", lambda w: w - 100), x),
+    "huge weights": lambda x: (edited("conv2.weight", lambda w: 1e30 * w), x),
+    "hardly anything, in float16": lambda x: (halved(classifier()), 1e-7 * x),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("families", [("nd-dp",), ("sd", "cd", "cp")])
+@pytest.mark.parametrize("name", TROUBLE)
+def test_numerical_trouble_is_solved(name: str, families: tuple[str, ...]) -> None:
+    """What comes out is finite, also on other inputs, and was held against the plan's own arithmetic."""
+    model, images = TROUBLE[name](images_for(classifier(), 40))
+    settings = Settings(families=families)
+    result = netdecouple.decouple(model, images.astype(np.float32), macs=0.6, settings=settings)
+    changed = [layer for layer in result.report.layers if layer.family != "kept"]
+    assert changed
+    assert all(np.isfinite([la.measured_error, la.predicted_error]).all() for la in changed)
+    assert np.isfinite(result.report.agreement.divergence)
+    kind = np.float16 if "float16" in name else np.float32
+    new = images_for(classifier(), 6, seed=1).astype(kind)
+    (expected,), (found,) = (run(open_session(m), None, {"image": new}) for m in (model, result.model))
+    assert np.isfinite(expected).all()
+    assert np.isfinite(found).all()
+
+
+def test_what_overflows_is_refused_with_the_layers_name() -> None:
+    """In float32, and sooner in float16."""
+    images = images_for(classifier(), 40)
+    for model, scale in ((classifier(), 5e37), (halved(classifier()), 1e4)):
+        with pytest.raises(ModelError, match="NaN or Inf in the activations of layer 'conv1'"):
+            netdecouple.decouple(model, scale * images, macs=0.6, settings=QUICK)
 
 
 def test_float16_is_not_for_the_fused_operator() -> None:
