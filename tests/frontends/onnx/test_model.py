@@ -258,6 +258,17 @@ def test_float16_models_are_read_and_their_norms_folded():
     assert set(kinds.values()) == {("", "float16")}
 
 
+def test_weights_that_overflow_when_they_are_folded_are_refused():
+    """With the layer's name; each of the numbers by itself is finite."""
+    model = networks.classifier()
+    for tensor in model.graph.initializer:
+        if tensor.name in ("conv2.weight", "bn2.scale"):
+            array = numpy_helper.to_array(tensor) * np.float32(1e25)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    with pytest.raises(ModelError, match="the weights of layer 'conv2' overflow once they are folded"):
+        layers_of(model)
+
+
 def test_norms_stay_that_cannot_be_folded_in_float16():
     """Too large a result, another reader of the convolution, statistics that are computed."""
     large = networks.halved(networks.classifier())

@@ -288,6 +288,9 @@ def find_layers(
     """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
 
     The shapes are those of the tensors that the layers, and all additions, read and write.
+
+    Raises:
+        ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
     """
     check_sizes(model.proto, model.origin, sample)
     graph = model.proto.graph
@@ -312,6 +315,8 @@ def find_layers(
         name = node.name or f"{node.op_type}:{node.output[0]}"  # names are unique where there are any
         by_name[name] = node
         layers.append(_READERS[node.op_type](name, node, constants, shapes, model))
+        if not all(np.isfinite(array).all() for array in (layers[-1].weight, layers[-1].bias)):
+            raise ModelError(f"{model.origin}: the weights of layer {name!r} overflow once they are folded")
     return tuple(layers), by_name, shapes
 
 
