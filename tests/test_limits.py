@@ -79,8 +79,8 @@ def test_what_is_larger_than_a_limit_is_refused(
         read(folder)
     message = str(caught.value)
     assert "\n" not in message
-    if limit is not limits.PIXELS:  # there Pillow says so, and which picture it is
-        assert f"the limit is {beyond:,}; set {limit.variable} if that is meant" in message
+    assert f"{beyond:,}" in message
+    assert f"; set {limit.variable} if that is meant" in message
 
 
 def test_plans_have_a_limit_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +94,7 @@ def test_a_picture_of_ten_billion_pixels_is_not_opened(tmp_path: Path):
     """It takes a few hundred bytes."""
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "one.png").write_bytes(png(100_000, 100_000))
-    with pytest.raises(CalibrationError, match="DecompressionBomb"):
+    with pytest.raises(CalibrationError, match="more than 100,000,000 pixels; set NETDECOUPLE_MAX_PIXELS if"):
         images(tmp_path, "large")
 
 

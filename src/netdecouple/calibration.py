@@ -354,8 +354,12 @@ class _Request:
         with warnings.catch_warnings(), _pixels_within_the_limit():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as picture:
-                return self.preprocessing.crop(picture, self.channels)
+            try:
+                with Image.open(path, formats=_IMAGE_FORMATS) as picture:
+                    return self.preprocessing.crop(picture, self.channels)
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                limit = f"more than {limits.PIXELS.value:,} pixels"
+                raise CalibrationError(f"{limit}; set {limits.PIXELS.variable} if that is meant") from error
 
 
 @contextlib.contextmanager

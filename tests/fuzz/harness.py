@@ -23,7 +23,7 @@ SLEEP = 20.0  # seconds by the clock with next to none of it
 REPOSITORY = Path(__file__).parents[2]
 LIMITS = {  # small ones, so that a case that goes beyond them is small, too
     "NETDECOUPLE_MAX_MODEL_BYTES": 50_000_000,
-    "NETDECOUPLE_MAX_TENSOR_BYTES": 50_000_000,
+    "NETDECOUPLE_MAX_TENSOR_BYTES": 15_000_000,
     "NETDECOUPLE_MAX_SAMPLE_BYTES": 50_000_000,
     "NETDECOUPLE_MAX_PIXELS": 4_000_000,
     "NETDECOUPLE_MAX_TEXT_BYTES": 2_000_000,

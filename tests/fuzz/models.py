@@ -20,6 +20,8 @@ COMMANDS = (
     ("decouple-proto",),
     ("check-layers",),
     ("inspect", "model.onnx", "--input-size", "10"),
+    ("inspect", "model.onnx", "--input-size", "10", "--html", "out.html"),
+    ("bench", "model.onnx", "--seconds", "0", "--layers", "--report", "out.json"),
     ("lower", "model.onnx", "-o", "out.onnx"),
     ("run", "model.onnx", "-o", "out.onnx", "--macs", "60%", "--families", "nd-dp", "--calib", "images.npy"),
     (

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -104,3 +105,16 @@ def test_names_are_text(path: Path):
     path.write_bytes(content.replace(b"conv1", b"conv\xff"))
     with pytest.raises(ModelError, match="names are no text"):
         load(path)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_what_its_shapes_say_is_too_large_is_not_begun(tmp_path: Path, opener: str):
+    """A few bytes that ask for 40 GB; the layer is named."""
+    b = networks.Builder()
+    x = b.conv("image", 3, 8, 3, "conv")
+    b.node(
+        "Add", x, b.node("ConstantOfShape", b.constant("shape", [1, 1, 10**5, 10**5], np.int64), name="large")
+    )
+    onnx.save(b.model([("conv", None)]), tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=r"of layer 'large' takes 40,000,000,000 bytes, .*MAX_TENSOR_BYTES"):
+        OPENERS[opener](tmp_path / "net.onnx")

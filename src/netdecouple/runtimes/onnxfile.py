@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from onnx import external_data_helper, helper
 
 from netdecouple import limits
@@ -65,8 +67,8 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
         size: bytes that it takes itself.
 
     Raises:
-        ModelError: names that are no text, nodes without outputs, or external data that are missing, too
-            large or somewhere else than they should be.
+        ModelError: names that are no text, nodes without outputs, external data that are missing, too large
+            or somewhere else than they should be, or a tensor that is too large.
     """
     if not _is_text(proto):
         raise ModelError(
@@ -80,6 +82,41 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
         if not node.output:
             name = node.name or node.op_type
             raise ModelError(f"{origin}: node {name!r} has no output; export or copy the model again")
+    check_sizes(proto, origin)
+
+
+def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None = None) -> None:
+    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
+
+    What can be told of shapes without running is looked at, for images of the size of ``sample``.
+
+    Raises:
+        ModelError: a tensor is too large; it, and what makes it, are named.
+    """
+    copy = onnx.ModelProto(ir_version=proto.ir_version)
+    copy.opset_import.extend(proto.opset_import)
+    copy.functions.extend(proto.functions)
+    for field in ("node", "input", "output"):
+        getattr(copy.graph, field).extend(getattr(proto.graph, field))
+    copy.graph.name = proto.graph.name or "graph"
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() < 1000:  # may be a shape
+            copy.graph.initializer.add().CopyFrom(tensor)
+        else:
+            copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    if sample is not None:
+        for value in copy.graph.input[:1]:
+            for dim, size in zip(value.type.tensor_type.shape.dim, (1, *sample.shape[1:]), strict=False):
+                dim.dim_value = dim.dim_value or size
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    except Exception:  # whatever is wrong, running the model tells better
+        return
+    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
+        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
+        limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from netdecouple import limits
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import ONE_CHANNEL, Array, Layer
@@ -57,7 +56,6 @@ def read_model(source: ModelSource) -> OnnxModel:
     """
     proto, origin = load(source)
     _check_weights(proto, origin)
-    check_sizes(proto, origin)
     folded = _fold(_with_initializers(proto))
     if not any(node.op_type == "Conv" for node in folded.graph.node):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
@@ -104,40 +102,6 @@ def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.type == onnx.AttributeProto.TENSOR:
                 yield node.output[0], numpy_helper.to_array(attribute.t)
-
-
-def check_sizes(proto: onnx.ModelProto, origin: str, sample: Array | None = None) -> None:
-    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
-
-    What can be told of shapes without running is looked at, for images of the size of ``sample``.
-
-    Raises:
-        ModelError: a tensor is too large; it, and what makes it, are named.
-    """
-    copy = onnx.ModelProto(ir_version=proto.ir_version)
-    _replace(copy.opset_import, proto.opset_import)
-    _replace(copy.functions, proto.functions)
-    for field in ("node", "input", "output"):
-        getattr(copy.graph, field).extend(getattr(proto.graph, field))
-    copy.graph.name = proto.graph.name or "graph"
-    for tensor in proto.graph.initializer:
-        if tensor.ByteSize() < 1000:  # may be a shape
-            copy.graph.initializer.add().CopyFrom(tensor)
-        else:
-            copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    if sample is not None:
-        for value in copy.graph.input[:1]:
-            for dim, size in zip(value.type.tensor_type.shape.dim, (1, *sample.shape[1:]), strict=False):
-                dim.dim_value = dim.dim_value or size
-    try:
-        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    except Exception:  # whatever is wrong, running the model tells better
-        return
-    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
-        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
-        limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
 
 
 def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
@@ -292,7 +256,7 @@ def find_layers(
     Raises:
         ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
     """
-    check_sizes(model.proto, model.origin, sample)
+    onnxfile.check_sizes(model.proto, model.origin, sample)
     graph = model.proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
