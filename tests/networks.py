@@ -274,6 +274,18 @@ def half_precision() -> onnx.ModelProto:
     return b.model()
 
 
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network in float16, inputs and outputs included."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return model
+
+
 def old_style() -> onnx.ModelProto:
     """IR version 3: every initializer is listed among the inputs too."""
     model = classifier(opset=11, ir_version=3)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, numpy_helper
 
 import netdecouple
-from netdecouple import Plan, Result, Settings
+from netdecouple import Plan, Result, Settings, kernels
 from netdecouple.api import evaluate, inspect
-from netdecouple.errors import BudgetError, CalibrationError, PlanError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
 from netdecouple.families.combined import methods
 from netdecouple.planning.candidates import Rule
-from tests.networks import Builder, classifier, images_for, perceptron
+from netdecouple.runtimes.onnxruntime import open_session, run
+from tests.networks import (
+    Builder,
+    classifier,
+    half_precision,
+    halved,
+    images_for,
+    kinds,
+    perceptron,
+    residual,
+)
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 MODEL, CALIB, LABELS = (
@@ -249,6 +261,98 @@ def test_the_smallest_network_within_a_drop_is_found() -> None:
     before, after = result.report.accuracy
     assert after >= before - 0.01 - 1e-9
     assert result.report.macs_before / result.report.macs > 3
+
+
+@pytest.mark.parametrize("make", [classifier, residual, kinds, perceptron])
+@pytest.mark.parametrize("data_free", [False, True])
+def test_a_float16_model_keeps_its_type(make: Callable[[], onnx.ModelProto], data_free: bool, tmp_path: Path):
+    """Every weight, input and output; it loses what the same network loses in float32, but for rounding."""
+    settings = Settings(families=("nd-dp", "cd"), data_free=data_free)
+    images = images_for(make(), 60)
+    results = [
+        netdecouple.decouple(model, images, parameters=0.8, settings=settings)
+        for model in (make(), halved(make()))
+    ]
+    model = results[1].model
+    results[1].save(tmp_path / "half.onnx")
+    assert onnx.load(tmp_path / "half.onnx") == model
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    types = [t.data_type for t in model.graph.initializer if t.data_type in floats]
+    types += [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
+    assert set(types) == {TensorProto.FLOAT16}
+    assert "Cast" not in {n.op_type for n in model.graph.node}
+    single, half = (r.report.agreement for r in results)
+    assert single is not None
+    assert half is not None
+    assert half.divergence <= 1.5 * single.divergence + 0.01
+
+
+def edited(name: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """The classifier with some of its constants changed."""
+    model = classifier()
+    (tensor,) = (t for t in model.graph.initializer if t.name == name)
+    array = change(numpy_helper.to_array(tensor)).astype(np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return model
+
+
+TROUBLE: dict[str, Callable[[np.ndarray], tuple[onnx.ModelProto, np.ndarray]]] = {
+    "huge": lambda x: (residual(), 1e30 * x),
+    "denormal": lambda x: (classifier(), 1e-42 * x),
+    "constant": lambda x: (classifier(), 0 * x + 3),
+    "zero": lambda x: (residual(), 0 * x),
+    "dead channels": lambda x: (classifier(), x * np.array([1, 0, 0])[:, None, None]),
+    "channels of all sizes": lambda x: (classifier(), x * np.array([1e-9, 1, 1e9])[:, None, None]),
+    "far from zero": lambda x: (classifier(), x + 1e5),
+    "zero weights": lambda x: (edited("conv2.weight", lambda w: 0 * w), x),
+    "dead activations": lambda x: (edited("bn1.shift", lambda w: w - 100), x),
+    "huge weights": lambda x: (edited("conv2.weight", lambda w: 1e30 * w), x),
+    "hardly anything, in float16": lambda x: (halved(classifier()), 1e-7 * x),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("families", [("nd-dp",), ("sd", "cd", "cp")])
+@pytest.mark.parametrize("name", TROUBLE)
+def test_numerical_trouble_is_solved(name: str, families: tuple[str, ...]) -> None:
+    """What comes out is finite, also on other inputs, and was held against the plan's own arithmetic."""
+    model, images = TROUBLE[name](images_for(classifier(), 40))
+    settings = Settings(families=families)
+    result = netdecouple.decouple(model, images.astype(np.float32), macs=0.6, settings=settings)
+    changed = [layer for layer in result.report.layers if layer.family != "kept"]
+    assert changed
+    assert all(np.isfinite([la.measured_error, la.predicted_error]).all() for la in changed)
+    assert np.isfinite(result.report.agreement.divergence)
+    kind = np.float16 if "float16" in name else np.float32
+    new = images_for(classifier(), 6, seed=1).astype(kind)
+    (expected,), (found,) = (run(open_session(m), None, {"image": new}) for m in (model, result.model))
+    assert np.isfinite(expected).all()
+    assert np.isfinite(found).all()
+
+
+def test_what_overflows_is_refused_with_the_layers_name() -> None:
+    """In float32, and sooner in float16."""
+    images = images_for(classifier(), 40)
+    for model, scale in ((classifier(), 5e37), (halved(classifier()), 1e4)):
+        with pytest.raises(ModelError, match="NaN or Inf in the activations of layer 'conv1'"):
+            netdecouple.decouple(model, scale * images, macs=0.6, settings=QUICK)
+
+
+def test_float16_is_not_for_the_fused_operator() -> None:
+    """It computes in float32."""
+    with pytest.raises(ModelError, match="--emit fused is for float32 models, this one is float16"):
+        netdecouple.decouple(halved(classifier()), images_for(classifier(), 20), macs=0.5, emit="fused")
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
+def test_a_layer_in_float16_is_never_written_fused() -> None:
+    """In a network that computes in float32 but for that layer, its own type stays."""
+    images = images_for(half_precision(), 60)
+    made = netdecouple.decouple(half_precision(), images, macs=0.6, settings=QUICK, emit="fused").model
+    floats = [t for t in made.graph.initializer if t.data_type != TensorProto.INT64]
+    types = {t.name.split("/")[0].removesuffix(".weight"): t.data_type for t in floats}
+    assert types["half"] == TensorProto.FLOAT16
+    assert types["after"] == TensorProto.FLOAT
 
 
 def test_the_original_is_never_changed() -> None:

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.signal import correlate2d
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.families import Problem
+from netdecouple.families.combined import Step, method
 from tests.strategies import geometries, images, kernel
 
 
@@ -158,3 +160,27 @@ def test_impossible_geometries_are_refused(bad: dict) -> None:
 def test_a_kernel_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         ConvStage(ConvGeometry(4, 4, 3, 3), np.zeros((4, 4, 3, 1)))
+
+
+@given(
+    geometries(max_kernel=3), st.integers(0, 99), st.sampled_from(["nd-dp", "nd-pd", "sd", "cd", "sd+nd-dp"])
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_cast_is_balanced_first(g: ConvGeometry, seed: int, name: str) -> None:
+    """A factor that one stage has too much of and the next too little is lost in neither."""
+    chosen = method(name)
+    problem = Problem.data_free(g, kernel(g, seed), np.zeros(g.n_o))
+    fitted, _ = chosen.fit(problem, [Step(size) for size in chosen.exact(g)])
+    assume(len(fitted.stages) > 1)
+    first, second, *rest = fitted.stages
+    factor = 2.0 ** np.random.default_rng(seed).integers(-200, 200, len(first.weight))
+    skewed = (
+        replace(first, weight=first.weight * factor[:, None, None, None]),
+        replace(second, weight=second.weight / factor[second._sources][:, :, None, None]),
+    )
+    plain, cast = fitted.astype(np.float32), replace(fitted, stages=(*skewed, *rest)).astype(np.float32)
+    assert all(np.abs(s.weight).max() < 1e3 for s in cast.stages)
+    for a, b in zip(plain.stages, cast.stages, strict=True):
+        np.testing.assert_array_equal(a.weight, b.weight)
+    scale = np.abs(fitted.dense()).max()
+    np.testing.assert_allclose(cast.dense() / scale, fitted.dense() / scale, atol=1e-5)

@@ -72,6 +72,34 @@ def test_shards_merge_to_the_whole_and_stay_as_they_are() -> None:
     assert_equal(a.merge(Moments.empty(2, 5, 3)), a)
 
 
+@pytest.mark.parametrize("scale", [1e-42, 1.0, 1e30])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_float32_of_any_size_is_summed_without_loss(scale: float, offset: float) -> None:
+    """Denormal, huge, or far from zero: as two passes over the same numbers in float64 have it."""
+    x, y = (np.float32((v + offset) * scale) for v in samples(200))
+    streamed = Moments.empty(2, 5, 3)
+    for start in range(0, 200, 7):
+        streamed.add(x[start : start + 7], y[start : start + 7])
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(0)
+    expected = np.einsum("ngi,ngj->gij", centred, centred)
+    np.testing.assert_allclose(streamed.gram, expected, rtol=1e-9, atol=1e-9 * expected.max())
+    np.testing.assert_allclose(streamed.mean_x, wide.mean(0), rtol=1e-12)
+
+
+def test_inputs_that_tell_nothing_new_are_counted() -> None:
+    """Constant ones, copies, sums of others; and all that are more than the samples."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 2, 6)).astype(np.float32)
+    y = np.zeros((60, 2, 3))
+    assert Moments.of(x, y).dependent == 0
+    x[:, 0, 1] = 3
+    x[:, 1, 2], x[:, 1, 5] = x[:, 1, 0], x[:, 1, 3] - 1e4 * x[:, 1, 4]
+    assert Moments.of(x, y).dependent == 3
+    assert Moments.of(x[:5, :1], y[:5, :1]).dependent == 2
+    assert Moments.of(0 * x, y).dependent == Moments.empty(2, 6, 3).dependent == 12
+
+
 def test_error_is_the_mean_squared_residual() -> None:
     x, y = samples(50)
     rng = np.random.default_rng(1)

@@ -53,6 +53,7 @@ from netdecouple.version import __version__
 
 SAMPLES = 1000  # calibration images taken unless more or fewer are asked for
 TOLERANCE = 1e-3  # relative difference between the saved network and the plan's arithmetic
+HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
 SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
 
 Calibration = str | os.PathLike[str] | Array | Iterable[Array]
@@ -130,7 +131,7 @@ def decouple(
     """Decouple an ONNX model to a budget. The model given is not changed.
 
     Args:
-        model: a path or a ModelProto with one float32 image input (N, C, H, W).
+        model: a path or a ModelProto with one image input (N, C, H, W), of float32 or float16, which stays.
         calib: unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION, or arrays
             (N, C, H, W) that are ready for the network. May be left out when ``settings.data_free``.
         macs: the share of the MACs that may stay: 0.5, "50%" or "2x" (two times fewer).
@@ -165,6 +166,8 @@ def decouple(
     share = None if latency is None else parse_share(latency)
     place = place_for(emit, runtime, threads)
     opened = read_model(model)
+    if emit == "fused" and opened.dtype != np.float32:
+        raise ModelError(f"{opened.origin}: --emit fused is for float32 models, this one is {opened.dtype}")
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
     network = OnnxNetwork(opened, images.images)
@@ -317,6 +320,8 @@ def accuracy(outputs: Array, labels: np.ndarray) -> float:
     """
     if outputs.ndim != 2:
         raise ModelError(f"accuracy needs outputs (N, classes), these are {outputs.shape}")
+    if len(outputs) > len(labels):
+        raise ModelError(f"accuracy needs one output per image; {len(labels)} images gave {outputs.shape}")
     return float(np.mean(outputs.argmax(axis=1) == labels[: len(outputs)]))
 
 
@@ -428,7 +433,8 @@ def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, 
     images = images if network.model.batch is None else images[: network.model.batch]
     expected, found = network.run(images, applied.kernels), network.run_model(model, images)
     worst = max(float(np.sqrt(relative_error(a, b))) for a, b in zip(expected, found, strict=True))
-    if not worst <= TOLERANCE:
+    halves = any(layer.weight.dtype == np.float16 for layer in network.layers)
+    if not worst <= (HALF_TOLERANCE if halves else TOLERANCE):
         raise ModelError(
             f"the decoupled network differs from its own plan by {worst:.1e}; please report this model"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Applied:
     factorizations: dict[str, Factorization]
     errors: dict[str, float]  # on held-back inputs, relative to the variance of the layer's output
     samples: dict[str, int]  # fitted on, per layer
+    dependent: dict[str, int] = field(default_factory=dict)  # inputs that the samples cannot tell apart
 
     @property
     def kernels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -135,6 +136,7 @@ def _apply_asymmetric(
         error = held_back_error(problem, own.held_back, fitted)
         applied.errors[layer.name] = error / max(targets.variances[layer.name], np.finfo(float).tiny)
         applied.samples[layer.name] = own.fitted.count
+        applied.dependent[layer.name] = own.fitted.dependent
         progress("Decoupling layers", len(applied.factorizations), changed)
     return rows
 
@@ -183,7 +185,11 @@ class Targets:
         self.variances = {}
         for name, (first, second) in sums.items():
             rows = self.positions[name].size
-            self.variances[name] = float((second / rows - (first / rows) ** 2).sum())
+            second /= rows
+            # where nothing varies, what is left of the difference is rounding
+            self.variances[name] = max(
+                float((second - (first / rows) ** 2).sum()), 1e-12 * float(second.sum())
+            )
 
     def of(self, layer: str, images: slice) -> np.ndarray:
         """Targets (n · p, n_o) of a run of images, whatever batches they were recorded in."""

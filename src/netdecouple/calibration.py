@@ -13,15 +13,17 @@ import re
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from netdecouple import limits
 from netdecouple.errors import CalibrationError
 
 F32 = npt.NDArray[np.float32]
@@ -301,7 +303,9 @@ class _Request:
 
     def converted(self, batch: AnyArray, chosen: Indices) -> F32:
         if batch.dtype == np.uint8:
+            self.check_bytes(len(chosen), *(self.preprocessing.size or batch.shape[1:3]))
             return self.preprocessing(batch[chosen])
+        self.check_bytes(len(chosen), *batch.shape[2:])
         images = np.empty((len(chosen), *batch.shape[1:]), np.float32)
         for image, index in zip(images, chosen, strict=True):
             with np.errstate(over="ignore"):
@@ -309,6 +313,12 @@ class _Request:
             if not np.isfinite(image).all():
                 raise CalibrationError(f"sample {index} has NaN or infinite values: repair or remove it")
         return images
+
+    def check_bytes(self, count: int, height: int, width: int) -> None:
+        """Raise CalibrationError if so many inputs of that size would take more than the limit."""
+        limits.SAMPLE_BYTES.check(
+            4 * count * self.channels * height * width, "as inputs this", CalibrationError
+        )
 
     def from_folder(self, folder: Path) -> Samples:
         self.preprocessing.check(self.channels)  # what fails for all is not the fault of the first
@@ -319,11 +329,17 @@ class _Request:
         order = np.random.default_rng(self.seed).permutation(len(names))
         crops: dict[str, U8] = {}
         skipped: dict[str, str] = {}
+        if self.preprocessing.size is not None:
+            self.check_bytes(wanted, *self.preprocessing.size)
+        held = 0
         for name in (names[index] for index in order):  # others take the place of unreadable ones
             try:
                 crops[name] = self._read_crop(folder / name)
             except Exception as error:  # decoders of damaged files raise anything
                 skipped[name] = _brief(error)
+            else:
+                held += crops[name].nbytes
+                limits.SAMPLE_BYTES.check(4 * held, "as inputs this", CalibrationError)
             if len(crops) == wanted:
                 break
         if not crops:
@@ -333,11 +349,28 @@ class _Request:
         return Samples(images, str(folder), tuple(sorted(skipped)))
 
     def _read_crop(self, path: Path) -> U8:
-        with warnings.catch_warnings():
+        if not path.is_file():  # a pipe would be waited for
+            raise CalibrationError("is no file")
+        with warnings.catch_warnings(), _pixels_within_the_limit():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as picture:
-                return self.preprocessing.crop(picture, self.channels)
+            try:
+                with Image.open(path, formats=_IMAGE_FORMATS) as picture:
+                    return self.preprocessing.crop(picture, self.channels)
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                limit = f"more than {limits.PIXELS.value:,} pixels"
+                raise CalibrationError(f"{limit}; set {limits.PIXELS.variable} if that is meant") from error
+
+
+@contextlib.contextmanager
+def _pixels_within_the_limit() -> Iterator[None]:
+    """Let Pillow's guard against small files of large pictures heed our limit; it has no other setting."""
+    usual = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limits.PIXELS.value
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 def _image_names(folder: Path) -> Iterator[str]:
@@ -365,31 +398,54 @@ def _split_key(text: str) -> tuple[str, str | None]:
 
 def _read_array(path: str, key: str | None) -> AnyArray:
     with _blaming("cannot be read: save it with numpy.save or numpy.savez, without objects"):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: only the subset is read
-        if not isinstance(loaded, np.ndarray):
-            with loaded as archive:
-                return np.asarray(archive[_find_key(archive, key)])
-    if key is not None:
-        raise CalibrationError(f"the file holds one array without a name: leave out ':{key}'")
-    return loaded
+        if not zipfile.is_zipfile(path):
+            if key is not None:
+                raise CalibrationError(f"the file holds one array without a name: leave out ':{key}'")
+            with open(path, "rb") as file:
+                _check_header(file, os.path.getsize(path))
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # only the subset is read
+        with zipfile.ZipFile(path) as archive:
+            member = _find_member(archive, key)
+            limits.SAMPLE_BYTES.check(member.file_size, f"{member.filename} unpacked", CalibrationError)
+            with archive.open(member) as file:
+                _check_header(file, member.file_size)
+            with archive.open(member) as file:
+                return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _find_key(archive: Any, key: str | None) -> str:
-    names: list[str] = list(archive.files)
+def _find_member(archive: zipfile.ZipFile, key: str | None) -> zipfile.ZipInfo:
+    members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
     if key is None:
-        found = names if len(names) == 1 else [name for name in names if _axes(archive, name) == 4]
+        found = (
+            list(members) if len(members) == 1 else [n for n in members if _axes(archive, members[n]) == 4]
+        )
     else:
-        found = [name for name in names if name == key]
+        found = [name for name in members if name == key]
     if len(found) != 1:
-        raise CalibrationError(f"choose one array: FILE.npz:KEY with KEY among {', '.join(names)}")
-    return found[0]
+        raise CalibrationError(f"choose one array: FILE.npz:KEY with KEY among {', '.join(members)}")
+    return members[found[0]]
 
 
-def _axes(archive: Any, name: str) -> int:
-    try:
-        return int(archive[name].ndim)
-    except ValueError:  # an object array
-        return 0
+def _axes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    with archive.open(member) as file:
+        try:
+            return len(_check_header(file, member.file_size))
+        except ValueError:  # an array of objects, or none at all
+            return 0
+
+
+def _check_header(file: IO[bytes], size: int) -> tuple[int, ...]:
+    """Return the shape of an array in the .npy format; ValueError unless it fits into ``size`` bytes."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format, which plain arrays are not written in")
+    shape, _, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError("objects, which could run programs when they are read, are refused")
+    if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"the file is shorter than an array {shape} of {dtype}; copy it again")
+    return shape
 
 
 def names_function(source: str) -> bool:
@@ -453,9 +509,10 @@ def _describe(array: AnyArray) -> str:
 
 
 def _resample(picture: Image.Image, size: tuple[int, int]) -> Image.Image:  # size (W, H)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and math.prod(size) > limit:  # a very long picture passes Pillow's own guard
-        raise CalibrationError(f"it would be {size[0]}x{size[1]} pixels before the crop: crop it yourself")
+    # a very long picture passes Pillow's own guard
+    limits.PIXELS.check(
+        math.prod(size), f"resized to {size[0]}x{size[1]} before the crop it", CalibrationError
+    )
     return picture.resize(size, Image.Resampling.BILINEAR)
 
 

@@ -246,9 +246,25 @@ class Factorization:
         """Number of weights and biases."""
         return sum(s.weight.size for s in self.stages) + (0 if self.bias is None else self.bias.size)
 
+    @property
+    def _balanced(self) -> tuple[ConvStage, ...]:
+        """The stages with the largest weight of every filter near 1, but for the last stage's.
+
+        Fits leave open what factor goes to which stage: where inputs hardly ever vary, one is huge and the
+        other tiny, beyond what float32 holds. Powers of two are moved, so that nothing is rounded.
+        """
+        stages = list(self.stages)
+        for i in range(len(stages) - 1):
+            stage, following = stages[i], stages[i + 1]
+            _, exponent = np.frexp(np.abs(stage.weight).max(axis=(1, 2, 3)))
+            stages[i] = replace(stage, weight=np.ldexp(stage.weight, -exponent[:, None, None, None]))
+            moved = exponent[following._sources][:, :, None, None]
+            stages[i + 1] = replace(following, weight=np.ldexp(following.weight, moved))
+        return tuple(stages)
+
     def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
-        """Cast every number; float32 is what a network stores."""
-        stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages)
+        """Cast every number, the stages balanced first; float32 is what a network stores."""
+        stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self._balanced)
         return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
 
 

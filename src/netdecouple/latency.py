@@ -297,6 +297,7 @@ def _advice(place: Place) -> str:
 def _runs_fused(layer: Layer, row: LayerPlan) -> bool:
     """Whether a layer that is kept could be run by the fused operator, and may be."""
     plain = layer.operator == "Conv" and layer.geometry is not None and min(layer.geometry.pads) >= 0
+    plain = plain and layer.weight.dtype == np.float32
     return plain and layer.reason in ("", ONE_CHANNEL) and row.reason != EXCLUDED
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lapack
 
 Array = NDArray[np.floating]
+DEPENDENT = 1e-9  # the share of an entry's variance below which the rest is rounding
 
 
 @dataclass
@@ -103,6 +105,21 @@ class Moments:
         """The best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
         best: Array = self.mean_y - np.einsum("gmd,gd->gm", weight, self.mean_x)
         return best
+
+    @property
+    def dependent(self) -> int:
+        """How many entries of x, all groups together, are constant, or combinations of the others.
+
+        Nothing can be told of their weights from these samples: the ridge alone decides.
+        """
+        deviation = np.sqrt(np.diagonal(self.gram, axis1=1, axis2=2))  # (groups, d)
+        scale = np.where(deviation > 0, deviation, 1.0)
+        ranks = [
+            lapack.dpstrf(gram / own / own[:, None], tol=DEPENDENT)[2]  # Cholesky with pivots
+            for gram, own in zip(self.gram, scale, strict=True)
+            if own.size and gram.any()
+        ]
+        return int(self.mean_x.size - sum(ranks))
 
     @property
     def variance(self) -> float:

@@ -1,13 +1,32 @@
-"""Frozen dataclasses out of JSON: every field's presence and type is checked."""
+"""Frozen dataclasses out of JSON files: every field's presence and type is checked."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from netdecouple import limits
+from netdecouple.errors import PlanError
+
 T = TypeVar("T")
 INFINITY = float("inf")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file of a size that can be meant.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no file, too large, or not UTF-8.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a folder, a device or a pipe")
+    limits.TEXT_BYTES.check(path.stat().st_size, str(path), PlanError)
+    return path.read_text(encoding="utf-8")
 
 
 def read(cls: type[T], data: Any, *, signed: bool = False) -> T:

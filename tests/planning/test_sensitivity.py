@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from netdecouple.planning.sensitivity import (
+    LOST,
+    Loss,
     agreement,
     divergence,
     log_probabilities,
@@ -49,3 +51,12 @@ def test_a_single_table_of_scores_is_taken_for_a_classifier() -> None:
 def test_agreement_is_the_share_of_equal_choices() -> None:
     a, b = np.eye(4), np.eye(4)[[0, 1, 3, 2]]
     assert agreement(a, b) == 0.5
+
+
+@pytest.mark.parametrize("loss", ["kl", "relative"])
+def test_outputs_that_are_no_numbers_are_the_worst_there_is(loss: Loss) -> None:
+    """And so is what overflows; outputs of another shape count as in `relative_error`."""
+    a = np.arange(6.0).reshape(2, 3)
+    for broken in (np.full((2, 3), np.nan), np.full((2, 3), np.inf), 1e300 * np.eye(2, 3)):
+        assert divergence([a], [broken], loss) == LOST
+    assert divergence([a], [a[:1]], loss) == 1.0

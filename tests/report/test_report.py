@@ -125,6 +125,12 @@ def test_a_layer_with_few_samples_is_pointed_out(report: Report) -> None:
     assert "1 layer had fewer samples than wanted" in text(report)
 
 
+def test_a_layer_with_dependent_inputs_is_pointed_out(report: Report) -> None:
+    """Where there were samples enough; the fewer samples, the more depend on each other anyway."""
+    rows = [replace(la, samples_wanted=0, dependent=8) for la in report.layers]
+    assert f"8 of {rows[0].inputs} inputs constant or dependent" in text(replace(report, layers=tuple(rows)))
+
+
 def test_skipped_images_and_accuracy_are_told(report: Report) -> None:
     shown = text(replace(report, skipped=("bad.png",), accuracy=(0.915, 0.905)))
     assert "1 unreadable images: bad.png" in shown

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -66,6 +68,11 @@ def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
     out = sys.stdout
     scratch.forget()
+    # what libraries log or wonder about is no news to the user
+    if not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         code = interruptible(lambda: app(prog_name="netdecouple", standalone_mode=False)) or 0
     except SystemExit:  # completions

@@ -169,7 +169,7 @@ def _improved(
         bend = float(np.vdot(step, curved))
         if not bend > 0 or not size > 0:
             break
-        gain = size**2 / bend
+        gain = size * (size / bend)  # its square may overflow
         if gain < SETTLED / STEPS * error:
             break
         gained += gain

@@ -136,7 +136,7 @@ def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Prog
         found[weighed.layer] = weighed
         shown = [
             divergence(
-                [o[:trials] for o in original],
+                [o[: len(o) * trials // len(inputs.held_back)] for o in original],
                 network.run(inputs.held_back[:trials], {weighed.layer: (probe.weight, probe.bias)}),
                 loss,
             )

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -145,7 +144,7 @@ class Plan:
             PlanError: it cannot be read.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = records.read_text(path)
+        except (OSError, ValueError) as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); write one with --plan-out") from error
         return cls.from_json(text, str(path))

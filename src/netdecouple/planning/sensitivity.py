@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 Loss = Literal["kl", "relative"]
+LOST = 1e9  # the divergence of outputs that are no numbers any more: more than any that are
 
 
 def loss_kind(outputs: Sequence[Array]) -> Loss:
@@ -18,15 +19,15 @@ def loss_kind(outputs: Sequence[Array]) -> Loss:
 
 
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
-    """Mean divergence of a network's outputs from the original's."""
-    return float(
-        np.mean(
+    """Mean divergence of a network's outputs from the original's, at most `LOST`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.mean(
             [
-                _mean_kl(a, b) if loss == "kl" else relative_error(a, b)
+                _mean_kl(a, b) if loss == "kl" and a.shape == b.shape else relative_error(a, b)
                 for a, b in zip(original, other, strict=True)
             ]
         )
-    )
+    return min(float(found), LOST) if np.isfinite(found) else LOST
 
 
 def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> Array | None:

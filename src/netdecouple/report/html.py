@@ -17,7 +17,7 @@ from netdecouple.report.benchmark import TimedModel
 from netdecouple.report.charts import Chart, Point, Series, Spectrum, Structure, plot, spectrum, structure
 from netdecouple.report.report import Agreement, LayerReport, Report, describe
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.report.text import count, faster, layer_sizes, threads, times
+from netdecouple.report.text import count, faster, layer_sizes, sample_note, threads, times
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.runtimes.timing import Ratio, Timing
 
@@ -58,7 +58,7 @@ class LayerView:
     faster: Ratio | None
     structure: Structure | None
     spectrum: Spectrum | None
-    short_of: str  # samples it had, of those wanted
+    note: str  # what was wrong with the samples it was fitted to
 
 
 @dataclass(frozen=True)
@@ -315,8 +315,6 @@ def layer_views(report: Report) -> list[LayerView]:
     views = []
     for index, layer in enumerate(report.layers, 1):
         row = timed.get(layer.name)
-        wanted = layer.samples_wanted or 0
-        is_short = layer.samples is not None and layer.samples < wanted
         views.append(
             LayerView(
                 index,
@@ -328,7 +326,7 @@ def layer_views(report: Report) -> list[LayerView]:
                 row.faster[1] if row else None,
                 structure(layer),
                 spectrum(layer.name, layer.energy, _terms(layer)),
-                f"{count(layer.samples or 0)} of {count(wanted)} samples wanted" if is_short else "",
+                sample_note(layer),
             )
         )
     return views

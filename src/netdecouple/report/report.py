@@ -59,6 +59,8 @@ class LayerReport:
     ridge: float | None
     samples: int | None
     samples_wanted: int | None
+    inputs: int  # n_i / groups · k², of every group: what each of its outputs is made of
+    dependent: int | None  # of these, over all groups, constant or combinations of others in all samples
     before: Stage | None = None  # None: it is no 2-D convolution
     stages: tuple[Stage, ...] = ()  # what it is now; empty if it is kept
     energy: tuple[float, ...] = ()  # of its weights, in the first 1, 2, … components of every slice
@@ -317,6 +319,8 @@ def layer_report(
         row.ridge or None,
         samples,
         ROWS_PER_UNKNOWN * unknowns if samples is not None else None,
+        0 if g is None else g.groups * unknowns,
+        applied.dependent.get(row.name),
         None if g is None else _stage(g, layer.size, g.n_i, layer.maps),
         stages_of(layer, applied.factorizations[row.name]) if row.name in applied.factorizations else (),
         tuple(round(float(share), 6) for share in energy),

@@ -85,12 +85,15 @@ def layer_sizes(layer: LayerReport) -> str:
 def _note(layer: LayerReport) -> str:
     if layer.family == "kept":
         return f"kept: {layer.reason}"
-    if (
-        layer.samples is not None
-        and layer.samples_wanted is not None
-        and layer.samples < layer.samples_wanted
-    ):
-        return f"{count(layer.samples)} of {count(layer.samples_wanted)} samples wanted"
+    return sample_note(layer)
+
+
+def sample_note(layer: LayerReport) -> str:
+    """What was wrong with the samples a layer was fitted to; empty if nothing was."""
+    if layer.samples is not None and layer.samples < (layer.samples_wanted or 0):
+        return f"{count(layer.samples)} of {count(layer.samples_wanted or 0)} samples wanted"
+    if layer.dependent:
+        return f"{count(layer.dependent)} of {count(layer.inputs)} inputs constant or dependent"
     return ""
 
 

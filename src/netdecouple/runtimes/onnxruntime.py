@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from netdecouple import kernels
 from netdecouple.errors import ModelError
-from netdecouple.runtimes import Feeds, Input
+from netdecouple.runtimes import Feeds, Input, onnxfile
+from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.scratch import Scratch
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
@@ -96,11 +96,8 @@ def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
 
 
 def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """A file without weights that lie elsewhere; an empty model if it is no ONNX file."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, OSError):
-        return onnx.ModelProto()
+    """A file without the weights that lie beside it; an empty model if it is one of another runtime's."""
+    return onnxfile.definition(path) if Path(path).suffix == ".onnx" else onnx.ModelProto()
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
@@ -113,12 +110,11 @@ def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
         return model
     if not isinstance(model, str | os.PathLike):
         raise ModelError(f"{runtime} runs .onnx files and not a {type(model).__name__}; export it first")
-    path = Path(model)
-    if not path.is_file():
-        raise ModelError("no such file; give the path of an .onnx model")
-    if path.suffix == ".onnx" and not _definition(path).graph.node:
-        raise ModelError("not an ONNX file, or cut short; export or copy it again")
-    return str(path)
+    try:
+        _definition(model)
+    except ModelError as error:  # who calls names the model
+        raise ModelError(str(error).removeprefix(f"{model}: ")) from error
+    return os.fspath(model)
 
 
 def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -131,11 +127,6 @@ def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]
         return list(session.run(names, feeds))
     except Exception as error:
         raise ModelError(f"the network failed on its input: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; ONNX Runtime's run over several."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class OnnxRuntime:

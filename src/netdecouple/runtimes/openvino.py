@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxruntime import first_line, onnx_source, uses_kernels
+from netdecouple.runtimes.onnxfile import first_line
+from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
 
 
 @contextmanager

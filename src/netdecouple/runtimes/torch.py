@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxruntime import first_line
+from netdecouple.runtimes.onnxfile import first_line
 
 
 class Torch:

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
+from netdecouple.errors import ModelError
 from netdecouple.families.combined import method, methods
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.kernels import DOMAIN
@@ -233,3 +234,13 @@ def test_fully_connected_layers_stay_matrix_products(operator: str, bias: bool, 
         onnx.checker.check_model(model, full_check=True)
         expected = factorization(x[:, :, None, None])[:, :, 0, 0]
         np.testing.assert_allclose(run(open_session(model), None, {"x": x})[0], expected, atol=1e-4)
+
+
+def test_weights_are_written_in_the_layers_type_or_not_at_all():
+    """What float16 cannot hold is refused with the layer's name."""
+    g = ConvGeometry(4, 3, 3, 3)
+    factorization = Factorization(g, (ConvStage(g, np.full(g.weight_shape, 7e4, np.float32)),))
+    single = emit(factorization, "layer", "x", "y")[1]
+    assert {t.data_type for t in single} == {TensorProto.FLOAT}
+    with pytest.raises(ModelError, match=r"layer 'layer': its conv0\.weight is too large for float16"):
+        emit(factorization, "layer", "x", "y", dtype=np.dtype(np.float16))

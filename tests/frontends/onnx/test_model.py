@@ -163,7 +163,7 @@ def test_read_refuses_other_dtypes():
     b = Builder()
     x = b.node("Cast", "image", to=TensorProto.FLOAT)
     b.classifier(b.conv(x, 3, 8, 3, "conv"), 8)
-    assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "UINT8 of 4 dimensions", "float32 images")
+    assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "UINT8 of 4 dimensions", "float16 images")
 
 
 def test_read_refuses_other_ranks():
@@ -241,6 +241,50 @@ def test_folding_is_skipped_where_it_would_change_types():
     folded = read_model(networks.half_precision()).proto
     kinds = {t.name: t.data_type for t in folded.graph.initializer}
     assert kinds["half.weight"] == TensorProto.FLOAT16
+
+
+def test_float16_models_are_read_and_their_norms_folded():
+    """What folding rounds, float16 rounds anyway."""
+    model = networks.halved(networks.classifier())
+    opened = read_model(model)
+    assert opened.dtype == np.float16
+    assert "BatchNormalization" not in {n.op_type for n in opened.proto.graph.node}
+    assert {t.data_type for t in opened.proto.graph.initializer} == {TensorProto.FLOAT16}
+    images = images_for(model).astype(np.float16)
+    expected, found = (run(open_session(m), None, {"image": images})[0] for m in (model, opened.proto))
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
+    kinds = {la.name: (la.reason, la.weight.dtype.name) for la in layers_of(model).values()}
+    assert set(kinds.values()) == {("", "float16")}
+
+
+def test_weights_that_overflow_when_they_are_folded_are_refused():
+    """With the layer's name; each of the numbers by itself is finite."""
+    model = networks.classifier()
+    for tensor in model.graph.initializer:
+        if tensor.name in ("conv2.weight", "bn2.scale"):
+            array = numpy_helper.to_array(tensor) * np.float32(1e25)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    with pytest.raises(ModelError, match="the weights of layer 'conv2' overflow once they are folded"):
+        layers_of(model)
+
+
+def test_norms_stay_that_cannot_be_folded_in_float16():
+    """Too large a result, another reader of the convolution, statistics that are computed."""
+    large = networks.halved(networks.classifier())
+    for tensor in large.graph.initializer:
+        if tensor.name in ("conv2.weight", "bn2.scale"):
+            array = numpy_helper.to_array(tensor) * np.float16(1000)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    read = networks.halved(networks.classifier())
+    read.graph.output.append(helper.make_tensor_value_info("conv2", TensorProto.FLOAT16, None))
+    computed = networks.halved(networks.classifier())
+    computed.graph.node.insert(0, helper.make_node("ReduceMean", ["image"], ["m"], keepdims=0))
+    computed.graph.node.insert(1, helper.make_node("Add", ["m", "bn2.mean"], ["moved"]))
+    next(n for n in computed.graph.node if n.output[0] == "bn2").input[3] = "moved"
+    for model in (large, read, computed):
+        left = [n.output[0] for n in read_model(model).proto.graph.node if n.op_type == "BatchNormalization"]
+        assert left == ["bn2"]
 
 
 def test_constant_nodes_are_weights():
@@ -391,9 +435,9 @@ def product(b: Builder, kind: str) -> str:
     if kind == "transposed input":
         rows = b.node("Reshape", "image", b.constant("turn", [192, -1], np.int64))
         return b.node("Gemm", rows, b.weight("w", 192, 10), transA=1)
-    if kind == "half":
-        x = b.node("Cast", flat, to=TensorProto.FLOAT16)
-        return b.node("Cast", b.node("MatMul", x, b.weight("w", 192, 10, dtype=np.float16)), to=1)
+    if kind == "double":
+        x = b.node("Cast", flat, to=TensorProto.DOUBLE)
+        return b.node("Cast", b.node("MatMul", x, b.weight("w", 192, 10, dtype=np.float64)), to=1)
     if kind == "scaled":
         return b.node("Gemm", flat, b.weight("w", 192, 10), b.bias("bias", 10), alpha=0.5, beta=2.0)
     if kind == "computed bias":
@@ -412,7 +456,7 @@ def product(b: Builder, kind: str) -> str:
         ("several rows", "it does not see one row per image"),
         ("stacked weights", "its weights have 3 axes, not 2"),
         ("transposed input", "its input is transposed"),
-        ("half", "its weights are float16, not float32"),
+        ("double", "its weights are float64, not float32 or float16"),
         ("scaled", "its alpha and beta are not 1"),
         ("computed bias", "its bias is computed, not constant"),
         ("bias per image", "its bias (2, 1) is not one number per output"),
@@ -440,12 +484,11 @@ def test_macs_are_for_one_image():
 
 
 def test_layers_say_why_they_are_kept():
-    """Transposed, computed, float16, reading one channel: each has its reason."""
+    """Transposed, computed, reading one channel: each has its reason."""
     assert layers_of(networks.restorer())["mask"].reason == "transposed convolution"
     assert (
         layers_of(networks.computed_weight())["computed"].reason == "its weights are computed, not constant"
     )
-    assert layers_of(networks.half_precision())["half"].reason == "its weights are float16, not float32"
     b = Builder()
     b.classifier(b.conv(b.node("ReduceMean", "image", axes=[1]), 1, 8, 3, "grey"), 8)
     assert layers_of(b.model())["grey"].reason == "reads a single channel"

@@ -58,6 +58,11 @@ def low_rank(layer: Layer) -> Factorization:
     return decoupling.fit(problem, ranks, sweeps=0).astype(np.float32)
 
 
+def tolerance(network: OnnxNetwork) -> float:
+    """Float16 rounds wherever a session begins or ends, or stages follow each other."""
+    return 1e-2 if any(la.weight.dtype == np.float16 for la in network.layers) else 1e-4
+
+
 def assert_same(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float = 1e-4) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
@@ -247,7 +252,7 @@ def test_a_walk_without_replacement_reproduces_the_outputs(model: onnx.ModelProt
     walk = network.walk(images)
     for name, where in positions_of(network, len(images)).items():
         list(walk.observe(name, where))
-    assert_same(walk.outputs(), network.run(images), 1e-5)
+    assert_same(walk.outputs(), network.run(images), 0.1 * tolerance(network))
 
 
 def test_a_walk_sees_what_the_network_sees(model: onnx.ModelProto, images: np.ndarray):
@@ -258,10 +263,10 @@ def test_a_walk_sees_what_the_network_sees(model: onnx.ModelProto, images: np.nd
     walk = network.walk(images)
     for name, where in positions.items():
         (seen,) = walk.observe(name, where)
-        np.testing.assert_allclose(seen.patches, expected[name].patches, atol=1e-4)
+        np.testing.assert_allclose(seen.patches, expected[name].patches, atol=tolerance(network))
         assert (seen.shortcut is None) == (expected[name].shortcut is None)
         if seen.shortcut is not None:
-            np.testing.assert_allclose(seen.shortcut, expected[name].shortcut, atol=1e-4)
+            np.testing.assert_allclose(seen.shortcut, expected[name].shortcut, atol=tolerance(network))
 
 
 def test_a_walk_with_full_rank_factorizations_is_lossless(model: onnx.ModelProto, images: np.ndarray):
@@ -271,7 +276,7 @@ def test_a_walk_with_full_rank_factorizations_is_lossless(model: onnx.ModelProto
     for layer in can_change(network):
         list(walk.observe(layer.name, np.zeros((len(images), 1), int)))
         walk.replace(layer.name, full_rank(layer))
-    assert_same(walk.outputs(), network.run(images))
+    assert_same(walk.outputs(), network.run(images), tolerance(network))
 
 
 def test_a_walk_ends_at_the_decoupled_network(model: onnx.ModelProto, images: np.ndarray):
@@ -311,7 +316,7 @@ def test_a_walk_takes_local_functions():
     model.functions.append(body)
     model.opset_import.append(helper.make_opsetid("local", 1))
     network = opened(model)
-    assert {la.name for la in can_change(network)} == {"before", "after", "logits"}
+    assert {la.name for la in can_change(network)} == {"before", "half", "after", "logits"}
     images = images_for(model)
     walk = network.walk(images)
     list(walk.observe("after", np.zeros((len(images), 1), int)))
@@ -372,7 +377,7 @@ def test_decoupled_computes_the_factorizations(model: onnx.ModelProto, images: n
     for layer in can_change(network):
         factorization = low_rank(layer)
         kernels[layer.name] = (factorization.dense(), factorization.bias)
-    assert_same(network.run_model(new, images), network.run(images, kernels))
+    assert_same(network.run_model(new, images), network.run(images, kernels), tolerance(network))
 
 
 def products_of(network: OnnxNetwork) -> list[Layer]:

@@ -81,7 +81,10 @@ class Graph:
                 self.readers.setdefault(tensor, []).append(node)
         self.shapes: dict[str, Shape] = {}  # of what has channels that are known
         for value in proto.input:
-            self._learn(value.name, tuple(d.dim_value or None for d in value.type.tensor_type.shape.dim))
+            self._learn(
+                value.name,
+                tuple(d.dim_value if d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim),
+            )
         self.flows = [self._flow(node) for node in proto.node]
         self.live: dict[str, Mask] = {t: np.ones(self.width(t) or 0, bool) for t in self.shapes}
         self._uses = Counter(t for node in proto.node for t in reads(node)) + Counter(self.outputs)

@@ -18,11 +18,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
-from netdecouple.errors import PlanError
+from netdecouple.errors import ModelError, PlanError
 from netdecouple.kernels import DOMAIN, OPERATOR
 
 Form = Literal["parallel", "gather", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
+SINGLE = np.dtype(np.float32)
 PRODUCTS = ("Gemm", "MatMul")  # operators of fully connected layers
 
 
@@ -43,6 +44,7 @@ class Writer:
     """Nodes and initializers in the making, all under one name."""
 
     name: str
+    dtype: np.dtype[Any] = SINGLE  # of the layer's weights, which those of its stages are, too
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
 
@@ -54,7 +56,13 @@ class Writer:
     def weight(self, label: str, array: Array, taken: IntArray | None = None, axis: int = 0) -> str:
         """A layer's own array, or what is ``taken`` of it along an axis."""
         part = array if taken is None else array.take(taken, axis)
-        return self.constant(label, part.astype(np.float32))
+        with np.errstate(over="ignore"):
+            stored = part.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            raise ModelError(
+                f"layer {self.name!r}: its {label} is too large for {self.dtype}; leave it alone (--exclude)"
+            )
+        return self.constant(label, stored)
 
     def node(
         self,
@@ -109,12 +117,18 @@ def emit(
     output: str,
     form: Form = "parallel",
     operator: str = "Conv",
+    dtype: np.dtype[Any] = SINGLE,
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``.
 
-    ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`.
+    ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`. Weights are
+    written as ``dtype``; the fused operator is for float32.
+
+    Raises:
+        ModelError: a weight is too large for ``dtype``.
     """
-    writer = Writer(name)
+    writer = Writer(name, dtype)
+    form = form if dtype == np.float32 else "parallel" if form == "fused" else form
     if operator in PRODUCTS:
         _write_products(writer, factorization, x, output)
     else:

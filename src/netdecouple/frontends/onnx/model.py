@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +15,22 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.kernels import DOMAIN, OPERATOR
-from netdecouple.runtimes.onnxruntime import (
-    PROTOBUF_LIMIT,
-    first_line,
-    open_session,
-    options,
-    run,
-    uses_kernels,
-)
+from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.onnxfile import first_line
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, uses_kernels
 from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
+SINGLE = np.dtype(np.float32)
+DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class OnnxModel:
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
     bytes: int = 0  # as read, external data included
+    dtype: np.dtype[Any] = SINGLE  # of the input
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -70,14 +68,14 @@ def read_model(source: ModelSource) -> OnnxModel:
         )
     kind = inputs[0].type.tensor_type
     dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
-    if len(dims) != 4 or kind.elem_type != onnx.TensorProto.FLOAT:
+    if len(dims) != 4 or kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
         found = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
-        raise ModelError(
-            f"{origin}: input {inputs[0].name!r} is {found}; float32 images (N, C, H, W) are supported"
-        )
+        wanted = "float32 or float16 images (N, C, H, W)"
+        raise ModelError(f"{origin}: input {inputs[0].name!r} is {found}; {wanted} are supported")
     size = (dims[2], dims[3]) if dims[2] and dims[3] else None
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return OnnxModel(
-        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize()
+        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize(), dtype
     )
 
 
@@ -90,18 +88,10 @@ def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
     if isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
+        onnxfile.check(copy, "the model")
         return copy, source.graph.name or "the model"
     path = Path(source)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; give the path of an .onnx model")
-    try:
-        proto = onnx.load(path)
-    except (DecodeError, ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not an ONNX file, or cut short; export or copy it again") from error
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"{path}: cannot read it, or its external data: {first_line(error)}") from error
-    if not proto.graph.node:
-        raise ModelError(f"{path}: not an ONNX file, or an empty graph; export or copy it again")
+    proto = onnxfile.read(path)
     return proto, path.name
 
 
@@ -123,7 +113,7 @@ def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
                 raise ModelError(
                     f"{origin}: NaN or Inf in {name!r}, a weight of layer {used_by.get(name, '?')!r}"
                 )
-    except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+    except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{origin}: broken weights ({first_line(error)}); export it again") from error
 
 
@@ -199,7 +189,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         {node.output[0] for node in nodes_of(p.graph) if node.op_type == "Cast"} for p in (proto, folded)
     )
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
-        folded = proto
+        folded = _with_norms_folded(proto)
     if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
@@ -214,13 +204,59 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     return folded
 
 
+def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every BatchNorm behind a convolution in that one's weights, whatever their type.
+
+    ONNX Runtime's optimizer does so for float32; float16 it can only run between casts.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
+    readers = Counter(t for node in graph.node for t in reads(node)) + Counter(v.name for v in graph.output)
+    for norm in list(graph.node):
+        convolution = convolutions.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
+        if convolution is None or readers[norm.input[0]] != 1 or len(norm.output) != 1:
+            continue
+        names = [*convolution.input[1:], *norm.input[1:]]
+        if not all(name in constants for name in names):
+            continue
+        weight, *bias, scale, shift, mean, variance = (
+            np.asarray(numpy_helper.to_array(constants[name]), np.float64) for name in names
+        )
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        folded = (
+            weight * factor.reshape(-1, *[1] * (weight.ndim - 1)),
+            shift + ((bias[0] if bias else 0.0) - mean) * factor,
+        )
+        dtype = helper.tensor_dtype_to_np_dtype(constants[names[0]].data_type)
+        new = [f"{norm.output[0]}/folded.{part}" for part in ("weight", "bias")]
+        with np.errstate(over="ignore"):
+            stored = [array.astype(dtype) for array in folded]
+        if not all(np.isfinite(array).all() for array in stored):
+            continue
+        graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(stored, new, strict=True))
+        convolution.input[:] = [convolution.input[0], *new]
+        convolution.output[:] = norm.output
+        graph.node.remove(norm)
+    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    return copy
+
+
 def find_layers(
     model: OnnxModel, sample: Array
 ) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto], Shapes]:
     """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
 
     The shapes are those of the tensors that the layers, and all additions, read and write.
+
+    Raises:
+        ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
     """
+    onnxfile.check_sizes(model.proto, model.origin, sample)
     graph = model.proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
@@ -243,6 +279,8 @@ def find_layers(
         name = node.name or f"{node.op_type}:{node.output[0]}"  # names are unique where there are any
         by_name[name] = node
         layers.append(_READERS[node.op_type](name, node, constants, shapes, model))
+        if not all(np.isfinite(array).all() for array in (layers[-1].weight, layers[-1].bias)):
+            raise ModelError(f"{model.origin}: the weights of layer {name!r} overflow once they are folded")
     return tuple(layers), by_name, shapes
 
 
@@ -269,11 +307,10 @@ def _read_conv(
     weight = numpy_helper.to_array(constants[node.input[1]])
     if len(spatial) != 2:
         return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
-    if weight.dtype != np.float32:
-        return Layer(
-            name, node.op_type, macs, parameters, reason=f"its weights are {weight.dtype}, not float32"
-        )
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if weight.dtype not in DTYPES:
+        reason = f"its weights are {weight.dtype}, not float32 or float16"
+        return Layer(name, node.op_type, macs, parameters, reason=reason)
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
     auto = attributes.get("auto_pad", b"NOTSET").decode()
@@ -319,7 +356,7 @@ def _read_matmul(
     model: OnnxModel,
 ) -> Layer:
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     turned = bool(attributes.get("transB", 0))
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     images = shapes[model.input_name][0]
@@ -333,8 +370,8 @@ def _read_matmul(
     if not reason and bias is not None and bias.shape not in ((), (1,), (1, 1), shape[1:], (1, *shape[1:])):
         reason = f"its bias {bias.shape} is not one number per output"
     weight = numpy_helper.to_array(constants[node.input[1]])
-    if not reason and weight.dtype != np.float32:
-        reason = f"its weights are {weight.dtype}, not float32"
+    if not reason and weight.dtype not in DTYPES:
+        reason = f"its weights are {weight.dtype}, not float32 or float16"
     if reason:
         return Layer(name, node.op_type, macs, parameters, reason=reason)
     weight = weight if turned else weight.T

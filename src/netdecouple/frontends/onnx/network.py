@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,12 @@ class OnnxNetwork:
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def padded(self, images: Array, batch: slice) -> Array:
-        """Take a batch of images; the last is repeated if the network takes a fixed number and more."""
+        """Take a batch of images, in the network's type; the last is repeated if it takes a fixed number."""
         taken = images[batch]
         missing = (self.model.batch or len(taken)) - len(taken)
-        return np.concatenate([taken, taken[-1:].repeat(missing, axis=0)]) if missing else taken
+        whole = np.concatenate([taken, taken[-1:].repeat(missing, axis=0)]) if missing else taken
+        with np.errstate(over="ignore"):  # what becomes infinite is told with the layer's name
+            return whole.astype(self.model.dtype, copy=False)
 
     def joined(self, outputs: Sequence[Sequence[Array]], count: int) -> list[Array]:
         """Join every output of all batches along the first axis, without what padding added to ``count``."""
@@ -73,7 +75,7 @@ class OnnxNetwork:
         joined = [
             np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*outputs, strict=True)
         ]
-        return [output[: len(output) * count // padded] for output in joined]
+        return [single(output[: len(output) * count // padded]) for output in joined]
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
@@ -101,7 +103,7 @@ class OnnxNetwork:
                 node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
             node.input[:] = [node.input[0], *names]
             proto.graph.initializer.extend(
-                numpy_helper.from_array(np.ascontiguousarray(a, np.float32), n)
+                numpy_helper.from_array(np.ascontiguousarray(a, self._layer[name].weight.dtype), n)
                 for a, n in zip((weight, bias), names, strict=True)
             )
         return proto
@@ -149,7 +151,13 @@ class OnnxNetwork:
         geometry = self._layer[name].geometry
         assert geometry is not None
         maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # what a fully connected layer sees are rows
-        return Observation(name, batch, partial(geometry.patches, maps, where[batch]), outputs, shortcut)
+        return Observation(
+            name,
+            batch,
+            lambda: single(geometry.patches(maps, where[batch])),
+            single(outputs),
+            None if shortcut is None else single(shortcut),
+        )
 
     def shortcut(self, name: str) -> str | None:
         """The tensor added to this layer's output by an Add, if it is known before the layer runs.
@@ -217,8 +225,9 @@ class OnnxNetwork:
                 nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
                 continue
             form = (forms or {}).get(name, "parallel")
+            dtype = self._layer[name].weight.dtype
             new, constants = emit(
-                factorizations[name], name, node.input[0], node.output[0], form, node.op_type
+                factorizations[name], name, node.input[0], node.output[0], form, node.op_type, dtype
             )
             nodes += new
             proto.graph.initializer.extend(constants)
@@ -272,7 +281,10 @@ class OnnxWalk:
         """Put a factorization in the place of ``layer``."""
         node = self._nodes[self._at]
         assert node.output[0] == self._network.nodes[layer].output[0], "the walk is not at this layer"
-        nodes, constants = emit(factorization, layer, node.input[0], node.output[0], operator=node.op_type)
+        dtype = self._network._layer[layer].weight.dtype
+        nodes, constants = emit(
+            factorization, layer, node.input[0], node.output[0], operator=node.op_type, dtype=dtype
+        )
         self._nodes[self._at : self._at + 1] = nodes
         self._constants |= {tensor.name: tensor for tensor in constants}
 
@@ -323,6 +335,11 @@ class OnnxWalk:
             ir_version=original.ir_version,
             functions=original.functions,
         )
+
+
+def single(values: Array) -> Array:
+    """What float16 networks make, in float32, so that sums of it are none of float16."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def pick(values: Array, positions: NDArray[np.int64]) -> Array:

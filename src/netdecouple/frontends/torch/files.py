@@ -190,7 +190,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _described(path: Path) -> tuple[Plan, Description]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(records.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: cannot read it ({first_line(error)}); save the module again") from error
     if not isinstance(data, dict) or not {"version", "plan", "netdecouple"} <= data.keys():
@@ -212,7 +212,7 @@ def _weights(folder: Path) -> State:
     try:
         if not path.exists() and (folder / SHARDS).exists():
             path = folder / SHARDS
-            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(records.read_text(path))["weight_map"].values()))
         for name in names:
             path = folder / Path(name).name  # never outside the folder
             state |= load_file(path)

@@ -1,0 +1,183 @@
+"""Read ONNX files that nobody vouches for: within limits, and no file but those that belong to the model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnx import external_data_helper, helper
+
+from netdecouple import limits
+from netdecouple.errors import ModelError
+
+TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
+
+
+def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model, with the weights that lie beside it.
+
+    Raises:
+        ModelError: as `definition`, or its weights cannot be read.
+    """
+    proto = definition(path)
+    try:
+        external_data_helper.load_external_data_for_model(proto, str(Path(path).parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"{path}: cannot read its external data: {first_line(error)}") from error
+    return proto
+
+
+def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model without the weights that lie beside it, which are only looked for.
+
+    Raises:
+        ModelError: there is no such file, it is no ONNX model, too large, or its weights lie elsewhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give the path of an .onnx model")
+    try:
+        size = path.stat().st_size
+        limits.MODEL_BYTES.check(size, f"{path}: the model", ModelError)
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not an ONNX file, or cut short; export or copy it again") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot read it: {first_line(error)}") from error
+    if not proto.graph.node:
+        raise ModelError(f"{path}: not an ONNX file, or an empty graph; export or copy it again")
+    check(proto, str(path), path.parent, size)
+    return proto
+
+
+def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size: int = 0) -> None:
+    """Refuse what no runtime should be given.
+
+    Args:
+        proto: a model, whose external data have not been loaded.
+        origin: its name, for messages.
+        folder: where its external data may lie; nowhere if it is in memory.
+        size: bytes that it takes itself.
+
+    Raises:
+        ModelError: names that are no text, nodes without outputs, external data that are missing, too large
+            or somewhere else than they should be, or a tensor that is too large.
+    """
+    if not _is_text(proto):
+        raise ModelError(
+            f"{origin}: not an ONNX file, or damaged (names are no text); export or copy it again"
+        )
+    for tensor in _tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            size += _external(tensor, origin, folder)
+            limits.MODEL_BYTES.check(size, f"{origin}: the model with its external data", ModelError)
+    for node in proto.graph.node:
+        if not node.output:
+            name = node.name or node.op_type
+            raise ModelError(f"{origin}: node {name!r} has no output; export or copy the model again")
+    check_sizes(proto, origin)
+
+
+def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None = None) -> None:
+    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
+
+    What can be told of shapes without running is looked at, for images of the size of ``sample``.
+
+    Raises:
+        ModelError: a tensor is too large; it, and what makes it, are named.
+    """
+    copy = onnx.ModelProto(ir_version=proto.ir_version)
+    copy.opset_import.extend(proto.opset_import)
+    copy.functions.extend(proto.functions)
+    for field in ("node", "input", "output"):
+        getattr(copy.graph, field).extend(getattr(proto.graph, field))
+    copy.graph.name = proto.graph.name or "graph"
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() < 1000:  # may be a shape
+            copy.graph.initializer.add().CopyFrom(tensor)
+        else:
+            copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    if sample is not None:
+        for value in copy.graph.input[:1]:
+            for dim, size in zip(value.type.tensor_type.shape.dim, (1, *sample.shape[1:]), strict=False):
+                dim.dim_value = dim.dim_value or size
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    except Exception:  # whatever is wrong, running the model tells better
+        return
+    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
+        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
+        limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; those of runtimes run over several."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int:
+    """The bytes that a tensor takes in another file, which has to lie beside the model."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    what = f"{origin}: external data of {tensor.name!r}"
+    if folder is None:
+        raise ModelError(f"{what} lie in {location!r:.80} and are not loaded; give the model as a file")
+    place = Path(location)
+    if not location or "\0" in location or place.is_absolute() or ".." in place.parts:
+        raise ModelError(f"{what} are said to lie in {location!r:.80}, not beside the model; export it again")
+    path = folder / place
+    if not path.is_file():
+        raise ModelError(f"{what}: there is no {location!r:.80}; copy it beside the model")
+    parts = [folder.joinpath(*place.parts[: i + 1]) for i in range(len(place.parts))]
+    if any(part.is_symlink() for part in parts):  # which may lead anywhere
+        raise ModelError(f"{what} are a link, {location!r:.80}; put the file itself beside the model")
+    try:
+        offset = int(entries.get("offset") or 0)
+        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        length = int(entries.get("length") or wanted)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{what} are described in no way known ({first_line(error)}); export it again"
+        ) from error
+    limits.MODEL_BYTES.check(max(length, wanted), what, ModelError)
+    if min(offset, length, *tensor.dims) < 0 or offset + length > path.stat().st_size:
+        raise ModelError(f"{what} go beyond the end of {location!r:.80}; copy both files again")
+    return length
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for inner in value if _is_repeated(field) else [value]:
+                if inner.DESCRIPTOR.full_name == TENSOR:
+                    yield inner
+                else:
+                    yield from _tensors(inner)
+
+
+def _is_text(message: Message) -> bool:
+    """Whether all names are text: what is no UTF-8 comes as bytes."""
+    if message.DESCRIPTOR.full_name == TENSOR:  # not its numbers
+        entries = (text for entry in message.external_data for text in (entry.key, entry.value))
+        return all(isinstance(text, str) for text in (message.name, *entries))
+    for field, value in message.ListFields():
+        values = value if _is_repeated(field) else [value]
+        if field.type == FieldDescriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
+            return False
+        if field.type == FieldDescriptor.TYPE_MESSAGE and not all(_is_text(inner) for inner in values):
+            return False
+    return True
+
+
+def _is_repeated(field: FieldDescriptor) -> bool:
+    repeated: bool = field.is_repeated if hasattr(field, "is_repeated") else field.label == 3
+    return repeated
