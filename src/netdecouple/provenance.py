@@ -6,8 +6,11 @@ import hashlib
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
+from netdecouple.frontends import Network
 from netdecouple.latency import machine
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
@@ -36,6 +39,23 @@ def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings 
         plan.images,
         hashlib.sha256(plan.to_json().encode()).hexdigest(),
     )
+
+
+def identity(network: Network, inputs: Inputs, settings: Settings | None, door: str) -> dict[str, Any]:
+    """All that the numbers a run finds depend on, as JSON, by names that people understand.
+
+    Budgets are not among it: what is found for one is of use to another.
+    """
+    used = {"netdecouple": __version__} | {name: metadata.version(name) for name in (*ALWAYS, door)}
+    return {
+        "model": network.fingerprint,
+        "layers": hashlib.sha256(repr([(la.name, la.reason) for la in network.layers]).encode()).hexdigest(),
+        "calibration images": inputs.fingerprint,
+        "settings": None if settings is None else asdict(settings) | {"families": settings.methods},
+        "versions": used,
+        "processor": machine(),
+        "threads": _threads(),
+    }
 
 
 def _versions() -> list[tuple[str, str]]:

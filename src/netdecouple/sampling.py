@@ -67,6 +67,14 @@ def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
     return edges[:-1] + (rng.random((images, p)) * np.diff(edges)).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Moments of one layer, to fit on and to judge by."""
+
+    fitted: Moments
+    held_back: Moments
+
+
 class SplitMoments:
     """Moments of one layer on the images fitted on, and on those held back.
 
@@ -90,6 +98,11 @@ class SplitMoments:
         assert g is not None
         d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
         return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
+
+    @property
+    def both(self) -> Split:
+        """Both, together."""
+        return Split(self.fitted, self.held_back)
 
     @property
     def fitted(self) -> Moments:

@@ -108,6 +108,14 @@ Emit = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        help="Folder to keep what has been found in: a run that was ended, started again with it, goes on.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]

@@ -16,6 +16,7 @@ from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.text import budget_table
+from netdecouple.resources import Resources
 
 
 def run(
@@ -67,6 +68,7 @@ def run(
         Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
     ] = None,
     report: options.Reports = None,
+    work: options.Work = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +87,8 @@ def run(
     reports = check_reports(report)
     rule = None if method is None else Rule.parse(method)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
+
+    resources = Resources(work)
 
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))
@@ -113,6 +117,7 @@ def run(
                 labels=labels,
                 preprocessing=pictures,
                 samples=samples,
+                resources=resources,
                 to_onnx=any(path.suffix == ".onnx" for path in output),
                 progress=bars,
                 show_budgets=show,
@@ -134,6 +139,7 @@ def run(
                 threads=threads,
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 samples=samples,
+                resources=resources,
                 progress=bars,
                 show_budgets=show,
             )

@@ -20,6 +20,7 @@ from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.html import sweep_html
 from netdecouple.report.sweep import Sweep
 from netdecouple.report.text import families_table, knee_line, sweep_table
+from netdecouple.resources import Resources
 
 RENDERED: dict[str, Callable[[Sweep], str]] = {".json": Sweep.to_json, ".html": sweep_html}
 
@@ -52,6 +53,7 @@ def sweep(
             "--report", help="Write the curve here: .html or .json. Repeatable.", show_default=False
         ),
     ] = None,
+    work: options.Work = None,
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     data_free: options.DataFree = False,
@@ -80,6 +82,7 @@ def sweep(
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families))
+    resources = Resources(work)
     if doors.is_named(model):
         check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")
         opened = torch_model(terminal.console, model, weights, seed)
@@ -93,6 +96,7 @@ def sweep(
                 settings=settings,
                 preprocessing=pictures,
                 samples=samples,
+                resources=resources,
                 output=output,
                 progress=bars,
             )
@@ -109,6 +113,7 @@ def sweep(
                 emit=emit,
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 samples=samples,
+                resources=resources,
                 output=output,
                 progress=bars,
             )

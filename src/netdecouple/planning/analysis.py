@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -22,10 +23,9 @@ from netdecouple.planning.candidates import (
 )
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
-from netdecouple.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.resources import Resources
+from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 
-MOMENT_BYTES = 5 << 28  # of moments held at once
-ROW_BYTES = MOMENT_BYTES // 4  # of a layer's that gets one sample per image: too few for so many inputs
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 
@@ -72,7 +72,9 @@ def quiet(step: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
-def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
+def kept_reasons(
+    layers: Sequence[Layer], settings: Settings, resources: Resources = Resources()
+) -> dict[str, str]:
     """Name every layer that is left alone before any planning, and why.
 
     Raises:
@@ -93,8 +95,8 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
             reasons[layer.name] = "too small: nothing costs less than the layer itself"
         elif layer.methods and not suitable(layer, settings.methods, settings.rule):
             reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
-        elif not settings.data_free and _is_too_wide(layer):
-            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), ROW_BYTES))
+        elif not settings.data_free and _is_too_wide(layer, resources.row_bytes):
+            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
@@ -104,49 +106,116 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
     return reasons
 
 
-def _is_too_wide(layer: Layer) -> bool:
+def _is_too_wide(layer: Layer, limit: int) -> bool:
     """Whether a layer that sees one sample per image would take more memory than is worth it.
 
     Convolutions as wide as that see many samples, which pay for it.
     """
-    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > ROW_BYTES
+    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > limit
 
 
-def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet) -> Analysis:
+def analyze(
+    network: Network,
+    inputs: Inputs,
+    settings: Settings,
+    progress: Progress = quiet,
+    resources: Resources = Resources(),
+) -> Analysis:
     """Watch the original network, weigh every layer's candidates, and measure what each does to the output.
 
     Raises:
         ModelError: NaN or Inf on the way, or nothing to decouple.
+        OutputError: what was found cannot be kept.
     """
     layers = network.layers
-    reasons = kept_reasons(layers, settings)
+    reasons = kept_reasons(layers, settings, resources)
     open_layers = [la for la in layers if la.name not in reasons]
-    original = network.run(inputs.held_back)
-    _check_outputs(network, inputs, open_layers, original)
-    loss = settings.loss or loss_kind(original)
+    original = Original(network, inputs, open_layers)
+    loss = resources.checkpoint.once("loss", str, lambda: settings.loss or loss_kind(original.outputs))
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)
     probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
     trials = int(
         np.clip(PROBE_MACS / (probes * depth * total), min(16, len(inputs.held_back)), len(inputs.held_back))
     )
+
+    def weigh(layer: Layer, moments: Split | None) -> Weighed:
+        return _weighed(layer, moments, settings, probes, original, trials, loss)
+
     found: dict[str, LayerCandidates] = {}
     losses: dict[str, tuple[float, ...]] = {}
-    for weighed in _weigh(network, inputs, settings, open_layers, probes, progress):
-        found[weighed.layer] = weighed
-        shown = [
-            divergence(
-                [o[:trials] for o in original],
-                network.run(inputs.held_back[:trials], {weighed.layer: (probe.weight, probe.bias)}),
-                loss,
-            )
-            for probe in weighed.probes
-        ]
-        losses[weighed.layer] = _losses(weighed, shown)
-        if not weighed.candidates:
-            reasons[weighed.layer] = "nothing costs less than the layer itself"
+    for weighed in _weigh(network, inputs, settings, open_layers, weigh, progress, resources):
+        name = weighed.candidates.layer
+        found[name], losses[name] = weighed.candidates, weighed.losses
+        if not weighed.candidates.candidates:
+            reasons[name] = "nothing costs less than the layer itself"
         progress("Weighing layers", len(found), depth)
     return Analysis(network, settings, inputs, loss, reasons, found, losses)
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the original network makes of the inputs that are held back; it is run when that is first asked.
+
+    Raises:
+        ModelError: NaN or Inf.
+    """
+
+    network: Network
+    inputs: Inputs
+    layers: Sequence[Layer]  # that are looked at where its outputs are not finite
+
+    @cached_property
+    def outputs(self) -> list[Array]:
+        """The network's outputs, finite."""
+        outputs = self.network.run(self.inputs.held_back)
+        _check_outputs(self.network, self.inputs, self.layers, outputs)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One layer's candidates without what they were probed with, and the predicted loss of each."""
+
+    candidates: LayerCandidates
+    losses: tuple[float, ...]
+
+
+def _weighed(
+    layer: Layer,
+    moments: Split | None,
+    settings: Settings,
+    probes: int,
+    original: Original,
+    trials: int,
+    loss: Loss,
+) -> Weighed:
+    """Weigh one layer's candidates, and try a few of them in the network."""
+    assert layer.geometry is not None
+    if moments is None:
+        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+    else:
+        problem = Problem.of(layer.geometry, layer.weight, moments.fitted)
+    with threads.for_unknowns(problem.weight.shape[2]):
+        found = candidates(
+            layer,
+            problem,
+            None if moments is None else moments.held_back,
+            settings.methods,
+            settings.uniform_rank,
+            probes,
+            settings.rule,
+        )
+    network, inputs = original.network, original.inputs
+    shown = [
+        divergence(
+            [o[:trials] for o in original.outputs],
+            network.run(inputs.held_back[:trials], {layer.name: (probe.weight, probe.bias)}),
+            loss,
+        )
+        for probe in found.probes
+    ]
+    return Weighed(replace(found, probes=()), _losses(found, shown))
 
 
 def _weigh(
@@ -154,40 +223,52 @@ def _weigh(
     inputs: Inputs,
     settings: Settings,
     layers: Sequence[Layer],
-    probes: int,
+    weigh: Callable[[Layer, Split | None], Weighed],
     progress: Progress,
-) -> Iterator[LayerCandidates]:
-    """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
-    options = (settings.methods, settings.uniform_rank, probes, settings.rule)
-    if settings.data_free:
-        for layer in layers:
-            assert layer.geometry is not None
-            problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
-            with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = candidates(layer, problem, None, *options)
-            yield weighed
-        return
-    for group in _in_groups(layers):
-        positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in group}
-        moments = {la.name: SplitMoments(la, inputs) for la in group}
-        for seen in network.observe(inputs.images, positions):
-            moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
-            progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))
+    resources: Resources,
+) -> Iterator[Weighed]:
+    """Yield what every layer can become; moments are held for a bounded number of layers at a time."""
+    kept = resources.checkpoint
+    number = {layer.name: index for index, layer in enumerate(layers)}
+    groups = [layers] if settings.data_free else _in_groups(layers, resources.moment_bytes)
+    for index, group in enumerate(groups):
+        known = {la.name: kept.load(f"weighed-{number[la.name]:04}", Weighed) for la in group}
+        missing = [la for la in group if known[la.name] is None]
+        moments: dict[str, Split] = {}
+        if missing and not settings.data_free:
+            moments = kept.once(
+                f"moments-{index:04}",
+                dict[str, Split],
+                partial(_watched, network, inputs, settings, group, progress),
+            )
         for layer in group:
-            assert layer.geometry is not None
-            own = moments.pop(layer.name)
-            problem = Problem.of(layer.geometry, layer.weight, own.fitted)
-            with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = candidates(layer, problem, own.held_back, *options)
+            own = moments.pop(layer.name, None)
+            weighed = known[layer.name]
+            if weighed is None:
+                weighed = weigh(layer, own)
+                kept.save(f"weighed-{number[layer.name]:04}", weighed)
             yield weighed
+        kept.drop(f"moments-{index:04}")
 
 
-def _in_groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+def _watched(
+    network: Network, inputs: Inputs, settings: Settings, layers: Sequence[Layer], progress: Progress
+) -> dict[str, Split]:
+    """Moments of what some layers see, and make of it, in the original network."""
+    positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in layers}
+    moments = {la.name: SplitMoments(la, inputs) for la in layers}
+    for seen in network.observe(inputs.images, positions):
+        moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
+        progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))
+    return {name: own.both for name, own in moments.items()}
+
+
+def _in_groups(layers: Sequence[Layer], limit: int) -> Iterator[Sequence[Layer]]:
     group: list[Layer] = []
     held = 0
     for layer in layers:
         size = SplitMoments.nbytes(layer)
-        if group and held + size > MOMENT_BYTES:
+        if group and held + size > limit:
             yield group
             group, held = [], 0
         group.append(layer)

@@ -19,7 +19,7 @@ from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.frontends.storage import ArrayStore
+from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
@@ -320,7 +320,7 @@ def test_a_walk_takes_local_functions():
 
 def test_a_walk_spills_to_disk(monkeypatch: pytest.MonkeyPatch):
     """What memory should not hold is held in files, and the outputs stay."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.network.ArrayStore", lambda: ArrayStore(limit=10_000))
+    monkeypatch.setattr(Resources, "store_bytes", 10_000)
     network = opened(networks.residual())
     images = images_for(networks.residual(), 40)
     walk = network.walk(images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,8 @@ from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_t
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
+from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import open_session, run
-
-BATCH_BYTES = 256 << 20  # of activations held at once
 
 
 class OnnxNetwork:
@@ -32,8 +32,9 @@ class OnnxNetwork:
     ``sample`` (n, c, h, w) is run once to learn every layer's shapes.
     """
 
-    def __init__(self, model: OnnxModel, sample: Array) -> None:
+    def __init__(self, model: OnnxModel, sample: Array, resources: Resources = Resources()) -> None:
         self.model = model
+        self.resources = resources
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
         self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
@@ -57,7 +58,9 @@ class OnnxNetwork:
         largest = max(
             (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
         )
-        step = self.model.batch or int(np.clip(BATCH_BYTES // max(bytes_per_image, 4 * largest), 1, 128))
+        step = self.model.batch or int(
+            np.clip(self.resources.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
+        )
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def padded(self, images: Array, batch: slice) -> Array:
@@ -180,9 +183,9 @@ class OnnxNetwork:
     def _constants(self) -> dict[str, onnx.TensorProto]:
         return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
 
-    def walk(self, images: Array) -> OnnxWalk:
+    def walk(self, images: Array, scratch: Path | None = None) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""
-        return OnnxWalk(self, images)
+        return OnnxWalk(self, images, scratch)
 
     def decoupled(
         self,
@@ -242,7 +245,7 @@ class OnnxWalk:
     Walking on runs each node once more, so a network of any depth costs one forward pass (DESIGN §4).
     """
 
-    def __init__(self, network: OnnxNetwork, images: Array) -> None:
+    def __init__(self, network: OnnxNetwork, images: Array, scratch: Path | None = None) -> None:
         self._network = network
         self._count = len(images)
         self._batches = network.batches(len(images))
@@ -252,7 +255,7 @@ class OnnxWalk:
         self._constants = dict(network._constants)
         self._at = 0
         self._live = [network.model.input_name]
-        self._store = ArrayStore()
+        self._store = ArrayStore(network.resources.store_bytes, scratch)
         for index, batch in enumerate(self._batches):
             self._store[index, network.model.input_name] = network.padded(images, batch)
 
@@ -260,13 +263,18 @@ class OnnxWalk:
         """Advance to ``layer`` and yield what it sees in the network as decoupled so far."""
         network = self._network
         node, added = network.nodes[layer], network.shortcut(layer)
-        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == node.output[0]))
+        self.advance(layer)
         for index, batch in enumerate(self._batches):
             shortcut = pick(self._store[index, added], positions[batch]) if added else None
             nothing = np.zeros((0, 0), np.float32)
             yield network._observation(
                 layer, batch, self._store[index, node.input[0]], positions, nothing, shortcut
             )
+
+    def advance(self, layer: str) -> None:
+        """Go as far as ``layer``. Numbers are what they are because of where the network was cut before."""
+        output = self._network.nodes[layer].output[0]
+        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``."""

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_i
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.surgery import duplicate, failures, first_line, install
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
+from netdecouple.resources import Resources
 
-BATCH_BYTES = 256 << 20  # of activations held at once
 VALUES = 4096  # of a sample's outputs looked at, where they differ in size from sample to sample
 BOUND = "the module does more with it than call it"  # why a layer is kept
 
@@ -46,6 +47,7 @@ class TorchNetwork:
         samples: at least two.
         device: where to run.
         chosen: tells by name and module whether a layer may be decoupled; None: all may.
+        resources: how much memory it may take.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -57,7 +59,9 @@ class TorchNetwork:
         samples: Samples,
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
+        resources: Resources = Resources(),
     ) -> None:
+        self.resources = resources
         compiled = any("_orig_mod" in part._modules for part in module.modules())
         if compiled or isinstance(module, torch.jit.ScriptModule):
             kind = "compiled" if compiled else "scripted"
@@ -228,7 +232,9 @@ class TorchNetwork:
             (4 * la.geometry.n_i * math.prod(la.size) for la in self.layers if la.geometry), default=1
         )
         step = (
-            int(np.clip(BATCH_BYTES // max(bytes_per_sample, 4 * largest), 1, 128)) if self.batchable else 1
+            int(np.clip(self.resources.batch_bytes // max(bytes_per_sample, 4 * largest), 1, 128))
+            if self.batchable
+            else 1
         )
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
@@ -358,8 +364,8 @@ class TorchNetwork:
         other = None if shortcut is None else pick(to_numpy(shortcut), where)
         return Observation(name, batch, look, made, other)
 
-    def walk(self, images: Samples) -> Any:
-        """Start at the network's input, ready to be decoupled layer by layer."""
+    def walk(self, images: Samples, scratch: Path | None = None) -> Any:
+        """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         from netdecouple.frontends.torch.walk import TorchWalk
 
         walk = TorchWalk(self, images)
