@@ -170,9 +170,11 @@ def decouple(
     opened = read_model(model)
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
-    inputs = Inputs.split(images.images, settings.seed)
+    inputs, images = split(images, settings.seed)
     with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
+        network.resources = own
         analysis = analyze(network, inputs, settings, progress, own)
         curve = budget_rows(analysis) if settings.rule is None else []
         if show_budgets is not None and curve:
@@ -250,17 +252,19 @@ def apply_plan(
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = load_images(opened, calib, preprocessing, plan.samples, settings)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
     except PlanError as error:
         raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
-    inputs = Inputs.split(images.images, plan.seed)
+    inputs, images = split(images, plan.seed)
     if inputs.fingerprint != plan.images:
         raise PlanError(
             "the plan was made with other calibration images; give the same --calib and preprocessing"
         )
     with resources.opened(identity(network, inputs, None, "onnxruntime")) as own:
+        network.resources = own
         applied = apply(network, inputs, plan, progress, resources=own)
     return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
 
@@ -299,6 +303,12 @@ def load_images(
     if isinstance(calib, str | os.PathLike):
         return calibration.load(calib, **options)  # type: ignore[arg-type]
     return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
+
+
+def split(images: Samples, seed: int) -> tuple[Inputs, Samples]:
+    """Shuffle images and hold some back; the samples come back with these, so that there is one copy."""
+    inputs = Inputs.split(images.images, seed)
+    return inputs, replace(images, images=inputs.images)
 
 
 def load_labelled(
@@ -369,7 +379,7 @@ class Judge:
 
     network: OnnxNetwork
     inputs: Inputs
-    images: Samples
+    images: Samples  # shuffled, as the inputs are
     labelled: tuple[Array, np.ndarray] | None
     is_calibrated: bool  # or else the inputs are noise
     source: ModelSource | None = None  # what was read; None: the network as it was read
@@ -412,9 +422,9 @@ class Judge:
         rows = layer_reports(layers, applied, network.layers_of(model), self.energies)
         images = self.images
         found: tuple[Disagreement, ...] = ()
+        places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :].tolist()
         if self.is_calibrated:
-            places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :]
-            found = disagreements_of(plan, places.tolist(), self.original, new)
+            found = disagreements_of(plan, places, self.original, new)
         report = Report(
             network.model.origin,
             __version__,
@@ -430,7 +440,7 @@ class Judge:
             self.curve,
             found,
             provenance(plan, self.inputs, images.origin, self.settings),
-            pictures=pictures([images.images[d.sample] for d in found], self.preprocessing),
+            pictures=pictures([shown[places.index(d.sample)] for d in found], self.preprocessing),
         )
         source = network.model.proto if self.source is None else self.source
         return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))

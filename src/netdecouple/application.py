@@ -16,7 +16,7 @@ from netdecouple.families.ridge import best_ridge, held_back_error
 from netdecouple.frontends import Layer, Network, Walk
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.moments import Moments
-from netdecouple.planning.analysis import EXCLUDED, Progress, quiet
+from netdecouple.planning.analysis import EXCLUDED, Progress, is_too_wide_to_fit, quiet
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
@@ -137,6 +137,7 @@ class Fitting:
     targets: Targets
     walk: Walk
     uniform: bool
+    resources: Resources
 
     @classmethod
     def at(
@@ -155,12 +156,15 @@ class Fitting:
         for name, layer in made.items():
             walk.advance(name)
             walk.replace(name, layer.factorization)
-        return cls(inputs, targets, walk, plan.uniform_rank)
+        return cls(inputs, targets, walk, plan.uniform_rank, resources)
 
     def applied(self, row: LayerPlan, layer: Layer) -> AppliedLayer:
         """Fit one layer, at which the walk has arrived then."""
         assert layer.geometry is not None
         targets = self.targets
+        if is_too_wide_to_fit(layer, self.resources):
+            self.walk.advance(layer.name)
+            return _applied_data_free(row, layer, self.uniform)
         own = SplitMoments(layer, self.inputs)
         for seen in self.walk.observe(layer.name, targets.positions[layer.name]):
             wanted = targets.of(layer.name, seen.images)
@@ -213,6 +217,7 @@ class Targets:
         excluded = {row.name for row in plans[0].layers if row.reason == EXCLUDED}
         able = [la for la in network.layers if la.geometry and not la.reason and la.name not in excluded]
         wanted = {row.name for plan in plans for row in plan.layers if row.changed}
+        wanted -= {la.name for la in able if is_too_wide_to_fit(la, resources)}
         self.positions = {la.name: sample_positions(la, count, plans[0].seed) for la in able}
         self._store = ArrayStore(resources.store_bytes, resources.checkpoint.scratch)
         self._recorded: dict[str, list[slice]] = {name: [] for name in wanted}

@@ -22,7 +22,6 @@ from netdecouple.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.resources import Resources
-from netdecouple.sampling import Inputs
 
 Show = Callable[[SweepPoint], None]
 
@@ -72,8 +71,9 @@ def sweep(
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
-    inputs = Inputs.split(images.images, settings.seed)
+    inputs, images = api.split(images, settings.seed)
     judge = Judge(network, inputs, images, labelled, calib is not None)
     loss = settings.loss or loss_kind(judge.original)
     compared = []
@@ -83,6 +83,7 @@ def sweep(
     points = []
     if budgets:
         with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
+            network.resources = own
             analysis = analyze(network, inputs, settings, progress, own)
             plans = [plan_within(analysis, [budget], form) for budget in budgets]
             targets = None if settings.data_free else Targets(network, inputs, plans, progress, own)

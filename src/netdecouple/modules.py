@@ -240,6 +240,7 @@ def _opened(
     with torch.inference_mode(False):  # what is made then can be trained
         collected = collect(calib, module, samples, arguments)
         inputs = Inputs.split(collected, settings.seed, collected.fingerprint)
+        resources = resources.beside(state_bytes(module), collected.nbytes)
         with closing(TorchNetwork(module, collected, device, chosen, resources)) as network:
             about = identity(network, inputs, settings, "torch") | {"device": str(network.device)}
             with resources.opened(about) as own:

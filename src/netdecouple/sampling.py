@@ -99,6 +99,14 @@ class SplitMoments:
         d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
         return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
 
+    @staticmethod
+    def fit_bytes(layer: Layer) -> int:
+        """Memory that fitting a layer takes at its worst, moments included: measured, in Gram matrices."""
+        g = layer.geometry
+        assert g is not None
+        d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
+        return int(8.5 * 8 * g.groups * d * (d + m))
+
     @property
     def both(self) -> Split:
         """Both, together."""

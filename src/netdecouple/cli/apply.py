@@ -28,6 +28,7 @@ def apply(
     weights: options.Weights = None,
     report: options.Reports = None,
     work: options.Work = None,
+    memory: options.Memory = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def apply(
     named = doors.is_named(model)
     check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
-    resources = Resources(work)
+    resources = Resources(work, memory)
     result: Any
     if named:
         wanted = Plan.load(plan)

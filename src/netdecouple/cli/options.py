@@ -116,6 +116,15 @@ Work = Annotated[
         show_default=False,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
+        "fitted from their weights alone.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]

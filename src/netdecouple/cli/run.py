@@ -69,6 +69,7 @@ def run(
     ] = None,
     report: options.Reports = None,
     work: options.Work = None,
+    memory: options.Memory = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +89,7 @@ def run(
     rule = None if method is None else Rule.parse(method)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
 
-    resources = Resources(work)
+    resources = Resources(work, memory)
 
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))

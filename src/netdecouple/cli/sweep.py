@@ -54,6 +54,7 @@ def sweep(
         ),
     ] = None,
     work: options.Work = None,
+    memory: options.Memory = None,
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     data_free: options.DataFree = False,
@@ -82,7 +83,7 @@ def sweep(
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families))
-    resources = Resources(work)
+    resources = Resources(work, memory)
     if doors.is_named(model):
         check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")
         opened = torch_model(terminal.console, model, weights, seed)

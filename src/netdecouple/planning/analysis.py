@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -112,6 +112,11 @@ def _is_too_wide(layer: Layer, limit: int) -> bool:
     Convolutions as wide as that see many samples, which pay for it.
     """
     return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > limit
+
+
+def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:
+    """Whether a layer is fitted from its weights alone, for want of memory."""
+    return SplitMoments.fit_bytes(layer) > resources.fit_bytes
 
 
 def analyze(
@@ -230,16 +235,17 @@ def _weigh(
     """Yield what every layer can become; moments are held for a bounded number of layers at a time."""
     kept = resources.checkpoint
     number = {layer.name: index for index, layer in enumerate(layers)}
-    groups = [layers] if settings.data_free else _in_groups(layers, resources.moment_bytes)
+    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
+    groups = [layers] if settings.data_free else _in_groups(layers, blind, resources.moment_bytes)
     for index, group in enumerate(groups):
         known = {la.name: kept.load(f"weighed-{number[la.name]:04}", Weighed) for la in group}
-        missing = [la for la in group if known[la.name] is None]
+        watched = [la for la in group if la.name not in blind]
         moments: dict[str, Split] = {}
-        if missing and not settings.data_free:
+        if any(known[la.name] is None for la in watched):
             moments = kept.once(
                 f"moments-{index:04}",
                 dict[str, Split],
-                partial(_watched, network, inputs, settings, group, progress),
+                partial(_watched, network, inputs, settings, watched, progress),
             )
         for layer in group:
             own = moments.pop(layer.name, None)
@@ -263,11 +269,11 @@ def _watched(
     return {name: own.both for name, own in moments.items()}
 
 
-def _in_groups(layers: Sequence[Layer], limit: int) -> Iterator[Sequence[Layer]]:
+def _in_groups(layers: Sequence[Layer], blind: Collection[str], limit: int) -> Iterator[Sequence[Layer]]:
     group: list[Layer] = []
     held = 0
     for layer in layers:
-        size = SplitMoments.nbytes(layer)
+        size = 0 if layer.name in blind else SplitMoments.nbytes(layer)
         if group and held + size > limit:
             yield group
             group, held = [], 0

@@ -18,12 +18,13 @@ from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.lean import Lean
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
 from netdecouple.resources import Resources
-from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run
 
 
 class OnnxNetwork:
@@ -48,6 +49,23 @@ class OnnxNetwork:
     def layers_of(self, proto: onnx.ModelProto) -> tuple[Layer, ...]:
         """Every layer that costs MACs in another model that was made of this one."""
         return find_layers(replace(self.model, proto=proto), self._sample)[0]
+
+    @cached_property
+    def _lean(self) -> Lean | None:
+        """The model with its weights in a file, where copies of them would take too much memory."""
+        large = self.model.proto.ByteSize() >= PROTOBUF_LIMIT
+        if self.resources.memory is None and not large:
+            return None
+        return Lean(self.model.proto, self.resources.checkpoint.scratch)
+
+    @property
+    def _proto(self) -> onnx.ModelProto:
+        """The model to make others of that are to be run."""
+        return self.model.proto if self._lean is None else self._lean.proto
+
+    def _opened(self, proto: onnx.ModelProto) -> Any:
+        """Open a model that was made of `_proto`."""
+        return open_session(proto) if self._lean is None else self._lean.opened(proto)
 
     @cached_property
     def _layer(self) -> dict[str, Layer]:
@@ -81,11 +99,14 @@ class OnnxNetwork:
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
         # opened here, so that the copy with other kernels is gone before it runs
-        return self._run(open_session(self.with_kernels(kernels) if kernels else self.model.proto), images)
+        return self._run(self._opened(self._with_kernels(self._proto, kernels or {})), images)
 
     def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input, joined along the first axis."""
-        return self._run(open_session(proto), images)
+        if self._lean is None:
+            return self._run(open_session(proto), images)
+        lean = Lean(proto, self.resources.checkpoint.scratch)
+        return self._run(lean.opened(lean.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = [self.padded(images, batch) for batch in self.batches(len(images))]
@@ -93,8 +114,15 @@ class OnnxNetwork:
 
     def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
         """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        return self._with_kernels(self.model.proto, kernels)
+
+    def _with_kernels(
+        self, original: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
+    ) -> onnx.ModelProto:
+        if not kernels:
+            return original
         proto = onnx.ModelProto()
-        proto.CopyFrom(self.model.proto)
+        proto.CopyFrom(original)
         for name, arrays in kernels.items():
             node = proto.graph.node[self._order[self.nodes[name].output[0]]]
             names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
@@ -124,7 +152,7 @@ class OnnxNetwork:
             )
         )
         fetched = [t for t in tensors if t != self.model.input_name]
-        session = open_session(up_to(self.model.proto, fetched))
+        session = self._opened(up_to(self._proto, fetched))
         held = sum(
             4
             * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
@@ -341,9 +369,9 @@ def pick(values: Array, positions: NDArray[np.int64]) -> Array:
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
     used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for index in reversed(range(len(graph.initializer))):  # no copies: those that stay may be large
+        if graph.initializer[index].name not in used:
+            del graph.initializer[index]
 
 
 def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
