@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
 from netdecouple.report.report import Provenance
 from netdecouple.sampling import Inputs
+from netdecouple.threads import available
 from netdecouple.version import __version__
 
 ALWAYS = ("numpy", "scipy", "onnx", "onnxruntime")
@@ -29,7 +29,7 @@ def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings 
         platform.python_version(),
         (("netdecouple", __version__), *_versions()),
         machine(),
-        _threads(),
+        available(),
         calibration,
         len(inputs.images),
         len(inputs.held_back),
@@ -54,19 +54,13 @@ def identity(network: Network, inputs: Inputs, settings: Settings | None, door: 
         "settings": None if settings is None else asdict(settings) | {"families": settings.methods},
         "versions": used,
         "processor": machine(),
-        "threads": _threads(),
+        "threads": available(),
     }
 
 
 def _versions() -> list[tuple[str, str]]:
     used = [*ALWAYS, *(name for name in IF_USED if name in sys.modules)]
     return [(name, metadata.version(name)) for name in used]
-
-
-def _threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _method(plan: Plan, settings: Settings | None) -> str:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from netdecouple.checkpoint import NOWHERE, Checkpoint
+from netdecouple.distribution import Workers
 from netdecouple.errors import BudgetError
 
 BASE = 300 << 20  # bytes: Python, NumPy and a runtime
 STEADY, PASSING = 2.1, 4.0  # times a model's size: what there is of it all the time, and at times on top
+SHARDS = 8  # unless more or fewer are asked for
 DEFAULT_MOMENTS, DEFAULT_STORE, DEFAULT_BATCH = 5 << 28, 1 << 30, 1 << 28  # bytes
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -28,19 +30,27 @@ class Resources:
         memory: bytes that the process may take; "4GB" is understood. None: as much as is of use, about 5 GB
             and what the model and the widest layer take. Layers that are too wide for it are fitted from
             their weights alone.
+        workers: who shares in the work: `netdecouple.distribution.processes`, `dask`, or `Workers.of` any
+            executor. None: this process does all of it.
+        shards: parts that the inputs are cut into, each one piece of work; 8 with workers, else 1. With the
+            same shards, results are the same whoever does the work.
 
     Raises:
-        BudgetError: the memory is no number of bytes.
+        BudgetError: the memory is no number of bytes, or there is less than one shard.
     """
 
     work: str | os.PathLike[str] | None = None
     memory: int | str | None = None
+    workers: Workers | None = None
+    shards: int | None = None
     checkpoint: Checkpoint = field(default=NOWHERE, repr=False, compare=False)  # opened in ``work``
     taken: int = field(default=0, repr=False)  # of the memory, by what is there all the time
 
     def __post_init__(self) -> None:
         if self.memory is not None:
             object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if self.shards is not None and self.shards < 1:
+            raise BudgetError(f"--shards {self.shards}: give 1 or more")
 
     @contextmanager
     def opened(self, identity: Mapping[str, Any]) -> Iterator[Resources]:
@@ -49,7 +59,8 @@ class Resources:
         Raises:
             OutputError: it cannot be written, is in use, or is another run's.
         """
-        checkpoint = Checkpoint(self.work, {**identity, "memory": self.memory})
+        about = {"memory": self.memory, "shards": self.parts, "workers": self.workers is not None}
+        checkpoint = Checkpoint(self.work, {**identity, **about})
         try:
             yield replace(self, checkpoint=checkpoint)
         finally:
@@ -71,6 +82,16 @@ class Resources:
                 f"{least / 1e9:.2g} GB; give more, or fewer --samples"
             )
         return replace(self, taken=taken)
+
+    @property
+    def parts(self) -> int:
+        """How many shards there are."""
+        return self.shards or (1 if self.workers is None else SHARDS)
+
+    @property
+    def elsewhere(self) -> Resources:
+        """What a worker may use."""
+        return replace(self, work=None, workers=None, checkpoint=NOWHERE)
 
     @property
     def _left(self) -> int:

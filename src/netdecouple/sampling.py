@@ -44,6 +44,11 @@ class Inputs:
         order = shuffled(len(images), seed)
         return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
 
+    def shard(self, part: slice) -> Inputs:
+        """Some of the inputs, in their order."""
+        images = self.images[part]
+        return Inputs(images, int(np.clip(self.fitted - part.start, 0, len(images))), self.fingerprint)
+
     @property
     def held_back(self) -> Images:
         return self.images[self.fitted :]
@@ -73,6 +78,11 @@ class Split:
 
     fitted: Moments
     held_back: Moments
+
+    def absorb(self, other: Split) -> None:
+        """Add the moments of other samples in place."""
+        self.fitted.absorb(other.fitted)
+        self.held_back.absorb(other.held_back)
 
 
 class SplitMoments:

@@ -125,6 +125,23 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes on this machine to share the work.", show_default=False),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="Dask cluster to share the work: tcp://HOST:8786.", show_default=False),
+]
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        "--shards",
+        min=1,
+        help="Parts to cut the inputs into for workers; the same parts give the same result. Default 8.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]

@@ -123,6 +123,14 @@ class Network(Protocol):
         """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
         ...
 
+    def recipe(self) -> Callable[[], Network]:
+        """Make the same network in another process; to be pickled.
+
+        Raises:
+            ModelError: it cannot be sent there.
+        """
+        ...
+
     def walk(self, images: Images, scratch: Path | None = None) -> Walk:
         """Start at the network's input, ready to be decoupled layer by layer.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 
 from netdecouple import threads
+from netdecouple.distribution import Common, each, same
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem
-from netdecouple.frontends import Array, Layer, Network
+from netdecouple.frontends import Array, Images, Layer, Network
 from netdecouple.planning.candidates import (
     LayerCandidates,
     Rule,
@@ -144,18 +147,29 @@ def analyze(
         np.clip(PROBE_MACS / (probes * depth * total), min(16, len(inputs.held_back)), len(inputs.held_back))
     )
 
-    def weigh(layer: Layer, moments: Split | None) -> Weighed:
-        return _weighed(layer, moments, settings, probes, original, trials, loss)
-
+    shown = Common(
+        f"{trials} outputs, seed {settings.seed}, {_key(network, inputs, resources)}",
+        lambda: original.trials(trials),
+        lambda: same(original.trials(trials)),
+    )
+    watcher = Watcher(network, inputs, settings, resources, progress)
     found: dict[str, LayerCandidates] = {}
     losses: dict[str, tuple[float, ...]] = {}
-    for weighed in _weigh(network, inputs, settings, open_layers, weigh, progress, resources):
+    for weighed in _weigh(watcher, open_layers, shown, (settings, probes, loss)):
         name = weighed.candidates.layer
         found[name], losses[name] = weighed.candidates, weighed.losses
         if not weighed.candidates.candidates:
             reasons[name] = "nothing costs less than the layer itself"
         progress("Weighing layers", len(found), depth)
     return Analysis(network, settings, inputs, loss, reasons, found, losses)
+
+
+def _key(network: Network, inputs: Inputs, resources: Resources) -> str:
+    """What tells a network, as it is opened for some inputs, from all others."""
+    found = [(la.name, la.reason, la.size) for la in network.layers]
+    return hashlib.sha256(
+        repr([network.fingerprint, inputs.fingerprint, resources.memory, found]).encode()
+    ).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,10 @@ class Original:
         _check_outputs(self.network, self.inputs, self.layers, outputs)
         return outputs
 
+    def trials(self, count: int) -> tuple[Images, list[Array]]:
+        """Some inputs, and what the network makes of them."""
+        return self.inputs.held_back[:count], [output[:count] for output in self.outputs]
+
 
 @dataclass(frozen=True)
 class Weighed:
@@ -186,16 +204,25 @@ class Weighed:
     losses: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Moments of layers on the first so many shards of the inputs."""
+
+    shards: int
+    moments: dict[str, Split]
+
+
 def _weighed(
-    layer: Layer,
+    network: Network,
+    shown: tuple[Images, list[Array]],
+    name: str,
     moments: Split | None,
     settings: Settings,
     probes: int,
-    original: Original,
-    trials: int,
     loss: Loss,
 ) -> Weighed:
-    """Weigh one layer's candidates, and try a few of them in the network."""
+    """Weigh one layer's candidates, and try a few of them in the network; a piece of work."""
+    layer = next(la for la in network.layers if la.name == name)
     assert layer.geometry is not None
     if moments is None:
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
@@ -211,61 +238,102 @@ def _weighed(
             probes,
             settings.rule,
         )
-    network, inputs = original.network, original.inputs
-    shown = [
-        divergence(
-            [o[:trials] for o in original.outputs],
-            network.run(inputs.held_back[:trials], {layer.name: (probe.weight, probe.bias)}),
-            loss,
-        )
+    images, outputs = shown
+    losses = [
+        divergence(outputs, network.run(images, {name: (probe.weight, probe.bias)}), loss)
         for probe in found.probes
     ]
-    return Weighed(replace(found, probes=()), _losses(found, shown))
+    return Weighed(replace(found, probes=()), _losses(found, losses))
 
 
 def _weigh(
-    network: Network,
-    inputs: Inputs,
-    settings: Settings,
-    layers: Sequence[Layer],
-    weigh: Callable[[Layer, Split | None], Weighed],
-    progress: Progress,
-    resources: Resources,
+    watcher: Watcher, layers: Sequence[Layer], shown: Common, options: tuple[Settings, int, Loss]
 ) -> Iterator[Weighed]:
     """Yield what every layer can become; moments are held for a bounded number of layers at a time."""
+    settings, resources = watcher.settings, watcher.resources
     kept = resources.checkpoint
-    number = {layer.name: index for index, layer in enumerate(layers)}
+    entry = {layer.name: f"weighed-{index:04}" for index, layer in enumerate(layers)}
     blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
     groups = [layers] if settings.data_free else _in_groups(layers, blind, resources.moment_bytes)
     for index, group in enumerate(groups):
-        known = {la.name: kept.load(f"weighed-{number[la.name]:04}", Weighed) for la in group}
+        missing = []
+        for layer in group:
+            known = kept.load(entry[layer.name], Weighed)
+            if known is None:
+                missing.append(layer)
+            else:
+                yield known
         watched = [la for la in group if la.name not in blind]
         moments: dict[str, Split] = {}
-        if any(known[la.name] is None for la in watched):
-            moments = kept.once(
-                f"moments-{index:04}",
-                dict[str, Split],
-                partial(_watched, network, inputs, settings, watched, progress),
-            )
-        for layer in group:
-            own = moments.pop(layer.name, None)
-            weighed = known[layer.name]
-            if weighed is None:
-                weighed = weigh(layer, own)
-                kept.save(f"weighed-{number[layer.name]:04}", weighed)
+        if any(la in missing for la in watched):
+            moments = watcher.moments(watched, f"moments-{index:04}")
+        if resources.workers is not None:  # what takes longest first, lest all wait for it in the end
+            missing.sort(key=SplitMoments.fit_bytes, reverse=True)
+        pieces = ((layer.name, moments.pop(layer.name, None), *options) for layer in missing)
+        for weighed in each(resources.workers, _weighed, (watcher.common, shown), pieces, ordered=False):
+            kept.save(entry[weighed.candidates.layer], weighed)
             yield weighed
         kept.drop(f"moments-{index:04}")
 
 
+@dataclass(frozen=True)
+class Watcher:
+    """Who looks at layers of the original network, shard by shard."""
+
+    network: Network
+    inputs: Inputs
+    settings: Settings
+    resources: Resources
+    progress: Progress
+
+    @cached_property
+    def common(self) -> Common:
+        """The network, for whoever works."""
+        return Common(
+            _key(self.network, self.inputs, self.resources), lambda: self.network, self.network.recipe
+        )
+
+    def moments(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
+        """Moments of what some layers see, and make of it; shards add up in their order."""
+        kept, inputs, count = self.resources.checkpoint, self.inputs, len(self.inputs.images)
+        edges = [count * i // self.resources.parts for i in range(self.resources.parts + 1)]
+        shards = [slice(a, b) for a, b in pairwise(edges) if a < b]
+        names = tuple(layer.name for layer in layers)
+        watched: Watched = kept.load(entry, Watched) or Watched(0, {})
+        alone = self.progress if self.resources.workers is None else quiet
+        pieces = (
+            (inputs.shard(shard), shard.start, count, names, self.settings.seed)
+            for shard in shards[watched.shards :]
+        )
+        work = partial(_watched, progress=alone) if self.resources.workers is None else _watched
+        for seen in each(self.resources.workers, work, (self.common,), pieces):
+            if watched.shards:
+                for name, own in watched.moments.items():
+                    own.absorb(seen[name])
+                seen = watched.moments
+            watched = Watched(watched.shards + 1, seen)
+            kept.save(entry, watched)
+            self.progress("Watching the network", shards[watched.shards - 1].stop, count)
+        return watched.moments
+
+
 def _watched(
-    network: Network, inputs: Inputs, settings: Settings, layers: Sequence[Layer], progress: Progress
+    network: Network,
+    shard: Inputs,
+    start: int,
+    total: int,
+    names: Sequence[str],
+    seed: int,
+    progress: Progress = quiet,
 ) -> dict[str, Split]:
-    """Moments of what some layers see, and make of it, in the original network."""
-    positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in layers}
-    moments = {la.name: SplitMoments(la, inputs) for la in layers}
-    for seen in network.observe(inputs.images, positions):
+    """Moments of what some layers see, and make of it, on a shard of all inputs; a piece of work."""
+    layers = [layer for layer in network.layers if layer.name in names]
+    stop = start + len(shard.images)
+    positions = {la.name: sample_positions(la, total, seed)[start:stop] for la in layers}
+    moments = {la.name: SplitMoments(la, shard) for la in layers}
+    for seen in network.observe(shard.images, positions):
         moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
-        progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))
+        progress("Watching the network", min(start + seen.images.stop, total), total)
     return {name: own.both for name, own in moments.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
+from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
@@ -210,6 +211,16 @@ class OnnxNetwork:
     @cached_property
     def _constants(self) -> dict[str, onnx.TensorProto]:
         return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
+
+    def recipe(self) -> Callable[[], OnnxNetwork]:
+        """Make the same network in another process.
+
+        Raises:
+            ModelError: it is too large to be sent.
+        """
+        if self.model.proto.ByteSize() >= PROTOBUF_LIMIT:
+            raise ModelError(f"{self.model.origin}: models above 2 GB are not sent to workers; run without")
+        return partial(OnnxNetwork, self.model, self._sample, self.resources.elsewhere)
 
     def walk(self, images: Array, scratch: Path | None = None) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as tree
 
+from netdecouple import threads
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
@@ -73,6 +74,8 @@ class TorchNetwork:
         except RuntimeError as error:
             raise ModelError(f"device={device!r}: {first_line(error)}") from error
         self.original = module
+        self._chosen = chosen
+        self._few = samples[:2]
         self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -364,6 +367,25 @@ class TorchNetwork:
         other = None if shortcut is None else pick(to_numpy(shortcut), where)
         return Observation(name, batch, look, made, other)
 
+    def recipe(self) -> Callable[[], TorchNetwork]:
+        """Make the same network in another process."""
+        left_alone = (
+            frozenset()
+            if self._chosen is None
+            else frozenset(
+                name for name, module in self.original.named_modules() if not self._chosen(name, module)
+            )
+        )
+        return partial(
+            _reopened,
+            self.original,
+            self._few,
+            str(self.device),
+            left_alone,
+            self.batchable,
+            self.resources.elsewhere,
+        )
+
     def walk(self, images: Samples, scratch: Path | None = None) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         from netdecouple.frontends.torch.walk import TorchWalk
@@ -389,6 +411,21 @@ class TorchNetwork:
             new = Factorized.of(found.convolution, factorization)
             module = install(module, name, new, found.norm)
         return module
+
+
+def _reopened(
+    module: nn.Module,
+    few: Samples,
+    device: str,
+    left_alone: frozenset[str],
+    batchable: bool,
+    resources: Resources,
+) -> TorchNetwork:
+    """Open a network in another process; whether all its samples are alike has been seen before."""
+    torch.set_num_threads(threads.available())
+    network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, resources)
+    network.batchable = batchable
+    return network
 
 
 class Shortcuts:
