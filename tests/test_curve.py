@@ -56,9 +56,9 @@ def test_the_original_is_watched_once(monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
     observe = OnnxNetwork.observe
 
-    def count(network: OnnxNetwork, images: np.ndarray, positions: object) -> object:
+    def count(network: OnnxNetwork, images: np.ndarray, positions: object, **options: bool) -> object:
         seen.append(len(images))
-        return observe(network, images, positions)
+        return observe(network, images, positions, **options)
 
     monkeypatch.setattr(OnnxNetwork, "observe", count)
     for budgets in ((0.5,), (0.9, 0.7, 0.5, 0.4)):

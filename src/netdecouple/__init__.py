@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from netdecouple.planning.analysis import Settings
     from netdecouple.planning.plan import Plan
     from netdecouple.report.sweep import Sweep
+    from netdecouple.resources import Resources
 
 __all__ = [
     "NetDecoupleError",
     "Plan",
     "Preprocessing",
+    "Resources",
     "Result",
     "Settings",
     "Sweep",
@@ -39,6 +41,7 @@ _HOMES = {
     "NetDecoupleError": "errors",
     "Plan": "planning.plan",
     "Preprocessing": "calibration",
+    "Resources": "resources",
     "Result": "api",
     "Settings": "planning.analysis",
     "Sweep": "report.sweep",

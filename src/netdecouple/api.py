@@ -36,7 +36,7 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
-from netdecouple.provenance import provenance
+from netdecouple.provenance import identity, provenance
 from netdecouple.report.files import report_ending
 from netdecouple.report.pictures import pictures
 from netdecouple.report.report import (
@@ -48,6 +48,7 @@ from netdecouple.report.report import (
     layer_reports,
     quality_of,
 )
+from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
@@ -125,6 +126,7 @@ def decouple(
     threads: int = 1,
     preprocessing: Preprocessing = Preprocessing(),
     samples: int | None = SAMPLES,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
     show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
 ) -> Result:
@@ -146,6 +148,7 @@ def decouple(
             is written with are those that are fastest there, measured with ``threads`` threads.
         preprocessing: how uint8 images become network inputs.
         samples: how many calibration images to take at most; None takes all.
+        resources: where to keep what has been found, so that a run that was ended goes on.
         progress: called with a step's name, what is done and what there is to do.
         show_budgets: called once with the table of budgets that can be met, before solving.
 
@@ -170,27 +173,35 @@ def decouple(
         raise ModelError(f"{opened.origin}: --emit fused is for float32 models, this one is {opened.dtype}")
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
-    network = OnnxNetwork(opened, images.images)
-    inputs = Inputs.split(images.images, settings.seed)
-    analysis = analyze(network, inputs, settings, progress)
-    curve = budget_rows(analysis) if settings.rule is None else []
-    if show_budgets is not None and curve:
-        show_budgets(curve, analysis.loss)
-    clock, form = None, first_form(place)
-    if share is not None or runtime is not None:
-        image = network.padded(images.images, slice(0, opened.batch or 1))
-        clock = Latency(network, analysis.candidates, place, image, progress=progress)
-        form = clock.form
-    if max_drop is not None:
-        assert labelled is not None
-        applied = _search(analysis, max_drop, labelled, form, progress)
-    elif share is not None:
-        assert clock is not None
-        applied = apply(network, inputs, plan_for_latency(analysis, budgets, clock, share), progress)
-    else:
-        plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
-        plan = plan if clock is None else clock.with_neighbours(plan)
-        applied = apply(network, inputs, plan, progress)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    network = OnnxNetwork(opened, images.images, resources)
+    inputs, images = split(images, settings.seed)
+    with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
+        network.resources = own
+        analysis = analyze(network, inputs, settings, progress, own)
+        curve = budget_rows(analysis) if settings.rule is None else []
+        if show_budgets is not None and curve:
+            show_budgets(curve, analysis.loss)
+        clock, form = None, first_form(place)
+        if share is not None or runtime is not None:
+            image = network.padded(images.images, slice(0, opened.batch or 1))
+            clock = Latency(network, analysis.candidates, place, image, progress=progress)
+            form = clock.form
+        if max_drop is not None:
+            assert labelled is not None
+            applied = _search(analysis, max_drop, labelled, form, progress, own)
+        else:
+
+            def chosen() -> Plan:
+                if share is not None:
+                    assert clock is not None
+                    return plan_for_latency(analysis, budgets, clock, share)
+                plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
+                return plan if clock is None else clock.with_neighbours(plan)
+
+            # kept, as times are never the same twice
+            goal = own.checkpoint.key("plan", (macs, parameters, latency, emit, runtime, threads))
+            applied = apply(network, inputs, own.checkpoint.once(goal, Plan, chosen), progress, resources=own)
     is_calibrated = calib is not None
     judge = Judge(
         network, inputs, images, labelled, is_calibrated, model, preprocessing, settings, tuple(curve)
@@ -232,6 +243,7 @@ def apply_plan(
     calib: Calibration | None = None,
     *,
     preprocessing: Preprocessing = Preprocessing(),
+    resources: Resources = Resources(),
     progress: Progress = quiet,
 ) -> Result:
     """Carry out a saved plan on the model and the calibration images it was made for.
@@ -243,17 +255,20 @@ def apply_plan(
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = load_images(opened, calib, preprocessing, plan.samples, settings)
-    network = OnnxNetwork(opened, images.images)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    network = OnnxNetwork(opened, images.images, resources)
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
     except PlanError as error:
         raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
-    inputs = Inputs.split(images.images, plan.seed)
+    inputs, images = split(images, plan.seed)
     if inputs.fingerprint != plan.images:
         raise PlanError(
             "the plan was made with other calibration images; give the same --calib and preprocessing"
         )
-    applied = apply(network, inputs, plan, progress)
+    with resources.opened(identity(network, inputs, None, "onnxruntime")) as own:
+        network.resources = own
+        applied = apply(network, inputs, plan, progress, resources=own)
     return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
 
 
@@ -291,6 +306,12 @@ def load_images(
     if isinstance(calib, str | os.PathLike):
         return calibration.load(calib, **options)  # type: ignore[arg-type]
     return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
+
+
+def split(images: Samples, seed: int) -> tuple[Inputs, Samples]:
+    """Shuffle images and hold some back; the samples come back with these, so that there is one copy."""
+    inputs = Inputs.split(images.images, seed)
+    return inputs, replace(images, images=inputs.images)
 
 
 def load_labelled(
@@ -331,6 +352,7 @@ def _search(
     labelled: tuple[Array, np.ndarray],
     form: FormOf,
     progress: Progress,
+    resources: Resources,
 ) -> Applied:
     """Bisect the budget for the smallest network that loses at most ``max_drop`` points of accuracy."""
     network, inputs = analysis.network, analysis.inputs
@@ -340,12 +362,13 @@ def _search(
     total = sum(layer.macs for layer in network.layers)
     # shares: `low` is too small or unknown, `high` is known to do
     low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
-    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form))
+    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form), resources=resources)
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
         progress("Searching the budget", step, steps)
         share = float(np.sqrt(low * high))
-        applied = apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form))
+        plan = make_plan(analysis, [Budget(Macs(), share)], form)
+        applied = apply(network, inputs, plan, resources=resources)
         outputs = network.run_model(network.decoupled(applied.factorizations), images)
         if accuracy(outputs[0], labels) >= wanted:
             best, high = applied, share
@@ -361,7 +384,7 @@ class Judge:
 
     network: OnnxNetwork
     inputs: Inputs
-    images: Samples
+    images: Samples  # shuffled, as the inputs are
     labelled: tuple[Array, np.ndarray] | None
     is_calibrated: bool  # or else the inputs are noise
     source: ModelSource | None = None  # what was read; None: the network as it was read
@@ -404,9 +427,9 @@ class Judge:
         rows = layer_reports(layers, applied, network.layers_of(model), self.energies)
         images = self.images
         found: tuple[Disagreement, ...] = ()
+        places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :].tolist()
         if self.is_calibrated:
-            places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :]
-            found = disagreements_of(plan, places.tolist(), self.original, new)
+            found = disagreements_of(plan, places, self.original, new)
         report = Report(
             network.model.origin,
             __version__,
@@ -422,7 +445,7 @@ class Judge:
             self.curve,
             found,
             provenance(plan, self.inputs, images.origin, self.settings),
-            pictures=pictures([images.images[d.sample] for d in found], self.preprocessing),
+            pictures=pictures([shown[places.index(d.sample)] for d in found], self.preprocessing),
         )
         source = network.model.proto if self.source is None else self.source
         return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))

@@ -13,11 +13,12 @@ from netdecouple.errors import PlanError
 from netdecouple.families import Problem
 from netdecouple.families.combined import method
 from netdecouple.families.ridge import best_ridge, held_back_error
-from netdecouple.frontends import Layer, Network
+from netdecouple.frontends import Layer, Network, Walk
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.moments import Moments
-from netdecouple.planning.analysis import EXCLUDED, Progress, quiet
+from netdecouple.planning.analysis import EXCLUDED, Progress, is_too_wide_to_fit, quiet
 from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
 
@@ -40,12 +41,24 @@ class Applied:
         }
 
 
+@dataclass(frozen=True)
+class AppliedLayer:
+    """One layer carried out; its error and number of samples where it was fitted to any."""
+
+    row: LayerPlan
+    factorization: Factorization
+    error: float | None = None  # relative to the variance of the layer's output
+    samples: int = 0
+    dependent: int = 0  # inputs that the samples cannot tell apart
+
+
 def apply(
     network: Network,
     inputs: Inputs,
     plan: Plan,
     progress: Progress = quiet,
     targets: Targets | None = None,
+    resources: Resources = Resources(),
 ) -> Applied:
     """Fit every chosen layer on what it sees in the network as decoupled so far, against what the
     original produced at the same places (asymmetric reconstruction, DESIGN §4).
@@ -55,19 +68,44 @@ def apply(
 
     Raises:
         PlanError: the plan names other layers than the network has, or asks for what a layer cannot be.
+        OutputError: what was found cannot be kept.
     """
     layers = {layer.name: layer for layer in network.layers}
     if [row.name for row in plan.layers] != list(layers):
         raise PlanError("the plan is for a network of other layers; make it again for this model")
     for row in plan.layers:
         _check_row(row, layers[row.name])
-    applied = Applied(plan, {}, {}, {})
-    if plan.data_free:
-        rows = [_apply_data_free(row, layers[row.name], plan.uniform_rank, applied) for row in plan.layers]
-    else:
-        targets = targets or Targets(network, inputs, [plan], progress)
-        rows = _apply_asymmetric(network, inputs, plan, layers, applied, targets, progress)
-    return replace(applied, plan=replace(plan, layers=tuple(rows)))
+    kept = resources.checkpoint
+    key = kept.key("applied", plan.to_json())
+    changed = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
+    made: dict[str, AppliedLayer] = {}
+    fitting: Fitting | None = None
+    for row in plan.layers:
+        if not row.changed:
+            continue
+        layer = layers[row.name]
+        own = kept.load(changed[row.name], AppliedLayer)
+        if own is None:
+            if plan.data_free:
+                own = _applied_data_free(row, layer, plan.uniform_rank)
+            else:
+                fitting = fitting or Fitting.at(network, inputs, plan, made, progress, targets, resources)
+                own = fitting.applied(row, layer)
+            kept.save(changed[row.name], own)
+        elif fitting is not None:
+            fitting.walk.advance(row.name)
+        if fitting is not None:
+            fitting.walk.replace(row.name, own.factorization)
+        made[row.name] = own
+        progress("Decoupling layers", len(made), len(changed))
+    rows = tuple(made[row.name].row if row.changed else row for row in plan.layers)
+    return Applied(
+        replace(plan, layers=rows),
+        {name: own.factorization for name, own in made.items()},
+        {name: own.error for name, own in made.items() if own.error is not None},
+        {name: own.samples for name, own in made.items() if own.error is not None},
+        {name: own.dependent for name, own in made.items() if own.error is not None},
+    )
 
 
 def _check_row(row: LayerPlan, layer: Layer) -> None:
@@ -86,59 +124,66 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 
 
-def _apply_data_free(row: LayerPlan, layer: Layer, uniform: bool, applied: Applied) -> LayerPlan:
-    if not row.changed:
-        return row
+def _applied_data_free(row: LayerPlan, layer: Layer, uniform: bool) -> AppliedLayer:
     assert layer.geometry is not None
     problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
     with threads.for_unknowns(problem.weight.shape[2]):
         fitted, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
-    applied.factorizations[row.name] = fitted.astype(np.float32)
-    return row.with_steps(steps)
+    return AppliedLayer(row.with_steps(steps), fitted.astype(np.float32))
 
 
-def _apply_asymmetric(
-    network: Network,
-    inputs: Inputs,
-    plan: Plan,
-    layers: Mapping[str, Layer],
-    applied: Applied,
-    targets: Targets,
-    progress: Progress,
-) -> list[LayerPlan]:
-    changed = sum(row.changed for row in plan.layers)
-    walk = network.walk(inputs.images)
-    rows = []
-    for row in plan.layers:
-        if not row.changed:
-            rows.append(row)
-            continue
-        layer = layers[row.name]
+@dataclass(frozen=True)
+class Fitting:
+    """A plan half carried out: what the network decoupled so far shows a layer, and what it is to make."""
+
+    inputs: Inputs
+    targets: Targets
+    walk: Walk
+    uniform: bool
+    resources: Resources
+
+    @classmethod
+    def at(
+        cls,
+        network: Network,
+        inputs: Inputs,
+        plan: Plan,
+        made: Mapping[str, AppliedLayer],
+        progress: Progress,
+        targets: Targets | None,
+        resources: Resources,
+    ) -> Fitting:
+        """Begin, or go on behind the layers that an earlier run has ``made``, by the same steps as it did."""
+        targets = targets or Targets(network, inputs, [plan], progress, resources)
+        walk = network.walk(inputs.images, resources.checkpoint.scratch)
+        for name, layer in made.items():
+            walk.advance(name)
+            walk.replace(name, layer.factorization)
+        return cls(inputs, targets, walk, plan.uniform_rank, resources)
+
+    def applied(self, row: LayerPlan, layer: Layer) -> AppliedLayer:
+        """Fit one layer, at which the walk has arrived then."""
         assert layer.geometry is not None
-        own = SplitMoments(layer, inputs)
-        for seen in walk.observe(layer.name, targets.positions[layer.name]):
+        targets = self.targets
+        if is_too_wide_to_fit(layer, self.resources):
+            self.walk.advance(layer.name)
+            return _applied_data_free(row, layer, self.uniform)
+        own = SplitMoments(layer, self.inputs)
+        for seen in self.walk.observe(layer.name, targets.positions[layer.name]):
             wanted = targets.of(layer.name, seen.images)
             if len(wanted) < len(seen.patches):
                 continue  # which layers run depends on the samples: the original did not run this one here
             own.add(seen.images, seen.patches, wanted if seen.shortcut is None else wanted - seen.shortcut)
         if not (own.fitted.count and own.held_back.count):  # no sample runs it: its weights are all there is
-            rows.append(_apply_data_free(row, layer, plan.uniform_rank, applied))
-            walk.replace(layer.name, applied.factorizations[layer.name])
-            continue
+            return _applied_data_free(row, layer, self.uniform)
         problem = Problem.of(layer.geometry, layer.weight, own.fitted)
         with threads.for_unknowns(problem.weight.shape[2]):
-            row, regular = _with_ridge(row, problem, own.held_back, plan.uniform_rank)
-            exact, steps = method(row.family, plan.uniform_rank).fit(regular, row.steps)
+            row, regular = _with_ridge(row, problem, own.held_back, self.uniform)
+            exact, steps = method(row.family, self.uniform).fit(regular, row.steps)
             row, fitted = row.with_steps(steps), exact.astype(np.float32)
-        walk.replace(layer.name, fitted)
-        rows.append(row)
-        applied.factorizations[layer.name] = fitted
         error = held_back_error(problem, own.held_back, fitted)
-        applied.errors[layer.name] = error / max(targets.variances[layer.name], np.finfo(float).tiny)
-        applied.samples[layer.name] = own.fitted.count
-        applied.dependent[layer.name] = own.fitted.dependent
-        progress("Decoupling layers", len(applied.factorizations), changed)
-    return rows
+        variance = max(targets.variances[layer.name], np.finfo(float).tiny)
+        return AppliedLayer(row, fitted, error / variance, own.fitted.count, own.fitted.dependent)
 
 
 def _with_ridge(
@@ -164,14 +209,20 @@ class Targets:
     """
 
     def __init__(
-        self, network: Network, inputs: Inputs, plans: Sequence[Plan], progress: Progress = quiet
+        self,
+        network: Network,
+        inputs: Inputs,
+        plans: Sequence[Plan],
+        progress: Progress = quiet,
+        resources: Resources = Resources(),
     ) -> None:
         count = len(inputs.images)
         excluded = {row.name for row in plans[0].layers if row.reason == EXCLUDED}
         able = [la for la in network.layers if la.geometry and not la.reason and la.name not in excluded]
         wanted = {row.name for plan in plans for row in plan.layers if row.changed}
+        wanted -= {la.name for la in able if is_too_wide_to_fit(la, resources)}
         self.positions = {la.name: sample_positions(la, count, plans[0].seed) for la in able}
-        self._store = ArrayStore()
+        self._store = ArrayStore(resources.store_bytes, resources.checkpoint.scratch)
         self._recorded: dict[str, list[slice]] = {name: [] for name in wanted}
         sums = {la.name: np.zeros((2, len(la.bias))) for la in able if la.name in wanted}
         for seen in network.observe(inputs.images, self.positions if wanted else {}, with_patches=False):

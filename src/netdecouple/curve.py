@@ -18,9 +18,10 @@ from netdecouple.planning.cost import Budget, Macs, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.solve import plan_within
+from netdecouple.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
-from netdecouple.sampling import Inputs
+from netdecouple.resources import Resources
 
 Show = Callable[[SweepPoint], None]
 
@@ -41,6 +42,7 @@ def sweep(
     preprocessing: Preprocessing = Preprocessing(),
     samples: int | None = api.SAMPLES,
     output: str | os.PathLike[str] | None = None,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
     show: Show = unseen,
 ) -> Sweep:
@@ -49,7 +51,7 @@ def sweep(
     The network is analysed once. What a budget gives is, byte for byte, what `decouple` gives for it alone.
 
     Args:
-        model, calib, settings, emit, preprocessing, samples: as in `api.decouple`.
+        model, calib, settings, emit, preprocessing, samples, resources: as in `api.decouple`.
         macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
         compare: results of earlier runs, to be judged on the same inputs. With them ``macs`` may be left out.
         labels: FILE.npz:IMAGES,LABELS, to measure top-1 accuracy on.
@@ -69,8 +71,9 @@ def sweep(
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
-    network = OnnxNetwork(opened, images.images)
-    inputs = Inputs.split(images.images, settings.seed)
+    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    network = OnnxNetwork(opened, images.images, resources)
+    inputs, images = api.split(images, settings.seed)
     judge = Judge(network, inputs, images, labelled, calib is not None)
     loss = settings.loss or loss_kind(judge.original)
     compared = []
@@ -79,15 +82,17 @@ def sweep(
         show(compared[-1].point)
     points = []
     if budgets:
-        analysis = analyze(network, inputs, settings, progress)
-        plans = [plan_within(analysis, [budget], form) for budget in budgets]
-        targets = None if settings.data_free else Targets(network, inputs, plans, progress)
-        for budget, plan in zip(budgets, plans, strict=True):
-            applied = apply(network, inputs, plan, named_after(budget, progress), targets)
-            result = judge.result(applied)
-            file = None if files is None else files.save(budget, result.save)
-            points.append(SweepPoint.of(result.report, result.plan, file))
-            show(points[-1])
+        with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
+            network.resources = own
+            analysis = analyze(network, inputs, settings, progress, own)
+            plans = [plan_within(analysis, [budget], form) for budget in budgets]
+            targets = None if settings.data_free else Targets(network, inputs, plans, progress, own)
+            for budget, plan in zip(budgets, plans, strict=True):
+                applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)
+                result = judge.result(applied)
+                file = None if files is None else files.save(budget, result.save)
+                points.append(SweepPoint.of(result.report, result.plan, file))
+                show(points[-1])
     return Sweep.of(opened.origin, loss, points, compared)
 
 

@@ -29,10 +29,11 @@ from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
-from netdecouple.provenance import provenance
+from netdecouple.provenance import identity, provenance
 from netdecouple.report.pictures import pictures
 from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint
+from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
@@ -48,6 +49,7 @@ def decouple(
     arguments: Callable[[Any], Any] | None = None,
     settings: Settings = Settings(),
     samples: int | None = 1000,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
     show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
 ) -> nn.Module:
@@ -64,6 +66,7 @@ def decouple(
         arguments: makes what the module's forward takes out of one batch of ``calib``, if that is not it.
         settings: families to choose from or one rule for all layers, how to fit, seed, layers to leave alone.
         samples: how many samples to take at most; None takes all.
+        resources: where to keep what has been found, so that a run that was ended goes on.
         progress: called with a step's name, what is done and what there is to do.
         show_budgets: called once with the table of budgets that can be met, before solving.
 
@@ -73,16 +76,19 @@ def decouple(
     budgets = budgets_of(macs, parameters)
     if bool(budgets) == (settings.rule is not None):
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
-    with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
-        analysis = analyze(network, inputs, settings, progress)
+    with _opened(module, calib, device, filter, arguments, samples, settings, resources) as opened:
+        network, inputs, own = opened
+        analysis = analyze(network, inputs, settings, progress, own)
         curve = budget_rows(analysis) if settings.rule is None else []
         if show_budgets is not None and curve:
             show_budgets(curve, analysis.loss)
-        if settings.rule is not None:
-            plan = ruled_plan(analysis)
-        else:
-            plan = plan_within(analysis, budgets)
-        return _result(network, inputs, apply(network, inputs, plan, progress), None, settings, curve)
+
+        def chosen() -> Plan:
+            return ruled_plan(analysis) if settings.rule is not None else plan_within(analysis, budgets)
+
+        plan = own.checkpoint.once(own.checkpoint.key("plan", (macs, parameters)), Plan, chosen)
+        applied = apply(network, inputs, plan, progress, resources=own)
+        return _result(network, inputs, applied, None, settings, curve)
 
 
 def sweep(
@@ -103,7 +109,7 @@ def sweep(
         macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
         output: a folder that gets a folder for `load` per budget; else only figures are kept.
         show: called with every point of the curve as soon as it is known.
-        options: device, filter, arguments, settings, samples, progress; as in `decouple`.
+        options: device, filter, arguments, settings, samples, resources, progress; as in `decouple`.
 
     Raises:
         NetDecoupleError: one of its children, with one line that says what to do.
@@ -131,6 +137,7 @@ def each(
     arguments: Callable[[Any], Any] | None = None,
     settings: Settings = Settings(),
     samples: int | None = 1000,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
 ) -> tuple[str, list[SweepPoint]]:
     """Decouple a module to several budgets and make a ``point`` of each; tell the kind of loss as well.
@@ -141,13 +148,14 @@ def each(
     if not budgets:
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5)")
     points = []
-    with _opened(module, calib, device, filter, arguments, samples, settings.seed) as (network, inputs):
-        analysis = analyze(network, inputs, settings, progress)
+    with _opened(module, calib, device, filter, arguments, samples, settings, resources) as opened:
+        network, inputs, own = opened
+        analysis = analyze(network, inputs, settings, progress, own)
         plans = [plan_within(analysis, [budget]) for budget in budgets]
-        targets = None if settings.data_free else Targets(network, inputs, plans, progress)
+        targets = None if settings.data_free else Targets(network, inputs, plans, progress, own)
         original = network.run(inputs.held_back)
         for budget, plan in zip(budgets, plans, strict=True):
-            applied = apply(network, inputs, plan, named_after(budget, progress), targets)
+            applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)
             points.append(point(budget, _result(network, inputs, applied, original)))
             show(points[-1])
     return analysis.loss, points
@@ -160,6 +168,7 @@ def apply_plan(
     *,
     device: str = "cpu",
     arguments: Callable[[Any], Any] | None = None,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
 ) -> nn.Module:
     """Carry out a saved plan on the module and the samples it was made for, by either front door.
@@ -168,11 +177,13 @@ def apply_plan(
         PlanError: the plan is of another network or of other samples.
         NetDecoupleError: as in `decouple`.
     """
-    with _opened(module, calib, device, None, arguments, plan.samples, plan.seed) as (network, inputs):
+    settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
+    with _opened(module, calib, device, None, arguments, plan.samples, settings, resources) as opened:
+        network, inputs, own = opened
         if inputs.fingerprint != plan.images:
             raise PlanError("the plan was made with other calibration samples; give the same calib")
         adopted = plan.adopted(network.fingerprint, network.layers)
-        return _result(network, inputs, apply(network, inputs, adopted, progress))
+        return _result(network, inputs, apply(network, inputs, adopted, progress, resources=own))
 
 
 def save(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -220,16 +231,20 @@ def _opened(
     chosen: Callable[[str, nn.Module], bool] | None,
     arguments: Callable[[Any], Any] | None,
     samples: int | None,
-    seed: int,
-) -> Iterator[tuple[TorchNetwork, Inputs]]:
-    """Open a module; whatever happens, nothing is left running."""
+    settings: Settings,
+    resources: Resources,
+) -> Iterator[tuple[TorchNetwork, Inputs, Resources]]:
+    """Open a module, and the work folder; whatever happens, nothing is left running."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
     with torch.inference_mode(False):  # what is made then can be trained
         collected = collect(calib, module, samples, arguments)
-        inputs = Inputs.split(collected, seed, collected.fingerprint)
-        with closing(TorchNetwork(module, collected, device, chosen)) as network:
-            yield network, inputs
+        inputs = Inputs.split(collected, settings.seed, collected.fingerprint)
+        resources = resources.beside(state_bytes(module), collected.nbytes)
+        with closing(TorchNetwork(module, collected, device, chosen, resources)) as network:
+            about = identity(network, inputs, settings, "torch") | {"device": str(network.device)}
+            with resources.opened(about) as own:
+                yield network, inputs, own
 
 
 def _result(

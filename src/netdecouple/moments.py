@@ -53,18 +53,18 @@ class Moments:
 
     def add(self, x: Array, y: Array) -> None:
         """Add a batch of samples in place: x (n, groups, d), y (n, groups, m)."""
-        self._absorb(Moments.of(x, y))
+        self.absorb(Moments.of(x, y))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together; neither operand changes."""
         both = replace(
             self, **{k: getattr(self, k).copy() for k in ("mean_x", "mean_y", "gram", "cross", "power")}
         )
-        both._absorb(other)
+        both.absorb(other)
         return both
 
-    def _absorb(self, other: Moments) -> None:
-        """Chan, Golub and LeVeque (1979): pairwise update of means and centred sums."""
+    def absorb(self, other: Moments) -> None:
+        """Add other samples' moments in place, by Chan, Golub and LeVeque's (1979) pairwise update."""
         if not other.count:
             return
         count = self.count + other.count

@@ -30,6 +30,7 @@ from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.files import report_ending
 from netdecouple.report.report import Report
 from netdecouple.report.sweep import Sweep, SweepPoint
+from netdecouple.resources import Resources
 from netdecouple.sampling import shuffled
 from netdecouple.version import __version__
 
@@ -126,6 +127,7 @@ def decouple(
     preprocessing: Preprocessing | None = None,
     samples: int | None = api.SAMPLES,
     to_onnx: bool = False,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
     show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
 ) -> Result:
@@ -152,6 +154,7 @@ def decouple(
         parameters=parameters,
         settings=settings,
         samples=samples,
+        resources=resources,
         progress=progress,
         show_budgets=show_budgets,
     )
@@ -171,6 +174,7 @@ def sweep(
     preprocessing: Preprocessing | None = None,
     samples: int | None = api.SAMPLES,
     output: str | os.PathLike[str] | None = None,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
     show: Show = unseen,
 ) -> Sweep:
@@ -208,6 +212,7 @@ def sweep(
         show,
         settings=settings,
         samples=samples,
+        resources=resources,
         progress=progress,
     )
     return Sweep.of(model.name, *made)
@@ -233,6 +238,7 @@ def apply_plan(
     calib: str | None,
     *,
     preprocessing: Preprocessing | None = None,
+    resources: Resources = Resources(),
     progress: Progress = quiet,
 ) -> Result:
     """Carry out a saved plan on a model that `build` made; see `modules.apply_plan`.
@@ -245,7 +251,9 @@ def apply_plan(
     preprocessing = preprocessing or model.preprocessing
     calibrated = calibrate(model, calib, preprocessing, plan.samples, settings)
     collected = collect(calibrated.batches, model.module, plan.samples, None)
-    module = modules.apply_plan(model.module, plan, _batches(collected), progress=progress)
+    module = modules.apply_plan(
+        model.module, plan, _batches(collected), resources=resources, progress=progress
+    )
     return _result(model, module, calibrated, collected, calib, preprocessing)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
+from netdecouple.frontends import Network
 from netdecouple.latency import machine
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
 from netdecouple.report.report import Provenance
 from netdecouple.sampling import Inputs
+from netdecouple.threads import available
 from netdecouple.version import __version__
 
 ALWAYS = ("numpy", "scipy", "onnx", "onnxruntime")
@@ -26,7 +29,7 @@ def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings 
         platform.python_version(),
         (("netdecouple", __version__), *_versions()),
         machine(),
-        _threads(),
+        available(),
         calibration,
         len(inputs.images),
         len(inputs.held_back),
@@ -38,15 +41,26 @@ def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings 
     )
 
 
+def identity(network: Network, inputs: Inputs, settings: Settings | None, door: str) -> dict[str, Any]:
+    """All that the numbers a run finds depend on, as JSON, by names that people understand.
+
+    Budgets are not among it: what is found for one is of use to another.
+    """
+    used = {"netdecouple": __version__} | {name: metadata.version(name) for name in (*ALWAYS, door)}
+    return {
+        "model": network.fingerprint,
+        "layers": hashlib.sha256(repr([(la.name, la.reason) for la in network.layers]).encode()).hexdigest(),
+        "calibration images": inputs.fingerprint,
+        "settings": None if settings is None else asdict(settings) | {"families": settings.methods},
+        "versions": used,
+        "processor": machine(),
+        "threads": available(),
+    }
+
+
 def _versions() -> list[tuple[str, str]]:
     used = [*ALWAYS, *(name for name in IF_USED if name in sys.modules)]
     return [(name, metadata.version(name)) for name in used]
-
-
-def _threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _method(plan: Plan, settings: Settings | None) -> str:

@@ -44,6 +44,11 @@ class Inputs:
         order = shuffled(len(images), seed)
         return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
 
+    def shard(self, part: slice) -> Inputs:
+        """Some of the inputs, in their order."""
+        images = self.images[part]
+        return Inputs(images, int(np.clip(self.fitted - part.start, 0, len(images))), self.fingerprint)
+
     @property
     def held_back(self) -> Images:
         return self.images[self.fitted :]
@@ -65,6 +70,19 @@ def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
     rng = np.random.default_rng([seed, key])
     edges = np.arange(p + 1) * pixels // p
     return edges[:-1] + (rng.random((images, p)) * np.diff(edges)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Moments of one layer, to fit on and to judge by."""
+
+    fitted: Moments
+    held_back: Moments
+
+    def absorb(self, other: Split) -> None:
+        """Add the moments of other samples in place."""
+        self.fitted.absorb(other.fitted)
+        self.held_back.absorb(other.held_back)
 
 
 class SplitMoments:
@@ -90,6 +108,19 @@ class SplitMoments:
         assert g is not None
         d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
         return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
+
+    @staticmethod
+    def fit_bytes(layer: Layer) -> int:
+        """Memory that fitting a layer takes at its worst, moments included: measured, in Gram matrices."""
+        g = layer.geometry
+        assert g is not None
+        d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
+        return int(8.5 * 8 * g.groups * d * (d + m))
+
+    @property
+    def both(self) -> Split:
+        """Both, together."""
+        return Split(self.fitted, self.held_back)
 
     @property
     def fitted(self) -> Moments:

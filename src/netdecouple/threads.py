@@ -1,13 +1,39 @@
-"""How many threads BLAS may use: small problems are slower with several, far slower on a busy machine."""
+"""How many threads may be used: all there are, unless this is one of several workers; BLAS often fewer.
+
+Small problems are slower with several threads, far slower on a busy machine.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from contextlib import AbstractContextManager
 from functools import cache
 
 from threadpoolctl import ThreadpoolController
 
 SMALL = 1000  # unknowns per output below which one thread is as fast as many
+
+_limit: int | None = None
+
+
+def available() -> int:
+    """Threads that this process may use: processors, where the system tells; as many as it was limited to."""
+    if _limit is not None:
+        return _limit
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limit(count: int) -> None:
+    """Use so many threads at most, from now on, in NumPy, ONNX Runtime and PyTorch."""
+    global _limit
+    _limit = count
+    importlib.import_module("scipy.linalg")  # what is not there yet would not be limited
+    ThreadpoolController().limit(limits=count)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(count)
 
 
 @cache

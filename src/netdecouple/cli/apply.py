@@ -13,6 +13,7 @@ from netdecouple.cli.results import check_networks, check_outputs, check_reports
 from netdecouple.cli.sources import check_onnx_only, torch_model
 from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.planning.plan import Plan
+from netdecouple.resources import Resources
 
 
 def apply(
@@ -26,6 +27,8 @@ def apply(
     std: options.Std = None,
     weights: options.Weights = None,
     report: options.Reports = None,
+    work: options.Work = None,
+    memory: options.Memory = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -40,13 +43,16 @@ def apply(
     named = doors.is_named(model)
     check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
+    resources = Resources(work, memory)
     result: Any
     if named:
         wanted = Plan.load(plan)
         opened = torch_model(console, model, weights, wanted.seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
         with terminal.bars() as bars:
-            result = doors.named().apply_plan(opened, wanted, calib, preprocessing=pictures, progress=bars)
+            result = doors.named().apply_plan(
+                opened, wanted, calib, preprocessing=pictures, resources=resources, progress=bars
+            )
     else:
         check_onnx_only(model, {"--weights": weights})
         with terminal.bars() as bars:
@@ -55,6 +61,7 @@ def apply(
                 Plan.load(plan),
                 calib,
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
+                resources=resources,
                 progress=bars,
             )
     found = write_result(console, result.timed() if wants_times(reports) else result, output, None, reports)

@@ -108,6 +108,40 @@ Emit = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        help="Folder to keep what has been found in: a run that was ended, started again with it, goes on.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
+        "fitted from their weights alone.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes on this machine to share the work.", show_default=False),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="Dask cluster to share the work: tcp://HOST:8786.", show_default=False),
+]
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        "--shards",
+        min=1,
+        help="Parts to cut the inputs into for workers; the same parts give the same result. Default 8.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
 ]

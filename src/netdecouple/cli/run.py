@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from netdecouple import api, doors
+from netdecouple import api, distribution, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
@@ -16,6 +17,7 @@ from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.text import budget_table
+from netdecouple.resources import Resources
 
 
 def run(
@@ -67,6 +69,11 @@ def run(
         Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
     ] = None,
     report: options.Reports = None,
+    work: options.Work = None,
+    memory: options.Memory = None,
+    workers: options.Workers = None,
+    scheduler: options.Scheduler = None,
+    shards: options.Shards = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -86,6 +93,8 @@ def run(
     rule = None if method is None else Rule.parse(method)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
 
+    resources = Resources(work, memory, shards=shards)
+
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))
 
@@ -103,7 +112,7 @@ def run(
         )
         opened = torch_model(console, model, weights, seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with terminal.bars() as bars:
+        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
             result = doors.named().decouple(
                 opened,
                 calib,
@@ -113,13 +122,14 @@ def run(
                 labels=labels,
                 preprocessing=pictures,
                 samples=samples,
+                resources=replace(resources, workers=hands),
                 to_onnx=any(path.suffix == ".onnx" for path in output),
                 progress=bars,
                 show_budgets=show,
             )
     else:
         check_onnx_only(model, {"--weights": weights})
-        with terminal.bars() as bars:
+        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
             result = api.decouple(
                 model,
                 calib,
@@ -134,6 +144,7 @@ def run(
                 threads=threads,
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 samples=samples,
+                resources=replace(resources, workers=hands),
                 progress=bars,
                 show_budgets=show,
             )

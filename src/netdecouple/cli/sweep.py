@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from netdecouple import api, curve, doors
+from netdecouple import api, curve, distribution, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
@@ -20,6 +21,7 @@ from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.html import sweep_html
 from netdecouple.report.sweep import Sweep
 from netdecouple.report.text import families_table, knee_line, sweep_table
+from netdecouple.resources import Resources
 
 RENDERED: dict[str, Callable[[Sweep], str]] = {".json": Sweep.to_json, ".html": sweep_html}
 
@@ -52,6 +54,11 @@ def sweep(
             "--report", help="Write the curve here: .html or .json. Repeatable.", show_default=False
         ),
     ] = None,
+    work: options.Work = None,
+    memory: options.Memory = None,
+    workers: options.Workers = None,
+    scheduler: options.Scheduler = None,
+    shards: options.Shards = None,
     labels: options.Labels = None,
     exclude: options.Exclude = None,
     data_free: options.DataFree = False,
@@ -80,11 +87,12 @@ def sweep(
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
     settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families))
+    resources = Resources(work, memory, shards=shards)
     if doors.is_named(model):
         check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")
         opened = torch_model(terminal.console, model, weights, seed)
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with terminal.bars() as bars:
+        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
             swept = doors.named().sweep(
                 opened,
                 calib,
@@ -93,12 +101,13 @@ def sweep(
                 settings=settings,
                 preprocessing=pictures,
                 samples=samples,
+                resources=replace(resources, workers=hands),
                 output=output,
                 progress=bars,
             )
     else:
         check_onnx_only(model, {"--weights": weights})
-        with terminal.bars() as bars:
+        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
             swept = curve.sweep(
                 model,
                 calib,
@@ -109,6 +118,7 @@ def sweep(
                 emit=emit,
                 preprocessing=options.preprocessing(preset, input_size, mean, std),
                 samples=samples,
+                resources=replace(resources, workers=hands),
                 output=output,
                 progress=bars,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,6 +87,10 @@ class Walk(Protocol):
         """
         ...
 
+    def advance(self, layer: str) -> None:
+        """Go as far as ``layer``, without a look at it."""
+        ...
+
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
         ...
@@ -118,6 +123,17 @@ class Network(Protocol):
         """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
         ...
 
-    def walk(self, images: Images) -> Walk:
-        """Start at the network's input, ready to be decoupled layer by layer."""
+    def recipe(self) -> Callable[[], Network]:
+        """Make the same network in another process; to be pickled.
+
+        Raises:
+            ModelError: it cannot be sent there.
+        """
+        ...
+
+    def walk(self, images: Images, scratch: Path | None = None) -> Walk:
+        """Start at the network's input, ready to be decoupled layer by layer.
+
+        What memory does not hold goes to ``scratch``, or where temporary files go.
+        """
         ...

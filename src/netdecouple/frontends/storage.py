@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from netdecouple.errors import OutputError
 from netdecouple.scratch import Scratch
-
-DEFAULT_LIMIT = 1 << 30  # bytes
 
 
 class ArrayStore:
-    """A mapping from keys to arrays that spills to disk what memory should not hold."""
+    """A mapping from keys to arrays that spills to disk what memory should not hold.
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+    Args:
+        limit: bytes to hold in memory.
+        beside: where to put the rest; None: where temporary files go.
+    """
+
+    def __init__(self, limit: int, beside: Path | None = None) -> None:
         self._limit = limit
+        self._beside = beside
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
         self._folder: Scratch | None = None
@@ -30,11 +36,18 @@ class ArrayStore:
             self._held += array.nbytes
             self._arrays[key] = array
             return
-        if self._folder is None:
-            self._folder = Scratch()
-        path = Path(self._folder.name) / f"{self._written}.npy"
-        self._written += 1
-        np.save(path, array, allow_pickle=False)
+        try:
+            if self._folder is None:
+                self._folder = Scratch(self._beside)
+            path = Path(self._folder.name) / f"{self._written}.npy"
+            self._written += 1
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            place = self._beside or tempfile.gettempdir()
+            raise OutputError(
+                f"{place}: no room for {array.nbytes / 1e6:.0f} MB ({error.strerror or error}); make room, "
+                "or let TMPDIR or --work name another place"
+            ) from error
         self._arrays[key] = path
 
     def __getitem__(self, key: Hashable) -> NDArray[Any]:

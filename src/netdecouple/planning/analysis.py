@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 
 from netdecouple import threads
+from netdecouple.distribution import Common, each, same
 from netdecouple.errors import ModelError
 from netdecouple.families import Problem
-from netdecouple.frontends import Array, Layer, Network
+from netdecouple.frontends import Array, Images, Layer, Network
 from netdecouple.planning.candidates import (
     LayerCandidates,
     Rule,
@@ -22,10 +26,9 @@ from netdecouple.planning.candidates import (
 )
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
-from netdecouple.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.resources import Resources
+from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 
-MOMENT_BYTES = 5 << 28  # of moments held at once
-ROW_BYTES = MOMENT_BYTES // 4  # of a layer's that gets one sample per image: too few for so many inputs
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 
@@ -72,7 +75,9 @@ def quiet(step: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
-def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
+def kept_reasons(
+    layers: Sequence[Layer], settings: Settings, resources: Resources = Resources()
+) -> dict[str, str]:
     """Name every layer that is left alone before any planning, and why.
 
     Raises:
@@ -93,8 +98,8 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
             reasons[layer.name] = "too small: nothing costs less than the layer itself"
         elif layer.methods and not suitable(layer, settings.methods, settings.rule):
             reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
-        elif not settings.data_free and _is_too_wide(layer):
-            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), ROW_BYTES))
+        elif not settings.data_free and _is_too_wide(layer, resources.row_bytes):
+            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
@@ -104,90 +109,241 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings) -> dict[str, str]:
     return reasons
 
 
-def _is_too_wide(layer: Layer) -> bool:
+def _is_too_wide(layer: Layer, limit: int) -> bool:
     """Whether a layer that sees one sample per image would take more memory than is worth it.
 
     Convolutions as wide as that see many samples, which pay for it.
     """
-    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > ROW_BYTES
+    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > limit
 
 
-def analyze(network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet) -> Analysis:
+def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:
+    """Whether a layer is fitted from its weights alone, for want of memory."""
+    return SplitMoments.fit_bytes(layer) > resources.fit_bytes
+
+
+def analyze(
+    network: Network,
+    inputs: Inputs,
+    settings: Settings,
+    progress: Progress = quiet,
+    resources: Resources = Resources(),
+) -> Analysis:
     """Watch the original network, weigh every layer's candidates, and measure what each does to the output.
 
     Raises:
         ModelError: NaN or Inf on the way, or nothing to decouple.
+        OutputError: what was found cannot be kept.
     """
     layers = network.layers
-    reasons = kept_reasons(layers, settings)
+    reasons = kept_reasons(layers, settings, resources)
     open_layers = [la for la in layers if la.name not in reasons]
-    original = network.run(inputs.held_back)
-    _check_outputs(network, inputs, open_layers, original)
-    loss = settings.loss or loss_kind(original)
+    original = Original(network, inputs, open_layers)
+    loss = resources.checkpoint.once("loss", str, lambda: settings.loss or loss_kind(original.outputs))
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)
     probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
     trials = int(
         np.clip(PROBE_MACS / (probes * depth * total), min(16, len(inputs.held_back)), len(inputs.held_back))
     )
+
+    shown = Common(
+        f"{trials} outputs, seed {settings.seed}, {_key(network, inputs, resources)}",
+        lambda: original.trials(trials),
+        lambda: same(original.trials(trials)),
+    )
+    watcher = Watcher(network, inputs, settings, resources, progress)
     found: dict[str, LayerCandidates] = {}
     losses: dict[str, tuple[float, ...]] = {}
-    for weighed in _weigh(network, inputs, settings, open_layers, probes, progress):
-        found[weighed.layer] = weighed
-        shown = [
-            divergence(
-                [o[: len(o) * trials // len(inputs.held_back)] for o in original],
-                network.run(inputs.held_back[:trials], {weighed.layer: (probe.weight, probe.bias)}),
-                loss,
-            )
-            for probe in weighed.probes
-        ]
-        losses[weighed.layer] = _losses(weighed, shown)
-        if not weighed.candidates:
-            reasons[weighed.layer] = "nothing costs less than the layer itself"
+    for weighed in _weigh(watcher, open_layers, shown, (settings, probes, loss)):
+        name = weighed.candidates.layer
+        found[name], losses[name] = weighed.candidates, weighed.losses
+        if not weighed.candidates.candidates:
+            reasons[name] = "nothing costs less than the layer itself"
         progress("Weighing layers", len(found), depth)
     return Analysis(network, settings, inputs, loss, reasons, found, losses)
 
 
-def _weigh(
+def _key(network: Network, inputs: Inputs, resources: Resources) -> str:
+    """What tells a network, as it is opened for some inputs, from all others."""
+    found = [(la.name, la.reason, la.size) for la in network.layers]
+    return hashlib.sha256(
+        repr([network.fingerprint, inputs.fingerprint, resources.memory, found]).encode()
+    ).hexdigest()
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the original network makes of the inputs that are held back; it is run when that is first asked.
+
+    Raises:
+        ModelError: NaN or Inf.
+    """
+
+    network: Network
+    inputs: Inputs
+    layers: Sequence[Layer]  # that are looked at where its outputs are not finite
+
+    @cached_property
+    def outputs(self) -> list[Array]:
+        """The network's outputs, finite."""
+        outputs = self.network.run(self.inputs.held_back)
+        _check_outputs(self.network, self.inputs, self.layers, outputs)
+        return outputs
+
+    def trials(self, count: int) -> tuple[Images, list[Array]]:
+        """Some inputs, and what the network makes of them."""
+        held_back = self.inputs.held_back
+        return held_back[:count], [o[: len(o) * count // len(held_back)] for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One layer's candidates without what they were probed with, and the predicted loss of each."""
+
+    candidates: LayerCandidates
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Moments of layers on the first so many shards of the inputs."""
+
+    shards: int
+    moments: dict[str, Split]
+
+
+def _weighed(
     network: Network,
-    inputs: Inputs,
+    shown: tuple[Images, list[Array]],
+    name: str,
+    moments: Split | None,
     settings: Settings,
-    layers: Sequence[Layer],
     probes: int,
-    progress: Progress,
-) -> Iterator[LayerCandidates]:
-    """Yield every layer's candidates; moments are held for a bounded number of layers at a time."""
-    options = (settings.methods, settings.uniform_rank, probes, settings.rule)
-    if settings.data_free:
-        for layer in layers:
-            assert layer.geometry is not None
-            problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
-            with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = candidates(layer, problem, None, *options)
-            yield weighed
-        return
-    for group in _in_groups(layers):
-        positions = {la.name: sample_positions(la, len(inputs.images), settings.seed) for la in group}
-        moments = {la.name: SplitMoments(la, inputs) for la in group}
-        for seen in network.observe(inputs.images, positions):
-            moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
-            progress("Watching the network", min(seen.images.stop, len(inputs.images)), len(inputs.images))
+    loss: Loss,
+) -> Weighed:
+    """Weigh one layer's candidates, and try a few of them in the network; a piece of work."""
+    layer = next(la for la in network.layers if la.name == name)
+    assert layer.geometry is not None
+    if moments is None:
+        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+    else:
+        problem = Problem.of(layer.geometry, layer.weight, moments.fitted)
+    with threads.for_unknowns(problem.weight.shape[2]):
+        found = candidates(
+            layer,
+            problem,
+            None if moments is None else moments.held_back,
+            settings.methods,
+            settings.uniform_rank,
+            probes,
+            settings.rule,
+        )
+    images, outputs = shown
+    losses = [
+        divergence(outputs, network.run(images, {name: (probe.weight, probe.bias)}), loss)
+        for probe in found.probes
+    ]
+    return Weighed(replace(found, probes=()), _losses(found, losses))
+
+
+def _weigh(
+    watcher: Watcher, layers: Sequence[Layer], shown: Common, options: tuple[Settings, int, Loss]
+) -> Iterator[Weighed]:
+    """Yield what every layer can become; moments are held for a bounded number of layers at a time."""
+    settings, resources = watcher.settings, watcher.resources
+    kept = resources.checkpoint
+    entry = {layer.name: f"weighed-{index:04}" for index, layer in enumerate(layers)}
+    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
+    groups = [layers] if settings.data_free else _in_groups(layers, blind, resources.moment_bytes)
+    for index, group in enumerate(groups):
+        missing = []
         for layer in group:
-            assert layer.geometry is not None
-            own = moments.pop(layer.name)
-            problem = Problem.of(layer.geometry, layer.weight, own.fitted)
-            with threads.for_unknowns(problem.weight.shape[2]):
-                weighed = candidates(layer, problem, own.held_back, *options)
+            known = kept.load(entry[layer.name], Weighed)
+            if known is None:
+                missing.append(layer)
+            else:
+                yield known
+        watched = [la for la in group if la.name not in blind]
+        moments: dict[str, Split] = {}
+        if any(la in missing for la in watched):
+            moments = watcher.moments(watched, f"moments-{index:04}")
+        if resources.workers is not None:  # what takes longest first, lest all wait for it in the end
+            missing.sort(key=SplitMoments.fit_bytes, reverse=True)
+        pieces = ((layer.name, moments.pop(layer.name, None), *options) for layer in missing)
+        for weighed in each(resources.workers, _weighed, (watcher.common, shown), pieces, ordered=False):
+            kept.save(entry[weighed.candidates.layer], weighed)
             yield weighed
+        kept.drop(f"moments-{index:04}")
 
 
-def _in_groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+@dataclass(frozen=True)
+class Watcher:
+    """Who looks at layers of the original network, shard by shard."""
+
+    network: Network
+    inputs: Inputs
+    settings: Settings
+    resources: Resources
+    progress: Progress
+
+    @cached_property
+    def common(self) -> Common:
+        """The network, for whoever works."""
+        return Common(
+            _key(self.network, self.inputs, self.resources), lambda: self.network, self.network.recipe
+        )
+
+    def moments(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
+        """Moments of what some layers see, and make of it; shards add up in their order."""
+        kept, inputs, count = self.resources.checkpoint, self.inputs, len(self.inputs.images)
+        edges = [count * i // self.resources.parts for i in range(self.resources.parts + 1)]
+        shards = [slice(a, b) for a, b in pairwise(edges) if a < b]
+        names = tuple(layer.name for layer in layers)
+        watched: Watched = kept.load(entry, Watched) or Watched(0, {})
+        alone = self.progress if self.resources.workers is None else quiet
+        pieces = (
+            (inputs.shard(shard), shard.start, count, names, self.settings.seed)
+            for shard in shards[watched.shards :]
+        )
+        work = partial(_watched, progress=alone) if self.resources.workers is None else _watched
+        for seen in each(self.resources.workers, work, (self.common,), pieces):
+            if watched.shards:
+                for name, own in watched.moments.items():
+                    own.absorb(seen[name])
+                seen = watched.moments
+            watched = Watched(watched.shards + 1, seen)
+            kept.save(entry, watched)
+            self.progress("Watching the network", shards[watched.shards - 1].stop, count)
+        return watched.moments
+
+
+def _watched(
+    network: Network,
+    shard: Inputs,
+    start: int,
+    total: int,
+    names: Sequence[str],
+    seed: int,
+    progress: Progress = quiet,
+) -> dict[str, Split]:
+    """Moments of what some layers see, and make of it, on a shard of all inputs; a piece of work."""
+    layers = [layer for layer in network.layers if layer.name in names]
+    stop = start + len(shard.images)
+    positions = {la.name: sample_positions(la, total, seed)[start:stop] for la in layers}
+    moments = {la.name: SplitMoments(la, shard) for la in layers}
+    for seen in network.observe(shard.images, positions):
+        moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
+        progress("Watching the network", min(start + seen.images.stop, total), total)
+    return {name: own.both for name, own in moments.items()}
+
+
+def _in_groups(layers: Sequence[Layer], blind: Collection[str], limit: int) -> Iterator[Sequence[Layer]]:
     group: list[Layer] = []
     held = 0
     for layer in layers:
-        size = SplitMoments.nbytes(layer)
-        if group and held + size > MOMENT_BYTES:
+        size = 0 if layer.name in blind else SplitMoments.nbytes(layer)
+        if group and held + size > limit:
             yield group
             group, held = [], 0
         group.append(layer)

@@ -18,6 +18,7 @@ from netdecouple.errors import ModelError
 from netdecouple.runtimes import Feeds, Input, onnxfile
 from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.scratch import Scratch
+from netdecouple.threads import available
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
@@ -32,17 +33,12 @@ def options(threads: int | None = None) -> ort.SessionOptions:
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
     chosen.inter_op_num_threads = 1
-    chosen.intra_op_num_threads = threads or _cores()
+    chosen.intra_op_num_threads = threads or available()
     if threads is None:  # between runs NumPy works; threads that spin while they wait would slow it down
         chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     else:
         chosen.add_session_config_entry("session.force_spinning_stop", "1")
     return chosen
-
-
-def _cores() -> int:
-    """Processors this process may use; where the system does not tell, all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(

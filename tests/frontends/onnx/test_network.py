@@ -12,14 +12,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, OutputError
 from netdecouple.families import Problem, decoupling
 from netdecouple.families.channel import ChannelDecomposition
 from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.frontends.storage import ArrayStore
+from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
@@ -325,7 +325,7 @@ def test_a_walk_takes_local_functions():
 
 def test_a_walk_spills_to_disk(monkeypatch: pytest.MonkeyPatch):
     """What memory should not hold is held in files, and the outputs stay."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.network.ArrayStore", lambda: ArrayStore(limit=10_000))
+    monkeypatch.setattr(Resources, "store_bytes", 10_000)
     network = opened(networks.residual())
     images = images_for(networks.residual(), 40)
     walk = network.walk(images)
@@ -501,3 +501,33 @@ def test_pretrained_networks_are_walked_and_rebuilt_without_loss(shared: Path, n
 def test_the_shortcuts_of_resnet20_are_found(shared: Path):
     """One for the last convolution of each of its nine blocks."""
     assert len(shortcuts(onnx.load(shared / "models" / "resnet20.onnx"))) == 9
+
+
+def test_with_little_memory_weights_are_read_from_a_file(
+    model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+):
+    """Outputs, what layers see, and replaced kernels are the same as without."""
+    monkeypatch.setattr("netdecouple.frontends.onnx.lean.SMALL", 64)
+    images = images_for(model)
+    plain, lean = (OnnxNetwork(read_model(model), images, r) for r in (Resources(), Resources(memory="1GB")))
+    assert any(t.external_data for t in lean._proto.graph.initializer)
+    assert_same(lean.run(images), plain.run(images), 1e-6)
+    layer = can_change(plain)[0]
+    kernels = {layer.name: (layer.weight / 2, layer.bias)}
+    assert_same(lean.run(images, kernels), plain.run(images, kernels), 1e-6)
+    assert_same(lean.run_model(plain.decoupled({}), images), plain.run(images), 1e-6)
+    positions = positions_of(plain, len(images))
+    for one, other in zip(plain.observe(images, positions), lean.observe(images, positions), strict=True):
+        np.testing.assert_allclose(one.patches, other.patches, rtol=1e-6, atol=1e-6)
+
+
+def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
+    model = networks.classifier()
+    network = OnnxNetwork(read_model(model), images_for(model), Resources(memory="1GB"))
+
+    def full(tensor: onnx.TensorProto) -> np.ndarray:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("netdecouple.frontends.onnx.lean.numpy_helper.to_array", full)
+    with pytest.raises(OutputError, match="no room for the model's weights"):
+        network.run(images_for(model))

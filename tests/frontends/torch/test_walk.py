@@ -22,11 +22,10 @@ from netdecouple.errors import ModelError  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.combined import Step, method  # noqa: E402
 from netdecouple.frontends import Layer, Observation  # noqa: E402
-from netdecouple.frontends.torch import network as network_module  # noqa: E402
-from netdecouple.frontends.torch import walk as walk_module  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import Samples, collect  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402
+from netdecouple.resources import Resources  # noqa: E402
 from netdecouple.sampling import sample_positions  # noqa: E402
 
 
@@ -76,7 +75,7 @@ def samples(module: Any, x: Any) -> Samples:
 @pytest.fixture(params=[1, 4, 128])
 def network(request: Any, module: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> TorchNetwork:
     """In batches of several sizes."""
-    monkeypatch.setattr(network_module, "BATCH_BYTES", request.param * 16 * 8 * 64)
+    monkeypatch.setattr(Resources, "batch_bytes", request.param * 16 * 8 * 64)
     found = TorchNetwork(module, samples)
     assert len(found.batches(12)) == -(-12 // request.param)
     return found
@@ -112,7 +111,7 @@ def test_sees_what_running_again_would_show(
     network: TorchNetwork, samples: Samples, held: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Inputs and shortcuts, layer after layer, whether passes wait or are given up and begun again."""
-    monkeypatch.setattr(walk_module, "HELD_BYTES", held)
+    monkeypatch.setattr(Resources, "store_bytes", held)
     walk = network.walk(samples)
     done: dict[str, Factorization] = {}
     for layer in network.layers:
@@ -240,7 +239,7 @@ def test_the_last_reference_may_go_in_a_pass(network: TorchNetwork, samples: Sam
 @pytest.mark.parametrize("batch", [1, 3, 128])
 def test_layers_that_not_every_batch_runs(module: Any, x: Any, batch: int, monkeypatch: pytest.MonkeyPatch):
     """They are fitted where original and decoupled network both run them, whatever the batches."""
-    monkeypatch.setattr(network_module, "BATCH_BYTES", batch * 16 * 8 * 64)
+    monkeypatch.setattr(Resources, "batch_bytes", batch * 16 * 8 * 64)
     settings = Settings(rule=Rule("nd-dp", "share", 0.5))
     new = netdecouple.decouple(module, x, settings=settings)
     assert {row.name: row.changed for row in new.decoupling.plan.layers}["bright"]

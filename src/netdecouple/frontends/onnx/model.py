@@ -201,6 +201,8 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         _replace(field, given)
     _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
     _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
+    if folded.ByteSize() < PROTOBUF_LIMIT:  # what was replaced takes memory until the whole message goes
+        folded = onnx.ModelProto.FromString(folded.SerializeToString())
     return folded
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,18 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
+from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.lean import Lean
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
-from netdecouple.runtimes.onnxruntime import open_session, run
-
-BATCH_BYTES = 256 << 20  # of activations held at once
+from netdecouple.resources import Resources
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run
 
 
 class OnnxNetwork:
@@ -32,8 +34,9 @@ class OnnxNetwork:
     ``sample`` (n, c, h, w) is run once to learn every layer's shapes.
     """
 
-    def __init__(self, model: OnnxModel, sample: Array) -> None:
+    def __init__(self, model: OnnxModel, sample: Array, resources: Resources = Resources()) -> None:
         self.model = model
+        self.resources = resources
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
         self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
@@ -49,6 +52,23 @@ class OnnxNetwork:
         return find_layers(replace(self.model, proto=proto), self._sample)[0]
 
     @cached_property
+    def _lean(self) -> Lean | None:
+        """The model with its weights in a file, where copies of them would take too much memory."""
+        large = self.model.proto.ByteSize() >= PROTOBUF_LIMIT
+        if self.resources.memory is None and not large:
+            return None
+        return Lean(self.model.proto, self.resources.checkpoint.scratch)
+
+    @property
+    def _proto(self) -> onnx.ModelProto:
+        """The model to make others of that are to be run."""
+        return self.model.proto if self._lean is None else self._lean.proto
+
+    def _opened(self, proto: onnx.ModelProto) -> Any:
+        """Open a model that was made of `_proto`."""
+        return open_session(proto) if self._lean is None else self._lean.opened(proto)
+
+    @cached_property
     def _layer(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
@@ -57,7 +77,9 @@ class OnnxNetwork:
         largest = max(
             (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
         )
-        step = self.model.batch or int(np.clip(BATCH_BYTES // max(bytes_per_image, 4 * largest), 1, 128))
+        step = self.model.batch or int(
+            np.clip(self.resources.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
+        )
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def padded(self, images: Array, batch: slice) -> Array:
@@ -80,11 +102,14 @@ class OnnxNetwork:
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
         # opened here, so that the copy with other kernels is gone before it runs
-        return self._run(open_session(self.with_kernels(kernels) if kernels else self.model.proto), images)
+        return self._run(self._opened(self._with_kernels(self._proto, kernels or {})), images)
 
     def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input, joined along the first axis."""
-        return self._run(open_session(proto), images)
+        if self._lean is None:
+            return self._run(open_session(proto), images)
+        lean = Lean(proto, self.resources.checkpoint.scratch)
+        return self._run(lean.opened(lean.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = [self.padded(images, batch) for batch in self.batches(len(images))]
@@ -92,8 +117,15 @@ class OnnxNetwork:
 
     def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
         """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        return self._with_kernels(self.model.proto, kernels)
+
+    def _with_kernels(
+        self, original: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
+    ) -> onnx.ModelProto:
+        if not kernels:
+            return original
         proto = onnx.ModelProto()
-        proto.CopyFrom(self.model.proto)
+        proto.CopyFrom(original)
         for name, arrays in kernels.items():
             node = proto.graph.node[self._order[self.nodes[name].output[0]]]
             names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
@@ -123,7 +155,7 @@ class OnnxNetwork:
             )
         )
         fetched = [t for t in tensors if t != self.model.input_name]
-        session = open_session(up_to(self.model.proto, fetched))
+        session = self._opened(up_to(self._proto, fetched))
         held = sum(
             4
             * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
@@ -188,9 +220,19 @@ class OnnxNetwork:
     def _constants(self) -> dict[str, onnx.TensorProto]:
         return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
 
-    def walk(self, images: Array) -> OnnxWalk:
+    def recipe(self) -> Callable[[], OnnxNetwork]:
+        """Make the same network in another process.
+
+        Raises:
+            ModelError: it is too large to be sent.
+        """
+        if self.model.proto.ByteSize() >= PROTOBUF_LIMIT:
+            raise ModelError(f"{self.model.origin}: models above 2 GB are not sent to workers; run without")
+        return partial(OnnxNetwork, self.model, self._sample, self.resources.elsewhere)
+
+    def walk(self, images: Array, scratch: Path | None = None) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""
-        return OnnxWalk(self, images)
+        return OnnxWalk(self, images, scratch)
 
     def decoupled(
         self,
@@ -251,7 +293,7 @@ class OnnxWalk:
     Walking on runs each node once more, so a network of any depth costs one forward pass (DESIGN §4).
     """
 
-    def __init__(self, network: OnnxNetwork, images: Array) -> None:
+    def __init__(self, network: OnnxNetwork, images: Array, scratch: Path | None = None) -> None:
         self._network = network
         self._count = len(images)
         self._batches = network.batches(len(images))
@@ -261,7 +303,7 @@ class OnnxWalk:
         self._constants = dict(network._constants)
         self._at = 0
         self._live = [network.model.input_name]
-        self._store = ArrayStore()
+        self._store = ArrayStore(network.resources.store_bytes, scratch)
         for index, batch in enumerate(self._batches):
             self._store[index, network.model.input_name] = network.padded(images, batch)
 
@@ -269,13 +311,18 @@ class OnnxWalk:
         """Advance to ``layer`` and yield what it sees in the network as decoupled so far."""
         network = self._network
         node, added = network.nodes[layer], network.shortcut(layer)
-        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == node.output[0]))
+        self.advance(layer)
         for index, batch in enumerate(self._batches):
             shortcut = pick(self._store[index, added], positions[batch]) if added else None
             nothing = np.zeros((0, 0), np.float32)
             yield network._observation(
                 layer, batch, self._store[index, node.input[0]], positions, nothing, shortcut
             )
+
+    def advance(self, layer: str) -> None:
+        """Go as far as ``layer``. Numbers are what they are because of where the network was cut before."""
+        output = self._network.nodes[layer].output[0]
+        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``."""
@@ -350,9 +397,9 @@ def pick(values: Array, positions: NDArray[np.int64]) -> Array:
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
     used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for index in reversed(range(len(graph.initializer))):  # no copies: those that stay may be large
+        if graph.initializer[index].name not in used:
+            del graph.initializer[index]
 
 
 def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as tree
 
+from netdecouple import threads
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends import Array, Layer, Observation, Positions
@@ -32,8 +34,8 @@ from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_i
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.surgery import duplicate, failures, first_line, install
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
+from netdecouple.resources import Resources
 
-BATCH_BYTES = 256 << 20  # of activations held at once
 VALUES = 4096  # of a sample's outputs looked at, where they differ in size from sample to sample
 BOUND = "the module does more with it than call it"  # why a layer is kept
 
@@ -46,6 +48,7 @@ class TorchNetwork:
         samples: at least two.
         device: where to run.
         chosen: tells by name and module whether a layer may be decoupled; None: all may.
+        resources: how much memory it may take.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -57,7 +60,9 @@ class TorchNetwork:
         samples: Samples,
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
+        resources: Resources = Resources(),
     ) -> None:
+        self.resources = resources
         compiled = any("_orig_mod" in part._modules for part in module.modules())
         if compiled or isinstance(module, torch.jit.ScriptModule):
             kind = "compiled" if compiled else "scripted"
@@ -69,6 +74,8 @@ class TorchNetwork:
         except RuntimeError as error:
             raise ModelError(f"device={device!r}: {first_line(error)}") from error
         self.original = module
+        self._chosen = chosen
+        self._few = samples[:2]
         self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -228,7 +235,9 @@ class TorchNetwork:
             (4 * la.geometry.n_i * math.prod(la.size) for la in self.layers if la.geometry), default=1
         )
         step = (
-            int(np.clip(BATCH_BYTES // max(bytes_per_sample, 4 * largest), 1, 128)) if self.batchable else 1
+            int(np.clip(self.resources.batch_bytes // max(bytes_per_sample, 4 * largest), 1, 128))
+            if self.batchable
+            else 1
         )
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
@@ -358,8 +367,27 @@ class TorchNetwork:
         other = None if shortcut is None else pick(to_numpy(shortcut), where)
         return Observation(name, batch, look, made, other)
 
-    def walk(self, images: Samples) -> Any:
-        """Start at the network's input, ready to be decoupled layer by layer."""
+    def recipe(self) -> Callable[[], TorchNetwork]:
+        """Make the same network in another process."""
+        left_alone = (
+            frozenset()
+            if self._chosen is None
+            else frozenset(
+                name for name, module in self.original.named_modules() if not self._chosen(name, module)
+            )
+        )
+        return partial(
+            _reopened,
+            self.original,
+            self._few,
+            str(self.device),
+            left_alone,
+            self.batchable,
+            self.resources.elsewhere,
+        )
+
+    def walk(self, images: Samples, scratch: Path | None = None) -> Any:
+        """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         from netdecouple.frontends.torch.walk import TorchWalk
 
         walk = TorchWalk(self, images)
@@ -383,6 +411,21 @@ class TorchNetwork:
             new = Factorized.of(found.convolution, factorization)
             module = install(module, name, new, found.norm)
         return module
+
+
+def _reopened(
+    module: nn.Module,
+    few: Samples,
+    device: str,
+    left_alone: frozenset[str],
+    batchable: bool,
+    resources: Resources,
+) -> TorchNetwork:
+    """Open a network in another process; whether all its samples are alike has been seen before."""
+    torch.set_num_threads(threads.available())
+    network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, resources)
+    network.batchable = batchable
+    return network
 
 
 class Shortcuts:

@@ -49,6 +49,12 @@ class Samples:
         return arguments
 
     @property
+    def nbytes(self) -> int:
+        """Memory that all tensors take."""
+        leaves = [leaf for unit in self.units for leaf in tree.tree_leaves(unit)]
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    @property
     def alike(self) -> bool:
         """Whether all samples differ in their numbers only, so that several may be run at once."""
         first, *others = (

@@ -27,8 +27,6 @@ from netdecouple.frontends.torch.samples import Samples
 from netdecouple.frontends.torch.surgery import duplicate
 from netdecouple.frontends.torch.trace import hooked
 
-HELD_BYTES = 1 << 30  # of layer inputs that waiting passes may hold; other tensors of theirs come on top
-
 
 class _GivenUp(BaseException):
     """Unwinds a pass that is no longer needed."""
@@ -155,7 +153,8 @@ class TorchWalk:
                 yield network.observation(
                     layer, batch, [(current.seen, None)], positions[batch], current.shortcuts.of(layer)
                 )
-                if len(self._passes) * current.seen.nbytes > HELD_BYTES:
+                # of layer inputs that waiting passes hold; other tensors of theirs come on top
+                if len(self._passes) * current.seen.nbytes > network.resources.store_bytes:
                     self._passes.pop(index).give_up()
 
     def _forward(self, batch: slice) -> Callable[[], None]:
@@ -165,6 +164,9 @@ class TorchWalk:
             network.forward(module, images)
 
         return run
+
+    def advance(self, layer: str) -> None:
+        """Nothing to do: a batch's pass starts when it is first wanted, and goes as far as that."""
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``: into its chain, before which passes wait."""
