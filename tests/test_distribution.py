@@ -194,6 +194,40 @@ def test_a_run_is_the_same_whoever_works(two: Workers):
             assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
 
 
+def test_walks_that_are_lost_start_again_and_catch_up(tmp_path: Path):
+    """Workers are killed between layers that are carried out; the network is the same."""
+    model, images = residual()
+    resources = Resources(shards=5)
+    expected = netdecouple.decouple(model, images, macs=0.4, settings=SETTINGS, resources=resources)
+    killed: list[int] = []
+    with processes(2) as workers:
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step == "Decoupling layers" and done in (1, 3):
+                assert total > 4
+                pids = set(workers.each(process, (common(),), [(n,) for n in range(20)]))
+                killed.append(pids.pop())
+                os.kill(killed[-1], signal.SIGKILL)
+
+        found = netdecouple.decouple(
+            model,
+            images,
+            macs=0.4,
+            settings=SETTINGS,
+            resources=replace(resources, workers=workers),
+            progress=progress,
+        )
+    assert len(killed) == 2
+    for one, other in zip(expected.plan.layers, found.plan.layers, strict=True):
+        assert (one.family, one.sizes, one.channels) == (other.family, other.sizes, other.channels)
+    for one, other in zip(expected.report.layers, found.report.layers, strict=True):
+        assert other.samples == one.samples
+        assert (one.measured_error is None) == (other.measured_error is None)
+        if one.measured_error is not None:
+            assert other.measured_error == pytest.approx(one.measured_error, rel=1e-4)
+    assert found.report.agreement.divergence == pytest.approx(expected.report.agreement.divergence, rel=1e-3)
+
+
 @pytest.mark.parametrize("data_free", [False, True])
 def test_a_pytorch_module_is_sent_as_well(two: Workers, data_free: bool):
     torch = pytest.importorskip("torch")
@@ -299,7 +333,7 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.P
 
 @pytest.mark.slow
 def test_a_dask_cluster_does_the_work_and_may_lose_a_worker(tmp_path: Path):
-    """A scheduler and three workers as processes; one is killed while it is at work, and nothing is lost."""
+    """A scheduler and three workers as processes; two are killed while at work, and nothing is lost."""
     pytest.importorskip("distributed")
     model, images = residual()
     expected = netdecouple.decouple(model, images, macs=0.6, settings=SETTINGS, resources=Resources(shards=6))
@@ -312,12 +346,14 @@ def test_a_dask_cluster_does_the_work_and_may_lose_a_worker(tmp_path: Path):
             steps.append(step)
             if (step, len(steps)) == ("Watching the network", 2):
                 hands[0].kill()
+            if step == "Decoupling layers" and steps.count(step) == 2:
+                hands[1].kill()
 
         resources = Resources(shards=6, workers=workers)
         found = netdecouple.decouple(
             model, images, macs=0.6, settings=SETTINGS, resources=resources, progress=progress
         )
-        assert hands[0].wait(10) == -signal.SIGKILL
+        assert [hand.wait(10) for hand in hands[:2]] == [-signal.SIGKILL] * 2
         with pytest.raises(ModelError, match="layer 1 is no good"):
             list(workers.each(failing, (common(),), [(1,)]))
     for one, other in zip(expected.plan.layers, found.plan.layers, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from netdecouple import api
 from netdecouple.api import Calibration, Judge
-from netdecouple.application import Targets, apply
+from netdecouple.application import apply
 from netdecouple.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
 from netdecouple.frontends.onnx.model import ModelSource, check_writable, load, read_model
@@ -22,6 +22,7 @@ from netdecouple.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.resources import Resources
+from netdecouple.walkers import Targets
 
 Show = Callable[[SweepPoint], None]
 

@@ -49,6 +49,7 @@ class _Lane:
     """A worker, or several that share their work out themselves, and how to get others when they are gone."""
 
     executor: Executor
+    name: str = ""
     renew: Callable[[], _Lane] | None = None
     end: Callable[[], object] | None = None  # whatever is being done
 
@@ -81,12 +82,36 @@ class Workers:
         lanes: one executor for each worker, or a single one for all.
         count: how many pieces of work they do at once.
         threads: that each may use; None: whatever it does.
+        present: tells who is there now.
     """
 
-    def __init__(self, lanes: Sequence[_Lane], count: int, threads: int | None = 1) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[_Lane],
+        count: int,
+        threads: int | None = 1,
+        present: Callable[[], list[_Lane]] | None = None,
+    ) -> None:
         self._lanes = list(lanes)
         self.count = count
         self._threads = threads
+        self._present = present
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether each of them can be spoken to, and so can keep something for later."""
+        return len(self._lanes) == self.count
+
+    def refresh(self) -> None:
+        """Put others in the place of those that are gone, where that is not found out by itself."""
+        if self._present is None:
+            return
+        there = {lane.name: lane for lane in self._present()}
+        others = list(there.values())
+        self._lanes = [
+            there.get(lane.name, others[i % len(others)] if others else lane)
+            for i, lane in enumerate(self._lanes)
+        ]
 
     @classmethod
     def of(cls, executor: Executor, count: int) -> Workers:
@@ -99,12 +124,14 @@ class Workers:
         common: Sequence[Common],
         owns: Iterable[tuple[Any, ...]],
         ordered: bool = True,
+        places: Sequence[int] | None = None,
     ) -> Iterator[Any]:
         """Yield ``work(*common, *own)`` for all of ``owns``; one more than there are workers is under way.
 
         Args:
             work, common, owns: as said; all but ``common`` is pickled.
             ordered: keep the order, or yield what there is as soon as it is there.
+            places: numbers that tell who does each: equal ones, the same worker; None: who has least to do.
 
         Raises:
             UnavailableError: workers keep dying.
@@ -120,12 +147,13 @@ class Workers:
             given = {key: recipes[key] for key in missing}
             return lane.executor.submit(_done, work, keys, given, own, self._threads)
 
-        source = iter(owns)
+        source, wanted = iter(owns), None if places is None else iter(places)
         pieces: list[_Piece] = []
         try:
             while True:
                 while len(pieces) <= self.count and (own := next(source, None)) is not None:
-                    lane = min(self._lanes, key=lambda la: sum(p.lane is la for p in pieces))
+                    place = None if wanted is None else next(wanted) % len(self._lanes)
+                    lane = self._idlest(pieces) if place is None else self._lanes[place]
                     pieces.append(self._started(own, lane, begin))
                 if not pieces:
                     return
@@ -149,6 +177,9 @@ class Workers:
         finally:
             for piece in pieces:
                 piece.future.cancel()
+
+    def _idlest(self, pieces: Sequence[_Piece]) -> _Lane:
+        return min(self._lanes, key=lambda lane: sum(piece.lane is lane for piece in pieces))
 
     def _started(self, own: tuple[Any, ...], lane: _Lane, begin: Callable[..., Future[Any]]) -> _Piece:
         try:
@@ -271,7 +302,8 @@ def processes(count: int) -> Iterator[Workers]:
 def _process() -> _Lane:
     context = multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
-    return _Lane(ProcessPoolExecutor(1, context, _begun, (theirs,)), _process, ours.close)
+    pool = ProcessPoolExecutor(1, context, _begun, (theirs,))
+    return _Lane(pool, renew=_process, end=ours.close)
 
 
 def _begun(other: Connection) -> None:
@@ -311,9 +343,15 @@ def dask(address: str) -> Iterator[Workers]:
             raise UnavailableError(
                 f"--scheduler {address}: it has no workers; start some: dask worker {address}"
             )
-        # one lane, so that Dask decides; it does again what is lost with a worker
-        lane = _Lane(client.get_executor())
-        yield Workers([lane], len(found))
+
+        def present() -> list[_Lane]:
+            """One lane for each; what is lost with a worker, Dask has another do again."""
+            return [
+                _Lane(client.get_executor(workers=[worker], allow_other_workers=True), worker)
+                for worker in client.nthreads()
+            ]
+
+        yield Workers(present(), len(found), present=present)
     finally:
         client.close()
 

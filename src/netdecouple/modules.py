@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from netdecouple.api import TOLERANCE, energies
-from netdecouple.application import Applied, Targets, apply
+from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing
 from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
 from netdecouple.errors import BudgetError, ModelError, PlanError
@@ -36,6 +36,7 @@ from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
+from netdecouple.walkers import Targets
 
 
 def decouple(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from netdecouple.checkpoint import NOWHERE, Checkpoint
@@ -45,6 +46,7 @@ class Resources:
     shards: int | None = None
     checkpoint: Checkpoint = field(default=NOWHERE, repr=False, compare=False)  # opened in ``work``
     taken: int = field(default=0, repr=False)  # of the memory, by what is there all the time
+    sharing: int = field(default=1, repr=False)  # shards that one process holds something of
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -88,10 +90,16 @@ class Resources:
         """How many shards there are."""
         return self.shards or (1 if self.workers is None else SHARDS)
 
+    def shards_of(self, count: int) -> list[slice]:
+        """Cut so many inputs into shards; where there are fewer, each is one."""
+        edges = [count * i // self.parts for i in range(self.parts + 1)]
+        return [slice(a, b) for a, b in pairwise(edges) if a < b]
+
     @property
     def elsewhere(self) -> Resources:
         """What a worker may use."""
-        return replace(self, work=None, workers=None, checkpoint=NOWHERE)
+        sharing = -(-self.parts // (1 if self.workers is None else self.workers.count))
+        return Resources(memory=self.memory, taken=self.taken, sharing=sharing)
 
     @property
     def _left(self) -> int:
@@ -116,7 +124,8 @@ class Resources:
     @property
     def store_bytes(self) -> int:
         """Of targets, and of live tensors, that are held in memory; the rest goes to disk."""
-        return DEFAULT_STORE if self.memory is None else self._left // 8
+        sharing = self.sharing if self.workers is not None else max(self.sharing, self.parts)
+        return (DEFAULT_STORE if self.memory is None else self._left // 8) // sharing
 
     @property
     def batch_bytes(self) -> int:

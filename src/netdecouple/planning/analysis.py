@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
 
 import numpy as np
 
@@ -172,6 +171,11 @@ def _key(network: Network, inputs: Inputs, resources: Resources) -> str:
     ).hexdigest()
 
 
+def common_network(network: Network, inputs: Inputs, resources: Resources) -> Common:
+    """A network, for whoever works."""
+    return Common(_key(network, inputs, resources), lambda: network, network.recipe)
+
+
 @dataclass(frozen=True)
 class Original:
     """What the original network makes of the inputs that are held back; it is run when that is first asked.
@@ -290,15 +294,12 @@ class Watcher:
     @cached_property
     def common(self) -> Common:
         """The network, for whoever works."""
-        return Common(
-            _key(self.network, self.inputs, self.resources), lambda: self.network, self.network.recipe
-        )
+        return common_network(self.network, self.inputs, self.resources)
 
     def moments(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
         """Moments of what some layers see, and make of it; shards add up in their order."""
         kept, inputs, count = self.resources.checkpoint, self.inputs, len(self.inputs.images)
-        edges = [count * i // self.resources.parts for i in range(self.resources.parts + 1)]
-        shards = [slice(a, b) for a, b in pairwise(edges) if a < b]
+        shards = self.resources.shards_of(count)
         names = tuple(layer.name for layer in layers)
         watched: Watched = kept.load(entry, Watched) or Watched(0, {})
         alone = self.progress if self.resources.workers is None else quiet
