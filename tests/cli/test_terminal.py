@@ -88,6 +88,19 @@ def test_what_a_function_prints_does_not_spoil_the_json(
     assert "hello" in ended.err
 
 
+def test_what_native_code_prints_does_not_spoil_the_json(folder: Path):
+    """It knows nothing of Python's standard output."""
+    (folder / "talkative.py").write_text(
+        "import numpy as np, os\ndef data():\n    os.write(1, b'hello')\n"
+        "    return np.load('data.npz')['images']\n"
+    )
+    arguments = [argument.replace("data.npz:images", "talkative:data") for argument in RUN]
+    command = [sys.executable, "-m", "netdecouple", *arguments, "--json"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert json.loads(ended.stdout)["model"] == "net.onnx"
+    assert "hello" in ended.stderr
+
+
 def test_quiet(netdecouple, folder: Path):
     """Nothing at all, but errors; the result is written all the same."""
     ended = netdecouple(*RUN, "--quiet")

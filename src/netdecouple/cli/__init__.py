@@ -66,6 +66,10 @@ def _options(
 
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
+    if "--json" in sys.argv[1:] and sys.stdout is sys.__stdout__:
+        # native code prints past Python: what goes to the descriptor is no part of the JSON
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
     out = sys.stdout
     scratch.forget()
     # what libraries log or wonder about is no news to the user
