@@ -49,6 +49,7 @@ from netdecouple.report.report import (
     quality_of,
 )
 from netdecouple.resources import Resources
+from netdecouple.runtimes.onnxruntime import size_of
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
@@ -173,7 +174,7 @@ def decouple(
         raise ModelError(f"{opened.origin}: --emit fused is for float32 models, this one is {opened.dtype}")
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
-    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     inputs, images = split(images, settings.seed)
     with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
@@ -255,7 +256,7 @@ def apply_plan(
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = load_images(opened, calib, preprocessing, plan.samples, settings)
-    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
@@ -441,7 +442,7 @@ class Judge:
             None if clock is None else clock.speed(model, plan),
             images.skipped,
             network.model.bytes,
-            model.ByteSize(),
+            size_of(model),
             self.curve,
             found,
             provenance(plan, self.inputs, images.origin, self.settings),

@@ -22,6 +22,7 @@ from netdecouple.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.resources import Resources
+from netdecouple.runtimes.onnxruntime import size_of
 from netdecouple.walkers import Targets
 
 Show = Callable[[SweepPoint], None]
@@ -72,7 +73,7 @@ def sweep(
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
-    resources = resources.beside(opened.proto.ByteSize(), images.images.nbytes)
+    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     inputs, images = api.split(images, settings.seed)
     judge = Judge(network, inputs, images, labelled, calib is not None)

@@ -259,7 +259,7 @@ def _weigh(
     kept = resources.checkpoint
     entry = {layer.name: f"weighed-{index:04}" for index, layer in enumerate(layers)}
     blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
-    groups = [layers] if settings.data_free else _in_groups(layers, blind, resources.moment_bytes)
+    groups = [layers] if settings.data_free else groups_of(layers, blind, resources.moment_bytes)
     for index, group in enumerate(groups):
         missing = []
         for layer in group:
@@ -339,7 +339,8 @@ def _watched(
     return {name: own.both for name, own in moments.items()}
 
 
-def _in_groups(layers: Sequence[Layer], blind: Collection[str], limit: int) -> Iterator[Sequence[Layer]]:
+def groups_of(layers: Sequence[Layer], blind: Collection[str], limit: int) -> Iterator[Sequence[Layer]]:
+    """Cut layers into groups whose moments take so many bytes at most, those that are ``blind`` none."""
     group: list[Layer] = []
     held = 0
     for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,20 @@ def options(threads: int | None = None) -> ort.SessionOptions:
     return chosen
 
 
+def size_of(model: onnx.ModelProto) -> int:
+    """A model's bytes. Beyond what protobuf can count, as counting is writing to it, those of its weights."""
+    tensors = [
+        *model.graph.initializer,
+        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
+    ]
+    weights = sum(
+        math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in tensors
+        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
+    )
+    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
+
+
 def open_session(
     model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions | None = None
 ) -> Any:
@@ -56,7 +71,7 @@ def open_session(
     try:
         if not isinstance(model, onnx.ModelProto):
             return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
-        if model.ByteSize() < PROTOBUF_LIMIT:
+        if size_of(model) < PROTOBUF_LIMIT:
             return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
         with Scratch() as folder:
             path = Path(folder) / "model.onnx"

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import netdecouple
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.families import Problem, decoupling
@@ -531,3 +532,25 @@ def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("netdecouple.frontends.onnx.lean.numpy_helper.to_array", full)
     with pytest.raises(OutputError, match="no room for the model's weights"):
         network.run(images_for(model))
+
+
+def test_models_beyond_protobuf_s_limit_are_decoupled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every place that asks for the limit takes the way of large models, from file to file."""
+    model = networks.classifier()
+    images = images_for(model, 20)
+    settings = netdecouple.Settings(families=("nd",))
+    expected = netdecouple.decouple(model, images, macs=0.6, settings=settings)
+    for place in ("runtimes.onnxruntime", "frontends.onnx.model", "frontends.onnx.network"):
+        monkeypatch.setattr(f"netdecouple.{place}.PROTOBUF_LIMIT", 5000)
+    monkeypatch.setattr("netdecouple.frontends.onnx.lean.SMALL", 64)
+    onnx.save_model(
+        model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=64
+    )
+    result = netdecouple.decouple(str(tmp_path / "net.onnx"), images, macs=0.6, settings=settings)
+    assert [(row.family, row.sizes) for row in result.plan.layers] == [
+        (row.family, row.sizes) for row in expected.plan.layers
+    ]
+    result.save(tmp_path / "faster.onnx")
+    assert (tmp_path / "faster.onnx.data").exists()
+    found = OnnxNetwork(read_model(tmp_path / "faster.onnx"), images).run(images)
+    assert_same(found, OnnxNetwork(read_model(expected.model), images).run(images), 1e-4)

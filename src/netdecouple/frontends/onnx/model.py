@@ -24,7 +24,7 @@ from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.onnxfile import first_line
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, uses_kernels
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
 from netdecouple.scratch import Scratch, publishing
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
@@ -75,7 +75,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     size = (dims[2], dims[3]) if dims[2] and dims[3] else None
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return OnnxModel(
-        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, proto.ByteSize(), dtype
+        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, size_of(proto), dtype
     )
 
 
@@ -178,7 +178,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     with Scratch() as folder:
         path = Path(folder) / "folded.onnx"
         chosen.optimized_model_filepath = str(path)
-        if proto.ByteSize() >= PROTOBUF_LIMIT:
+        if size_of(proto) >= PROTOBUF_LIMIT:
             chosen.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "folded.data"
             )
@@ -201,7 +201,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         _replace(field, given)
     _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
     _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
-    if folded.ByteSize() < PROTOBUF_LIMIT:  # what was replaced takes memory until the whole message goes
+    if size_of(folded) < PROTOBUF_LIMIT:  # what was replaced takes memory until the whole message goes
         folded = onnx.ModelProto.FromString(folded.SerializeToString())
     return folded
 
@@ -470,7 +470,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
-            if proto.ByteSize() < PROTOBUF_LIMIT:
+            if size_of(proto) < PROTOBUF_LIMIT:
                 onnx.save_model(proto, partial)
             else:
                 copy = onnx.ModelProto()  # saving moves the weights out of what is saved

@@ -25,7 +25,7 @@ from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
 from netdecouple.resources import Resources
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run
+from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run, size_of
 
 
 class OnnxNetwork:
@@ -54,7 +54,7 @@ class OnnxNetwork:
     @cached_property
     def _lean(self) -> Lean | None:
         """The model with its weights in a file, where copies of them would take too much memory."""
-        large = self.model.proto.ByteSize() >= PROTOBUF_LIMIT
+        large = size_of(self.model.proto) >= PROTOBUF_LIMIT
         if self.resources.memory is None and not large:
             return None
         return Lean(self.model.proto, self.resources.checkpoint.scratch)
@@ -226,7 +226,7 @@ class OnnxNetwork:
         Raises:
             ModelError: it is too large to be sent.
         """
-        if self.model.proto.ByteSize() >= PROTOBUF_LIMIT:
+        if size_of(self.model.proto) >= PROTOBUF_LIMIT:
             raise ModelError(f"{self.model.origin}: models above 2 GB are not sent to workers; run without")
         return partial(OnnxNetwork, self.model, self._sample, self.resources.elsewhere)
 
