@@ -262,24 +262,42 @@ def speedups(
     images = np.load(DEMO / "digits.npz")["calib"].transpose(0, 3, 1, 2).astype(np.float32) / 255
     table = _table(
         f"{title}: digits.onnx, {len(images)} images, 8 shards, {os.cpu_count()} cores",
-        *("workers", "whole run", "times as fast", "handing out a task", "the same plan"),
+        *("workers", "whole run", "times as fast", "CPU here", "CPU of the busiest", "handing out a task"),
     )
-    plans, first = [], 0.0
+    plans: list[Any] = []
+    first = 0.0
     for count in (0, *counts):
         hands: AbstractContextManager[Any] = start(count) if count else _one_thread()
         with hands as workers:
             overhead = handed_out(workers) if count else 0.0
-            began = time.perf_counter()
+            before = busy(workers)
+            began, here = time.perf_counter(), time.process_time()
             result = netdecouple.decouple(
                 str(DEMO / "digits.onnx"), images, macs=0.5, resources=Resources(workers=workers, shards=8)
             )
-            seconds = time.perf_counter() - began
+            seconds, here = time.perf_counter() - began, time.process_time() - here
+            busiest = max((after - before.get(pid, 0.0) for pid, after in busy(workers).items()), default=0.0)
         first = first or seconds
         plans.append([(row.name, row.family, row.sizes) for row in result.plan.layers])
-        same_plan = "yes" if plans[-1] == plans[0] else "NO"
+        assert plans[-1] == plans[0], "the plan depends on who works"
         task = f"{1000 * overhead:.1f} ms" if count else ""
-        table.add_row(str(count or "none"), f"{seconds:.1f} s", f"{first / seconds:.2f}", task, same_plan)
+        own = f"{here:.1f} s", f"{busiest:.1f} s" if count else "", task
+        table.add_row(str(count or "none"), f"{seconds:.1f} s", f"{first / seconds:.2f}", *own)
     return table
+
+
+def busy(workers: Workers | None) -> dict[int, float]:
+    """Seconds that each worker has used its core, by process."""
+    if workers is None:
+        return {}
+    common = Common("nothing", lambda: 0, lambda: same(0))
+    places = range(workers.count)
+    return dict(workers.each(core_seconds, (common,), [(n,) for n in places], places=places))
+
+
+def core_seconds(common: int, number: int) -> tuple[int, float]:
+    """This process, and how long it has used its core."""
+    return os.getpid(), time.process_time()
 
 
 @contextmanager

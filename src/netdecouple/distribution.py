@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -129,7 +130,9 @@ class Workers:
         """Yield ``work(*common, *own)`` for all of ``owns``; one more than there are workers is under way.
 
         Args:
-            work, common, owns: as said; all but ``common`` is pickled.
+            work: a function of a module.
+            common: what all pieces need.
+            owns: what each has of its own, to be pickled.
             ordered: keep the order, or yield what there is as soon as it is there.
             places: numbers that tell who does each: equal ones, the same worker; None: who has least to do.
 
@@ -351,7 +354,9 @@ def dask(address: str) -> Iterator[Workers]:
                 for worker in client.nthreads()
             ]
 
-        yield Workers(present(), len(found), present=present)
+        with warnings.catch_warnings():  # shards and moments are what is to be sent
+            warnings.filterwarnings("ignore", "Sending large graph")
+            yield Workers(present(), len(found), present=present)
     finally:
         client.close()
 
