@@ -108,6 +108,18 @@ def test_what_cannot_be_sent_is_told(two: Workers):
         list(two.each(times, (Common("lock", int, lambda: same(threading.Lock())),), [(1,)]))
 
 
+class Unknown:
+    """Something whose module is not to be had where it is sent."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("no_such_module",)
+
+
+def test_what_workers_cannot_open_is_told(two: Workers):
+    with pytest.raises(ModelError, match="a worker cannot open what it was sent"):
+        list(two.each(times, (Common("unknown", int, lambda: same(Unknown())),), [(1,)]))
+
+
 def test_a_worker_that_dies_is_replaced(two: Workers, tmp_path: Path):
     pieces = [(str(tmp_path), n) for n in range(6)]
     assert list(two.each(once_deadly, (common(),), pieces)) == [3 * n for n in range(6)]

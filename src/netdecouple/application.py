@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -79,7 +78,7 @@ def apply(
     key = kept.key("applied", plan.to_json())
     changed = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
     made: dict[str, AppliedLayer] = {}
-    with closing(walkers_for(network, inputs, plan, targets, resources, progress)) as walkers:
+    with walkers_for(network, inputs, plan, targets, resources, progress) as walkers:
         for row in plan.layers:
             if not row.changed:
                 continue

@@ -23,7 +23,7 @@ from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import size_of
-from netdecouple.walkers import Targets
+from netdecouple.walkers import targets_for
 
 Show = Callable[[SweepPoint], None]
 
@@ -88,7 +88,7 @@ def sweep(
             network.resources = own
             analysis = analyze(network, inputs, settings, progress, own)
             plans = [plan_within(analysis, [budget], form) for budget in budgets]
-            targets = None if settings.data_free else Targets(network, inputs, plans, progress, own)
+            targets = targets_for(network, inputs, plans, progress, own)
             for budget, plan in zip(budgets, plans, strict=True):
                 applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)
                 result = judge.result(applied)

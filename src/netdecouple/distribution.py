@@ -261,7 +261,7 @@ def _done(
             threads.limit(count)
         for key, recipe in given.items():
             if key not in _held:
-                _held[key] = pickle.loads(recipe)()  # what the run itself has sent
+                _held[key] = _made(recipe)
         for key in keys:
             if key in _held:
                 _held.move_to_end(key)
@@ -269,6 +269,18 @@ def _done(
             _held.popitem(last=False)
         missing = tuple(key for key in keys if key not in _held)
         return _Missing(missing) if missing else work(*(_held[key] for key in keys), *own)
+
+
+def _made(recipe: bytes) -> Any:
+    """Make what the run itself has described."""
+    try:
+        described = pickle.loads(recipe)
+    except Exception as error:  # importing a module may do anything
+        raise ModelError(
+            f"a worker cannot open what it was sent ({type(error).__name__}: {error}); have the same "
+            "packages and modules there as here"
+        ) from error
+    return described()
 
 
 def each(

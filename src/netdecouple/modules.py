@@ -36,7 +36,7 @@ from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
-from netdecouple.walkers import Targets
+from netdecouple.walkers import targets_for
 
 
 def decouple(
@@ -153,7 +153,7 @@ def each(
         network, inputs, own = opened
         analysis = analyze(network, inputs, settings, progress, own)
         plans = [plan_within(analysis, [budget]) for budget in budgets]
-        targets = None if settings.data_free else Targets(network, inputs, plans, progress, own)
+        targets = targets_for(network, inputs, plans, progress, own)
         original = network.run(inputs.held_back)
         for budget, plan in zip(budgets, plans, strict=True):
             applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)

@@ -59,7 +59,9 @@ class Walkers(Protocol):
         """Put a factorization in the place of a layer."""
         ...
 
-    def close(self) -> None:
+    def __enter__(self) -> Walkers: ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Let them go."""
         ...
 
@@ -77,6 +79,14 @@ def walkers_for(
     if workers is not None and workers.is_steady:
         return _Elsewhere(network, inputs, plan, resources, workers)
     return _Here(network, inputs, plan, targets, resources, progress)
+
+
+def targets_for(
+    network: Network, inputs: Inputs, plans: Sequence[Plan], progress: Progress, resources: Resources
+) -> Targets | None:
+    """What several plans share; nothing, where nobody here has a use for it."""
+    alone = resources.workers is None and resources.parts == 1
+    return Targets(network, inputs, plans, progress, resources) if alone and not plans[0].data_free else None
 
 
 class _Walker:
@@ -160,7 +170,10 @@ class _Here:
         for walker in self._walkers:
             walker.replace(layer, factorization)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._walkers.clear()
 
 
@@ -243,11 +256,22 @@ class _Elsewhere:
     def replace(self, layer: str, factorization: Factorization) -> None:
         self._made.append((layer, factorization))
 
-    def close(self) -> None:
-        """They stay where they are until others set out there; nothing is to be told."""
+    def __enter__(self) -> _Elsewhere:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None and self._told >= 0:  # where something went wrong, they go when others set out
+            places = range(self._workers.count)
+            list(self._workers.each(_let_go, (), [(self._key,) for _ in places], places=places))
 
 
 _walkers: dict[str, _Walker] = {}  # of this process, if it is a worker
+
+
+def _let_go(run: str) -> None:
+    """Forget a run's walkers; a piece of work."""
+    for key in [known for known in _walkers if known.startswith(run)]:
+        del _walkers[key]
 
 
 def _looked(
