@@ -211,7 +211,7 @@ def test_results_that_cannot_be_written_need_no_second_run(netdecouple, deep: Pa
         raise AssertionError("was done before")
 
     monkeypatch.setattr("netdecouple.planning.analysis.candidates", again)
-    monkeypatch.setattr("netdecouple.application.Fitting.at", again)
+    monkeypatch.setattr("netdecouple.application._applied", again)
     assert netdecouple(*ONNX, *FILES, "--work", "work").code == 0
 
 
