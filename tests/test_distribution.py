@@ -99,7 +99,7 @@ def test_what_is_large_is_sent_to_each_once(two: Workers):
 
 def test_the_work_s_own_errors_come_through(two: Workers):
     with pytest.raises(ModelError, match="layer 1 is no good"):
-        list(two.each(failing, (common(),), [(1,), (2,)]))
+        list(two.each(failing, (common(),), [(1,), (1,)]))
     assert list(two.each(times, (common(),), [(1,)])) == [3]
 
 
