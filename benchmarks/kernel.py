@@ -2,6 +2,7 @@
 
 python benchmarks/kernel.py               # one thread and two
 python benchmarks/kernel.py --threads 1 --chain 4
+python benchmarks/kernel.py --store docs/kernel.jsonl    # the documentation's table is made from it
 
 Layers are 3×3, stride 1, n → n channels, batch 1, in ONNX Runtime; `--chain 4` puts four in a row, each with
 weights of its own. Efficiency is the speedup over the ratio of MACs.
@@ -9,9 +10,10 @@ weights of its own. Efficiency is the speedup over the ratio of MACs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -25,9 +27,10 @@ from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
 from netdecouple.families.decoupling import DepthwisePointwise
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
-from netdecouple.latency import placeholder
+from netdecouple.latency import machine, placeholder
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
-from netdecouple.runtimes.timing import Ratio, measure
+from netdecouple.runtimes.timing import measure
+from rows import keep
 
 SHAPES = (  # channels, height and width, terms per channel
     (64, 112, 4),
@@ -81,58 +84,106 @@ def dense(geometry: ConvGeometry, seed: int) -> Factorization:
     return Factorization(geometry, (ConvStage(geometry, scaled),), np.zeros(geometry.n_o, np.float32))
 
 
+@dataclass(frozen=True)
+class Row:
+    """A layer, measured: milliseconds are medians, per layer."""
+
+    where: str
+    chain: int  # layers in a row
+    threads: int
+    channels: int
+    size: int
+    terms: int
+    macs: float  # times fewer
+    dense: float
+    form: str  # the fastest in standard operators
+    standard: float
+    fused: float
+    faster: tuple[float, float, float]  # times, quartiles over rounds
+
+    @property
+    def efficiency(self) -> float:
+        """The speedup over the ratio of MACs."""
+        return self.faster[1] / self.macs
+
+
+def timed(shape: tuple[int, int, int], layers: int, threads: int, seconds: float) -> Row:
+    """Time one kind of layer in all its forms, in turn."""
+    n, size, terms = shape
+    g = ConvGeometry(n, n, 3, 3, pads=(1, 1, 1, 1))
+    low = [placeholder(with_terms(g, terms), seed) for seed in range(layers)]
+    models = [chain([dense(g, seed) for seed in range(layers)], size, "gather")]
+    models += [chain(low, size, form) for form in FORMS]
+    sessions = [OnnxRuntime().open(model, threads) for model in models]
+    x = np.random.default_rng(0).standard_normal((1, n, size, size)).astype(np.float32)
+    times = measure([partial(session.run, {"x": x}) for session in sessions], seconds) / layers
+    medians = np.median(times, axis=0).tolist()
+    standard = min(range(1, len(FORMS)), key=lambda i: medians[i])
+    lower, median, upper = np.percentile(times[:, 0] / times[:, -1], (25, 50, 75)).tolist()
+    return Row(
+        where=f"{machine()}, ONNX Runtime {OnnxRuntime.version}, {kernels.level()}",
+        chain=layers,
+        threads=threads,
+        channels=n,
+        size=size,
+        terms=terms,
+        macs=g.macs(size, size) / low[0].macs(size, size),
+        dense=medians[0],
+        form=FORMS[standard - 1],
+        standard=medians[standard],
+        fused=medians[-1],
+        faster=(lower, median, upper),
+    )
+
+
+def tables(found: Iterable[Row]) -> Iterator[Table]:
+    """A table for every machine, number of threads and length of chains; a line for every layer."""
+    last = {(r.where, r.threads, r.chain, r.channels, r.size, r.terms): r for r in found}  # if run again
+    groups: dict[tuple[str, int, int], list[Row]] = {}
+    for key, row in last.items():
+        groups.setdefault(key[:3], []).append(row)
+    for (where, threads, layers), own in groups.items():
+        chained = f", {layers} in a row, per layer" if layers > 1 else ""
+        out = Table(title=f"{where}, {threads} thread{'s' if threads > 1 else ''}{chained}")
+        heads = (
+            "n @ size",
+            "T",
+            "fewer MACs",
+            "dense",
+            "standard",
+            "its form",
+            "fused",
+            "faster",
+            "quartiles",
+        )
+        for column in (*heads, "efficiency", "over standard"):
+            out.add_column(column, justify="right")
+        for r in own:
+            out.add_row(
+                *(f"{r.channels} @ {r.size}", f"{r.terms}", f"{r.macs:.2f}×", f"{r.dense:.3f} ms"),
+                *(f"{r.standard:.3f} ms", r.form, f"{r.fused:.3f} ms", f"{r.faster[1]:.2f}×"),
+                f"{r.faster[0]:.2f}–{r.faster[2]:.2f}",
+                f"{100 * r.efficiency:.0f} %",
+                f"{r.standard / r.fused:.2f}×",
+            )
+        yield out
+
+
 def main(
     threads: Annotated[list[int] | None, typer.Option()] = None,
     layers: Annotated[int, typer.Option("--chain", help="Layers in a row.")] = 1,
     seconds: Annotated[float, typer.Option(help="For each line.")] = 4.0,
+    store: Annotated[Path | None, typer.Option(help="Keep rows here: docs/kernel.jsonl.")] = None,
 ) -> None:
-    """Print the table."""
-    console = Console(width=130)
-    columns = (
-        "n @ size",
-        "T",
-        "MAC ratio",
-        "dense ms",
-        "standard ms",
-        "form",
-        "fused ms",
-        "speedup",
-        "quartiles",
-    )
+    """Print the tables."""
+    console = Console(width=150)
+    found = []
     for count in threads or [1, 2]:
-        where = f"ONNX Runtime {OnnxRuntime.version}, {kernels.level()}, {count} thread(s)"
-        title = f"{layers} in a row, per layer; {where}"
-        table = Table(title=title)
-        for column in (*columns, "efficiency", "of standard"):
-            table.add_column(column, justify="right")
-        for n, size, terms in SHAPES:
-            g = ConvGeometry(n, n, 3, 3, pads=(1, 1, 1, 1))
-            low = [placeholder(with_terms(g, terms), seed) for seed in range(layers)]
-            models = [chain([dense(g, seed) for seed in range(layers)], size, "gather")]
-            models += [chain(low, size, form) for form in FORMS]
-            sessions = [OnnxRuntime().open(model, count) for model in models]
-            x = np.random.default_rng(0).standard_normal((1, n, size, size)).astype(np.float32)
-            times = measure([partial(session.run, {"x": x}) for session in sessions], seconds) / layers
-            medians = np.median(times, axis=0)
-            standard = min(range(1, len(FORMS)), key=lambda i: medians[i])
-            macs = g.macs(size, size) / low[0].macs(size, size)
-            faster = Ratio.of(times[:, 0], times[:, -1])
-            speedup = float(np.median(times[:, 0] / times[:, -1]))
-            cells = (
-                f"{n} @ {size}",
-                f"{terms}",
-                f"{macs:.2f}",
-                f"{medians[0]:.3f}",
-                f"{medians[standard]:.3f}",
-                FORMS[standard - 1],
-                f"{medians[-1]:.3f}",
-                f"{speedup:.2f}×",
-                f"{faster.lower:.2f}–{faster.upper:.2f}",
-                f"{100 * speedup / macs:.0f}%",
-                f"{medians[standard] / medians[-1]:.2f}×",
-            )
-            table.add_row(*cells)
-            console.log(" ".join(cells))
+        for shape in SHAPES:
+            found.append(timed(shape, layers, count, seconds))
+            keep(store, found[-1])
+            console.log(found[-1])
+    for table in tables(found):
         console.print(table)
 
 

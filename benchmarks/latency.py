@@ -2,6 +2,7 @@
 
 python benchmarks/latency.py                 # all networks; ResNets need ../shared, about ten minutes
 python benchmarks/latency.py --network vgg16 --threads 1
+python benchmarks/latency.py --store docs/latency.jsonl    # the documentation's table is made from it
 
 ResNets are decoupled to half their MACs from 1,000 images, as in accuracy.py; VGG16 at 224 × 224 has random
 weights and one rank for all layers but the first. It is timed as a whole and without its fully connected
@@ -10,8 +11,11 @@ layers, which are not decoupled and take their time reading 495 MB of weights. B
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
@@ -22,6 +26,7 @@ from rich.table import Table
 from accuracy import CIFAR10, shared
 from conversion import vgg16
 from kernel import with_terms
+from netdecouple import kernels
 from netdecouple.application import apply
 from netdecouple.calibration import load
 from netdecouple.convolution import Factorization
@@ -29,13 +34,15 @@ from netdecouple.errors import UnavailableError
 from netdecouple.frontends.onnx.emission import Form
 from netdecouple.frontends.onnx.model import read_model, up_to
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.latency import placeholder
+from netdecouple.latency import machine, placeholder
 from netdecouple.planning.analysis import Settings, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.solve import make_plan
 from netdecouple.runtimes import runtime
-from netdecouple.runtimes.timing import Ratio, measure
+from netdecouple.runtimes.onnxruntime import OnnxRuntime
+from netdecouple.runtimes.timing import measure
 from netdecouple.sampling import Inputs
+from rows import keep, read
 
 NETWORKS = ("resnet20", "resnet56", "vgg16")
 FORMS: tuple[Form, ...] = ("parallel", "fused")
@@ -64,26 +71,34 @@ def cases(name: str) -> Iterator[tuple[str, OnnxNetwork, dict[str, Factorization
     yield name, network, apply(network, inputs, plan).factorizations
 
 
+@dataclass(frozen=True)
+class Times:
+    """Networks that took turns: milliseconds (medians), and how many times faster than the first."""
+
+    milliseconds: list[float]
+    faster: list[tuple[float, float, float]]  # quartiles over rounds, of all but the first
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, measured in every runtime that is there."""
+
+    where: str
+    network: str
+    threads: int
+    macs: float  # times fewer
+    times: dict[str, Times]  # by runtime; the original, then FORMS, of which OpenVINO has the first only
+
+
 def main(
     networks: Annotated[list[str] | None, typer.Option("--network", help=", ".join(NETWORKS))] = None,
     threads: Annotated[list[int] | None, typer.Option()] = None,
     seconds: Annotated[float, typer.Option(help="For each network, runtime and number of threads.")] = 10.0,
+    store: Annotated[Path | None, typer.Option(help="Keep rows here: docs/latency.jsonl.")] = None,
 ) -> None:
-    """Print the table."""
+    """Print the tables."""
     console = Console(width=140)
-    table = Table(title="Batch 1; how many times faster than the original (quartiles), ms in brackets")
-    columns = (
-        "network",
-        "fewer MACs",
-        "threads",
-        "ONNX Runtime",
-        "standard",
-        "fused",
-        "OpenVINO",
-        "standard",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "network" else "right")
+    found = []
     for name in networks or NETWORKS:
         for label, network, chosen in cases(name):
             layers = {la.name: la for la in network.layers}
@@ -93,12 +108,51 @@ def main(
             models += [network.decoupled(chosen, dict.fromkeys(chosen, form)) for form in FORMS]
             feeds = {network.model.input_name: network_image(network)}
             for count in threads or [1, 2]:
-                cells = [label, f"{before / (before - saved):.2f}×", f"{count}"]
-                cells += timed("onnxruntime", models, count, feeds, seconds)
-                cells += timed("openvino", models[:2], count, feeds, seconds)
-                table.add_row(*cells)
-                console.log(" | ".join(cells))
-    console.print(table)
+                counts = {"onnxruntime": 3, "openvino": 2}
+                times = {at: timed(at, models[:n], count, feeds, seconds) for at, n in counts.items()}
+                known = {at: found for at, found in times.items() if found is not None}
+                where = f"{machine()}, ONNX Runtime {OnnxRuntime.version}, {kernels.level()}"
+                found.append(Row(where, label, count, before / (before - saved), known))
+                keep(store, found[-1])
+                console.log(found[-1])
+    for table in tables(found):
+        console.print(table)
+
+
+def tables(found: Iterable[Row]) -> Iterator[Table]:
+    """A table for every machine."""
+    last = {(row.where, row.network, row.threads): row for row in found}  # of those that were run again
+    for where in dict.fromkeys(row.where for row in last.values()):
+        out = Table(title=where)
+        for column in (
+            "network",
+            "fewer MACs",
+            "threads",
+            "original",
+            "standard operators",
+            "fused operator",
+        ):
+            out.add_column(column, justify="left" if column == "network" else "right")
+        for column in ("OpenVINO", "standard"):
+            out.add_column(column, justify="right")
+        for row in last.values():
+            if row.where == where:
+                cells = [cell for at in ("onnxruntime", "openvino") for cell in _cells(row.times.get(at))]
+                out.add_row(row.network, f"{row.macs:.2f}×", f"{row.threads}", *cells)
+        yield out
+
+
+def _cells(times: Times | None) -> list[str]:
+    if times is None:
+        return ["–", "–"]
+    ratios = [f"{middle:.2f}× ({lower:.2f}–{upper:.2f})" for lower, middle, upper in times.faster]
+    return [f"{times.milliseconds[0]:.3g} ms", *ratios]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every row of a file."""
+    known: list[Any] = read(path, Row)
+    return [replace(row, times={at: Times(**t) for at, t in row.times.items()}) for row in known]
 
 
 def network_image(network: OnnxNetwork) -> np.ndarray:
@@ -110,22 +164,16 @@ def network_image(network: OnnxNetwork) -> np.ndarray:
 
 def timed(
     name: str, models: list[onnx.ModelProto], threads: int, feeds: dict[str, np.ndarray], seconds: float
-) -> list[str]:
-    """The original's milliseconds, and how much faster the others are; blanks where a runtime is missing."""
+) -> Times | None:
+    """Time the original and the others, in turn; None where the runtime is missing."""
     try:
         place = runtime(name)
     except UnavailableError:
-        return ["–"] * len(models)
+        return None
     sessions = [place.open(model, threads) for model in models]
-    times = measure([lambda s=s: s.run(feeds) for s in sessions], seconds)
-    cells = [f"{np.median(times[:, 0]):.3g} ms"]
-    for column in range(1, len(models)):
-        ratio = Ratio.of(times[:, 0], times[:, column])
-        middle = np.median(times[:, 0] / times[:, column])
-        cells.append(
-            f"{middle:.2f}× ({ratio.lower:.2f}–{ratio.upper:.2f}) [{np.median(times[:, column]):.3g}]"
-        )
-    return cells
+    times = measure([partial(session.run, feeds) for session in sessions], seconds)
+    ratios = np.percentile(times[:, :1] / times[:, 1:], (25, 50, 75), axis=0).T.tolist()
+    return Times(np.median(times, axis=0).tolist(), [(lower, mid, upper) for lower, mid, upper in ratios])
 
 
 if __name__ == "__main__":

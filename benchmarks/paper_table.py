@@ -2,7 +2,7 @@
 
 For ND, SD, CD, CP and their combinations, on pretrained CIFAR-10 networks: the paper's way (from the
 weights alone, the same share in every layer, the first convolution kept) beside ours (fitted to unlabelled
-images, planned), and both fits at the same sizes. Every cell is kept in docs/paper_table.json as soon as it
+images, planned), and both fits at the same sizes. Every cell is kept in docs/paper_table.jsonl as soon as it
 is known; a run that was cut off goes on where it was.
 
 Needs the folder of pretrained networks (NETDECOUPLE_SHARED, or ../shared beside the repository).
@@ -15,9 +15,8 @@ images, as the published tables do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import rows
 from accuracy import CIFAR10, shared
 from netdecouple import Settings
 from netdecouple.api import accuracy
@@ -127,7 +127,7 @@ class Bench:
     def same(self, method: str) -> Cell:
         """The data-free plan at one share, and the same sizes fitted to images."""
         free = self._ruled(method, 1 / SAME)
-        rows = tuple(replace(row, channels=()) for row in free.plan.layers)
+        rows = tuple(replace(row, channels=(), data_free=False) for row in free.plan.layers)
         aware = apply(self.network, self.inputs, replace(free.plan, layers=rows, data_free=False))
         return Cell(
             self.name,
@@ -175,8 +175,7 @@ def cells(bench: Bench, methods: list[str], known: set[tuple[str, str, str]]) ->
 
 def read(store: Path) -> dict[tuple[str, str, str], Cell]:
     """Every cell that is known."""
-    lines = store.read_text().splitlines() if store.exists() else []
-    return {(c.network, c.method, c.way): c for c in (Cell(**json.loads(line)) for line in lines)}
+    return {(c.network, c.method, c.way): c for c in rows.read(store, Cell)}
 
 
 def table(network: str, found: dict[tuple[str, str, str], Cell]) -> Table:
@@ -219,20 +218,18 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(NETWORKS)}")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(METHODS)}")] = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 1000,
-    store: Annotated[Path, typer.Option(help="Where cells are kept.")] = Path("docs/paper_table.json"),
+    store: Annotated[Path, typer.Option(help="Where cells are kept.")] = Path("docs/paper_table.jsonl"),
     only_print: Annotated[
         bool, typer.Option("--print", help="Print what is known, and run nothing.")
     ] = False,
 ) -> None:
     """Fill the table, and print it."""
     console = Console(width=150)
-    store.parent.mkdir(parents=True, exist_ok=True)
     found = read(store)
     for name in () if only_print else network or NETWORKS:
         for cell in cells(Bench(name, images), method or list(METHODS), set(found)):
             found[cell.network, cell.method, cell.way] = cell
-            with store.open("a") as file:
-                file.write(json.dumps(asdict(cell)) + "\n")
+            rows.keep(store, cell)
             console.log(f"{cell.network} {cell.method} {cell.way}: {cell.ratio:.2f}× {100 * cell.after:.1f}")
     for name in dict.fromkeys(cell.network for cell in found.values()):
         console.print(table(name, found))

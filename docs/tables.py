@@ -12,7 +12,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import metadata, requires
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,10 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
 
 import accuracy  # noqa: E402
+import kernel  # noqa: E402
+import latency  # noqa: E402
 import paper_table  # noqa: E402
+import rows  # noqa: E402
 
 
 def commands() -> str:
@@ -120,18 +123,24 @@ def markdown(table: Table) -> str:
     return f"*{table.title}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _all(tables: Iterable[Table]) -> str:
+    return "\n".join(map(markdown, tables)) or "Not run yet.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the documentation's generated tables.")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    cells = paper_table.read(DOCS / "paper_table.json")
+    cells = paper_table.read(DOCS / "paper_table.jsonl")
     networks = dict.fromkeys(network for network, _, _ in cells)
     pages = {
         "commands": commands(),
         "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
         "licences": licences(),
-        "paper": "\n".join(markdown(paper_table.table(name, cells)) for name in networks) or "Not run yet.\n",
+        "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),
+        "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
+        "paper": _all(paper_table.table(name, cells) for name in networks),
     }
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")

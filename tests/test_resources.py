@@ -115,8 +115,11 @@ def test_layers_too_wide_are_fitted_from_their_weights(monkeypatch: pytest.Monke
     assert changed["conv2"].ridge > 0
     assert changed["conv3"].predicted_loss > 0
     assert seen[0] == 2  # without conv3
+    assert {name for name, row in changed.items() if row.data_free} == {"conv3"}
     again = netdecouple.decouple(model, images, macs=0.5, settings=SETTINGS)
     assert again.model == result.model
+    monkeypatch.undo()  # the plan says it, and whoever applies it need not
+    assert netdecouple.apply_plan(model, result.plan, images).model == result.model
 
 
 def test_a_layer_of_2048_channels_is_beyond_4_gb():

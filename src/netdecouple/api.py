@@ -37,7 +37,6 @@ from netdecouple.planning.solve import (
     ruled_plan,
 )
 from netdecouple.provenance import identity, provenance
-from netdecouple.report.files import report_ending
 from netdecouple.report.pictures import pictures
 from netdecouple.report.report import (
     Disagreement,
@@ -97,10 +96,7 @@ class Result:
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        if report_ending(path) == ".html" and not (self.report.benchmark or self.report.not_timed):
-            self.timed().report.save(path)
-        else:
-            self.report.save(path)
+        self.report.save(path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; whatever happens, there is never half a file under ``path``.

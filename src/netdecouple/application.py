@@ -74,6 +74,7 @@ def apply(
         raise PlanError("the plan is for a network of other layers; make it again for this model")
     for row in plan.layers:
         _check_row(row, layers[row.name])
+    plan = replace(plan, layers=tuple(_in_memory(row, layers[row.name], resources) for row in plan.layers))
     kept = resources.checkpoint
     key = kept.key("applied", plan.to_json())
     changed = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
@@ -84,7 +85,7 @@ def apply(
                 continue
             own = kept.load(changed[row.name], AppliedLayer)
             if own is None:
-                own = _applied(row, layers[row.name], walkers, plan, resources)
+                own = _applied(row, layers[row.name], walkers, plan.uniform_rank)
                 kept.save(changed[row.name], own)
             walkers.replace(row.name, own.factorization)
             made[row.name] = own
@@ -115,21 +116,23 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 
 
+def _in_memory(row: LayerPlan, layer: Layer, resources: Resources) -> LayerPlan:
+    """Mark a layer that there is no memory to fit here; others stay as the plan has them."""
+    return replace(row, data_free=row.data_free or (row.changed and is_too_wide_to_fit(layer, resources)))
+
+
 def _applied_data_free(row: LayerPlan, layer: Layer, uniform: bool) -> AppliedLayer:
     assert layer.geometry is not None
     problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
     with threads.for_unknowns(problem.weight.shape[2]):
         fitted, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
-    return AppliedLayer(row.with_steps(steps), fitted.astype(np.float32))
+    return AppliedLayer(replace(row.with_steps(steps), data_free=True), fitted.astype(np.float32))
 
 
-def _applied(
-    row: LayerPlan, layer: Layer, walkers: Walkers, plan: Plan, resources: Resources
-) -> AppliedLayer:
+def _applied(row: LayerPlan, layer: Layer, walkers: Walkers, uniform: bool) -> AppliedLayer:
     """Fit one layer to what it sees behind those that have been changed so far."""
     assert layer.geometry is not None
-    uniform = plan.uniform_rank
-    if plan.data_free or is_too_wide_to_fit(layer, resources):
+    if row.data_free:
         return _applied_data_free(row, layer, uniform)
     look = walkers.look(layer.name)
     fitted, held_back = look.moments.fitted, look.moments.held_back

@@ -27,7 +27,6 @@ from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow
-from netdecouple.report.files import report_ending
 from netdecouple.report.report import Report
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.resources import Resources
@@ -94,10 +93,7 @@ class Result:
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        if report_ending(path) == ".html" and not (self.report.benchmark or self.report.not_timed):
-            self.timed().report.save(path)
-        else:
-            self.report.save(path)
+        self.report.save(path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file, or else a folder for `netdecouple.load`; never half of either.

@@ -18,7 +18,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.distribution import Workers
 from netdecouple.frontends import Array, Network
 from netdecouple.frontends.storage import ArrayStore
-from netdecouple.planning.analysis import EXCLUDED, Progress, common_network, is_too_wide_to_fit, quiet
+from netdecouple.planning.analysis import EXCLUDED, Progress, common_network, quiet
 from netdecouple.planning.plan import Plan
 from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
@@ -317,8 +317,7 @@ class Targets:
         count = len(inputs.images)
         excluded = {row.name for row in plans[0].layers if row.reason == EXCLUDED}
         able = [la for la in network.layers if la.geometry and not la.reason and la.name not in excluded]
-        wanted = {row.name for plan in plans for row in plan.layers if row.changed}
-        wanted -= {la.name for la in able if is_too_wide_to_fit(la, resources)}
+        wanted = {row.name for plan in plans for row in plan.layers if row.changed and not row.data_free}
         part, total = part or slice(0, count), total or count
         self.positions = {la.name: sample_positions(la, total, plans[0].seed)[part] for la in able}
         self._store = ArrayStore(resources.store_bytes, resources.checkpoint.scratch)

@@ -62,6 +62,7 @@ class LayerCandidates:
     layer: str
     candidates: tuple[Candidate, ...]
     probes: tuple[Probe, ...]
+    data_free: bool = False  # weighed in the metric of the weights
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def candidates(
             strict=True,
         )
     ]
-    return LayerCandidates(layer.name, tuple(found), tuple(shown))
+    return LayerCandidates(layer.name, tuple(found), tuple(shown), held_back is None)
 
 
 def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool) -> dict[str, list[Trial]]:

@@ -14,7 +14,7 @@ from netdecouple.errors import PlanError
 from netdecouple.families.combined import Step
 from netdecouple.frontends import Layer
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class LayerPlan:
     predicted_error: float  # relative to the variance of the layer's output
     predicted_loss: float
     form: str = ""  # how it is written, if it is changed or run by the fused operator as it is
+    data_free: bool = False  # fitted from its weights alone: asked for, or for want of memory or samples
 
     @property
     def changed(self) -> bool:

@@ -244,6 +244,7 @@ def _layer_plan(
         candidate.error,
         analysis.losses[layer.name][index],
         form(layer, candidate),
+        analysis.candidates[layer.name].data_free,
     )
 
 

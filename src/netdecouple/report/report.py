@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -238,13 +238,19 @@ class Report:
         """
         return self.to_html() if report_ending(path) == ".html" else self.to_json()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], timed: Callable[[], Report] | None = None) -> None:
         """Write the report as .html or .json, as the path ends, all of it or nothing.
+
+        Args:
+            path: where to.
+            timed: gives the same report with times; a page that has none is written with these.
 
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        write_text(path, self.rendered(path))
+        wants = report_ending(path) == ".html" and not (self.benchmark or self.not_timed)
+        report = self if timed is None or not wants else timed()
+        write_text(path, report.rendered(path))
 
 
 TOTALS = ("macs_before", "macs", "parameters_before", "parameters")

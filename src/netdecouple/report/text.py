@@ -90,6 +90,8 @@ def _note(layer: LayerReport) -> str:
 
 def sample_note(layer: LayerReport) -> str:
     """What was wrong with the samples a layer was fitted to; empty if nothing was."""
+    if layer.family != "kept" and layer.samples is None:
+        return "fitted from its weights"
     if layer.samples is not None and layer.samples < (layer.samples_wanted or 0):
         return f"{count(layer.samples)} of {count(layer.samples_wanted or 0)} samples wanted"
     if layer.dependent:
