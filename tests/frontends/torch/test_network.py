@@ -428,6 +428,16 @@ def test_samples_of_other_sizes_than_the_first():
     check_lossless(network)
 
 
+def test_watching_ends_with_the_last_layer_that_is_watched():
+    network = opened(parts(chain))
+    heard = []
+    network.module.get_submodule("c").register_forward_hook(lambda *_: heard.append(1))
+    samples = collect(pictures(), network.original, None, None)
+    for watched, runs in (("a", 0), ("c", 1)):
+        (seen,) = network.observe(samples, {watched: np.tile(np.arange(64), (3, 1))})
+        assert (seen.layer, len(seen.patches), len(heard)) == (watched, 3 * 64, runs)
+
+
 def test_fingerprints_know_numbers_and_structure():
     """But not where in memory something lies."""
     module = parts(chain)

@@ -12,6 +12,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -288,13 +289,15 @@ class TorchNetwork:
     ) -> Iterator[Observation]:
         """Yield, batch by batch, what the layers named in ``positions`` see, if that is wanted, and produce.
 
-        What was sampled is gathered when a layer is called: whole maps are held for no more than one.
+        What was sampled is gathered when a layer is called: whole maps are held for no more than one. A
+        forward pass ends where the last of them has been called.
         """
         if not positions:
             return
         shortcuts = Shortcuts(self, positions)
         gathered: dict[str, Observation] = {}
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of layers called several times
+        unseen: set[str | None] = set()
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             if name in positions and self.found[name].steady:
@@ -304,11 +307,17 @@ class TorchNetwork:
             elif name in positions:  # copied: what comes later may change it in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
+            unseen.discard(name)
+            if not unseen:
+                raise _Enough
 
+        steady = all(self.found[name].steady for name in positions)
         names = set(positions) | shortcuts.names
         held = sum(self._sampled_bytes(name, where) for name, where in positions.items())
         for batch in self.batches(len(images), held if with_patches else 0):
-            with torch.no_grad(), hooked(self.module, shortcuts.before, after, names.__contains__):
+            unseen |= positions.keys() if steady else {None}  # which never comes: run to the end
+            listening = hooked(self.module, shortcuts.before, after, names.__contains__)
+            with torch.no_grad(), listening, suppress(_Enough):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
                 if name in gathered:
@@ -426,6 +435,10 @@ def _reopened(
     network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, resources)
     network.batchable = batchable
     return network
+
+
+class _Enough(BaseException):
+    """Ends a forward pass; no module's ``except Exception`` is to catch it."""
 
 
 class Shortcuts:
