@@ -72,9 +72,13 @@ def apply(
     layers = {layer.name: layer for layer in network.layers}
     if [row.name for row in plan.layers] != list(layers):
         raise PlanError("the plan is for a network of other layers; make it again for this model")
+    checked = []
     for row in plan.layers:
         _check_row(row, layers[row.name])
-    plan = replace(plan, layers=tuple(_in_memory(row, layers[row.name], resources) for row in plan.layers))
+        known = plan.data_free or row.data_free
+        blind = row.changed and (known or is_too_wide_to_fit(layers[row.name], resources))
+        checked.append(replace(row, data_free=blind))
+    plan = replace(plan, layers=tuple(checked))
     kept = resources.checkpoint
     key = kept.key("applied", plan.to_json())
     changed = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
@@ -114,11 +118,6 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         method(row.family).structure(layer.geometry, row.steps)
     except ValueError as error:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
-
-
-def _in_memory(row: LayerPlan, layer: Layer, resources: Resources) -> LayerPlan:
-    """Mark a layer that there is no memory to fit here; others stay as the plan has them."""
-    return replace(row, data_free=row.data_free or (row.changed and is_too_wide_to_fit(layer, resources)))
 
 
 def _applied_data_free(row: LayerPlan, layer: Layer, uniform: bool) -> AppliedLayer:

@@ -17,7 +17,7 @@ from netdecouple.errors import BudgetError
 BASE = 300 << 20  # bytes: Python, NumPy and a runtime
 STEADY, PASSING = 2.1, 4.0  # times a model's size: what there is of it all the time, and at times on top
 SHARDS = 8  # unless more or fewer are asked for
-DEFAULT_MOMENTS, DEFAULT_STORE, DEFAULT_BATCH = 5 << 28, 1 << 30, 1 << 28  # bytes
+DEFAULT_MOMENTS, DEFAULT_ROW, DEFAULT_STORE, DEFAULT_BATCH = 5 << 29, 5 << 26, 1 << 30, 1 << 28  # bytes
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -28,7 +28,7 @@ class Resources:
     Args:
         work: a folder for what has been found so far. A run that was ended by whatever it may be, started
             again with the same folder, goes on, and ends with the same bytes.
-        memory: bytes that the process may take; "4GB" is understood. None: as much as is of use, about 5 GB
+        memory: bytes that the process may take; "4GB" is understood. None: as much as is of use, about 6 GB
             and what the model and the widest layer take. Layers that are too wide for it are fitted from
             their weights alone.
         workers: who shares in the work: `netdecouple.distribution.processes`, `dask`, or `Workers.of` any
@@ -114,7 +114,7 @@ class Resources:
     @property
     def row_bytes(self) -> int:
         """Of a layer's moments that gets one sample per image: too few for so many inputs."""
-        return self.moment_bytes // 4
+        return DEFAULT_ROW if self.memory is None else self._left // 16
 
     @property
     def fit_bytes(self) -> float:

@@ -309,7 +309,7 @@ class TorchNetwork:
             shortcuts.after(name, arguments, output)
             unseen.discard(name)
             if not unseen:
-                raise _Enough
+                raise Enough
 
         steady = all(self.found[name].steady for name in positions)
         names = set(positions) | shortcuts.names
@@ -317,7 +317,7 @@ class TorchNetwork:
         for batch in self.batches(len(images), held if with_patches else 0):
             unseen |= positions.keys() if steady else {None}  # which never comes: run to the end
             listening = hooked(self.module, shortcuts.before, after, names.__contains__)
-            with torch.no_grad(), listening, suppress(_Enough):
+            with torch.no_grad(), listening, suppress(Enough):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
                 if name in gathered:
@@ -437,12 +437,12 @@ def _reopened(
     return network
 
 
-class _Enough(BaseException):
-    """Ends a forward pass; no module's ``except Exception`` is to catch it."""
+class Enough(BaseException):
+    """Unwinds a forward pass that is no longer needed; no module's ``except Exception`` is to catch it."""
 
 
 class Shortcuts:
-    """The tensors added to residual branches, remembered as the modules run that they belong to."""
+    """The tensors added to residual branches, remembered from when they are there until they were needed."""
 
     def __init__(self, network: TorchNetwork, layers: Any) -> None:
         self._sources = {
@@ -451,6 +451,7 @@ class Shortcuts:
         self._wanted = set(self._sources.values())
         self.names = {name for name, _ in self._wanted}
         self._values: dict[tuple[str, str], torch.Tensor] = {}
+        self._waiting: dict[tuple[str, str], set[str]] = {}  # the layers that each is for, until they ran
 
     def of(self, layer: str) -> torch.Tensor | None:
         """What is going to be added to a layer's output, if anything is."""
@@ -460,12 +461,21 @@ class Shortcuts:
     def before(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Remember what a module is given; a hook."""
         if (name, "x") in self._wanted:
-            self._values[name, "x"] = arguments[0]
+            self._remember((name, "x"), arguments[0])
 
     def after(self, name: str, arguments: tuple[Any, ...], output: Any) -> None:
-        """Remember what a module makes; a hook."""
+        """Remember what a module makes, and forget what only it was waiting for; a hook."""
+        source = self._sources.get(name)
+        if source in self._waiting:
+            self._waiting[source].discard(name)
+            if not self._waiting[source]:
+                self._values.pop(source, None)
         if (name, "y") in self._wanted:
-            self._values[name, "y"] = output
+            self._remember((name, "y"), output)
+
+    def _remember(self, source: tuple[str, str], value: torch.Tensor) -> None:
+        self._values[source] = value
+        self._waiting[source] = {layer for layer, own in self._sources.items() if own == source}
 
 
 def _as_is(patches: Array | None) -> Array:

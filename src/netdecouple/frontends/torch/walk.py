@@ -22,14 +22,10 @@ from numpy.typing import NDArray
 from netdecouple.convolution import Factorization
 from netdecouple.frontends import Array, Observation
 from netdecouple.frontends.torch.convolutions import Factorized
-from netdecouple.frontends.torch.network import Shortcuts, TorchNetwork
+from netdecouple.frontends.torch.network import Enough, Shortcuts, TorchNetwork
 from netdecouple.frontends.torch.samples import Samples
 from netdecouple.frontends.torch.surgery import duplicate
 from netdecouple.frontends.torch.trace import hooked
-
-
-class _GivenUp(BaseException):
-    """Unwinds a pass that is no longer needed."""
 
 
 class _Pass:
@@ -64,7 +60,7 @@ class _Pass:
         self._stopped.release()
         self._go.acquire()
         if self._run is _nothing:
-            raise _GivenUp
+            raise Enough
 
     def give_up(self) -> None:
         """Unwind the pass, so that its tensors are freed."""
@@ -79,7 +75,7 @@ class _Pass:
         try:
             with torch.no_grad():
                 self._run()
-        except _GivenUp:
+        except Enough:
             pass
         except BaseException as error:
             self._error = error
