@@ -30,6 +30,7 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 import netdecouple
 from netdecouple import Resources, Settings, threads
@@ -306,7 +307,8 @@ def _one_thread() -> Iterator[None]:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
-        yield
+        with threadpool_limits(1):  # whose threads are there already, and may be on other cores
+            yield
     finally:
         os.sched_setaffinity(0, cores)
 
