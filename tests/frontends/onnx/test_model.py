@@ -11,6 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import netdecouple
+from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends import Layer
@@ -19,6 +21,8 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
+
+SETTINGS = Settings(families=("nd",))
 
 
 def outputs_of(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -140,6 +144,20 @@ def test_read_refuses_missing_external_data(tmp_path: Path):
     (tmp_path / "net.data").unlink()
     assert_refused(path, "external data", "net.data")
     assert_refused(onnx.load(path, load_external_data=False), "net.data")
+
+
+def test_nodes_in_any_order_are_read():
+    """ONNX wants them in the order they run in; ONNX Runtime does not mind, and some tools write others."""
+    model = networks.residual()
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    del other.graph.node[:]
+    other.graph.node.extend(reversed(model.graph.node))
+    images = images_for(model, 40)
+    one, two = (netdecouple.decouple(m, images, macs=0.7, settings=SETTINGS) for m in (model, other))
+    assert {la.name for la in two.plan.layers if la.changed}
+    for a, b in zip(outputs_of(one.model, images), outputs_of(two.model, images), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
 
 def test_read_refuses_models_without_convolutions():

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
 
 
 def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every constant as an initializer, and none of them as an input (as before IR 4)."""
+    """Copy a model with every constant as an initializer, none of them as an input (as before IR 4), and
+    its nodes in an order in which they can be run."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph, outputs = copy.graph, {value.name for value in copy.graph.output}
@@ -142,13 +144,25 @@ def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
             graph.initializer[-1].name = node.output[0]
         else:
             nodes.append(node)
-    _replace(graph.node, nodes)
+    _replace(graph.node, _in_order(nodes))
     for tensor in graph.initializer:
         tensor.ClearField("data_location")  # whatever file they came from, they are here now
     constants = {tensor.name for tensor in graph.initializer}
     _replace(graph.input, [value for value in proto.graph.input if value.name not in constants])
     copy.ir_version = max(copy.ir_version, 4)
     return copy
+
+
+def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Put nodes behind those whose outputs they read, which ONNX asks for and ONNX Runtime does without."""
+    makers = {t: i for i, node in enumerate(nodes) for t in node.output}
+    needs = {i: [makers[t] for t in reads(node) if t in makers] for i, node in enumerate(nodes)}
+    if all(maker < i for i, own in needs.items() for maker in own):
+        return nodes
+    try:
+        return [nodes[i] for i in TopologicalSorter(needs).static_order()]
+    except CycleError:
+        return nodes  # ONNX Runtime will say so
 
 
 def _replace(field: Any, items: Iterable[Any]) -> None:
