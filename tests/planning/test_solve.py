@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netdecouple.errors import BudgetError
+from netdecouple.errors import BudgetError, ModelError
 from netdecouple.families.combined import Step, method
 from netdecouple.frontends import Layer
 from netdecouple.planning.analysis import Analysis, Settings
@@ -256,6 +256,14 @@ def test_a_budget_out_of_reach_says_what_can_be_had() -> None:
         assert f"is {100 * share:.1f}% ({1 / share:.2f} times fewer parameters)" in str(raised.value)
         assert str(raised.value).startswith("5% parameters")
     assert make_plan(analysis(), [Budget(Parameters(), share * (1 + 1e-9))]).parameters == least(Parameters())
+
+
+def test_losses_that_are_not_finite_are_told() -> None:
+    seen = analysis()
+    name = next(iter(seen.losses))
+    broken = replace(seen, losses=seen.losses | {name: tuple(np.inf for _ in seen.losses[name])})
+    with pytest.raises(ModelError, match=f"layer '{name}': what it would lose is no finite number"):
+        make_plan(broken, [Budget(Macs(), 0.5)])
 
 
 @pytest.mark.parametrize(("ranks", "labels"), [((1, 2, 3), RATIOS), ((3,), RATIOS[:3])])

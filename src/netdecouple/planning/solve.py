@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from netdecouple.errors import BudgetError
+from netdecouple.errors import BudgetError, ModelError
 from netdecouple.frontends import Layer
 from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate
@@ -89,6 +89,7 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
 
     Raises:
         BudgetError: a budget cannot be met; the message says what can.
+        ModelError: what a layer would lose is not finite.
     """
     layers = analysis.network.layers
     for budget, least in zip(budgets, reachable(analysis, budgets), strict=True):
@@ -103,6 +104,11 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
     for layer in layers:
         choices = [Option(0.0, tuple(b.cost.dense(layer) for b in budgets))]
         if found := analysis.candidates.get(layer.name):
+            if not np.isfinite(analysis.losses[layer.name]).all():
+                raise ModelError(
+                    f"layer {layer.name!r}: what it would lose is no finite number; the network makes too "
+                    "large ones: check the preprocessing, or leave the layer alone (--exclude)"
+                )
             choices += [
                 Option(loss, tuple(b.cost.decoupled(layer, c) for b in budgets))
                 for loss, c in zip(analysis.losses[layer.name], found.candidates, strict=True)
