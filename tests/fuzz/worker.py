@@ -24,8 +24,9 @@ import onnx
 import onnxruntime
 
 import netdecouple
+from netdecouple import limits
 from netdecouple.cli import main
-from netdecouple.errors import NetDecoupleError
+from netdecouple.errors import ModelError, NetDecoupleError
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.sampling import sample_positions
@@ -41,6 +42,7 @@ PROGRESS = re.compile(r"[^:]+: \d+ of \d+.*")
 def images_for(shape: tuple[int | None, ...], count: int) -> np.ndarray:
     """Inputs for a network that takes this shape, small where it takes any."""
     channels, height, width = (size or default for size, default in zip(shape, (3, 10, 14), strict=True))
+    limits.SAMPLE_BYTES.check(4 * count * channels * height * width, "what the network takes", ModelError)
     return np.random.default_rng(0).standard_normal((count, channels, height, width)).astype(np.float32)
 
 
