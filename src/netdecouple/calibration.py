@@ -349,7 +349,7 @@ class _Request:
         return Samples(images, str(folder), tuple(sorted(skipped)))
 
     def _read_crop(self, path: Path) -> U8:
-        if not path.is_file():  # a pipe would be waited for
+        if not os.path.isfile(path):  # a pipe would be waited for
             raise CalibrationError("is no file")
         with warnings.catch_warnings(), _pixels_within_the_limit():
             warnings.simplefilter("ignore")

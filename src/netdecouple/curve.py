@@ -125,11 +125,11 @@ class Files:
     """
 
     def __init__(self, folder: Path, stem: str, suffix: str) -> None:
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             raise OutputError(
                 f"{folder}: is a file; give the name of a folder, which gets one network per budget"
             )
-        check_writable((folder if folder.is_dir() else folder.resolve().parent) / f"{stem}{suffix}")
+        check_writable((folder if os.path.isdir(folder) else folder.resolve().parent) / f"{stem}{suffix}")
         self._folder, self._stem, self._suffix = folder, stem, suffix
 
     def of(self, budget: Budget) -> Path:

@@ -23,7 +23,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ValueError: it is no file, too large, or not UTF-8.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is a folder, a device or a pipe")
     limits.TEXT_BYTES.check(path.stat().st_size, str(path), PlanError)
     return path.read_text(encoding="utf-8")

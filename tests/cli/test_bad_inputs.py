@@ -86,6 +86,36 @@ def test_no_such_model(refused):
         refused(command, "gone.onnx", "no such file")
 
 
+def test_names_that_no_file_can_have(refused):
+    """Longer than a file system takes."""
+    long = 300 * "a"
+    for command in (
+        ["inspect", f"{long}.onnx"],
+        ["bench", f"{long}.onnx"],
+        ["bench", "net.onnx", "--report", f"{long}.json"],
+        ["apply", "net.onnx", f"{long}.json", "-o", "out.onnx", "--calib", "data.npz:images"],
+        ["sweep", "net.onnx", "--macs", "50%", "--calib", "data.npz:images", "-o", long],
+        changed(RUN, calib=long),
+        changed(RUN, calib=f"{long}.npy"),
+        changed(RUN, output=f"{long}.onnx"),
+        changed(RUN, report=f"{long}.json"),
+        changed(RUN, plan_out=f"{long}.json"),
+        changed(RUN, work=long),
+    ):
+        refused(command, long)
+
+
+def test_external_data_under_a_name_that_no_file_can_have(refused, folder: Path):
+    """The model says so, whatever is beside it."""
+    model = onnx.load(folder / "net.onnx")
+    tensor = model.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, 300 * "a")
+    tensor.ClearField("raw_data")
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    for command in (RUN, ["inspect", "net.onnx"], ["bench", "net.onnx"], LOWER):
+        refused(command, "net.onnx", tensor.name, "there is no")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_truncated_model(refused, folder: Path, share: float):
     """A file that was not copied to its end."""

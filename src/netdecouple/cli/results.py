@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -31,7 +32,7 @@ def check_networks(outputs: Sequence[Path], named: bool) -> list[Path]:
     if not named and len(outputs) > 1:
         raise OutputError("an .onnx model becomes one .onnx file; give -o once")
     for output in outputs:
-        if not named and not output.suffix and not output.exists():
+        if not named and not output.suffix and not os.path.exists(output):
             raise OutputError(f"{output}: .onnx models are written as .onnx files; write -o {output}.onnx")
         if named and output.suffix in NO_FOLDERS:
             raise OutputError(
@@ -49,16 +50,16 @@ def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Collec
     wanted = [output for output in outputs if output is not None]
     for index, output in enumerate(wanted):
         (_check_folder if output in folders else check_writable)(output)
-        if any(output.exists() and given.exists() and output.samefile(given) for given in inputs):
+        if any(output.exists() and os.path.exists(given) and output.samefile(given) for given in inputs):
             raise OutputError(f"{output}: is an input, and inputs are never overwritten; choose another name")
         if any(output.resolve() == other.resolve() for other in wanted[:index]):
             raise OutputError(f"{output}: is asked for twice; give every result a name of its own")
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise OutputError(f"{folder}: is a file; give the name of a folder, or of an .onnx file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "netdecouple.json").exists():
+    if os.path.isdir(folder) and any(folder.iterdir()) and not os.path.exists(folder / "netdecouple.json"):
         raise OutputError(f"{folder}: holds other files; give the name of a new folder, or of an .onnx file")
     check_writable(folder.resolve().parent / f".{folder.name}")  # it is renamed into place
 
@@ -118,6 +119,6 @@ def wants_times(reports: Iterable[Path]) -> bool:
 
 def tell_written(console: Console, output: Path) -> None:
     """Say which network was written, and how large it is."""
-    files = output.iterdir() if output.is_dir() else [output]
+    files = output.iterdir() if os.path.isdir(output) else [output]
     size = sum(path.stat().st_size for path in files)
     console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)

@@ -41,7 +41,7 @@ def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ModelError: there is no such file, it is no ONNX model, too large, or its weights lie elsewhere.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{path}: no such file; give the path of an .onnx model")
     try:
         size = path.stat().st_size
@@ -135,7 +135,7 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
     if not location or "\0" in location or place.is_absolute() or ".." in place.parts:
         raise ModelError(f"{what} are said to lie in {location!r:.80}, not beside the model; export it again")
     path = folder / place
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{what}: there is no {location!r:.80}; copy it beside the model")
     parts = [folder.joinpath(*place.parts[: i + 1]) for i in range(len(place.parts))]
     if any(part.is_symlink() for part in parts):  # which may lead anywhere

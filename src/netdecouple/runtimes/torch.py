@@ -50,7 +50,7 @@ class Torch:
                 "PyTorch runs modules and exported programs (.pt2), not ONNX files; "
                 "run it with --runtime onnxruntime or openvino"
             )
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError("no such file; give the path of an exported program (.pt2)")
         if not self._trust:
             raise ModelError(

@@ -157,21 +157,21 @@ def _written(state: Mapping[str, Any]) -> tuple[State, tuple[tuple[str, str], ..
 
 def _check_replaceable(target: Path) -> None:
     """Nothing but what an earlier call wrote is ever removed."""
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
-    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
     others = names - {DESCRIPTION, WEIGHTS} if DESCRIPTION in names else names
     if others:
         raise OutputError(f"{target}: holds other files ({min(others)}); give the name of a new folder")
 
 
 def _put(new: Path, target: Path, old: Path) -> None:
-    if target.exists():
+    if os.path.exists(target):
         os.rename(target, old)
     try:
         os.rename(new, target)
     except BaseException:
-        if old.exists():
+        if os.path.exists(old):
             os.rename(old, target)
         raise
 
@@ -210,7 +210,7 @@ def _weights(folder: Path) -> State:
     path, names = folder / WEIGHTS, [WEIGHTS]
     state: State = {}
     try:
-        if not path.exists() and (folder / SHARDS).exists():
+        if not os.path.exists(path) and os.path.exists(folder / SHARDS):
             path = folder / SHARDS
             names = sorted(set(json.loads(records.read_text(path))["weight_map"].values()))
         for name in names:

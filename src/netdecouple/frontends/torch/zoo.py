@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def _made(source: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Mo
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(
             f"--weights {path}: no such file; give FILE.safetensors, .pt or .pth, default or random"
         )
