@@ -29,6 +29,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
 
 import accuracy  # noqa: E402
+import gpu  # noqa: E402
 import kernel  # noqa: E402
 import latency  # noqa: E402
 import paper_table  # noqa: E402
@@ -140,6 +141,7 @@ def main() -> None:
         "licences": licences(),
         "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),
         "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
+        "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),
         "paper": _all(paper_table.table(name, cells) for name in networks),
     }
     for name, text in pages.items():

@@ -51,9 +51,9 @@ def sweep(
     """Decouple an ONNX model to several budgets at little more than the price of one.
 
     The network is analysed once. What a budget gives is, byte for byte, what `decouple` gives for it alone.
+    Arguments that are not explained here are those of `api.decouple`.
 
     Args:
-        model, calib, settings, emit, preprocessing, samples, resources: as in `api.decouple`.
         macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
         compare: results of earlier runs, to be judged on the same inputs. With them ``macs`` may be left out.
         labels: FILE.npz:IMAGES,LABELS, to measure top-1 accuracy on.

@@ -103,10 +103,10 @@ def sweep(
 ) -> Sweep:
     """Decouple a module to several budgets at little more than the price of one.
 
-    The module is analysed once. What a budget gives is what `decouple` gives for it alone.
+    The module is analysed once. What a budget gives is what `decouple` gives for it alone. The module and
+    ``calib`` are as there.
 
     Args:
-        module, calib: as in `decouple`.
         macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
         output: a folder that gets a folder for `load` per budget; else only figures are kept.
         show: called with every point of the curve as soon as it is known.
