@@ -46,6 +46,11 @@ class ConvGeometry:
         return (self.n_o, self.n_i // self.groups, self.kh, self.kw)
 
     @property
+    def unknowns(self) -> int:
+        """Weights behind one output."""
+        return self.n_i // self.groups * self.kh * self.kw
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups == self.n_i
 

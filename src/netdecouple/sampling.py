@@ -62,7 +62,7 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
     """Draw output positions of a layer, spread evenly over each image's map: (images, p)."""
     assert layer.geometry is not None
-    d = layer.geometry.n_i // layer.geometry.groups * layer.geometry.kh * layer.geometry.kw
+    d = layer.geometry.unknowns
     pixels = int(np.prod(layer.output_size))
     rows = max(4 * d, min(ROWS, FLOPS / d**2 / layer.geometry.groups))
     p = min(pixels, int(np.ceil(rows / images)))
@@ -96,7 +96,7 @@ class SplitMoments:
         g = layer.geometry
         assert g is not None
         self._cut = inputs.fitted
-        self._size = g.n_i // g.groups * g.kh * g.kw
+        self._size = g.unknowns
         shape = (g.groups, self._size, g.n_o // g.groups)
         self._sides = (Moments.empty(*shape), Moments.empty(*shape))
         self._waiting: tuple[list[tuple[Array, Array]], ...] = ([], [])
@@ -106,7 +106,7 @@ class SplitMoments:
         """Memory that a layer's moments take, waiting samples included."""
         g = layer.geometry
         assert g is not None
-        d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
+        d, m = g.unknowns, g.n_o // g.groups
         return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
 
     @staticmethod
@@ -114,7 +114,7 @@ class SplitMoments:
         """Memory that fitting a layer takes at its worst, moments included: measured, in Gram matrices."""
         g = layer.geometry
         assert g is not None
-        d, m = g.n_i // g.groups * g.kh * g.kw, g.n_o // g.groups
+        d, m = g.unknowns, g.n_o // g.groups
         return int(8.5 * 8 * g.groups * d * (d + m))
 
     @property

@@ -39,3 +39,15 @@ def test_a_fully_connected_layer_may_follow_a_rule_or_be_excluded_or_too_small()
     assert kept_reasons(LAYERS, Settings(exclude=("f*",))) == {"fc": EXCLUDED}
     with pytest.raises(ModelError, match="too small"):
         kept_reasons([linear("one", 16, 1)], Settings())
+
+
+def test_a_wide_layer_that_is_little_of_the_network_is_not_worth_the_work() -> None:
+    """As the small heads of detectors are; a rule, and fits without data, which are quick, go there too."""
+    layers = [conv("a", 512, 512, 38), conv("b", 512, 512, 38), conv("head", 1024, 8, 19)]
+    assert kept_reasons(layers, Settings()) == {
+        "head": "not worth the work: 80 % of all, for 2 % of the network"
+    }
+    for settings in (Settings(data_free=True), Settings(rule=Rule.parse("nd-dp:T=1"))):
+        assert kept_reasons(layers, settings) == {}
+    assert kept_reasons([*layers[:2], conv("head", 1024, 256, 19)], Settings()) == {}
+    assert kept_reasons([*layers[:2], conv("narrow", 128, 2, 19)], Settings()) == {}

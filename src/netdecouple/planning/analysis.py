@@ -16,6 +16,7 @@ from netdecouple.errors import ModelError
 from netdecouple.families import Problem
 from netdecouple.frontends import Array, Images, Layer, Network
 from netdecouple.planning.candidates import (
+    LARGE,
     LayerCandidates,
     Rule,
     candidates,
@@ -30,6 +31,8 @@ from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
+FEWEST: dict[Loss, int] = {"kl": 16, "relative": 4}  # samples to probe with; of maps, each says a lot
+WORTH = 0.1  # of a wide layer's share of the work, its share of the network
 
 Progress = Callable[[str, int, int], None]  # step, done, total
 
@@ -100,11 +103,28 @@ def kept_reasons(
         elif not settings.data_free and _is_too_wide(layer, resources.row_bytes):
             size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
+    if not settings.data_free and settings.rule is None:
+        reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
     if len(reasons) == len(layers):
         why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
         raise ModelError(
             f"none of the {len(layers)} layers can be decoupled ({why}{', …' if len(reasons) > 3 else ''})"
         )
+    return reasons
+
+
+def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict[str, str]:
+    """Name those wide layers that would take much of the work and are next to nothing of the network."""
+    shapes = {la.name: la.geometry for la in open_layers if la.geometry is not None}
+    work = {name: g.groups * g.unknowns**3 for name, g in shapes.items()}
+    macs, parameters = (max(sum(getattr(la, cost) for la in layers), 1) for cost in ("macs", "parameters"))
+    reasons = {}
+    for layer in open_layers:
+        effort = work[layer.name] / sum(work.values())
+        share = max(layer.macs / macs, layer.parameters / parameters)
+        if shapes[layer.name].unknowns > LARGE and share < WORTH * effort:
+            percent = f"{100 * effort:.0f} % of all, for {100 * share:.1g} % of the network"
+            reasons[layer.name] = f"not worth the work: {percent}"
     return reasons
 
 
@@ -142,9 +162,8 @@ def analyze(
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)
     probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
-    trials = int(
-        np.clip(PROBE_MACS / (probes * depth * total), min(16, len(inputs.held_back)), len(inputs.held_back))
-    )
+    most = len(inputs.held_back)
+    trials = int(np.clip(PROBE_MACS / (probes * depth * total), min(FEWEST[loss], most), most))
 
     shown = Common(
         f"{trials} outputs, seed {settings.seed}, {_key(network, inputs, resources)}",

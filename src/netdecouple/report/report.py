@@ -307,7 +307,7 @@ def layer_report(
     """Put what was planned for a layer and what came of it together; ``costs`` are MACs and parameters."""
     samples = applied.samples.get(row.name)
     g = layer.geometry
-    unknowns = 0 if g is None else g.n_i // g.groups * g.kh * g.kw
+    unknowns = 0 if g is None else g.unknowns
     return LayerReport(
         row.name,
         row.operator,

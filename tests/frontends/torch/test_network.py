@@ -428,6 +428,28 @@ def test_samples_of_other_sizes_than_the_first():
     check_lossless(network)
 
 
+def test_running_ends_where_nothing_more_is_looked_at():
+    """What a detector makes of its heads is left out, once all of them have been called."""
+    ends = []
+
+    def forward(m: Any, x: Any) -> Any:
+        x = m.b(m.a(x))
+        scores = m.c(x) + m.c(x.flip(-1)).flip(-1)
+        ends.append(1)
+        return scores[scores > scores.mean()]  # as many as there happen to be
+
+    network = opened(parts(forward))
+    assert network.watched == {"a": 1, "b": 1, "c": 2}
+    ends.clear()
+    samples = collect(pictures(), network.original, None, None)
+    _, b, c = network.run(samples)
+    assert not ends
+    with torch.no_grad():
+        x = network.original.b(network.original.a(pictures()))
+        np.testing.assert_allclose(b, x, atol=1e-5)
+        np.testing.assert_allclose(c, network.original.c(x.flip(-1)), atol=1e-5)  # of the last call
+
+
 def test_watching_ends_with_the_last_layer_that_is_watched():
     network = opened(parts(chain))
     heard = []

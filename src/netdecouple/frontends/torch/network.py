@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -181,28 +182,34 @@ class TorchNetwork:
                 raise
         return folded([name for name in self.found if name not in failing]), failing
 
-    def _watch(self, sample: Samples) -> tuple[str, ...]:
+    def _watch(self, sample: Samples) -> Counter[str]:
         """The modules whose outputs tell what decoupling does: the whole, else the largest that can.
+
+        With every name comes how often the module is called.
 
         Detectors end in sorting and suppressing boxes; how these change says little about the layers.
         """
         noisy = Samples(tree.tree_map(_disturbed, list(sample.units)))
-        made = [self._made(some) for some in (sample, noisy)]
+        calls: Counter[str] = Counter()
+        made = [self._made(sample, calls), self._made(noisy, Counter())]
 
         def is_static(name: str) -> bool:
             shapes = made[0][name]
             return bool(shapes) and shapes == made[1].get(name) and all(real for _, real in shapes)
 
-        watched: list[str] = []
+        watched: Counter[str] = Counter()
         for name in made[0]:  # from the outside in
             inside = any(name.startswith(f"{w}.") for w in watched) or "" in watched
             holds = any(f"{layer}.".startswith(f"{name}." if name else "") for layer in self.found)
             if not inside and holds and is_static(name):
-                watched.append(name)
-        return tuple(watched)
+                watched[name] = calls[name]
+        return watched
 
-    def _made(self, sample: Samples) -> dict[str, list[tuple[torch.Size, bool]]]:
-        """What every module makes of a sample: its tensors' shapes, and whether they hold real numbers."""
+    def _made(self, sample: Samples, calls: Counter[str]) -> dict[str, list[tuple[torch.Size, bool]]]:
+        """What every module makes of a sample: its tensors' shapes, and whether they hold real numbers.
+
+        How often it is called is counted in ``calls``.
+        """
         made: dict[str, list[tuple[torch.Size, bool]]] = {}
 
         def before(name: str, arguments: tuple[Any, ...]) -> None:
@@ -210,6 +217,7 @@ class TorchNetwork:
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             made[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
+            calls[name] += 1
 
         with hooked(self.module, before, after):
             self.forward(self.module, sample)
@@ -265,15 +273,22 @@ class TorchNetwork:
         """Return the watched outputs of another module with this one's names."""
         parts: list[list[Array]] = []
         seen: dict[str, Any] = {}
+        awaited: Counter[str] = Counter()
 
         def keep(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             seen[name] = output
+            awaited[name] -= 1
+            if max(awaited.values()) < 1:
+                raise Enough  # what a detector makes of it takes long and is not looked at
 
-        with torch.no_grad(), hooked(module, after=keep, names=set(self.watched).__contains__):
+        with torch.no_grad(), hooked(module, after=keep, names=self.watched.__contains__):
             for batch in self.batches(len(images)):
-                self.forward(module, images[batch])
+                awaited.update(self.watched)
+                with suppress(Enough):
+                    self.forward(module, images[batch])
                 parts.append([to_numpy(t).astype(np.float32) for n in self.watched for t in tensors(seen[n])])
                 seen.clear()
+                awaited.clear()
         return [_joined(list(own)) for own in zip(*parts, strict=True)]
 
     def evaluated(self, module: nn.Module) -> nn.Module:
@@ -330,7 +345,7 @@ class TorchNetwork:
         layer = self.layer[name]
         g = layer.geometry
         assert g is not None
-        taken = where.shape[1] * (g.n_i // g.groups * g.kh * g.kw * g.groups + g.n_o)
+        taken = where.shape[1] * (g.unknowns * g.groups + g.n_o)
         maps = g.n_i * math.prod(layer.size) + g.n_o * math.prod(layer.output_size)
         return 4 * (taken if self.found[name].steady else int(layer.maps * maps))
 
