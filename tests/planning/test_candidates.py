@@ -8,7 +8,7 @@ import pytest
 from netdecouple.errors import BudgetError
 from netdecouple.families import Problem
 from netdecouple.families.combined import Step, method, methods
-from netdecouple.families.ridge import held_back_error
+from netdecouple.families.ridge import RIDGES, held_back_error
 from netdecouple.frontends import Layer
 from netdecouple.moments import Moments
 from netdecouple.planning.candidates import (
@@ -117,6 +117,17 @@ def test_one_rank_for_all_channels_may_be_too_much(layer: Layer, names: tuple[st
     problem = aware_problem(layer.geometry, 0)
     found = candidates(layer, problem, problem.moments, names, True, 3)
     assert "nd-dp" not in {c.method for c in found.candidates}
+
+
+@pytest.mark.parametrize("large", [143, 144])
+def test_a_wide_layer_keeps_the_ridge_that_it_was_weighed_with(
+    monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    monkeypatch.setattr("netdecouple.planning.candidates.LARGE", large)
+    problem = aware_problem(LAYER.geometry, 0)
+    found = candidates(LAYER, problem, problem.moments, ("nd-dp",), False, 1)
+    assert LAYER.geometry.unknowns == 144
+    assert found.ridge in (RIDGES if large < 144 else (0.0,))
 
 
 def test_pointwise_layers_are_for_low_rank_and_pruning() -> None:

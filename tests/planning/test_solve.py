@@ -122,6 +122,7 @@ FIRST, WIDE, OTHER, LAST = (
     linear("fc", 32, 10),
 )
 LAYERS = (FIRST, WIDE, OTHER, LAST)
+RIDGE = 0.03
 RANKS = (1, 2, 3)
 
 
@@ -136,7 +137,7 @@ def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] 
     found, losses = {}, {}
     for layer in LAYERS[:3]:
         options = tuple(candidate(layer, rank) for rank in (ranks or {}).get(layer.name, RANKS))
-        found[layer.name] = LayerCandidates(layer.name, options, ())
+        found[layer.name] = LayerCandidates(layer.name, options, (), ridge=RIDGE)
         losses[layer.name] = tuple(10 * c.error for c in options)
     inputs = SimpleNamespace(fingerprint="images", images=range(50))
     network = SimpleNamespace(layers=LAYERS, fingerprint="network")
@@ -183,7 +184,10 @@ def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
                 Parameters().decoupled(layer, chosen),
             )
             assert (row.predicted_error, row.predicted_loss) == (chosen.error, 10 * chosen.error)
-            assert (row.channels, row.ridge) == ((), 0.0)  # known when the plan has been applied
+            assert (row.channels, row.ridge) == (
+                (),
+                RIDGE,
+            )  # channels are known when the plan has been applied
         else:
             costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
             kept = LayerPlan(layer.name, layer.operator, "kept", row.reason, (), (), 0.0, *costs, 0.0, 0.0)

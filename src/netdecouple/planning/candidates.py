@@ -63,6 +63,7 @@ class LayerCandidates:
     candidates: tuple[Candidate, ...]
     probes: tuple[Probe, ...]
     data_free: bool = False  # weighed in the metric of the weights
+    ridge: float = 0.0  # of a wide layer, where to choose it anew would take long and change next to nothing
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,10 @@ def candidates(
     wanted = suitable(layer, methods, rule)
     if not wanted:
         return LayerCandidates(layer.name, (), ())
-    fitting = problem
+    ridge, fitting = 0.0, problem
     if held_back is not None:
         rough = _rough_fit(layer, suitable(layer, methods) or wanted, uniform)
-        _, fitting = best_ridge(problem, held_back, rough)
+        ridge, fitting = best_ridge(problem, held_back, rough)
     uniform = uniform or (rule is not None and rule.is_uniform)
     trials = _explore(layer, fitting, wanted, uniform) if rule is None else _ruled(layer, fitting, rule)
     tried = _to_fit(layer, trials, probes)
@@ -192,13 +193,14 @@ def candidates(
             strict=True,
         )
     ]
-    return LayerCandidates(layer.name, tuple(found), tuple(shown), held_back is None)
+    ridge = ridge if problem.geometry.unknowns > LARGE else 0.0
+    return LayerCandidates(layer.name, tuple(found), tuple(shown), held_back is None, ridge)
 
 
 def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool) -> dict[str, list[Trial]]:
     """The trials of every method, short chains first; hopeless ones are left out as early as can be seen."""
     g = problem.geometry
-    large = problem.weight.shape[2] > LARGE
+    large = problem.geometry.unknowns > LARGE
     quick = ("cd",) if g.is_pointwise else FOR_LARGE
     found: dict[str, list[Trial]] = {}
     for name in methods:

@@ -27,7 +27,8 @@ class LayerPlan:
     reason: str  # why it is kept, if it is
     sizes: tuple[int, ...]  # of every application of a family, as in `families.combined`
     channels: tuple[tuple[int, ...], ...]  # what each of them reads; empty until the plan has been applied
-    ridge: float  # chosen on held-back inputs when the plan was applied; 0 until then
+    ridge: float  # chosen on held-back inputs: of wide layers when they were weighed, of all others
+    #   when the plan was applied; 0 until then
     macs_before: int
     macs: int
     parameters_before: int

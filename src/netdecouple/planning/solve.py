@@ -234,7 +234,7 @@ def _layer_plan(
         reason = reason or analysis.reasons.get(layer.name, "worth its cost")
         costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
         return LayerPlan(layer.name, layer.operator, "kept", reason, (), (), 0.0, *costs, 0.0, 0.0)
-    candidate = _found(analysis, layer)[index]
+    found, candidate = analysis.candidates[layer.name], _found(analysis, layer)[index]
     return LayerPlan(
         layer.name,
         layer.operator,
@@ -242,7 +242,7 @@ def _layer_plan(
         "",
         candidate.sizes,
         (),
-        0.0,
+        found.ridge,
         layer.macs,
         Macs().decoupled(layer, candidate),
         layer.parameters,
@@ -250,7 +250,7 @@ def _layer_plan(
         candidate.error,
         analysis.losses[layer.name][index],
         form(layer, candidate),
-        analysis.candidates[layer.name].data_free,
+        found.data_free,
     )
 
 
