@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from netdecouple.convolution import Factorization
 from netdecouple.frontends import Array, Observation
 from netdecouple.frontends.torch.convolutions import Factorized
-from netdecouple.frontends.torch.network import Enough, Shortcuts, TorchNetwork
+from netdecouple.frontends.torch.network import TorchNetwork
+from netdecouple.frontends.torch.passes import Enough, Shortcuts
 from netdecouple.frontends.torch.samples import Samples
 from netdecouple.frontends.torch.surgery import duplicate
 from netdecouple.frontends.torch.trace import hooked
@@ -106,7 +107,7 @@ class TorchWalk:
     def _hooked(self) -> AbstractContextManager[None]:
         """Have the pass that is running stop at layers, and see what takes their place."""
         me = weakref.ref(self)  # waiting passes hold the module and its hooks, and must not hold the walk
-        layers, sources = set(self._network.found), Shortcuts(self._network, self._steady).names
+        layers, sources = set(self._network.found), Shortcuts(self._network.found, self._steady).names
 
         def before(name: str, arguments: tuple[Any, ...]) -> None:
             walk = me()
@@ -139,7 +140,9 @@ class TorchWalk:
         for index, batch in enumerate(self._batches):
             current = self._passes.get(index)
             if current is None:
-                current = self._passes[index] = _Pass(self._forward(batch), Shortcuts(network, self._steady))
+                current = self._passes[index] = _Pass(
+                    self._forward(batch), Shortcuts(network.found, self._steady)
+                )
             self._running = current
             current.to(layer)
             self._running = None
