@@ -13,8 +13,8 @@ from functools import cache
 
 from threadpoolctl import ThreadpoolController
 
-# Unknowns per output below which one thread is as fast as two: weighing a layer of 1,152 takes two of them 1.8
-# times as long, one of 2,304 1.15 times, one of 4,608 0.7 times.
+# Unknowns per output below which one thread is as fast as two. To weigh a layer of 1,152 takes two of them
+# 1.8 times as long, of 2,304 1.15 times, of 4,608 0.7 times.
 SMALL = 3000
 
 _limit: int | None = None
