@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from conversion import WIDTHS
 from netdecouple.families import Problem
 from netdecouple.families.combined import Step, method, sizes_for
 from netdecouple.runtimes.timing import measure
@@ -37,7 +38,6 @@ BATCHES = (1, 32)
 TYPES = ("float16", "float32")
 SHARES = (0.5, 0.25)  # of the MACs
 FAMILIES = ("nd-dp", "sd", "cd", "cp")
-WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 CALLS = 10  # in a graph
 
 

@@ -42,7 +42,7 @@ from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.moments import Moments
-from netdecouple.planning.analysis import PROBE_MACS, groups_of, kept_reasons
+from netdecouple.planning.analysis import PROBE_MACS, TRIALS, groups_of, kept_reasons
 from netdecouple.planning.candidates import candidates
 from netdecouple.sampling import sample_positions
 
@@ -376,7 +376,7 @@ def imagenet(workers: int, gigabits: float) -> Table:
         gram = gram_seconds(layers)
         weighing, fitting = linear_algebra(layers)
     depth, total = len(layers), sum(la.macs for la in network.layers)
-    trials = max(PROBE_MACS / (depth * total), 16)
+    trials = max(PROBE_MACS / (depth * total), TRIALS["kl"])
     moments = sum(16 * la.geometry.groups * _d(la) * (_d(la) + _m(la)) for la in layers if la.geometry)
     share = IMAGENET / workers
     seconds_per_byte = 8 / (gigabits * 1e9)

@@ -184,10 +184,8 @@ def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
                 Parameters().decoupled(layer, chosen),
             )
             assert (row.predicted_error, row.predicted_loss) == (chosen.error, 10 * chosen.error)
-            assert (row.channels, row.ridge) == (
-                (),
-                RIDGE,
-            )  # channels are known when the plan has been applied
+            # channels are known when the plan has been applied
+            assert (row.channels, row.ridge) == ((), RIDGE)
         else:
             costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
             kept = LayerPlan(layer.name, layer.operator, "kept", row.reason, (), (), 0.0, *costs, 0.0, 0.0)

@@ -119,6 +119,6 @@ def wants_times(reports: Iterable[Path]) -> bool:
 
 def tell_written(console: Console, output: Path) -> None:
     """Say which network was written, and how large it is."""
-    files = output.iterdir() if os.path.isdir(output) else [output]
+    files = output.iterdir() if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
     console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)

@@ -31,7 +31,7 @@ from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
-FEWEST: dict[Loss, int] = {"kl": 16, "relative": 4}  # samples to probe with; of maps, each says a lot
+TRIALS: dict[Loss, int] = {"kl": 16, "relative": 4}  # least samples to probe with; of maps, each says a lot
 WORTH = 0.1  # of a wide layer's share of the work, its share of the network
 
 Progress = Callable[[str, int, int], None]  # step, done, total
@@ -118,9 +118,10 @@ def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict
     shapes = {la.name: la.geometry for la in open_layers if la.geometry is not None}
     work = {name: g.groups * g.unknowns**3 for name, g in shapes.items()}
     macs, parameters = (max(sum(getattr(la, cost) for la in layers), 1) for cost in ("macs", "parameters"))
+    all_work = sum(work.values())
     reasons = {}
     for layer in open_layers:
-        effort = work[layer.name] / sum(work.values())
+        effort = work[layer.name] / all_work
         share = max(layer.macs / macs, layer.parameters / parameters)
         if shapes[layer.name].unknowns > LARGE and share < WORTH * effort:
             percent = f"{100 * effort:.0f} % of all, for {100 * share:.1g} % of the network"
@@ -163,7 +164,7 @@ def analyze(
     depth = len(open_layers)
     probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
     most = len(inputs.held_back)
-    trials = int(np.clip(PROBE_MACS / (probes * depth * total), min(FEWEST[loss], most), most))
+    trials = int(np.clip(PROBE_MACS / (probes * depth * total), min(TRIALS[loss], most), most))
 
     shown = Common(
         f"{trials} outputs, seed {settings.seed}, {_key(network, inputs, resources)}",

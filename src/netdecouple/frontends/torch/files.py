@@ -166,12 +166,12 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _put(new: Path, target: Path, old: Path) -> None:
-    if os.path.exists(target):
+    if target.exists():
         os.rename(target, old)
     try:
         os.rename(new, target)
     except BaseException:
-        if os.path.exists(old):
+        if old.exists():
             os.rename(old, target)
         raise
 
