@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "layer.h"
 
@@ -27,7 +28,7 @@ namespace {
 
 constexpr int64_t CHUNK = 128;       // rows of the panels; with TILE vectors they fill part of the L2 cache
 constexpr int64_t TILE = 14;         // vectors
-constexpr int64_t WIDE_TILE = 28;    // vectors; where rows are long, more of them share their neighbours' input
+constexpr int64_t ROWS = 16;         // of the output in a tile, where they are long: they share their neighbours' input
 constexpr int64_t MANY = 256;        // output channels, beside which the filters take little time
 constexpr int64_t MOST = int64_t(1) << 40;
 
@@ -45,6 +46,11 @@ const Level* best_level() {
 const Level* level() {
     static const Level* chosen = best_level();
     return chosen;
+}
+
+int64_t cores() {
+    static const int64_t found = std::thread::hardware_concurrency();  // 0 if that is not known
+    return found;
 }
 
 void check(bool good, const char* what) {
@@ -206,12 +212,13 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
     const Layer& layer = *handle->packed;
     const netdecouple_shape& s = layer.shape;
     try {
-        Run run{&layer, x, residual, y, h, w, output_length(s, 0, h), output_length(s, 1, w), 0, 0, 1, x + n * s.n_i * h * w, {}, 0, false, -1, false};
+        Run run{&layer, x, residual, y, h, w, output_length(s, 0, h), output_length(s, 1, w), 0, 0, 1, x + n * s.n_i * h * w, false, -1, false};
         if (n <= 0 || run.output_h <= 0 || run.output_w <= 0) return 0;
         const int64_t lanes = layer.level->lanes;
         run.vectors = (run.output_h * run.output_w + lanes - 1) / lanes;
-        const int64_t target = std::clamp((8 * run.output_w + lanes - 1) / lanes, TILE, WIDE_TILE);
+        const int64_t target = std::clamp((ROWS * run.output_w + lanes - 1) / lanes, TILE, WIDEST_TILE);
         run.tiles = (run.vectors + target - 1) / target;
+        if (parallel_for) run.tiles = std::max(run.tiles, std::min(2 * cores(), (run.vectors + TILE - 1) / TILE));
         if (run.tiles > 4) run.tiles = (run.tiles + 3) / 4 * 4;  // to be shared evenly among threads
         if (parallel_for && n * s.groups * run.tiles < 2) {
             // Two threads at least have something to do. Parts of the output channels compute all filters each.
@@ -222,18 +229,6 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
         }
         run.flat = s.strides[0] == 1 && s.strides[1] == 1 && run.output_w == w;
         if (s.pads[1] % s.dilations[1] == 0) run.direct = s.pads[1] / s.dilations[1];
-        const int64_t rows = run.flat ? target * lanes / w + 2 + layer.deepest : 1;
-        run.mask_size = (rows * run.output_w + 2 * lanes - 1) / lanes * lanes;
-        run.masks.resize(s.kw * run.mask_size);
-        for (int64_t kx = 0; kx < s.kw; ++kx) {
-            int32_t* mask = run.masks.data() + kx * run.mask_size;
-            const int64_t offset = kx * s.dilations[1] - s.pads[1];
-            for (int64_t column = 0; column < run.output_w; ++column) {
-                const int64_t from = column * s.strides[1] + offset;
-                mask[column] = from >= 0 && from < w ? -1 : 0;
-            }
-            for (int64_t row = 1; row < rows; ++row) std::copy_n(mask, run.output_w, mask + row * run.output_w);
-        }
         const size_t jobs = n * s.groups * run.parts * run.tiles;
         if (parallel_for && jobs > 1)
             parallel_for(pool, layer.level->work, jobs, &run);

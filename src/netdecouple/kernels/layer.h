@@ -24,6 +24,8 @@ struct Aligned {
 
 constexpr int MOST_TERMS = 4;  // filters of one channel computed together: each loaded input feeds all of them
 
+constexpr int64_t WIDEST_TILE = 56;  // vectors
+
 // Up to MOST_TERMS filters that read the same channel. Taps where all of them are zero are left out: a filter that
 // only picks a pixel, as in a dense convolution written this way, costs a copy.
 struct Filters {
@@ -81,8 +83,6 @@ struct Run {
     int64_t vectors;          // per image: output pixels / lanes, rounded up
     int64_t tiles, parts;     // per image and group; each part computes some of the output channels
     const float* x_end;
-    std::vector<int32_t> masks;  // (kw, mask_size): -1 for output columns whose tap lies inside the input, else 0
-    int64_t mask_size;           // one row of the output, or of all a tile reads, and whole vectors
     bool flat;                   // rows of the input and the output follow each other in the same way
     int64_t direct;              // column of taps that sees the input as it is, if it is flat
     bool failed = false;      // memory ran out

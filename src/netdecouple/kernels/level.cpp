@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <tuple>
 
 #include "layer.h"
 
@@ -20,9 +21,6 @@ constexpr int WIDEST = 14; // vectors a filter computes at one time
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 inline Vector splat(float value) { return value - Vector{}; }
-inline Vector masked(Vector value, const int32_t* mask) {
-    return reinterpret_cast<Vector>(reinterpret_cast<Bits>(value) & *reinterpret_cast<const Bits*>(mask));
-}
 #if defined(__clang__)
 template <int... I>
 inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
@@ -64,19 +62,15 @@ inline void clear(float* to, int64_t count) {
 
 // ---- depthwise -----------------------------------------------------------------------------------------------------
 
-// Where the vectors of a tile stand in the panels: row k of vector v at at[v] + k * step[v].
-struct Columns {
-    float* at[64];
-    int64_t step[64];
-};
-
-// T filters of one channel on W vectors of output pixels, starting with vector v.
+// T filters of one channel on W vectors of output pixels, starting with vector v. Rows of the panels from k on are
+// filled; row 0 of vector v stands at to[v].
 template <int T, int W>
-void filter(const float* const* taps, const Filters& filters, const Columns& to, int64_t v, int64_t k) {
+void filter(const float* const* taps, const Filters& filters, float* const* to, int64_t v, int64_t k) {
     const float* weights = filters.weights;
     Vector sum[T][W] = {};
     for (int64_t tap = 0; tap < filters.taps; ++tap, weights += T) {
         const float* from = taps[filters.which[tap]] + v * LANES;
+        asm("" : "+r"(from));  // one address in a register, where GCC would have one for each j
 #pragma GCC unroll 14
         for (int j = 0; j < W; ++j) {
             Vector x = load(from + j * LANES);
@@ -88,10 +82,10 @@ void filter(const float* const* taps, const Filters& filters, const Columns& to,
 #pragma GCC unroll 14
     for (int j = 0; j < W; ++j)
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) store(to.at[v + j] + (k + t) * to.step[v + j], sum[t][j]);
+        for (int t = 0; t < T; ++t) store(to[v + j] + (k + t) * PANEL * LANES, sum[t][j]);
 }
 
-using FilterFunction = void (*)(const float* const*, const Filters&, const Columns&, int64_t, int64_t);
+using FilterFunction = void (*)(const float* const*, const Filters&, float* const*, int64_t, int64_t);
 
 constexpr int widest(int terms) {
     const int fits = (REGISTERS - terms - 1) / terms;
@@ -144,7 +138,7 @@ void product(int64_t depth, const float* a, const float* b, const Store& s) {
     for (int i = 0; i < s.rows; ++i)
         for (int j = 0; j < W; ++j) __builtin_prefetch(s.y + i * s.stride + j * LANES, 1);
     Vector sum[BLOCK_ROWS][W] = {};
-    for (int64_t k = 0; k < depth; ++k, a += BLOCK_ROWS, b += W * LANES) {
+    for (int64_t k = 0; k < depth; ++k, a += BLOCK_ROWS, b += PANEL * LANES) {
         __builtin_prefetch(a + depth * BLOCK_ROWS);  // the next block; weights are cold
         Vector x[W];
 #pragma GCC unroll 3
@@ -172,6 +166,12 @@ void product(int64_t depth, const float* a, const float* b, const Store& s) {
 using ProductFunction = void (*)(int64_t, const float*, const float*, const Store&);
 constexpr ProductFunction PRODUCT[PANEL] = {product<1>, product<2>, product<3>};
 
+// Which of `count` positions, `step` apart from `first` on, lie in [0, size): from the first of two to before the second.
+std::pair<int64_t, int64_t> inside(int64_t first, int64_t step, int64_t size, int64_t count) {
+    const int64_t from = first < 0 ? std::min((-first + step - 1) / step, count) : 0;
+    return {from, std::max(from, size > first ? std::min((size - first + step - 1) / step, count) : 0)};
+}
+
 int64_t rounded(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
 // ---- a tile --------------------------------------------------------------------------------------------------------
@@ -181,9 +181,21 @@ int64_t rounded(int64_t number, int64_t step) { return (number + step - 1) / ste
 struct Plane {
     int64_t from;          // in the channel, of the first row
     int64_t above, below;  // rows before `above` and from `below` on are outside of the input
-    const int32_t* mask;
+    int64_t left, right;   // likewise columns
     bool direct;           // the input itself is such a plane: nothing to copy
 };
+
+// How the vectors of a tile are shared among calls of a filter, evenly: piece p ends before vector end[p].
+struct Pieces {
+    int count;
+    int end[WIDEST_TILE];
+};
+
+Pieces pieces_of(int vectors, int widest) {
+    Pieces found{(vectors + widest - 1) / widest, {}};
+    for (int p = 0; p < found.count; ++p) found.end[p] = (p + 1) * vectors / found.count;
+    return found;
+}
 
 struct Tile {
     const Run& run;
@@ -194,15 +206,18 @@ struct Tile {
     std::vector<Plane>& planes;
     float* data;               // two sets of planes: one is filled while the other is read
     const float** taps;        // two sets of (kh, kw): where the input of a tap stands for the tile's first pixel
+    Pieces pieces[MOST_TERMS];
 
-    void plan() const {
+    void plan() {
+        for (int terms = 0; terms < MOST_TERMS; ++terms) pieces[terms] = pieces_of(vectors, WIDEST_FOR[terms]);
         planes.clear();
         for (int64_t kx = 0; kx < s.kw; ++kx)
             for (int phase : run.layer->phases) {
                 const int64_t top = first_row * s.strides[0] + phase - s.pads[0], step = s.strides[0];
-                Plane plane{top * run.w + kx * s.dilations[1] - s.pads[1], 0, 0, run.masks.data() + kx * run.mask_size, false};
-                plane.above = top < 0 ? std::min((-top + step - 1) / step, rows) : 0;
-                plane.below = std::max(plane.above, run.h > top ? std::min((run.h - top + step - 1) / step, rows) : 0);
+                const int64_t column = kx * s.dilations[1] - s.pads[1];
+                Plane plane{top * run.w + column, 0, 0, 0, 0, false};
+                std::tie(plane.left, plane.right) = inside(column, s.strides[1], run.w, run.output_w);
+                std::tie(plane.above, plane.below) = inside(top, step, run.h, rows);
                 plane.direct = run.flat && kx == run.direct && plane.above == 0 && plane.below == rows;
                 planes.push_back(plane);
             }
@@ -234,32 +249,39 @@ struct Tile {
         }
     }
 
-    // Input and output have the same width and stride 1: all rows at once.
+    // Input and output have the same width and stride 1: all rows at once, then what is beside the input.
     void fill_flat(float* to, const float* from, const Plane& plane) const {
         const int64_t above = plane.above * run.w, below = plane.below * run.w;
-        const int32_t* mask = plane.mask;
         clear(to, above);
-        if (from + above >= run.x && from + below + LANES <= run.x_end)
-            for (int64_t i = above; i < below; i += LANES) store(to + i, masked(load(from + i), mask + i));
-        else
-            for (int64_t i = above; i < below; ++i) to[i] = mask[i] ? from[i] : 0.0f;
+        const int64_t begin = above ? above : -lead;  // on a boundary
+        if (from + begin >= run.x && from + below + LANES <= run.x_end) {
+#pragma GCC unroll 4
+            for (int64_t i = begin; i < below; i += LANES) store(to + i, load(from + i));
+        } else {
+            for (int64_t i = above; i < below; ++i) to[i] = from + i >= run.x && from + i < run.x_end ? from[i] : 0.0f;
+        }
+        for (int64_t column = 0; column < plane.left; ++column)
+            for (int64_t i = above; i < below; i += run.w) to[i + column] = 0;
+        for (int64_t column = plane.right; column < run.w; ++column)
+            for (int64_t i = above; i < below; i += run.w) to[i + column] = 0;
         clear(to + below, rows * run.w - below);
     }
 
     void fill_rows(float* to, const float* from, const Plane& plane) const {
         const int64_t width = run.output_w, step = s.strides[1];
-        const int32_t* mask = plane.mask;
         clear(to, plane.above * width);
         from += plane.above * s.strides[0] * run.w;
         for (int64_t j = plane.above; j < plane.below; ++j, from += s.strides[0] * run.w) {
             float* row = to + j * width;
             if (step > 2 || from < run.x || from + rounded(width, LANES) * step > run.x_end)
-                for (int64_t i = 0; i < width; ++i) row[i] = mask[i] ? from[i * step] : 0.0f;
+                for (int64_t i = plane.left; i < plane.right; ++i) row[i] = from[i * step];
             else if (step == 2)
                 for (int64_t i = 0; i < width; i += LANES)
-                    store(row + i, masked(every_second(load(from + 2 * i), load(from + 2 * i + LANES)), mask + i));
+                    store(row + i, every_second(load(from + 2 * i), load(from + 2 * i + LANES)));
             else
-                for (int64_t i = 0; i < width; i += LANES) store(row + i, masked(load(from + i), mask + i));
+                for (int64_t i = 0; i < width; i += LANES) store(row + i, load(from + i));
+            std::fill(row, row + plane.left, 0.0f);
+            std::fill(row + plane.right, row + width, 0.0f);
         }
         clear(to + plane.below * width, (rows - plane.below) * width);
     }
@@ -274,7 +296,7 @@ struct Tile {
 };
 
 // Filters of a chunk, all of them, into the panels.
-void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, const Columns& columns) {
+void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, float* const* columns) {
     const Run& run = tile.run;
     const std::vector<Filters>& filters = run.layer->filters;
     const int64_t plane = run.h * run.w, taps = tile.s.kh * tile.s.kw;
@@ -288,11 +310,9 @@ void filter_chunk(const Tile& tile, const Chunk& chunk, const float* x, const Co
         if (after < chunk.last) tile.prefetch(x + filters[after].channel * plane);
         for (; f < next; ++f) {
             const int terms = filters[f].count;
-            const int64_t pieces = (tile.vectors + WIDEST_FOR[terms - 1] - 1) / WIDEST_FOR[terms - 1];
-            for (int64_t p = 0; p < pieces; ++p) {
-                const int64_t v0 = p * tile.vectors / pieces, v1 = (p + 1) * tile.vectors / pieces;
-                FILTER[terms - 1][v1 - v0 - 1](tile.taps + side * taps, filters[f], columns, v0, k);
-            }
+            const Pieces& pieces = tile.pieces[terms - 1];
+            for (int p = 0, v = 0; p < pieces.count; v = pieces.end[p++])
+                FILTER[terms - 1][pieces.end[p] - v - 1](tile.taps + side * taps, filters[f], columns, v, k);
             k += terms;
         }
         side = 1 - side;
@@ -319,24 +339,22 @@ void tile(Run& run, size_t job) {
     // what is computed beyond the last pixel stays inside as well
     const int64_t size = rounded(lead + start + vectors * LANES + (layer.deepest + 1) * run.output_w + LANES, LANES);
     const int64_t planes = s.kw * layer.phases.size() * size;
-    float* panels = scratch_of(deepest * vectors * LANES + 2 * planes + 4 * s.kh * s.kw);
-    float* data = panels + deepest * vectors * LANES;
+    const int64_t count = (vectors + PANEL - 1) / PANEL;  // panels; vectors are shared evenly among them
+    float* panels = scratch_of(deepest * count * PANEL * LANES + 2 * planes + 4 * s.kh * s.kw);
+    float* data = panels + deepest * count * PANEL * LANES;
     static thread_local std::vector<Plane> plane;
-    const Tile tile{run, s, first, vectors, first_row, start, rows, lead, size, plane, data,
-                    reinterpret_cast<const float**>(data + 2 * planes)};
+    Tile tile{run, s, first, vectors, first_row, start, rows, lead, size, plane, data,
+              reinterpret_cast<const float**>(data + 2 * planes), {}};
     tile.plan();
 
-    const int64_t count = (vectors + PANEL - 1) / PANEL;  // panels; vectors are shared evenly among them
+    const int64_t first_block = part * layer.blocks / run.parts, last_block = (part + 1) * layer.blocks / run.parts;
     const int64_t biases = group * layer.blocks * BLOCK_ROWS;
     const float* x = run.x + (image * s.n_i + group * layer.inputs) * run.h * run.w;
     for (const Chunk& chunk : chunks) {
-        Columns columns;
+        float* columns[WIDEST_TILE];
         for (int64_t p = 0; p < count; ++p) {
             const int64_t v0 = p * vectors / count, v1 = (p + 1) * vectors / count;
-            for (int64_t v = v0; v < v1; ++v) {
-                columns.at[v] = panels + (chunk.depth * v0 + (v - v0)) * LANES;
-                columns.step[v] = (v1 - v0) * LANES;
-            }
+            for (int64_t v = v0; v < v1; ++v) columns[v] = panels + (chunk.depth * p * PANEL + v - v0) * LANES;
         }
         filter_chunk(tile, chunk, x, columns);
         Store to{};
@@ -346,7 +364,7 @@ void tile(Run& run, size_t job) {
         for (int64_t p = 0; p < count; ++p) {
             const int64_t v0 = p * vectors / count, v1 = (p + 1) * vectors / count;
             to.pixels = pixels - first - v0 * LANES;
-            for (int64_t block = part * layer.blocks / run.parts; block < (part + 1) * layer.blocks / run.parts; ++block) {
+            for (int64_t block = first_block; block < last_block; ++block) {
                 const int64_t channel = block * BLOCK_ROWS;
                 const int64_t at = (image * s.n_o + group * layer.outputs + channel) * pixels + first + v0 * LANES;
                 to.y = run.y + at;
@@ -354,7 +372,7 @@ void tile(Run& run, size_t job) {
                 to.bias = layer.bias.data + biases + channel;
                 to.slope = layer.has_slope ? layer.slope.data + biases + channel : nullptr;
                 to.rows = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, layer.outputs - channel));
-                PRODUCT[v1 - v0 - 1](chunk.depth, chunk.pointwise + channel * chunk.depth, columns.at[v0], to);
+                PRODUCT[v1 - v0 - 1](chunk.depth, chunk.pointwise + channel * chunk.depth, columns[v0], to);
             }
         }
     }
