@@ -218,7 +218,7 @@ int netdecouple_run(const netdecouple_layer* handle, const float* x, const float
         run.vectors = (run.output_h * run.output_w + lanes - 1) / lanes;
         const int64_t target = std::clamp((ROWS * run.output_w + lanes - 1) / lanes, TILE, WIDEST_TILE);
         run.tiles = (run.vectors + target - 1) / target;
-        if (parallel_for) run.tiles = std::max(run.tiles, std::min(2 * cores(), (run.vectors + TILE - 1) / TILE));
+        if (parallel_for) run.tiles = std::max(run.tiles, std::min(cores(), (run.vectors + TILE - 1) / TILE));
         if (run.tiles > 4) run.tiles = (run.tiles + 3) / 4 * 4;  // to be shared evenly among threads
         if (parallel_for && n * s.groups * run.tiles < 2) {
             // Two threads at least have something to do. Parts of the output channels compute all filters each.
