@@ -21,11 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import rows
 from conversion import WIDTHS
 from netdecouple.families import Problem
 from netdecouple.families.combined import Step, method, sizes_for
 from netdecouple.runtimes.timing import measure
-from rows import keep
 
 if TYPE_CHECKING:  # the documentation's table is made without PyTorch
     import torch
@@ -197,7 +197,7 @@ def main(
     found = []
     for row in timed(seconds):
         found.append(row)
-        keep(store, row)
+        rows.keep(store, row)
     for table in tables(found):
         Console(width=120).print(table)
 

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
+import rows
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
 from netdecouple.families.decoupling import DepthwisePointwise
@@ -30,7 +31,6 @@ from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.latency import machine, placeholder
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
 from netdecouple.runtimes.timing import measure
-from rows import keep
 
 SHAPES = (  # channels, height and width, terms per channel
     (64, 112, 4),
@@ -181,7 +181,7 @@ def main(
     for count in threads or [1, 2]:
         for shape in SHAPES:
             found.append(timed(shape, layers, count, seconds))
-            keep(store, found[-1])
+            rows.keep(store, found[-1])
             console.log(found[-1])
     for table in tables(found):
         console.print(table)

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import rows
 from accuracy import CIFAR10, shared
 from conversion import vgg16
 from kernel import with_terms
@@ -42,7 +43,6 @@ from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
 from netdecouple.runtimes.timing import measure
 from netdecouple.sampling import Inputs
-from rows import keep, read
 
 NETWORKS = ("resnet20", "resnet56", "vgg16")
 FORMS: tuple[Form, ...] = ("parallel", "fused")
@@ -113,7 +113,7 @@ def main(
                 known = {at: found for at, found in times.items() if found is not None}
                 where = f"{machine()}, ONNX Runtime {OnnxRuntime.version}, {kernels.level()}"
                 found.append(Row(where, label, count, before / (before - saved), known))
-                keep(store, found[-1])
+                rows.keep(store, found[-1])
                 console.log(found[-1])
     for table in tables(found):
         console.print(table)
@@ -151,7 +151,7 @@ def _cells(times: Times | None) -> list[str]:
 
 def read_rows(path: Path) -> list[Row]:
     """Every row of a file."""
-    known: list[Any] = read(path, Row)
+    known: list[Any] = rows.read(path, Row)
     return [replace(row, times={at: Times(**t) for at, t in row.times.items()}) for row in known]
 
 

@@ -127,8 +127,8 @@ class Bench:
     def same(self, method: str) -> Cell:
         """The data-free plan at one share, and the same sizes fitted to images."""
         free = self._ruled(method, 1 / SAME)
-        rows = tuple(replace(row, channels=(), data_free=False) for row in free.plan.layers)
-        aware = apply(self.network, self.inputs, replace(free.plan, layers=rows, data_free=False))
+        layers = tuple(replace(row, channels=(), data_free=False) for row in free.plan.layers)
+        aware = apply(self.network, self.inputs, replace(free.plan, layers=layers, data_free=False))
         return Cell(
             self.name,
             method,

@@ -102,8 +102,8 @@ def licences() -> str:
             if name not in known and (need.marker is None or need.marker.evaluate({"extra": ""})):
                 known.add(name)
                 wanted.append(name)
-    rows = [f"| {name} | {_licence(name)} |" for name in sorted(known - {"netdecouple"})]
-    return "\n".join(["| package | licence |", "| --- | --- |", *rows, ""])
+    lines = [f"| {name} | {_licence(name)} |" for name in sorted(known - {"netdecouple"})]
+    return "\n".join(["| package | licence |", "| --- | --- |", *lines, ""])
 
 
 def _licence(name: str) -> str:
@@ -119,8 +119,8 @@ def markdown(table: Table) -> str:
     """A table of rich's in Markdown."""
     heads = [str(column.header) for column in table.columns]
     rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    lines = [heads, rules, *([_cell(str(cell)) for cell in row] for row in rows)]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [heads, rules, *([_cell(str(cell)) for cell in line] for line in cells)]
     return f"*{table.title}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
