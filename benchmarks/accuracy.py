@@ -216,13 +216,13 @@ def draw(found: Sequence[Row], path: Path) -> None:
         1, len(networks), figsize=(4.2 * len(networks), 3.6), squeeze=False, layout="constrained"
     )
     for network, panel in zip(networks, panels[0], strict=True):
-        for method in dict.fromkeys(row.method for row in found):
+        for index, method in enumerate(METHODS):
             own = sorted(
                 (r for r in found if (r.network, r.method) == (network, method)), key=lambda r: r.reached
             )
             points = [(row.reached, 100 * (row.before - row.after)) for row in own]
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=method)
+                panel.plot(*zip(*points, strict=True), marker="o", color=f"C{index}", label=method)
         panel.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
         panel.set(title=network, xlabel="times fewer MACs", ylabel="top-1 points lost")
         panel.set(xlim=(1.2, 4.2), ylim=(-1.5, 20))

@@ -1,6 +1,6 @@
 """SSD300 on VGG16 through both front doors: its detections at full rank and decoupled. Prints a table.
 
-torchvision's network with random weights, spread so that it detects something; random smooth pictures. A
+torchvision's network with random weights, scaled so that it detects something; random smooth pictures. A
 detection is found again if one of the same label overlaps it by half or more.
 
     python benchmarks/ssd300.py --images 32 --families nd-dp
@@ -30,6 +30,7 @@ from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.planning.sensitivity import relative_error
 
+SPREAD = 2.0  # standard deviation of the logits, with which softmax does not saturate
 Detections = dict[str, np.ndarray]  # boxes (n, 4), scores and labels (n,), and the heads' own outputs
 
 
@@ -50,16 +51,25 @@ class Picture(nn.Module):
 
 
 def network() -> Picture:
-    """The network, its classifying heads made bold enough to tell classes apart."""
+    """The network, its classifying heads scaled so that some classes stand out, and no scores are alike."""
     from torchvision.models.detection import ssd300_vgg16
 
     torch.manual_seed(0)
-    detector = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
+    detector = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
+    picture = torch.from_numpy(pictures(1, 300, seed=1) * 0.2 + 0.5)
+    heads = [m for m in detector.head.classification_head.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [head.register_forward_hook(_scaled) for head in heads]
     with torch.no_grad():
-        for module in detector.head.classification_head.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight *= 10
+        detector(list(picture))
+    for hook in hooks:
+        hook.remove()
     return Picture(detector).eval()
+
+
+def _scaled(head: nn.Conv2d, args: object, logits: torch.Tensor) -> torch.Tensor:
+    factor = SPREAD / logits.std()
+    head.weight *= factor
+    return logits * factor
 
 
 def row(name: str, before: list[Detections], after: list[Detections]) -> list[str]:
