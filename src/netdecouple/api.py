@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,16 +14,13 @@ from netdecouple import benchmark, calibration, kernels, runtimes
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
-from netdecouple.families import Problem
-from netdecouple.families.combined import method
-from netdecouple.frontends import Array, Layer
+from netdecouple.frontends import Array
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
-from netdecouple.planning.candidates import least_cost
-from netdecouple.planning.cost import Budget, Macs, Parameters, budgets_of, parse_share
+from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import agreement, divergence, relative_error
 from netdecouple.planning.solve import (
@@ -37,12 +33,12 @@ from netdecouple.planning.solve import (
     ruled_plan,
 )
 from netdecouple.provenance import identity, provenance
+from netdecouple.report.inspection import Inspection, energies, inspection
 from netdecouple.report.pictures import pictures
 from netdecouple.report.report import (
     Disagreement,
     Report,
     Score,
-    describe,
     disagreements_of,
     layer_reports,
     quality_of,
@@ -461,66 +457,12 @@ def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, 
     return worst
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a network is made of. ``energy`` are cumulative shares of the weights' energy by T, per layer."""
-
-    model: str
-    layers: tuple[Layer, ...]
-    energy: dict[str, Array]
-    least_macs: int
-    least_parameters: int
-
-    def to_json(self) -> str:
-        """All of it but the weights, as text."""
-        layers = [
-            {
-                "name": layer.name,
-                "operator": layer.operator,
-                "shape": describe(layer),
-                "macs": layer.macs,
-                "parameters": layer.parameters,
-                "reason": layer.reason,
-                "energy": [float(share) for share in self.energy.get(layer.name, ())],
-            }
-            for layer in self.layers
-        ]
-        totals = {
-            "model": self.model,
-            "macs": sum(layer.macs for layer in self.layers),
-            "least_macs": self.least_macs,
-            "parameters": sum(layer.parameters for layer in self.layers),
-            "least_parameters": self.least_parameters,
-        }
-        return json.dumps(totals | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"
-
-
 def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspection:
     """Look at a network without calibration images; ``size`` (h, w) is needed if the model leaves it open."""
     opened = read_model(model)
     settings = Settings(data_free=True)
     noise = load_images(opened, None, Preprocessing(size=size), None, settings)
     return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
-
-
-def energies(layers: Iterable[Layer]) -> dict[str, Array]:
-    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
-    (decoupling,) = method("nd-dp").families
-    return {
-        layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
-        for layer in layers
-        if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
-    }
-
-
-def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
-    """Look at layers that a frontend has found."""
-    energy = energies(layers)
-    least = [
-        sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)
-        for cost in (Macs(), Parameters())
-    ]
-    return Inspection(origin, layers, energy, *least)
 
 
 def evaluate(

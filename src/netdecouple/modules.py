@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from netdecouple.api import TOLERANCE, energies
+from netdecouple.api import TOLERANCE
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing
 from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
@@ -30,6 +30,7 @@ from netdecouple.planning.plan import Plan
 from netdecouple.planning.sensitivity import relative_error
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
 from netdecouple.provenance import identity, provenance
+from netdecouple.report.inspection import energies
 from netdecouple.report.pictures import pictures
 from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint

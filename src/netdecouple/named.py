@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from netdecouple import api, benchmark, calibration, modules
-from netdecouple.api import Inspection
 from netdecouple.calibration import Preprocessing
 from netdecouple.curve import Files, Show, budgets_in, unseen
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
@@ -27,6 +26,7 @@ from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.report import Report
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.resources import Resources
@@ -258,7 +258,7 @@ def inspect(model: Model, preprocessing: Preprocessing | None = None) -> Inspect
     settings = Settings(data_free=True)
     noise = calibrate(model, None, preprocessing or model.preprocessing, None, settings)
     network = TorchNetwork(model.module, collect(noise.batches, model.module, None, None))
-    return api.inspection(model.name, network.layers)
+    return inspection(model.name, network.layers)
 
 
 def calibrate(

@@ -8,21 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
 from netdecouple.report.benchmark import TimedModel
 from netdecouple.report.charts import Chart, Point, Series, Spectrum, Structure, plot, spectrum, structure
+from netdecouple.report.inspection import Inspection
 from netdecouple.report.report import Agreement, LayerReport, Report, describe
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.report.text import count, faster, layer_sizes, sample_note, threads, times
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.runtimes.timing import Ratio, Timing
-
-if TYPE_CHECKING:
-    from netdecouple.api import Inspection
 
 FAMILIES = {
     "nd-dp": ("depthwise → pointwise", "k×k depthwise, then 1×1", "terms, shared among the input channels"),

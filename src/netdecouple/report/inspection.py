@@ -1,0 +1,68 @@
+"""What a network is made of, before anything is decoupled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from netdecouple.families import Problem
+from netdecouple.families.combined import method
+from netdecouple.frontends import Array, Layer
+from netdecouple.planning.candidates import least_cost
+from netdecouple.planning.cost import Macs, Parameters
+from netdecouple.report.report import describe
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network is made of. ``energy`` are cumulative shares of the weights' energy by T, per layer."""
+
+    model: str
+    layers: tuple[Layer, ...]
+    energy: dict[str, Array]
+    least_macs: int
+    least_parameters: int
+
+    def to_json(self) -> str:
+        """All of it but the weights, as text."""
+        layers = [
+            {
+                "name": layer.name,
+                "operator": layer.operator,
+                "shape": describe(layer),
+                "macs": layer.macs,
+                "parameters": layer.parameters,
+                "reason": layer.reason,
+                "energy": [float(share) for share in self.energy.get(layer.name, ())],
+            }
+            for layer in self.layers
+        ]
+        totals = {
+            "model": self.model,
+            "macs": sum(layer.macs for layer in self.layers),
+            "least_macs": self.least_macs,
+            "parameters": sum(layer.parameters for layer in self.layers),
+            "least_parameters": self.least_parameters,
+        }
+        return json.dumps(totals | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"
+
+
+def energies(layers: Iterable[Layer]) -> dict[str, Array]:
+    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
+    (decoupling,) = method("nd-dp").families
+    return {
+        layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
+        for layer in layers
+        if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
+    }
+
+
+def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
+    """Look at layers that a frontend has found."""
+    energy = energies(layers)
+    least = [
+        sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)
+        for cost in (Macs(), Parameters())
+    ]
+    return Inspection(origin, layers, energy, *least)
