@@ -29,7 +29,6 @@ from rich.table import Table
 import rows
 from accuracy import CIFAR10, shared
 from netdecouple import Settings
-from netdecouple.api import accuracy
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import load
 from netdecouple.errors import BudgetError
@@ -74,7 +73,11 @@ class Cell:
     after: float
     ratio: float  # times fewer MACs
     faster: float | None = None  # ONNX Runtime, standard operators, one thread: original / new
-    free: float | None = None  # "same" only: top-1 of the data-free fit
+    # "same" only
+    free: float | None = None  # top-1 of the data-free fit
+    noise: float | None = None  # standard error of after - free, over the same images
+    kept: float | None = None  # images that are told as the original tells them
+    free_kept: float | None = None
 
 
 class Bench:
@@ -96,12 +99,21 @@ class Bench:
         self.inputs = Inputs.split(samples.images, 0)
 
     @cached_property
-    def before(self) -> float:
-        return accuracy(self.network.run(self.test)[0], self.labels)
+    def told(self) -> np.ndarray:
+        """The class that the original takes each test image for, (N,)."""
+        return self.network.run(self.test)[0].argmax(axis=1)
 
-    def after(self, applied: Applied) -> float:
+    @cached_property
+    def before(self) -> float:
+        return self.right(self.told)
+
+    def told_by(self, applied: Applied) -> np.ndarray:
         model = self.network.decoupled(applied.factorizations)
-        return accuracy(self.network.run_model(model, self.test)[0], self.labels)
+        return self.network.run_model(model, self.test)[0].argmax(axis=1)
+
+    def right(self, told: np.ndarray) -> float:
+        """Top-1."""
+        return float(np.mean(told == self.labels))
 
     def faster(self, applied: Applied) -> float:
         """How many times faster than the original, by the clock."""
@@ -129,14 +141,19 @@ class Bench:
         free = self._ruled(method, 1 / SAME)
         layers = tuple(replace(row, channels=(), data_free=False) for row in free.plan.layers)
         aware = apply(self.network, self.inputs, replace(free.plan, layers=layers, data_free=False))
+        told, told_free = self.told_by(aware), self.told_by(free)
+        gained = (told == self.labels).astype(float) - (told_free == self.labels)
         return Cell(
             self.name,
             method,
             "same",
             self.before,
-            self.after(aware),
+            self.right(told),
             free.plan.macs_before / free.plan.macs,
-            free=self.after(free),
+            free=self.right(told_free),
+            noise=float(gained.std() / np.sqrt(gained.size)),
+            kept=float(np.mean(told == self.told)),
+            free_kept=float(np.mean(told_free == self.told)),
         )
 
     def _ruled(self, method: str, ratio: float) -> Applied:
@@ -154,7 +171,7 @@ class Bench:
             except BudgetError:
                 high = ratio
                 continue
-            after = self.after(applied)
+            after = self.right(self.told_by(applied))
             if self.before - after > DROP / 100 + 1e-9:
                 high = ratio
                 continue
@@ -191,6 +208,7 @@ def table(network: str, found: dict[tuple[str, str, str], Cell]) -> Table:
         "top-1",
         "faster",
         "same sizes: data-free → aware",
+        "told as the original",
     ):
         out.add_column(column, justify="left" if column == "method" else "right")
     if network.startswith("vgg"):
@@ -206,12 +224,20 @@ def table(network: str, found: dict[tuple[str, str, str], Cell]) -> Table:
             f"{ours.ratio:.2f}×" if ours else "",
             f"{100 * ours.after:.1f}" if ours else "",
             f"{ours.faster:.2f}×" if ours and ours.faster else "",
-            f"{100 * (same.free or 0):.1f} → {100 * same.after:.1f} @{same.ratio:.2f}×" if same else "",
+            _both(same.free, same.after, same.noise) + f" @{same.ratio:.2f}×" if same else "",
+            _both(same.free_kept, same.kept) if same else "",
         ]
         if network.startswith("vgg"):
             row.append(f"{15.47 / PUBLISHED[method]:.2f}×" if method in PUBLISHED else "")
         out.add_row(*row)
     return out
+
+
+def _both(free: float | None, aware: float | None, noise: float | None = None) -> str:
+    """Per cent of images, from the weights and fitted, with the standard error of their difference."""
+    if free is None or aware is None:
+        return ""
+    return f"{100 * free:.1f} → {100 * aware:.1f}" + (f" ±{100 * noise:.1f}" if noise is not None else "")
 
 
 def main(
