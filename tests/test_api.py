@@ -355,6 +355,40 @@ def test_a_layer_in_float16_is_never_written_fused() -> None:
     assert types["after"] == TensorProto.FLOAT
 
 
+@pytest.mark.parametrize("batch", [1, "N"])
+def test_a_network_that_says_one_number_is_decoupled(batch: int | str) -> None:
+    """Age, quality, a count: one image has one number, which has no variance."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 16, 3, "conv1"))
+    x = b.node("Relu", b.conv(x, 16, 16, 3, "conv2"))
+    flat = b.node("Flatten", b.node("GlobalAveragePool", x))
+    b.node("Gemm", flat, b.weight("fc.weight", 1, 16), b.bias("fc.bias", 1), out="age", transB=1)
+    model = b.model([("age", (batch, 1))], (batch, 3, 12, 12))
+    result = netdecouple.decouple(model, images_for(model, 40), macs=0.6, settings=QUICK)
+    assert result.report.difference < 1e-4
+
+
+def test_boxes_of_all_images_in_one_list_are_no_classes() -> None:
+    """As NonMaxSuppression gives them: as many as there are, and not as many from the new network."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 16, 3, "conv1"))
+    x = b.conv(b.node("Relu", b.conv(x, 16, 16, 3, "conv2")), 16, 5, 3, "head", strides=[2, 2])
+    rows = b.node("Reshape", x, b.constant("rows", [0, 5, -1], np.int64))
+    four, one = b.constant("four", [4], np.int64), b.constant("one", [5], np.int64)
+    corners = b.node(
+        "Slice", rows, b.constant("zero", [0], np.int64), four, b.constant("axis", [1], np.int64)
+    )
+    b.node("Transpose", corners, out="boxes", perm=[0, 2, 1])
+    b.node("Slice", rows, four, one, "axis", out="scores")
+    limits = (b.constant("most", [9], np.int64), b.constant("overlap", [0.5]), b.constant("least", [0.0]))
+    b.node("NonMaxSuppression", "boxes", "scores", *limits, out="chosen")
+    model = b.model([("chosen", ("M", 3)), ("scores", ("N", 1, "A"))], ("N", 3, 12, 12))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    result = netdecouple.decouple(model, images_for(model, 40), macs=0.6, settings=QUICK)
+    assert result.plan.loss == "relative"
+    assert result.report.difference < 1e-4
+
+
 def test_the_original_is_never_changed() -> None:
     model = onnx.load(MODEL)
     before = model.SerializeToString(deterministic=True)

@@ -113,6 +113,7 @@ def test_budgets():
     assert [budget.share for budget in budgets_in("50%,2x,0.8")] == [0.8, 0.5]
     assert [budget.share for budget in budgets_in((0.25, "50%"))] == [0.5, 0.25]
     assert budgets_in("") == []
+    assert len(budgets_in("2x,50.001%,1.9999x,49%")) == 2  # files are named after four digits
     with pytest.raises(BudgetError, match="80%x"):
         budgets_in("80%x,50%")
 

@@ -77,7 +77,7 @@ def sweep(
     network = OnnxNetwork(opened, images.images, resources)
     inputs, images = api.split(images, settings.seed)
     judge = Judge(network, inputs, images, labelled, calib is not None)
-    loss = settings.loss or loss_kind(judge.original)
+    loss = settings.loss or loss_kind(judge.original, len(inputs.held_back))
     compared = []
     for source, other in others:
         compared.append(_compared(judge, source, OnnxNetwork(other, images.images), loss))
@@ -99,13 +99,14 @@ def sweep(
 
 
 def budgets_in(macs: str | Iterable[str | float]) -> list[Budget]:
-    """The budgets of a sweep, most MACs first, each once.
+    """The budgets of a sweep, most MACs first, each once: they are told by four digits, in files' names too.
 
     Raises:
         BudgetError: one of them is none.
     """
     parts = filter(None, macs.split(",")) if isinstance(macs, str) else macs
-    return [Budget(Macs(), share) for share in sorted({parse_share(part) for part in parts}, reverse=True)]
+    found = [Budget(Macs(), share) for share in sorted(map(parse_share, parts), reverse=True)]
+    return list({_percent(budget): budget for budget in found}.values())
 
 
 def named_after(budget: Budget, progress: Progress) -> Progress:
@@ -147,7 +148,11 @@ class Files:
 
 
 def _stem(model: ModelSource) -> str:
-    return Path(model).stem if isinstance(model, str | os.PathLike) else model.graph.name or "model"
+    return (
+        Path(model).stem
+        if isinstance(model, str | os.PathLike)
+        else model.graph.name.replace("/", "_") or "model"
+    )
 
 
 def _compared(judge: Judge, source: ModelSource, other: OnnxNetwork, loss: Loss) -> Compared:

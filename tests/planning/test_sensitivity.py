@@ -13,6 +13,7 @@ from netdecouple.planning.sensitivity import (
     log_probabilities,
     loss_kind,
     relative_error,
+    rounding,
 )
 
 
@@ -36,16 +37,35 @@ def test_relative_error_is_in_units_of_the_original_variance() -> None:
     assert np.isfinite(relative_error(np.zeros(3), np.zeros(3)))
 
 
+def test_outputs_of_nothing_lose_nothing() -> None:
+    nothing = np.zeros((0, 4))
+    assert divergence([nothing], [nothing], "relative") == 0
+    assert rounding([nothing], [nothing]) == 0
+
+
+def test_rounding_is_told_from_a_difference() -> None:
+    """In units of the output itself, be it one number only; of whole numbers if there is nothing else."""
+    one = np.array([[3.0]])
+    assert rounding([one], [one * (1 + 1e-6)]) == pytest.approx(1e-6, rel=1e-3)
+    assert rounding([one, np.array([1])], [one, np.array([2])]) == 0
+    assert rounding([np.array([2])], [np.array([3])]) == pytest.approx(0.5)
+    assert rounding([one, np.zeros((4, 2))], [one, np.zeros((5, 2))]) == 0
+    assert rounding([np.zeros((4, 2))], [np.zeros((5, 2))]) == np.inf
+    assert rounding([one, one], [one, np.array([[np.nan]])]) == np.inf
+
+
 def test_several_outputs_weigh_alike() -> None:
     a, b = np.array([0.0, 2]), np.array([1.0, 1])
     assert divergence([a, a * 100], [b, a * 100], "relative") == pytest.approx(0.5)
 
 
 def test_a_single_table_of_scores_is_taken_for_a_classifier() -> None:
-    assert loss_kind([np.zeros((5, 10))]) == "kl"
-    assert loss_kind([np.zeros((5, 1))]) == "relative"
-    assert loss_kind([np.zeros((5, 3, 8, 8))]) == "relative"
-    assert loss_kind([np.zeros((5, 10)), np.zeros((5, 4))]) == "relative"
+    assert loss_kind([np.zeros((5, 10))], 5) == "kl"
+    assert loss_kind([np.zeros((5, 1))], 5) == "relative"
+    assert loss_kind([np.zeros((5, 3, 8, 8))], 5) == "relative"
+    assert loss_kind([np.zeros((5, 10)), np.zeros((5, 4))], 5) == "relative"
+    assert loss_kind([np.zeros((17, 7))], 5) == "relative"  # boxes
+    assert loss_kind([np.zeros((5, 3), np.int64)], 5) == "relative"  # indices
 
 
 def test_agreement_is_the_share_of_equal_choices() -> None:

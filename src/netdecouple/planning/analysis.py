@@ -32,6 +32,9 @@ from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 TRIALS: dict[Loss, int] = {"kl": 16, "relative": 4}  # least samples to probe with; of maps, each says a lot
+STEEPEST = (
+    8.0  # power of its error with which a loss may go on rising beyond the probes; 5.7 is the most seen
+)
 WORTH = 0.1  # of a wide layer's share of the work, its share of the network
 
 Progress = Callable[[str, int, int], None]  # step, done, total
@@ -159,7 +162,9 @@ def analyze(
     reasons = kept_reasons(layers, settings, resources)
     open_layers = [la for la in layers if la.name not in reasons]
     original = Original(network, inputs, open_layers)
-    loss = resources.checkpoint.once("loss", str, lambda: settings.loss or loss_kind(original.outputs))
+    loss = resources.checkpoint.once(
+        "loss", str, lambda: settings.loss or loss_kind(original.outputs, len(inputs.held_back))
+    )
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)
     probes = 3 if 3 * depth * 64 * total < PROBE_MACS else 1
@@ -216,9 +221,9 @@ class Original:
         return outputs
 
     def trials(self, count: int) -> tuple[Images, list[Array]]:
-        """Some inputs, and what the network makes of them."""
-        held_back = self.inputs.held_back
-        return held_back[:count], [o[: len(o) * count // len(held_back)] for o in self.outputs]
+        """Some inputs, and what the network makes of them: outputs need not be one per input, to be cut."""
+        shown = self.inputs.held_back[:count]
+        return shown, self.outputs if count >= len(self.inputs.held_back) else self.network.run(shown)
 
 
 @dataclass(frozen=True)
@@ -388,7 +393,7 @@ def _losses(weighed: LayerCandidates, shown: Sequence[float]) -> tuple[float, ..
     ratios = np.interp(wanted, errors, measured - errors)
     if len(pairs) > 1 and errors[-1] > errors[-2]:
         steepness = (measured[-1] - measured[-2]) / (errors[-1] - errors[-2])
-        ratios += max(float(steepness) - 1, 0.0) * np.maximum(wanted - errors[-1], 0.0)
+        ratios += (np.clip(steepness, 1.0, STEEPEST) - 1.0) * np.maximum(wanted - errors[-1], 0.0)
     losses = np.exp(wanted + ratios)
     rising = np.argsort(wanted, kind="stable")
     losses[rising] = np.maximum.accumulate(losses[rising])  # a greater error never loses less

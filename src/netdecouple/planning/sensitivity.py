@@ -13,9 +13,11 @@ Loss = Literal["kl", "relative"]
 LOST = 1e9  # the divergence of outputs that are no numbers any more: more than any that are
 
 
-def loss_kind(outputs: Sequence[Array]) -> Loss:
-    """KL for a classifier (one output of shape (n, classes)), relative squared error for all else."""
-    return "kl" if len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 else "relative"
+def loss_kind(outputs: Sequence[Array], count: int) -> Loss:
+    """KL for a classifier (one output (n, classes) for n inputs), relative squared error for all else."""
+    first = outputs[0]
+    scores = first.ndim == 2 and first.dtype.kind == "f" and len(first) == count and first.shape[1] > 1
+    return "kl" if len(outputs) == 1 and scores else "relative"
 
 
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
@@ -77,8 +79,29 @@ def relative_error(original: Array, other: Array) -> float:
     """
     if original.shape != other.shape:
         return 1.0
+    if not original.size:
+        return 0.0
     a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
     return float(np.square(a - b).mean() / max(a.var(), 1e-12 * np.square(a).mean(), np.finfo(float).tiny))
+
+
+def rounding(original: Sequence[Array], other: Sequence[Array]) -> float:
+    """The largest RMS difference of an output, relative to its own RMS: 1e-6 where only rounding differs.
+
+    Whole numbers (classes, indices), and outputs whose sizes depend on the numbers, can change by more with
+    any rounding; they are looked at only if there are no others.
+    """
+    pairs = list(zip(original, other, strict=True))
+    steady = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.shape == b.shape]
+    return max((_rounding(a, b) for a, b in steady or pairs if a.size), default=0.0)
+
+
+def _rounding(original: Array, other: Array) -> float:
+    if original.shape != other.shape:
+        return np.inf
+    a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
+    found = np.sqrt(np.square(a - b).mean() / max(np.square(a).mean(), np.finfo(float).tiny))
+    return float(found) if np.isfinite(found) else np.inf
 
 
 def agreement(original: Array, other: Array) -> float:

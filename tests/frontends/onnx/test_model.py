@@ -208,6 +208,69 @@ def test_read_allows_infinite_constants():
     assert read_model(b.model()).channels == 3
 
 
+def test_read_allows_masks():
+    """Minus infinity in a constant that is added is no broken weight; NaN is, wherever it stands."""
+    for value in (-np.inf, np.nan):
+        b = Builder()
+        mask = b.constant("mask", np.where(np.eye(8), 0, value))
+        b.classifier(b.node("Relu", b.node("Add", b.conv("image", 3, 8, 3, "conv"), mask, out="masked")), 8)
+        if np.isnan(value):
+            assert_refused(b.model(), "NaN or Inf", "'mask'", "'masked'")
+        else:
+            assert read_model(b.model()).channels == 3
+
+
+def test_read_refuses_sparse_weights():
+    """They would be lost on the way."""
+    model = networks.classifier()
+    values = helper.make_tensor("sparse.weight", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("sparse.indices", TensorProto.INT64, [1], [0])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    assert_refused(model, "'sparse.weight'", "sparse")
+
+
+@pytest.mark.parametrize("of_nodes", [True, False])
+def test_both_names_of_the_standard_domain_are_read(of_nodes: bool):
+    """ "ai.onnx" and "" are one."""
+    model, images = networks.with_if(), images_for(networks.with_if())
+    expected = outputs_of(model, images)
+    model.opset_import[0].domain = "ai.onnx"
+    for node in nodes_of(model.graph):
+        node.domain = "ai.onnx" if of_nodes else ""
+    for found, wanted in zip(outputs_of(read_model(model).proto, images), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_weights_of_two_names_are_weights(half: bool):
+    """Behind Identity, as shared ones are exported, with a Cast that the optimizer would rename."""
+    b = Builder()
+    weight = b.node("Identity", b.node("Identity", b.weight("w", 8, 3, 3, 3), out="once"), out="twice")
+    x = b.node("Relu", b.node("Conv", "image", weight, out="conv", pads=[1, 1, 1, 1]))
+    b.classifier(b.node("Relu", b.conv(x, 8, 8, 3, "next")), 8)
+    b.node("Cast", b.node("Greater", "logits", b.constant("zero", 0)), to=TensorProto.FLOAT, out="cast")
+    b.node("Identity", "cast", out="positive")
+    model = b.model([("logits", ("N", 10)), ("positive", ("N", 10))])
+    if half:
+        halved = networks.halved(model)
+        halved.graph.output[1].type.tensor_type.elem_type = TensorProto.FLOAT
+        model = halved
+    layers = OnnxNetwork(read_model(model), images_for(model)).layers
+    assert {layer.name: layer.reason for layer in layers} == dict.fromkeys(("conv", "next", "logits"), "")
+
+
+def test_fingerprints_of_text_are_those_of_its_letters():
+    """Not of where it lies in memory."""
+
+    def named(first: str) -> onnx.ModelProto:
+        model = networks.classifier()
+        model.graph.initializer.append(helper.make_tensor("names", TensorProto.STRING, [2], [first, "b"]))
+        return model
+
+    assert read_model(named("a")).fingerprint == read_model(named("a")).fingerprint
+    assert read_model(named("a")).fingerprint != read_model(named("c")).fingerprint
+
+
 def test_read_refuses_what_the_runtime_refuses():
     """An operator that ONNX Runtime does not know."""
     model = networks.classifier()

@@ -96,6 +96,60 @@ def test_outputs_without_a_batch_axis_are_returned():
     assert best.shape == (1,)
 
 
+@pytest.mark.parametrize("batch", ["N", 4])
+def test_outputs_need_not_begin_with_the_images(batch, monkeypatch: pytest.MonkeyPatch):
+    """A sequence head, (time, N, classes), comes out with images first, whatever the batches."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "conv"))
+    rows = b.node("ReduceMean", x, axes=[2], keepdims=0)
+    b.node("Transpose", rows, out="sequence", perm=[2, 0, 1])
+    b.node("Identity", b.constant("anchors", np.eye(5)), out="boxes")
+    model = b.model([("sequence", ("T", batch, 8)), ("boxes", (5, 5))], (batch, 3, 6, 9))
+    images = images_for(model, 6)
+    network = opened(model)
+    monkeypatch.setattr(
+        OnnxNetwork, "batches", lambda self, n, held=0: [slice(i, min(i + 4, n)) for i in range(0, n, 4)]
+    )
+    for outputs in (network.run(images), network.walk(images).outputs()):
+        assert outputs[0].shape == (6, 9, 8)
+        for i in (0, 3, 4, 5):
+            alone = network.run(np.repeat(images[i : i + 1], 4, axis=0))[0][0]
+            np.testing.assert_allclose(outputs[0][i], alone, atol=1e-5)
+
+
+def test_outputs_that_are_no_numbers_are_left_out():
+    """Names of classes; a network that says nothing else is refused."""
+    for others in ([], [("logits", ("N", 10))]):
+        b = Builder()
+        b.classifier(b.node("Relu", b.conv("image", 3, 8, 3, "conv")), 8)
+        best = b.node("ArgMax", "logits", axis=1, keepdims=0)
+        names = [f"class {i}" for i in range(10)]
+        b.initializers.append(helper.make_tensor("names", TensorProto.STRING, [10], names))
+        b.node("Gather", "names", best, out="name")
+        model = b.model([*others, ("name", ("N",))])
+        model.graph.output[-1].type.tensor_type.elem_type = TensorProto.STRING
+        network = opened(model)
+        if others:
+            assert [o.shape for o in network.run(images_for(model, 3))] == [(3, 10)]
+        else:
+            with pytest.raises(ModelError, match="none of its outputs \\(name\\) are numbers"):
+                network.run(images_for(model, 3))
+
+
+def test_sequences_across_a_layer_are_told():
+    """They cannot be held where the network is cut."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "conv1"))
+    parts = b.node("SplitToSequence", x, b.constant("size", 4, np.int64), axis=1, out="parts")
+    x = b.node("Relu", b.conv(x, 8, 8, 3, "conv2"))
+    part = b.node("SequenceAt", parts, b.constant("first", 0, np.int64))
+    b.classifier(b.node("Concat", x, part, axis=1), 12)
+    model = b.model()
+    walk = opened(model).walk(images_for(model))
+    with pytest.raises(ModelError, match="'parts', needed on both sides of a layer, is a sequence"):
+        walk.advance("conv2")
+
+
 def test_batches_hold_bounded_memory():
     """Large activations mean small batches; every image is in exactly one."""
     network = opened(networks.classifier())

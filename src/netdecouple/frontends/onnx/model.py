@@ -106,13 +106,21 @@ def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
 
 
 def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
-    used_by = {name: node.name or node.op_type for node in proto.graph.node for name in node.input}
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise ModelError(f"{origin}: {name!r} is stored as a sparse tensor; export it with dense weights")
+    used_by = {name: node for node in proto.graph.node for name in node.input}
     try:
         for name, array in _arrays(proto):
-            # constants of shape arithmetic and padding may well be infinite; weights may not
-            if array.dtype.kind == "f" and array.size > 1 and not np.isfinite(array).all():
+            if array.dtype.kind != "f":
+                continue
+            reader = used_by.get(name, onnx.NodeProto(name="?"))
+            # constants of masks, shape arithmetic and padding may well be infinite; weights may not
+            is_weight = reader.op_type in (*_READERS, "BatchNormalization")
+            good = np.isfinite(array) if is_weight else ~np.isnan(array)
+            if array.size > 1 and not good.all():
                 raise ModelError(
-                    f"{origin}: NaN or Inf in {name!r}, a weight of layer {used_by.get(name, '?')!r}"
+                    f"{origin}: NaN or Inf in {name!r}, a weight of layer {reader.name or reader.op_type!r}"
                 )
     except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{origin}: broken weights ({first_line(error)}); export it again") from error
@@ -122,7 +130,7 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(_arrays(proto), key=lambda pair: pair[0]):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
     for node in proto.graph.node:
         digest.update(f"{node.op_type} {list(node.input)} {list(node.output)}".encode())
         for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
@@ -131,23 +139,30 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
 
 
 def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every constant as an initializer, none of them as an input (as before IR 4), and
-    its nodes in an order in which they can be run."""
+    """Copy a model with every constant, under every name it has, as an initializer, none of them as an input
+    (as before IR 4), and its nodes in an order in which they can be run."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph, outputs = copy.graph, {value.name for value in copy.graph.output}
+    for node in nodes_of(graph):
+        node.domain = "" if node.domain == "ai.onnx" else node.domain  # two names of one
+    for entry in copy.opset_import:
+        entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    for node in proto.graph.node:
+    for node in _in_order(list(graph.node)):
         value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None and node.output[0] not in outputs:
-            graph.initializer.add().CopyFrom(value)
-            graph.initializer[-1].name = node.output[0]
+        if node.op_type == "Identity":
+            value = constants.get(node.input[0])
+        if node.op_type in ("Constant", "Identity") and value is not None and node.output[0] not in outputs:
+            constants[node.output[0]] = tensor = graph.initializer.add()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
         else:
             nodes.append(node)
-    _replace(graph.node, _in_order(nodes))
+    _replace(graph.node, nodes)
     for tensor in graph.initializer:
         tensor.ClearField("data_location")  # whatever file they came from, they are here now
-    constants = {tensor.name for tensor in graph.initializer}
     _replace(graph.input, [value for value in proto.graph.input if value.name not in constants])
     copy.ir_version = max(copy.ir_version, 4)
     return copy
@@ -202,6 +217,8 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     before, after = (
         {node.output[0] for node in nodes_of(p.graph) if node.op_type == "Cast"} for p in (proto, folded)
     )
+    # a cast may take the name of an Identity behind it
+    before |= {n.output[0] for n in nodes_of(proto.graph) if n.op_type == "Identity" and n.input[0] in before}
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
         folded = _with_norms_folded(proto)
     if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there

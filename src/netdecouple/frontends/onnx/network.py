@@ -90,14 +90,27 @@ class OnnxNetwork:
         with np.errstate(over="ignore"):  # what becomes infinite is told with the layer's name
             return whole.astype(self.model.dtype, copy=False)
 
-    def joined(self, outputs: Sequence[Sequence[Array]], count: int) -> list[Array]:
-        """Join every output of all batches along the first axis, without what padding added to ``count``."""
-        fixed = self.model.batch or 1
-        padded = -(-count // fixed) * fixed
-        joined = [
-            np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*outputs, strict=True)
+    @cached_property
+    def told(self) -> list[str]:
+        """The outputs that can be compared: all that are numbers.
+
+        Raises:
+            ModelError: there are none.
+        """
+        kinds = {value.name: value.type for value in self.model.proto.graph.output}
+        found = [
+            name
+            for name, kind in kinds.items()
+            if kind.HasField("tensor_type") and kind.tensor_type.elem_type != onnx.TensorProto.STRING
         ]
-        return [single(output[: len(output) * count // padded]) for output in joined]
+        if not found:
+            raise ModelError(f"{self.model.origin}: none of its outputs ({', '.join(kinds)}) are numbers")
+        return found
+
+    def joined(self, outputs: Sequence[Sequence[Array]], count: int) -> list[Array]:
+        """Join every output of all batches, images first, without what padding added to ``count``."""
+        sizes = [self.model.batch or batch.stop - batch.start for batch in self.batches(count)]
+        return [single(_joined(parts, sizes, count)) for parts in zip(*outputs, strict=True)]
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
@@ -105,7 +118,7 @@ class OnnxNetwork:
         return self._run(self._opened(self._with_kernels(self._proto, kernels or {})), images)
 
     def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
-        """Return every output of another model with this one's input, joined along the first axis."""
+        """Return every output of another model with this one's input and outputs."""
         if self._lean is None:
             return self._run(open_session(proto), images)
         lean = Lean(proto, self.resources.checkpoint.scratch)
@@ -113,7 +126,8 @@ class OnnxNetwork:
 
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = [self.padded(images, batch) for batch in self.batches(len(images))]
-        return self.joined([run(session, None, {self.model.input_name: b}) for b in batches], len(images))
+        parts = [run(session, self.told, {self.model.input_name: batch}) for batch in batches]
+        return self.joined(parts, len(images))
 
     def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
         """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
@@ -338,8 +352,12 @@ class OnnxWalk:
     def outputs(self) -> list[Array]:
         """Run to the end and return the network's outputs on every image."""
         self._advance(len(self._nodes))
-        names = [value.name for value in self._network.model.proto.graph.output]
-        parts = [[self._store[i, name] for name in names] for i in range(len(self._batches))]
+        told = self._network.told
+        constants = {name: numpy_helper.to_array(t) for name, t in self._constants.items() if name in told}
+        parts = [
+            [constants[name] if name in constants else self._store[i, name] for name in told]
+            for i in range(len(self._batches))
+        ]
         return self._network.joined(parts, self._count)
 
     def _advance(self, target: int) -> None:
@@ -353,6 +371,11 @@ class OnnxWalk:
             if session is not None:
                 values = run(session, made, {t: self._store[index, t] for t in fed})
                 for name, value in zip(made, values, strict=True):
+                    if not isinstance(value, np.ndarray):
+                        raise ModelError(
+                            f"{self._network.model.origin}: {name!r}, needed on both sides of a layer, is a "
+                            "sequence of tensors; export without it, or --exclude the layers between"
+                        )
                     self._store[index, name] = value
             for name in self._live:
                 if name not in wanted:
@@ -387,6 +410,24 @@ class OnnxWalk:
 def single(values: Array) -> Array:
     """What float16 networks make, in float32, so that sums of it are none of float16."""
     return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:
+    """Join one output of batches of so many images, of which the first ``count`` are wanted."""
+    parts = [np.atleast_1d(part) for part in parts]
+    for axis in range(min(part.ndim for part in parts)):
+        ahead = [np.moveaxis(part, axis, 0) for part in parts]
+        each = len(ahead[0]) // sizes[0]
+        if each and all(len(a) == each * n for a, n in zip(ahead, sizes, strict=True)) and _alike(ahead):
+            return np.concatenate(ahead)[: each * count]
+    if _alike(parts):  # so many boxes as there are
+        return np.concatenate(parts)
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _alike(parts: Sequence[Array]) -> bool:
+    """Whether they can be joined along the first axis."""
+    return len({part.shape[1:] for part in parts}) == 1
 
 
 def pick(values: Array, positions: NDArray[np.int64]) -> Array:
