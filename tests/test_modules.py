@@ -230,6 +230,19 @@ def test_made_in_inference_mode_it_can_still_be_trained(module: Any, x: Any):
     assert all(p.grad is not None for p in new.parameters() if p.requires_grad)
 
 
+def test_loaded_in_inference_mode_it_can_still_be_trained(half: Any, x: Any, tmp_path: Any):
+    netdecouple.save(half, tmp_path / "half")
+    with torch.inference_mode():
+        new = netdecouple.load(settled(Residual()), tmp_path / "half")
+    new.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in new.parameters() if p.requires_grad)
+
+
+def named(module: Any) -> Any:
+    module.decoupling = nn.Identity()
+    return module
+
+
 def failing() -> Any:
     module = settled(Residual())
     module.head = nn.Linear(7, 6)
@@ -247,6 +260,26 @@ ERRORS: dict[str, tuple[Callable[[Any, Any], Any], type[NetDecoupleError], str]]
     "no calib": (lambda m, x: netdecouple.decouple(m, macs=0.5), CalibrationError, "NoneType"),
     "forward": (lambda m, x: netdecouple.decouple(failing(), x, macs=0.5), ModelError, "fails on a calib"),
     "device": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, device="x"), ModelError, "device='x'"),
+    "lazy": (
+        lambda m, x: netdecouple.decouple(nn.Sequential(nn.LazyConv2d(8, 3)), x, macs=0.5),
+        ModelError,
+        "run it once",
+    ),
+    "traced": (
+        lambda m, x: netdecouple.decouple(torch.jit.trace(m, x[:1]), x, macs=0.5),
+        ModelError,
+        "a scripted module",
+    ),
+    "meta": (
+        lambda m, x: netdecouple.load(Residual().to("meta"), "folder"),
+        ModelError,
+        "on the meta device",
+    ),
+    "name": (
+        lambda m, x: netdecouple.decouple(named(Residual()), x, macs=0.5),
+        ModelError,
+        "called 'decoupling'",
+    ),
     "all filtered": (
         lambda m, x: netdecouple.decouple(m, x, macs=0.5, filter=lambda *_: False),
         ModelError,

@@ -22,7 +22,7 @@ from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.torch import files
 from netdecouple.frontends.torch.files import Decoupling
-from netdecouple.frontends.torch.network import TorchNetwork
+from netdecouple.frontends.torch.network import TorchNetwork, check
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, budgets_of
@@ -220,7 +220,9 @@ def load(module: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
-    new, decoupling = files.read(module, folder)
+    check(module)
+    with torch.inference_mode(False):  # what is made then can be trained
+        new, decoupling = files.read(module, folder)
     new.decoupling = decoupling
     return new
 
@@ -239,6 +241,9 @@ def _opened(
     """Open a module, and the work folder; whatever happens, nothing is left running."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
+    check(module)
+    if not isinstance(getattr(module, "decoupling", None), Decoupling | None):
+        raise ModelError("the module has something of its own called 'decoupling'; give it another name")
     with torch.inference_mode(False):  # what is made then can be trained
         collected = collect(calib, module, samples, arguments)
         inputs = Inputs.split(collected, settings.seed, collected.fingerprint)

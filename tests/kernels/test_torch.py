@@ -206,13 +206,15 @@ def test_layers_that_cannot_be_fused_are_refused() -> None:
 
 @built
 def test_weights_are_packed_once(packed: list) -> None:
-    """However the module is run."""
-    module = module_of()
+    """However the module is run; but anew where they are trained, lest an optimizer counts no changes."""
+    module = module_of().requires_grad_(False)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         for x in (images(), images(1, 6, 5, 5)):
             with mode():
                 module(x)
     assert len(packed) == 1
+    module.requires_grad_(True)(images())
+    assert len(packed) == 2
 
 
 @built

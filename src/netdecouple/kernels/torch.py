@@ -8,13 +8,14 @@ Importing this file registers the operator; do that before an exported program t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from netdecouple import kernels
@@ -36,9 +37,10 @@ class DecoupledConv2d(torch.nn.Module):
     operators. Where the compiled library is missing the module computes with standard operators
     throughout, so that a saved state_dict, or an exported program, works on every machine with netdecouple.
 
-    The library packs the weights when they are first used and whenever they changed since, as PyTorch
-    counts changes for autograd. Writing through ``weight.data`` or a NumPy view of it escapes that count:
-    use ``torch.no_grad()`` instead, or call `forget` afterwards.
+    The library packs the weights when they are first used, whenever they take part in gradients, as
+    optimizers may change them uncounted, and whenever they changed since, as PyTorch counts changes for
+    autograd. Writing through ``weight.data`` or a NumPy view of it escapes that count: use
+    ``torch.no_grad()`` instead, or call `forget` afterwards.
 
     Args:
         geometry: of the convolution it stands for.
@@ -106,6 +108,8 @@ class DecoupledConv2d(torch.nn.Module):
             ValueError: an input or a weight has another shape, dtype or device than it must have.
         """
         g = self.geometry
+        if self.pointwise.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            forget([self.pointwise])
         return decoupled_conv(
             *(x, self.depthwise, self.pointwise, self.bias, self.channels, self.slope, residual),
             *(g.n_i, list(g.strides), list(g.pads), list(g.dilations), g.groups, self.minimum, self.maximum),
@@ -120,9 +124,12 @@ class DecoupledConv2d(torch.nn.Module):
         )
 
 
-def forget() -> None:
-    """Have all weights packed anew when they are next used."""
-    _packs.clear()
+def forget(weights: Iterable[torch.Tensor] | None = None) -> None:
+    """Have weights packed anew when they are next used: all, or what belongs to some pointwise ones."""
+    if weights is None:
+        _packs.clear()
+    for weight in weights or ():
+        _packs.pop(weight, None)
 
 
 class _Call(NamedTuple):
@@ -307,6 +314,13 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return (*(next(found) if is_needed else None for is_needed in needed), *(None for _ in ctx.rest))
 
 
+def _flops(x: Any, depthwise: Any, pointwise: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """Operations of both stages, two to a MAC, from the arguments' shapes: what PyTorch's counter counts."""
+    filters, outputs = math.prod(depthwise), math.prod(pointwise)
+    return int(2 * out_shape[0] * math.prod(out_shape[2:]) * (filters + outputs))
+
+
 decoupled_conv = torch.library.custom_op(NAME, _run, mutates_args=(), schema=SCHEMA)
 decoupled_conv.register_fake(_fake)
 decoupled_conv.register_autograd(_backward, setup_context=_remember)
+register_flop_formula(getattr(torch.ops, kernels.DOMAIN).decoupled_conv)(_flops)

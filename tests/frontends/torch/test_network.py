@@ -208,6 +208,33 @@ def cached(m: Any, x: Any) -> Any:
     return chain(m, x) * m.scale
 
 
+class Listed(nn.Module):
+    """Calls the first of its layers from a list that holds them as well."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, n_i in zip("abc", (3, 8, 8), strict=True):
+            self.add_module(name, nn.Conv2d(n_i, 8, 3, padding=1))
+        self.own = [self.a, self.b, self.c][:count]
+
+    def forward(self, x: Any) -> Any:
+        for layer in (*self.own, *list(self.children())[len(self.own) :]):
+            x = layer(x)
+        return x
+
+
+def tied() -> Any:
+    module = parts(lambda m, x: m.c(F.relu(m.d(F.relu(m.b(m.a(x)))))), d=nn.Conv2d(8, 8, 3, padding=1))
+    module.d.weight = module.b.weight
+    return module
+
+
+def spectral() -> Any:
+    wave = nn.Conv2d(8, 8, 3, padding=1, dtype=torch.complex64)
+    return parts(lambda m, x: m.c(m.b(m.a(x).to(torch.complex64)).real), b=wave)
+
+
 TOO_MUCH = "its forward is more than one convolution, or not always the same"
 KEPT: dict[str, tuple[Any, dict[str, str]]] = {
     "doubled": (lambda: parts(chain, b=Doubled(8, 8, 3, padding=1)), {"b": TOO_MUCH}),
@@ -235,6 +262,9 @@ KEPT: dict[str, tuple[Any, dict[str, str]]] = {
         lambda: parts(chain, b=nn.Conv2d(8, 8, 3, padding=1, groups=8)),
         {"b": "depthwise convolution"},
     ),
+    "in a list too": (lambda: Listed(1), {"a": BOUND}),
+    "tied": (tied, dict.fromkeys("bd", "its weights are another layer's as well")),
+    "complex": (spectral, {"b": "its weights are complex"}),
 }
 
 
@@ -300,6 +330,28 @@ def test_mixed_precision_inside():
     check_lossless(network, 0.1)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_samples_are_of_the_type_that_the_input_is_wanted_in(first: bool):
+    """Not simply of the first parameter's, nor of their own."""
+    half = nn.Linear(8, 4).half()
+    layers = [half, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)]
+    module = nn.ModuleList(layers if first else layers[1:] + layers[:1])
+    body = parts(lambda m, x: m.layers[0 if first else 2](m.run(x).mean((2, 3)).half()), layers=module)
+    body.run = nn.Sequential(*layers[1:])
+    network = opened(body)
+    assert network.dtype == torch.float32
+    assert opened(body.half()).dtype == torch.float16
+
+
+def test_frozen_numbers_of_a_layer_may_be_buffers():
+    module = parts(chain)
+    for name in ("weight", "bias"):
+        value = getattr(module.b, name).detach()
+        delattr(module.b, name)
+        module.b.register_buffer(name, value)
+    check_lossless(opened(module))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_parts_stay_as_they_are():
     """Nobody sees what runs inside."""
@@ -316,6 +368,20 @@ def test_names_under_which_a_layer_stands_change_together():
     new = exact(network)
     assert new.b is new.other is new.d["k"]
     assert isinstance(new.b, Factorized)
+
+
+def test_a_norm_that_stays_normalises_in_training_as_it_did():
+    """What it does besides keeps it; batch statistics are then those of what it has made already."""
+    module = parts(chain, n=NormAct(8), b=nn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():
+        module.n.weight.uniform_(0.05, 0.25)
+        module.n.bias.normal_()
+    new = exact(opened(module))
+    x = pictures(64)
+    with torch.no_grad():
+        module.n.train(), new.n.train()
+        before, after = module.n(module.a(x)), new.n(new.a(x))
+    assert (before - after).norm() < 1e-2 * before.norm()
 
 
 def test_modes_gradients_and_hooks_stay():
@@ -501,7 +567,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "raises": (lambda: parts(raising), "fails on a calibration sample: LookupError: no such; calib must"),
     "nothing": (nn.ReLU, "runs no convolutions"),
     "lazy": (lambda: nn.LazyConv2d(8, 3), "run it once"),
-    "meta": (lambda: parts(chain).to("meta"), "cannot be put on cpu"),
+    "meta": (lambda: parts(chain).to("meta"), "on the meta device"),
+    "list": (lambda: Listed(3), "calls its layers from a list or dict of its own"),
     "scripted": (lambda: torch.jit.script(nn.Conv2d(3, 8, 3)), "scripted"),
     "compiled": (lambda: torch.compile(parts(chain), backend="eager"), "a compiled module"),
     "no copy": (lambda: parts(chain, d=NoCopy()), "must survive copy.deepcopy"),

@@ -24,13 +24,18 @@ LABELS = torch.arange(12)
 
 
 class Takes(nn.Module):
-    def forward(self, x: Any, mask: Any = None) -> Any:
+    def forward(self, x: Any, mask: Any, with_features: bool = False) -> Any:
         return x
 
 
 class TakesOne(nn.Module):
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, with_features: bool = False) -> Any:
         return x
+
+
+class TakesAny(nn.Module):
+    def forward(self, *xs: Any) -> Any:
+        return xs[0]
 
 
 class TakesSequences(TakesOne):
@@ -68,9 +73,11 @@ def test_batches_are_cut_into_samples(calib: Any):
     assert samples.alike
 
 
-def test_as_many_entries_as_forward_takes():
-    """A second argument is no label then."""
-    samples = collect(loader(X, LABELS), Takes(), None, None)
+@pytest.mark.parametrize("module", [Takes(), nn.DataParallel(Takes())])
+def test_as_many_entries_as_forward_asks_for(module: Any):
+    """A second argument is no label then; one that it can do without would be."""
+    samples = collect(loader(X, LABELS), module, None, None)
+    assert len(samples[0:1].arguments[0]) == 2
     assert torch.equal(samples.arguments[0][1], LABELS)
     assert collect([(X, "cat")], Takes(), None, None)[:1].arguments[0][0].shape == (1, 3, 4, 5)
 
@@ -117,6 +124,17 @@ def test_arguments_are_made_of_batches():
     batches = [{"image": X[:6], "path": "a"}, {"image": X[6:], "path": "b"}]
     samples = collect(batches, TakesOne(), None, lambda batch: batch["image"] / 2)
     assert torch.equal(samples.arguments[0][0], X / 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [TakesOne, TakesAny, lambda: torch.jit.trace(TakesOne(), X)])
+def test_a_tuple_that_arguments_makes_is_taken_whole(make: Any):
+    """Whatever is in it, and whatever the signature says, if it says anything."""
+    samples = collect(loader(X, LABELS), make(), None, lambda batch: (batch[0], [batch[1], 2.0], True))
+    assert len(samples) == 12
+    x, (label, two), flag = samples[3:4].arguments[0]
+    assert torch.equal(x, X[3:4])
+    assert (label, two, flag) == (LABELS[3:4], 2.0, True)
 
 
 def test_what_is_shared_by_all_samples_is_not_cut():

@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 from netdecouple.frontends.torch.convolutions import Factorized  # noqa: E402
 from tests.frontends.torch.modules import decoupled, inputs, net  # noqa: E402
 
@@ -68,6 +70,31 @@ def test_learns(module: Any, labels: Any):
         assert relative(module(x), before) > 1e-3
     with torch.no_grad():
         assert relative(module(x), module.requires_grad_(True)(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_optimizers_that_count_no_changes(module: Any, kind: Any):
+    """What was trained is what is then used without gradients, though weights had been packed before."""
+    x = inputs(8)
+    with torch.no_grad():
+        before = module(x)
+    optimizer = kind(module.parameters(), lr=0.01, fused=True)
+    module(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = module(x)
+    assert relative(after, before) > 1e-3
+    assert relative(after, module(x)) < 1e-5
+
+
+def test_a_single_picture_needs_no_batch():
+    """As for the convolutions that were there."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3))
+    for method in ("nd-dp", "cp"):
+        new = decoupled(module, method, 0.7)
+        for wanted in (torch.no_grad(), torch.enable_grad()):
+            with wanted:
+                assert relative(new(inputs()[0]), new(inputs())[0]) < 1e-5
 
 
 def test_the_fused_operator_agrees_with_the_stages(module: Any):
@@ -158,6 +185,27 @@ def test_the_operator_runs_only_where_it_computes_the_same(layer: Any):
         with torch.autocast("cpu", torch.bfloat16):
             assert calls_of_the_operator(layer.float(), x) == 0
         assert calls_of_the_operator(layer, x[..., :8, :8].contiguous()) == 0
+
+
+def test_flops_are_counted_in_the_operator_too(layer: Any):
+    """By PyTorch's own counter; the stages' count, whichever way they are run."""
+    counts = []
+    for wanted in (torch.no_grad(), torch.enable_grad()):
+        with wanted, FlopCounterMode(display=False) as counter:
+            layer(inputs())
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_derivatives_are_carried_along_without_gradients(layer: Any):
+    """The operator knows none of those that go forward."""
+    x, ones = inputs(), torch.ones_like(inputs())
+    expected = torch.func.jvp(layer, (x,), (ones,))[1]
+    with torch.no_grad():
+        assert relative(torch.func.jvp(layer, (x,), (ones,))[1], expected) < 1e-5
+        with torch.autograd.forward_ad.dual_level():
+            made = layer(torch.autograd.forward_ad.make_dual(x, ones))
+            assert relative(torch.autograd.forward_ad.unpack_dual(made).tangent, expected) < 1e-5
 
 
 def test_hooks_and_adapters_are_heard(layer: Any):

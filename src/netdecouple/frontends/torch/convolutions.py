@@ -21,12 +21,13 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
 from netdecouple.frontends import ONE_CHANNEL, Array
-from netdecouple.kernels.torch import decoupled_conv
+from netdecouple.kernels.torch import decoupled_conv, forget
 
 Ints = tuple[int, ...]
 KINDS = {
@@ -227,7 +228,7 @@ class Convolution:
         last = len(structure.stages) - 1
         for index, (stage, channels) in enumerate(zip(structure.stages, structure.channels, strict=True)):
             if channels is not None:
-                yield Gather(len(channels))
+                yield Gather(len(channels), len(self.kernel))
             if not self.kernel:
                 yield nn.Linear(stage.n_i, stage.n_o, bias=index == last)
                 continue
@@ -296,16 +297,17 @@ def _turned(weight: Array, groups: int) -> Array:
 
 
 class Gather(nn.Module):
-    """Select channels, in order and possibly more than once."""
+    """Select channels, in order and possibly more than once, of maps of ``rank`` dimensions."""
 
     channels: torch.Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, rank: int) -> None:
         super().__init__()
+        self.rank = rank
         self.register_buffer("channels", torch.zeros(count, dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(1, self.channels)
+        return x.index_select(x.ndim - 1 - self.rank, self.channels)  # there may be no batch
 
     def extra_repr(self) -> str:
         return f"{len(self.channels)}"
@@ -382,6 +384,8 @@ class Factorized(nn.Sequential):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as PyTorch's layers name it
         x = input
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            forget(part.weight for part in self if isinstance(part, nn.Conv2d))
         if not (self._fused and _fusable(x) and _pays(x) and all(map(_is_plain, self))):
             return super().forward(x)
         modules = list(self)
@@ -430,6 +434,7 @@ def _fusable(x: torch.Tensor) -> bool:
         and x.dtype == torch.float32
         and x.ndim == 4
         and not torch.is_grad_enabled()
+        and getattr(forward_ad, "_current_level", -1) < 0  # derivatives are carried along
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,7 @@ def find(
         if isinstance(modules[call.name], LAYERS):
             calls.setdefault(call.name, []).append(call)
     other = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls}
+    tied = Counter(id(modules[name].weight) for name in calls)
     found: dict[str, Found] = {}
     layers = []
     for name, own in calls.items():
@@ -71,6 +73,8 @@ def find(
         if not convolution.kernel and own[0].x.ndim != 2:
             reason = reason or "it is applied to more than one row per sample"
             maps = [math.prod(call.x.shape[:-1]) for call in own]
+        if tied[id(module.weight)] > 1:
+            reason = reason or "its weights are another layer's as well"
         if chosen is not None and not chosen(name, module):
             reason = "excluded by the filter"
         macs = sum(
@@ -116,7 +120,7 @@ def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor
     weight, bias = calls[0].weights or (module.weight, module.bias)
     if bias is None:
         bias = weight.new_zeros(convolution.n_o)
-    reason = convolution.refusal
+    reason = convolution.refusal or ("its weights are complex" if weight.is_complex() else "")
     rank = len(convolution.kernel)
     if not reason and any(call.convolved is None for call in calls):
         reason = "its forward is not one convolution"

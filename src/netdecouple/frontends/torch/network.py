@@ -66,12 +66,7 @@ class TorchNetwork:
         resources: Resources = Resources(),
     ) -> None:
         self.resources = resources
-        compiled = any("_orig_mod" in part._modules for part in module.modules())
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            kind = "compiled" if compiled else "scripted"
-            raise ModelError(f"a {kind} module cannot be changed; give the module it was made from")
-        if any(nn.parameter.is_lazy(value) for value in (*module.parameters(), *module.buffers())):
-            raise ModelError("the module has weights that are made when it first runs; run it once before")
+        check(module)
         try:
             self.device = torch.device(device)
         except RuntimeError as error:
@@ -79,10 +74,10 @@ class TorchNetwork:
         self.original = module
         self._chosen = chosen
         self._few = samples[:2]
-        self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
         with torch.no_grad():
+            self.dtype = self._input_type(samples[:1])
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
             made = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
             self.exact = max(map(exactness, made), default=EXACT)
@@ -96,6 +91,17 @@ class TorchNetwork:
         self.layers = tuple(
             replace(la, geometry=None, reason=BOUND) if la.name in bound else la for la in layers
         )
+
+    def _input_type(self, sample: Samples) -> torch.dtype:
+        """The first of its parameters' types in which the module takes a sample."""
+        floating = (p.dtype for p in self.original.parameters() if p.is_floating_point())
+        types = list(dict.fromkeys(floating)) or [torch.float32]
+        for kind in types if len(types) > 1 else ():
+            self.dtype = kind
+            with suppress(ModelError):
+                self.forward(self.module, sample)
+                return kind
+        return types[0]
 
     def _traced(self, sample: Samples) -> tuple[Trace, Any]:
         args, kwargs = self.placed(sample)
@@ -152,7 +158,14 @@ class TorchNetwork:
         Raises:
             ModelError: no layer can be replaced.
         """
-        expected = self.run_module(self.module, few)
+
+        def heard(module: nn.Module) -> tuple[list[Array], set[str]]:
+            """What a module makes, and the layers that are called for it."""
+            called: set[str] = set()
+            with hooked(module, lambda name, arguments: called.add(name), names=self.found.__contains__):
+                return self.run_module(module, few), called
+
+        expected, called = heard(self.module)
 
         def folded(names: Iterable[str]) -> nn.Module:
             module = self.evaluated(self.original)
@@ -160,7 +173,13 @@ class TorchNetwork:
                 found = self.found[name]
                 chain = plain(found.convolution, found.weight, found.bias)
                 module = install(module, name, chain, found.norm)
-            for one, other in zip(expected, self.run_module(module, few), strict=True):
+            made, called_now = heard(module)
+            if called & set(names) - called_now:
+                raise ModelError(
+                    "the module calls its layers from a list or dict of its own, where they cannot be "
+                    "replaced; hold them in an nn.ModuleList or nn.ModuleDict"
+                )
+            for one, other in zip(expected, made, strict=True):
                 if not same(torch.from_numpy(other), torch.from_numpy(one), self.exact):
                     raise ModelError(
                         "the module computes something else with plain convolutions in the place of its "
@@ -436,6 +455,23 @@ class TorchNetwork:
             new = Factorized.of(found.convolution, factorization)
             module = install(module, name, new, found.norm)
         return module
+
+
+def check(module: nn.Module) -> None:
+    """Refuse modules that cannot be changed, before anything is made of them.
+
+    Raises:
+        ModelError: it is compiled or scripted, or has weights that are not there yet.
+    """
+    compiled = any("_orig_mod" in part._modules for part in module.modules())
+    if compiled or isinstance(module, torch.jit.ScriptModule):
+        kind = "compiled" if compiled else "scripted"
+        raise ModelError(f"a {kind} module cannot be changed; give the module it was made from")
+    state = (*module.parameters(), *module.buffers())
+    if any(nn.parameter.is_lazy(value) for value in state):
+        raise ModelError("the module has weights that are made when it first runs; run it once before")
+    if any(value.is_meta for value in state):
+        raise ModelError("the module has weights without numbers (on the meta device); make it on another")
 
 
 def _reopened(

@@ -89,9 +89,9 @@ def collect(
 ) -> Samples:
     """Take samples out of batches: tensors, arrays, tuples or lists of arguments, mappings of named ones.
 
-    Of what a DataLoader yields, as many leading entries are taken as ``module.forward`` has parameters, so
-    that labels are left out; ``arguments`` may say it otherwise. Batches are cut along their first
-    dimension; a list of 3-D tensors is a detector's, one image each.
+    Of what a DataLoader yields, as many leading entries are taken as ``module.forward`` asks for, so that
+    labels are left out; a tuple that ``arguments`` makes of it is taken as it is. Batches are cut along
+    their first dimension; a list of 3-D tensors is a detector's, one image each.
 
     Raises:
         CalibrationError: there is nothing, or something no forward pass can take.
@@ -105,7 +105,9 @@ def collect(
     count = 0
     try:  # these are others' functions, and may do anything
         for batch in [calib] if alone else calib:
-            units += _units(arguments(batch) if arguments else batch, accepted, flat)
+            taken = arguments(batch) if arguments else batch
+            is_whole = arguments is not None and isinstance(taken, tuple)
+            units += _units(taken, None if is_whole else accepted, flat)
             if limit is not None and len(units) >= limit:
                 del units[limit:]
                 break
@@ -120,15 +122,21 @@ def collect(
 
 
 def _positional(module: nn.Module) -> int:
-    """How many arguments a forward pass takes at most."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    """How many arguments a forward pass asks for; one at least."""
+    inner: Any = module.module if isinstance(module, nn.DataParallel) else module
+    try:
+        parameters = inspect.signature(inner.forward).parameters.values()
+    except ValueError:  # traced ones do not say
         return 1
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(sum(p.kind in kinds and p.default is p.empty for p in parameters), 1)
 
 
-def _units(batch: Any, accepted: int, flat: bool) -> Iterator[Arguments]:
-    """Cut a batch; to networks that are ``flat``, three dimensions are a batch and not a picture."""
+def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
+    """Cut a batch, of whose entries so many are ``accepted``, or all.
+
+    To networks that are ``flat``, three dimensions are a batch and not a picture.
+    """
     batch = tree.tree_map(_tensor, batch)
     if isinstance(batch, Mapping):
         yield from _cut(((), dict(batch)))
@@ -140,8 +148,9 @@ def _units(batch: Any, accepted: int, flat: bool) -> Iterator[Arguments]:
         if listed and pictures and not flat and all(map(_is_picture, pictures)):
             yield from ((([picture],), {}) for picture in pictures)
             return
-        taken = batch[:1] if any(not isinstance(e, torch.Tensor) for e in batch[1:]) else batch
-        yield from _cut((tuple(taken[:accepted]), {}))
+        if accepted is not None:  # labels need not be tensors
+            batch = batch[:accepted] if all(isinstance(e, torch.Tensor) for e in batch[1:]) else batch[:1]
+        yield from _cut((tuple(batch), {}))
     else:
         raise TypeError(
             f"a {type(batch).__name__} is nothing to run; give tensors, tuples or mappings of them"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def install(root: nn.Module, name: str, new: nn.Module, norm: str) -> nn.Module:
     Modes, type, device and whether gradients are wanted are those of the layer. The root comes back.
     """
     old = root.get_submodule(name)
-    like = next(old.parameters())
+    like = next(chain(old.parameters(), old.buffers()))
     new = new.to(like.device, like.dtype).requires_grad_(like.requires_grad).train(old.training)
     root = substitute(root, name, new)
     return _bypass(root, norm) if norm else root
@@ -85,16 +86,22 @@ def substitute(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def _bypass(root: nn.Module, name: str) -> nn.Module:
-    """Take a BatchNorm out; one that does more than that stays, and normalises nothing."""
+    """Take a BatchNorm out; one that does more than that stays, and changes nothing more.
+
+    It stands behind what it has made already, so that its scale and shift are that one's own variance and
+    mean, in training too.
+    """
     norm: Any = root.get_submodule(name)
     if type(norm) in NORMS:
         return substitute(root, name, nn.Identity().train(norm.training))
     with torch.no_grad():
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1 - norm.eps)
-        if norm.weight is not None:
-            norm.weight.fill_(1)
-            norm.bias.zero_()
+        if norm.weight is None:
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1 - norm.eps)
+        else:
+            norm.running_mean.copy_(norm.bias)
+            norm.running_var.copy_((norm.weight.square() - norm.eps).clamp_min(0))
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())
     return root
 
 
