@@ -11,7 +11,7 @@ from netdecouple.api import Calibration, Judge
 from netdecouple.application import apply
 from netdecouple.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
-from netdecouple.frontends.onnx.model import ModelSource, check_writable, load, read_model
+from netdecouple.frontends.onnx.model import ModelSource, load, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, parse_share
@@ -23,6 +23,7 @@ from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import size_of
+from netdecouple.scratch import check_writable
 from netdecouple.walkers import targets_for
 
 Show = Callable[[SweepPoint], None]

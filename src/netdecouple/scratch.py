@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from netdecouple.errors import OutputError
+
 TRIES = 5  # to remove a folder that somebody is still writing into
 
 _lock = threading.Lock()
@@ -37,6 +39,30 @@ def publishing(target: str | os.PathLike[str]) -> Iterator[None]:
     with _lock:
         yield
         _written.append(Path(target))
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Find out before the work, not after it, that a file cannot be written; return where: links stay.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the path is a folder or a device.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if target.exists() and not target.is_file():  # replacing /dev/null by a file would do harm
+            raise OutputError(f"{path}: is a device or a pipe; give the name of a file")
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return target
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    """What to say where the system does not let us write."""
+    return OutputError(f"{path}: cannot write there ({error.strerror or error}); choose another place")
 
 
 def forget() -> None:

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
-from netdecouple.frontends.onnx.model import check_writable
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.report import Report
 from netdecouple.report.text import report_table
+from netdecouple.scratch import check_writable
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from netdecouple.errors import OutputError
-from netdecouple.scratch import Scratch, publishing
+from netdecouple.scratch import Scratch, check_writable, publishing, unwritable
 
 ENDINGS = (".html", ".json")
 
@@ -27,15 +27,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file in one step.
 
     Raises:
-        OutputError: the place is not writable.
+        OutputError: the place is not writable, or no place for a file.
     """
-    path = Path(path)
+    target = check_writable(path)
     try:
-        with Scratch(beside=path.parent) as folder:
-            partial = Path(folder) / path.name
+        with Scratch(beside=target.parent) as folder:
+            partial = Path(folder) / target.name
             # names of files may hold bytes that are no text
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             with publishing(path):
-                os.replace(partial, path)
+                os.replace(partial, target)
     except OSError as error:
-        raise OutputError(f"{path}: cannot write there ({error.strerror or error})") from error
+        raise unwritable(path, error) from error

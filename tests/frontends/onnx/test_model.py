@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 import netdecouple
 from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry
-from netdecouple.errors import ModelError, OutputError
+from netdecouple.errors import ModelError
 from netdecouple.frontends import Layer
-from netdecouple.frontends.onnx.model import check_writable, nodes_of, read_model, write_model
+from netdecouple.frontends.onnx.model import nodes_of, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
@@ -664,15 +664,3 @@ def test_write_leaves_the_proto_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     model = networks.classifier()
     write_model(model, tmp_path / "out.onnx")
     assert model == networks.classifier()
-
-
-@pytest.mark.parametrize("place", ["folder", "missing/out.onnx", "file/out.onnx", "pipe", "n" * 300])
-def test_places_that_cannot_be_written_are_refused(tmp_path: Path, place: str):
-    """Folders, missing folders, devices and impossible names, each in one line that names the place."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OutputError) as caught:
-        check_writable(tmp_path / place)
-    assert place in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
-from netdecouple.errors import ModelError, OutputError
+from netdecouple.errors import ModelError
 from netdecouple.frontends import ONE_CHANNEL, Array, Layer
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
-from netdecouple.scratch import Scratch, publishing
+from netdecouple.scratch import Scratch, check_writable, publishing, unwritable
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -495,8 +494,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         OutputError: the folder is missing or not writable.
         ModelError: what was written is not what was to be written.
     """
-    target = Path(path)
-    check_writable(target)
+    target = check_writable(path)
     try:
         with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
@@ -508,36 +506,14 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
                 copy.CopyFrom(proto)
                 onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
             _check_written(partial, proto)
-            with publishing(target):
+            with publishing(path):
                 if data.exists():
                     os.replace(data, target.parent / data.name)
                 os.replace(partial, target)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(path, error) from error
 
 
 def _check_written(path: Path, proto: onnx.ModelProto) -> None:
     if _fingerprint(load(path)[0]) != _fingerprint(proto):
         raise ModelError(f"{path.name}: another network once written; choose another place")
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before the work, not after it, that a file cannot be written.
-
-    Raises:
-        OutputError: the folder is missing or not writable, or the path is a folder or a device.
-    """
-    target = Path(path)
-    try:
-        if target.is_dir():
-            raise OutputError(f"{target}: is a folder; give the name of a file")
-        if target.exists() and not target.is_file():  # replacing /dev/null by a file would do harm
-            raise OutputError(f"{target}: is a device or a pipe; give the name of a file")
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise _unwritable(target, error) from error
-
-
-def _unwritable(target: Path, error: OSError) -> OutputError:
-    return OutputError(f"{target}: cannot write there ({error.strerror or error}); choose another place")
