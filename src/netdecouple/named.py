@@ -19,6 +19,7 @@ from netdecouple.curve import Files, Show, budgets_in, unseen
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch.export import export
+from netdecouple.frontends.torch.files import check_replaceable
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.zoo import Model, build
@@ -33,7 +34,17 @@ from netdecouple.resources import Resources
 from netdecouple.sampling import shuffled
 from netdecouple.version import __version__
 
-__all__ = ["Calibrated", "Result", "apply_plan", "build", "calibrate", "decouple", "inspect", "sweep"]
+__all__ = [
+    "Calibrated",
+    "Result",
+    "apply_plan",
+    "build",
+    "calibrate",
+    "check_replaceable",
+    "decouple",
+    "inspect",
+    "sweep",
+]
 
 BATCH = 32  # labelled images that are run at once
 TRIED = 3  # samples that an exported model is tried with

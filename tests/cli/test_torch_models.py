@@ -195,7 +195,7 @@ def test_weights_from_a_file(netdecouple, folder: Path):
         (["run", "nets:make", "--weights", "none.pth"], "none.pth: no such file"),
         (["run", "nets:make", "-o", "out.pt"], "as .onnx or as a folder"),
         (["run", "nets:make", "-o", "nets.py"], "nets.py: is a file"),
-        (["run", "nets:make", "-o", "no/where"], "no/.where: cannot write there"),
+        (["run", "nets:make", "-o", "no/where"], "no/where: cannot write there"),
         (["run", "nets:make", "-o", "images"], "holds other files"),
         (["run", "nets:make", "--method", "nd-dp:T=2"], "or --method"),
         (["run", "nets:make", "--calib", "images"], "give --input-size"),
@@ -213,6 +213,16 @@ def test_what_cannot_be_done_takes_one_line(netdecouple, folder: Path, arguments
     assert message in ended.err
     assert ended.err.count("\n") == 1
     assert {path for path in folder.iterdir() if path.name != "__pycache__"} <= before
+
+
+def test_folders_of_other_files_are_refused_before_the_work(netdecouple, folder: Path):
+    """Also where a network lies among them."""
+    (folder / "out").mkdir()
+    for name in ("netdecouple.json", "notes.txt"):
+        (folder / "out" / name).write_text("mine")
+    ended = netdecouple(*RUN, "-o", "out")
+    assert (ended.code, ended.out) == (2, "")
+    assert "out: holds other files (notes.txt)" in ended.err
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from netdecouple import doors
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
 from netdecouple.report.files import report_ending, write_text
@@ -57,11 +58,10 @@ def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Collec
 
 
 def _check_folder(folder: Path) -> None:
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise OutputError(f"{folder}: is a file; give the name of a folder, or of an .onnx file")
-    if os.path.isdir(folder) and any(folder.iterdir()) and not os.path.exists(folder / "netdecouple.json"):
-        raise OutputError(f"{folder}: holds other files; give the name of a new folder, or of an .onnx file")
-    check_writable(folder.resolve().parent / f".{folder.name}")  # it is renamed into place
+    doors.named().check_replaceable(folder)
+    target = folder.resolve()
+    # what is there is renamed, and what is new into its place
+    check_writable(target.with_name(f".{target.name}.new") if target.exists() else folder)
 
 
 def write_result(

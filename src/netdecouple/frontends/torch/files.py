@@ -81,7 +81,7 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
     description = Description(VERSION, __version__, changes, tied, report)
     text = json.dumps(asdict(description) | {"plan": asdict(decoupling.plan)}, indent=1, ensure_ascii=False)
     try:
-        _check_replaceable(target)
+        check_replaceable(target)
         with Scratch(beside=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
@@ -155,8 +155,12 @@ def _written(state: Mapping[str, Any]) -> tuple[State, tuple[tuple[str, str], ..
     return kept, tuple(tied)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Nothing but what an earlier call wrote is ever removed."""
+def check_replaceable(target: Path) -> None:
+    """Nothing but what an earlier call wrote is ever removed.
+
+    Raises:
+        OutputError: something else is there.
+    """
     if os.path.exists(target) and not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
     names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
