@@ -225,6 +225,17 @@ def test_folders_of_other_files_are_refused_before_the_work(netdecouple, folder:
     assert "out: holds other files (notes.txt)" in ended.err
 
 
+def test_the_current_folder_is_no_place_for_a_network(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is named as it was given."""
+    (folder / "empty").mkdir()
+    monkeypatch.chdir(folder / "empty")
+    ended = netdecouple(*RUN, "-o", ".")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: .: is the current folder; give the name of a new folder\n"
+
+
 @pytest.fixture
 def torchvision() -> SimpleNamespace:
     return import_torchvision()

@@ -127,6 +127,17 @@ def test_other_files_are_not_touched(module: Any, tmp_path: Path, name: str):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_the_current_folder_is_not_replaced(
+    module: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever works there would lose it, whatever it holds."""
+    (tmp_path / "empty").mkdir()
+    for here in (folder, tmp_path / "empty"):
+        monkeypatch.chdir(here)
+        with pytest.raises(OutputError, match="is the current folder"):
+            netdecouple.save(module, ".")
+
+
 def test_a_failure_leaves_the_old_folder(folder: Path, module: Any, monkeypatch: pytest.MonkeyPatch):
     """Nothing half-written, nothing beside it."""
     before = (folder / WEIGHTS).read_bytes()

@@ -163,6 +163,8 @@ def check_replaceable(target: Path) -> None:
     """
     if os.path.exists(target) and not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
+    if os.path.exists(target) and os.path.samefile(target, os.curdir):  # who works there would lose it
+        raise OutputError(f"{target}: is the current folder; give the name of a new folder")
     names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
     others = names - {DESCRIPTION, WEIGHTS} if DESCRIPTION in names else names
     if others:
