@@ -146,6 +146,21 @@ def test_colours_are_for_terminals(folder: Path, variable: str, coloured: bool):
     assert ("\x1b[" in ended.stdout) == coloured
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_an_encoding_lacks_is_replaced(folder: Path, encoding: str):
+    """Tables have signs that not every terminal can show."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "netdecouple", "inspect", "net.onnx"],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        cwd=folder,
+        capture_output=True,
+        encoding=encoding,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Budgets that can be met" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

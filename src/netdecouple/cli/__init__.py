@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -66,6 +67,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="replace")
     if "--json" in sys.argv[1:] and sys.stdout is sys.__stdout__:
         # native code prints past Python: what goes to the descriptor is no part of the JSON
         sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
