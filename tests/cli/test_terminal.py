@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,48 @@ def test_colours_are_for_terminals(folder: Path, variable: str, coloured: bool):
         check=True,
     )
     assert ("\x1b[" in ended.stdout) == coloured
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "net.onnx"], ["inspect", "gone.onnx"], ["run", "--help"]])
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_it_ends_quietly_where_nobody_reads(folder: Path, arguments: list[str], more: list[str]):
+    """As other tools do, which the system ends; what goes wrong is told all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "netdecouple", *arguments, *more]
+    ended = subprocess.run(command, cwd=folder, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    if "gone.onnx" not in arguments:
+        assert ended.returncode == 141
+        assert "rror" not in ended.stderr
+    else:
+        assert ended.returncode == (141 if more else 2)
+        assert ended.stderr.startswith("error: gone.onnx: no such file")
+        assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (">&-", "error: standard output is closed; send it to /dev/null if nobody wants it"),
+        ("> /dev/full", "error: standard output: cannot write there (No space left on device); "),
+    ],
+)
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_where_nothing_can_be_printed(folder: Path, where: str, message: str, option: str):
+    """One line, as for files."""
+    command = f"{shlex.quote(sys.executable)} -m netdecouple inspect net.onnx {option} {where}"
+    ended = subprocess.run(command, shell=True, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in ended.stderr
+
+
+def test_nothing_is_amiss_without_standard_error(folder: Path):
+    """There is nothing to be said there."""
+    command = f"{shlex.quote(sys.executable)} -m netdecouple inspect net.onnx --json 2>&-"
+    ended = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout)["model"] == "net.onnx"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

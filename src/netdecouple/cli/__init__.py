@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -26,7 +26,9 @@ Exit codes:
   1    a mistake of ours
   2    the input or an option is wrong; one line says what to do, and nothing has been written
   130  interrupted by Ctrl-C; one line says what had been written by then
+  141  what reads the output has stopped, and so has the command
 """
+UNREAD = 141  # as shells tell of other tools, which SIGPIPE ends
 
 # typer imports click or, in later versions, brings its own copy;
 # what is wrong with arguments has this base in both
@@ -67,6 +69,10 @@ def _options(
 
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.exit(_fail(2, "error", "standard output is closed; send it to /dev/null if nobody wants it"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
             stream.reconfigure(errors="replace")
@@ -83,10 +89,14 @@ def main() -> None:
         warnings.simplefilter("ignore")
     try:
         code = interruptible(lambda: app(prog_name="netdecouple", standalone_mode=False)) or 0
-    except SystemExit:  # completions
+    except SystemExit as error:  # completions, and what rich and click make of a broken pipe
+        if isinstance(error.__context__, BrokenPipeError):
+            os._exit(UNREAD)
         raise
     except BaseException as error:
         sys.stdout = out
+        if isinstance(error, OSError):
+            _check_printed(out, "\n")  # if it was standard output's, it comes again
         if isinstance(error, Exception) and os.environ.get("NETDECOUPLE_TRACEBACK"):
             raise
         code = _failed(error)
@@ -94,7 +104,20 @@ def main() -> None:
             leave(code)
     finally:
         sys.stdout = out
+    _check_printed(out)
     sys.exit(code)
+
+
+def _check_printed(out: TextIO, more: str = "") -> None:
+    """End here if standard output does not take what waits to be printed, and ``more``."""
+    try:
+        out.write(more)
+        out.flush()
+    except BrokenPipeError:
+        os._exit(UNREAD)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os._exit(_failed(scratch.unwritable("standard output", error)))
 
 
 def _failed(error: BaseException) -> int:
@@ -138,5 +161,5 @@ def _fail(code: int, what: str, message: str) -> int:
     console.print(message, **options.PLAIN)
     if "--json" in sys.argv[1:]:
         told = f"{what}: {message}".removeprefix("error: ")
-        print(json.dumps({"error": told, "exit_code": code}, indent=1), flush=True)
+        print(json.dumps({"error": told, "exit_code": code}, indent=1))
     return code

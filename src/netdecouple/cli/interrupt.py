@@ -6,6 +6,7 @@ in a thread of their own, and the main thread does nothing but wait.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def leave(code: int) -> None:
     """End the process without waiting for any thread."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # there may be nobody who reads
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
