@@ -189,6 +189,19 @@ def test_nothing_is_amiss_without_standard_error(folder: Path):
     assert json.loads(ended.stdout)["model"] == "net.onnx"
 
 
+def test_names_in_tables_are_no_markup(netdecouple, folder: Path):
+    """Neither [tags] nor :key: change, in titles, headings and cells."""
+    names = ["[x] m:key:.onnx", "[b].onnx"]
+    for name in names:
+        (folder / name).write_bytes((folder / "net.onnx").read_bytes())
+    ended = netdecouple("inspect", names[0])
+    assert ended.out.startswith(names[0])
+    ended = netdecouple("eval", *names, "--data", "data.npz:images,labels")
+    assert all(name in ended.out for name in names)
+    ended = netdecouple("bench", *names, "--layers", "--seconds", "0")
+    assert all(ended.out.count(name) == 2 for name in names)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_what_an_encoding_lacks_is_replaced(folder: Path, encoding: str):
     """Tables have signs that not every terminal can show."""

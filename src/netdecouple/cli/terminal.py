@@ -29,7 +29,8 @@ def console() -> Console:
 
 
 def _wide(is_terminal: bool, **options: Any) -> Console:
-    return Console(**options) if is_terminal or "COLUMNS" in os.environ else Console(width=150, **options)
+    width = None if is_terminal or "COLUMNS" in os.environ else 150
+    return Console(width=width, markup=False, emoji=False, **options)  # names are nobody's markup
 
 
 class Terminal:
