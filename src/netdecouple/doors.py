@@ -116,6 +116,8 @@ def _imported(door: str) -> Any:
     try:
         return importlib.import_module(f"netdecouple.{door}")
     except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "safetensors"):
+            raise
         raise UnavailableError(
             f"PyTorch modules need torch and safetensors ({error}); pip install 'netdecouple[torch]'"
         ) from error
