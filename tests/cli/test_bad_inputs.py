@@ -84,6 +84,8 @@ def test_no_such_model(refused):
         ["bench", "net.onnx", "gone.onnx"],
     ):
         refused(command, "gone.onnx", "no such file")
+    for command in (["bench", "gone:small"], ["eval", "gone:small", "--data", "data.npz:images,labels"]):
+        refused(command, "gone:small: no such file; give the path of an .onnx model")
 
 
 def test_names_that_no_file_can_have(refused):

@@ -108,7 +108,8 @@ def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
 
 def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """A file without the weights that lie beside it; an empty model if it is one of another runtime's."""
-    return onnxfile.definition(path) if Path(path).suffix == ".onnx" else onnx.ModelProto()
+    is_others = Path(path).suffix != ".onnx" and os.path.exists(path)
+    return onnx.ModelProto() if is_others else onnxfile.definition(path)
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
