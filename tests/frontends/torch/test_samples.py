@@ -160,6 +160,13 @@ def test_no_more_than_asked_for(sizes: list[int], limit: int):
     assert sum(asked[:-1]) < limit
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_fewer_than_one_sample_is_refused(limit: int):
+    """None would be left, or all but the last."""
+    with pytest.raises(CalibrationError, match=f"{limit} samples asked for: ask for at least 1"):
+        collect(X, TakesOne(), limit, None)
+
+
 def test_samples_are_alike_only_in_all_but_numbers():
     """Types, shapes and what is no tensor."""
 

@@ -98,6 +98,8 @@ def collect(
     """
     if isinstance(calib, str | bytes) or not isinstance(calib, Iterable):
         raise CalibrationError(f"calib is a {type(calib).__name__}; give tensors, batches or a DataLoader")
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"{limit} samples asked for: ask for at least 1")
     alone = isinstance(calib, torch.Tensor | np.ndarray | Mapping)
     accepted = _positional(module)
     flat = any(isinstance(part, nn.Conv1d | nn.ConvTranspose1d) for part in module.modules())
