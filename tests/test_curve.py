@@ -13,6 +13,7 @@ from netdecouple import Settings, application, curve
 from netdecouple.curve import budgets_in
 from netdecouple.errors import BudgetError, ModelError, OutputError
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
 from netdecouple.report.sweep import SweepPoint
 from tests import networks
@@ -112,6 +113,7 @@ def test_budgets():
     """Each once, most MACs first, in every way they can be written."""
     assert [budget.share for budget in budgets_in("50%,2x,0.8")] == [0.8, 0.5]
     assert [budget.share for budget in budgets_in((0.25, "50%"))] == [0.5, 0.25]
+    assert [budget.share for budget in budgets_in(0.7)] == [0.7]
     assert budgets_in("") == []
     assert len(budgets_in("2x,50.001%,1.9999x,49%")) == 2  # files are named after four digits
     with pytest.raises(BudgetError, match="80%x"):
@@ -122,6 +124,13 @@ def test_nothing_to_do():
     """Neither budgets nor networks to compare."""
     with pytest.raises(BudgetError, match="--macs 80%,60%,50%"):
         netdecouple.sweep(networks.classifier(), images_for(networks.classifier()))
+
+
+def test_a_rule_leaves_nothing_to_sweep_over():
+    """It is refused, as `decouple` refuses it with a budget."""
+    model = networks.classifier()
+    with pytest.raises(BudgetError, match="give no rule"):
+        netdecouple.sweep(model, images_for(model), "80%", settings=Settings(rule=Rule.parse("nd-dp:T=2")))
 
 
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

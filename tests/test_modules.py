@@ -383,6 +383,12 @@ def test_a_detector_loses_nothing_at_full_rank(detector: Any):
             np.testing.assert_allclose(other, one, atol=1e-3)
 
 
+def test_a_rule_leaves_nothing_to_sweep_over(module: Any, x: Any):
+    """It is refused, as `decouple` refuses it with a budget."""
+    with pytest.raises(BudgetError, match="give no rule"):
+        netdecouple.sweep(module, x, "80%", settings=replace(ND, rule=Rule.parse("nd-dp:T=2")))
+
+
 def test_a_sweep_makes_the_modules_of_single_calls(tmp_path):
     """Bit for bit; in folders that can be loaded, or as figures only."""
     module = settled(Residual())

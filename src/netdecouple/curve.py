@@ -36,7 +36,7 @@ def unseen(point: SweepPoint) -> None:
 def sweep(
     model: ModelSource,
     calib: Calibration | None = None,
-    macs: str | Iterable[str | float] = (),
+    macs: str | float | Iterable[str | float] = (),
     *,
     compare: Sequence[ModelSource] = (),
     labels: str | os.PathLike[str] | None = None,
@@ -66,6 +66,7 @@ def sweep(
         NetDecoupleError: one of its children, with one line that says what to do.
     """
     budgets = budgets_in(macs)
+    check_rule(settings)
     if not budgets and not compare:
         raise BudgetError("give budgets to sweep over (--macs 80%,60%,50%), or networks to --compare")
     form = api.first_form(api.place_for(emit, None, 1))
@@ -99,15 +100,27 @@ def sweep(
     return Sweep.of(opened.origin, loss, points, compared)
 
 
-def budgets_in(macs: str | Iterable[str | float]) -> list[Budget]:
+def budgets_in(macs: str | float | Iterable[str | float]) -> list[Budget]:
     """The budgets of a sweep, most MACs first, each once: they are told by four digits, in files' names too.
 
     Raises:
         BudgetError: one of them is none.
     """
+    if not isinstance(macs, Iterable):
+        macs = [macs]
     parts = filter(None, macs.split(",")) if isinstance(macs, str) else macs
     found = [Budget(Macs(), share) for share in sorted(map(parse_share, parts), reverse=True)]
     return list({_percent(budget): budget for budget in found}.values())
+
+
+def check_rule(settings: Settings) -> None:
+    """Refuse a rule, which leaves no choice that could meet budgets.
+
+    Raises:
+        BudgetError: there is one.
+    """
+    if settings.rule is not None:
+        raise BudgetError("a sweep is over budgets; give no rule in the settings, or decouple by it")
 
 
 def named_after(budget: Budget, progress: Progress) -> Progress:

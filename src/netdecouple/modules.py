@@ -17,7 +17,7 @@ from torch import nn
 from netdecouple.api import TOLERANCE
 from netdecouple.application import Applied, apply
 from netdecouple.calibration import Preprocessing
-from netdecouple.curve import Files, Show, budgets_in, named_after, unseen
+from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.frontends import Array, Layer
 from netdecouple.frontends.torch import files
@@ -96,7 +96,7 @@ def decouple(
 def sweep(
     module: nn.Module,
     calib: Iterable[Any],
-    macs: str | Iterable[str | float] = (),
+    macs: str | float | Iterable[str | float] = (),
     *,
     output: str | os.PathLike[str] | None = None,
     show: Show = unseen,
@@ -147,6 +147,7 @@ def each(
     Raises:
         NetDecoupleError: as in `decouple`.
     """
+    check_rule(settings)
     if not budgets:
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5)")
     points = []
