@@ -69,10 +69,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stdout is None:
-        sys.exit(_fail(2, "error", "standard output is closed; send it to /dev/null if nobody wants it"))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: nobody wants it, and no file of ours may take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
             stream.reconfigure(errors="replace")
