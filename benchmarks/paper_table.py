@@ -9,7 +9,7 @@ Needs the folder of pretrained networks (NETDECOUPLE_SHARED, or ../shared beside
 Calibration uses training images without labels. The search for the fewest MACs looks at the accuracy on test
 images, as the published tables do.
 
-    python benchmarks/paper_table.py --network resnet20             # half an hour on one core
+    python benchmarks/paper_table.py --network resnet20             # half an hour on one core, ResNet-56 two
     python benchmarks/paper_table.py --print                        # what is known so far
 """
 
