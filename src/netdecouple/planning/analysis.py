@@ -32,9 +32,7 @@ from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together
 TRIALS: dict[Loss, int] = {"kl": 16, "relative": 4}  # least samples to probe with; of maps, each says a lot
-STEEPEST = (
-    8.0  # power of its error with which a loss may go on rising beyond the probes; 5.7 is the most seen
-)
+STEEPEST = 8.0  # power of its error with which a loss rises beyond the probes, at most; 5.7 has been seen
 WORTH = 0.1  # of a wide layer's share of the work, its share of the network
 
 Progress = Callable[[str, int, int], None]  # step, done, total
