@@ -368,7 +368,8 @@ def test_a_network_that_says_one_number_is_decoupled(batch: int | str) -> None:
     assert result.report.difference < 1e-4
 
 
-def test_boxes_of_all_images_in_one_list_are_no_classes() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_boxes_of_all_images_in_one_list_are_no_classes(alone: bool) -> None:
     """As NonMaxSuppression gives them: as many as there are, and not as many from the new network."""
     b = Builder()
     x = b.node("Relu", b.conv("image", 3, 16, 3, "conv1"))
@@ -382,7 +383,8 @@ def test_boxes_of_all_images_in_one_list_are_no_classes() -> None:
     b.node("Slice", rows, four, one, "axis", out="scores")
     limits = (b.constant("most", [9], np.int64), b.constant("overlap", [0.5]), b.constant("least", [0.0]))
     b.node("NonMaxSuppression", "boxes", "scores", *limits, out="chosen")
-    model = b.model([("chosen", ("M", 3)), ("scores", ("N", 1, "A"))], ("N", 3, 12, 12))
+    outputs = [("chosen", ("M", 3)), ("scores", ("N", 1, "A"))]
+    model = b.model(outputs[:1] if alone else outputs, ("N", 3, 12, 12))
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     result = netdecouple.decouple(model, images_for(model, 40), macs=0.6, settings=QUICK)
     assert result.plan.loss == "relative"
