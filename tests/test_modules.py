@@ -260,6 +260,7 @@ ERRORS: dict[str, tuple[Callable[[Any, Any], Any], type[NetDecoupleError], str]]
     "no calib": (lambda m, x: netdecouple.decouple(m, macs=0.5), CalibrationError, "NoneType"),
     "forward": (lambda m, x: netdecouple.decouple(failing(), x, macs=0.5), ModelError, "fails on a calib"),
     "device": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, device="x"), ModelError, "device='x'"),
+    "no device": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, device=None), ModelError, "device=None"),
     "lazy": (
         lambda m, x: netdecouple.decouple(nn.Sequential(nn.LazyConv2d(8, 3)), x, macs=0.5),
         ModelError,

@@ -69,7 +69,7 @@ class TorchNetwork:
         check(module)
         try:
             self.device = torch.device(device)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ModelError(f"device={device!r}: {first_line(error)}") from error
         self.original = module
         self._chosen = chosen
