@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,3 +121,17 @@ def test_channels_are_selected_among_those_selected_before() -> None:
     touched = x.copy()
     touched[:, np.setdiff1d(np.arange(8), steps[0].channels)] += 1
     np.testing.assert_array_equal(fitted(x), fitted(touched))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_nothing_is_gained_by_forgetting_that_inputs_are_white(name: str) -> None:
+    """What a first stage reads of white inputs is white, and is fitted as such, in far less time."""
+    g = ConvGeometry(12, 12, 3, 3, pads=(1, 1, 1, 1), groups=2)
+    problem = data_free_problem(g, 3)
+    forgetful = replace(problem, white=False)
+    steps = steps_of(name, g, 0.5)
+    fitted, _ = method(name).fit(problem, steps)
+    as_any, _ = method(name).fit(forgetful, steps)
+    assert problem.error(fitted) == pytest.approx(problem.error(as_any), rel=1e-6)
+    first = method(name).families[0].fit(problem, steps[0].size).stages[0]
+    assert problem.of_stage((), first, False).white

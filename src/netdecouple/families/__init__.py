@@ -115,13 +115,18 @@ class Problem:
         count = moments.gram.shape[1] // (kernel[0] * kernel[1])  # channels per group
         read = np.arange(count * g.groups) if stage.channels is None else stage.channels
         read = read.reshape(g.groups, -1) % count
-        offsets = np.ndindex(kernel[0] - own.kh + 1, kernel[1] - own.kw + 1)
         taps = np.arange(count * kernel[0] * kernel[1]).reshape(count, *kernel)
-        seen = [
-            _picked(moments, taps[read, a : a + own.kh, b : b + own.kw].reshape(g.groups, -1))
-            for a, b in offsets
+        picks = [
+            taps[read, a : a + own.kh, b : b + own.kw].reshape(g.groups, -1)
+            for a, b in np.ndindex(kernel[0] - own.kh + 1, kernel[1] - own.kw + 1)
         ]
         weight = _matrix(own, stage.weight)
+        repeats = stage.channels is not None and np.unique(stage.channels).size < stage.channels.size
+        if self.white and not before and not repeats:  # some of them are white as well
+            if last:
+                weight = np.take_along_axis(moments.cross, picks[0][:, None, :], axis=2)
+            return Problem.data_free(own, weight, moments.mean_y if last else np.zeros(weight.shape[:2]))
+        seen = [_picked(moments, pick) for pick in picks]
         if last:
             return Problem(own, weight, seen[0])
         mean = replace(
