@@ -424,3 +424,8 @@ def test_what_cannot_be_done_is_said(arguments: dict, error: type[Exception], me
 def test_families_that_make_no_sense_are_refused(families: tuple[str, ...]) -> None:
     with pytest.raises(BudgetError, match="--families"):
         netdecouple.decouple(MODEL, macs=0.5, settings=Settings(data_free=True, families=families))
+
+
+def test_a_loss_that_is_none_is_refused() -> None:
+    with pytest.raises(BudgetError, match="loss 'l2': give kl or relative"):
+        Settings(loss="l2")  # type: ignore[arg-type]

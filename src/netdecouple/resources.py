@@ -28,7 +28,7 @@ class Resources:
     Args:
         work: a folder for what has been found so far. A run that was ended by whatever it may be, started
             again with the same folder, goes on, and ends with the same bytes.
-        memory: bytes that the process may take; "4GB" is understood. None: as much as is of use, about 6 GB
+        memory: bytes that the process may take; "4GB" is understood. None: as much as is of use, 5.3 GB
             and what the model and the widest layer take. Layers that are too wide for it are fitted from
             their weights alone.
         workers: who shares in the work: `netdecouple.distribution.processes`, `dask`, or `Workers.of` any

@@ -233,6 +233,15 @@ def test_run_keeps_to_the_families_it_may_use(netdecouple, folder: Path):
     assert total_macs(folder / "out.onnx") <= total_macs(folder / "net.onnx") / 2
 
 
+def test_run_compares_outputs_as_told(netdecouple, folder: Path):
+    """Numbers that are no scores: a report of relative errors, and of no classes."""
+    ended = netdecouple(*RUN, "--loss", "relative", "--report", "report.json")
+    assert ended.code == 0
+    found = json.loads((folder / "report.json").read_text())["agreement"]
+    assert found["loss"] == "relative"
+    assert found["same_class"] is None
+
+
 def test_run_follows_a_method(netdecouple, folder: Path):
     """T = 2 means two terms for every channel of every layer but the first convolution, which is kept."""
     arguments = ["run", "net.onnx", "-o", "out.onnx", "--method", "nd-dp:T=2", "--data-free"]

@@ -24,7 +24,8 @@ EXIT_CODES = """\b
 Exit codes:
   0    all is well
   1    a mistake of ours
-  2    the input or an option is wrong; one line says what to do, and nothing has been written
+  2    the input or an option is wrong, or there is no room; one line says what to do, and nothing but
+       whole results has been written
   130  interrupted by Ctrl-C; one line says what had been written by then
   141  what reads the output has stopped, and so has the command
 """

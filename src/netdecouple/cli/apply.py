@@ -36,7 +36,7 @@ def apply(
 
     \b
     Example:
-      netdecouple apply model.onnx plan.json -o faster.onnx --calib images/
+      netdecouple apply model.onnx plan.json -o faster.onnx --calib inputs.npy
     """
     terminal = Terminal(quiet, as_json)
     console = terminal.console

@@ -30,7 +30,7 @@ def evaluate(
 
     \b
     Example:
-      netdecouple eval model.onnx faster.onnx --data test.npz:images,labels
+      netdecouple eval model.onnx --data test.npz:images,labels --preset imagenet
     """
     terminal = Terminal(as_json=as_json)
     scores = api.evaluate(

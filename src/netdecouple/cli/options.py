@@ -12,6 +12,7 @@ import typer
 from netdecouple.calibration import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.families.combined import methods
+from netdecouple.planning.sensitivity import Loss
 
 EMITS = ("standard", "fused")
 FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))
@@ -91,6 +92,15 @@ UniformRank = Annotated[
         "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
     ),
 ]
+HowCompared = Annotated[
+    Loss | None,
+    typer.Option(
+        "--loss",
+        help="How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl for a "
+        "single output (N, classes).",
+        show_default=False,
+    ),
+]
 Families = Annotated[
     str,
     typer.Option(
@@ -102,7 +112,7 @@ Families = Annotated[
 Emit = Annotated[
     str,
     typer.Option(
-        help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple).",
+        help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple; .onnx only).",
         autocompletion=among(EMITS),
     ),
 ]

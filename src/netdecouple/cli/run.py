@@ -27,12 +27,14 @@ def run(
     macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
     latency: Annotated[
-        str | None, typer.Option(help="Time that may stay, measured here for one input: 60% or 2x.")
+        str | None,
+        typer.Option(help="Time that may stay, measured here for one input: 60% or 2x. (.onnx only)"),
     ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."
+            min=0,
+            help="Instead of a budget: points of top-1 accuracy that may be lost on --labels. (.onnx only)",
         ),
     ] = None,
     labels: options.Labels = None,
@@ -40,6 +42,7 @@ def run(
     data_free: options.DataFree = False,
     uniform_rank: options.UniformRank = False,
     families: options.Families = "all",
+    loss: options.HowCompared = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +55,7 @@ def run(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Choose by measuring in onnxruntime or openvino how layers are written.",
+            help="Choose by measuring in onnxruntime or openvino how layers are written. (.onnx only)",
             show_default=False,
             autocompletion=options.among(("onnxruntime", "openvino")),
         ),
@@ -81,8 +84,8 @@ def run(
 
     \b
     Examples:
-      netdecouple run model.onnx -o faster.onnx --calib images/ --macs 50%
-      netdecouple run model.onnx -o faster.onnx --calib images/ --latency 60%
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --macs 50%
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --latency 60%
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(quiet, as_json)
@@ -91,7 +94,9 @@ def run(
     check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
     rule = None if method is None else Rule.parse(method)
-    settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule)
+    settings = Settings(
+        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule, loss
+    )
 
     resources = Resources(work, memory, shards=shards)
 

@@ -34,7 +34,9 @@ def sweep(
     ] = "",
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two results of earlier runs, to judge on the same inputs.", show_default=False),
+        typer.Option(
+            help="Two results of earlier runs, to judge on the same inputs. (.onnx only)", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -64,6 +66,7 @@ def sweep(
     data_free: options.DataFree = False,
     uniform_rank: options.UniformRank = False,
     families: options.Families = "all",
+    loss: options.HowCompared = None,
     emit: options.Emit = "standard",
     samples: options.Samples = api.SAMPLES,
     seed: options.Seed = 0,
@@ -79,14 +82,16 @@ def sweep(
 
     \b
     Examples:
-      netdecouple sweep model.onnx --calib images/ --macs 80%,60%,50% --csv curve.csv
-      netdecouple sweep model.onnx --calib images/ --macs 1.5x,2x,3x -o networks/
-      netdecouple sweep model.onnx --calib images/ --compare a.onnx b.onnx
+      netdecouple sweep model.onnx --calib inputs.npy --macs 80%,60%,50% --csv curve.csv
+      netdecouple sweep model.onnx --calib inputs.npy --macs 1.5x,2x,3x -o networks/
+      netdecouple sweep model.onnx --calib inputs.npy --compare a.onnx b.onnx
     """
     terminal = Terminal(quiet, as_json)
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
-    settings = Settings(tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families))
+    settings = Settings(
+        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), loss=loss
+    )
     resources = Resources(work, memory, shards=shards)
     if doors.is_named(model):
         check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")

@@ -64,7 +64,7 @@ def _existing() -> Path:
     if path is None:
         raise UnavailableError(
             "the fused operator was not built with netdecouple; install a C++ compiler and run "
-            "`pip install --force-reinstall --no-deps --no-cache-dir netdecouple`, "
+            "`pip install --force-reinstall --no-deps --no-cache-dir .` in its sources, "
             "or turn the model into standard operators with `netdecouple lower`"
         )
     return path

@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import get_args
 
 import numpy as np
 
 from netdecouple import threads
 from netdecouple.distribution import Common, each, same
-from netdecouple.errors import ModelError
+from netdecouple.errors import BudgetError, ModelError
 from netdecouple.families import Problem
 from netdecouple.frontends import Array, Images, Layer, Network
 from netdecouple.planning.candidates import (
@@ -40,7 +41,11 @@ Progress = Callable[[str, int, int], None]  # step, done, total
 
 @dataclass(frozen=True)
 class Settings:
-    """How to decouple; the defaults are meant to be right."""
+    """How to decouple; the defaults are meant to be right.
+
+    Raises:
+        BudgetError: there is no such loss.
+    """
 
     exclude: tuple[str, ...] = ()  # layer names or globs to leave alone
     data_free: bool = False
@@ -49,6 +54,10 @@ class Settings:
     families: tuple[str, ...] = ("all",)  # as in `families.combined.methods`
     rule: Rule | None = None  # one method for every layer, instead of planning
     loss: Loss | None = None  # None: KL for classifiers, relative error for all else
+
+    def __post_init__(self) -> None:
+        if self.loss not in (None, *get_args(Loss)):
+            raise BudgetError(f"loss {self.loss!r}: give {' or '.join(get_args(Loss))}, or none")
 
     @property
     def methods(self) -> tuple[str, ...]:
