@@ -87,11 +87,19 @@ class Moments:
         mean_y = np.einsum("gmd,gd->gm", weight, self.mean_x) + bias
         return replace(self, cross=cross, mean_y=mean_y, power=np.einsum("gmd,gmd->gm", cross, weight))
 
-    def mapped(self, maps: Array) -> Moments:
-        """Moments of x' = maps x, maps (groups, d', d), with the same targets."""
+    def mapped(self, maps: Array, white: bool = False) -> Moments:
+        """Moments of x' = maps x, maps (groups, d', d), with the same targets.
+
+        ``white`` says that the Gram matrix is the identity, with which nothing has to be multiplied.
+        """
         turned = maps.swapaxes(1, 2)
         mean_x = np.einsum("gpd,gd->gp", maps, self.mean_x)
-        return replace(self, mean_x=mean_x, gram=maps @ self.gram @ turned, cross=self.cross @ turned)
+        return replace(
+            self,
+            mean_x=mean_x,
+            gram=(maps if white else maps @ self.gram) @ turned,
+            cross=self.cross @ turned,
+        )
 
     def error(self, weight: Array, bias: Array) -> float:
         """Σ |y - weight x - bias|² per sample, over all groups; weight (groups, m, d), bias (groups, m)."""

@@ -147,7 +147,8 @@ class Problem:
         maps = np.zeros((*dense.shape[:2], *kernel, g.n_i // g.groups, g.kh, g.kw))
         for a, b in np.ndindex(*kernel):
             maps[:, :, a, b, :, a : a + kh, b : b + kw] = dense
-        return self.moments.mapped(maps.reshape(g.groups, -1, self.moments.gram.shape[1])), kernel
+        maps = maps.reshape(g.groups, -1, self.moments.gram.shape[1])
+        return self.moments.mapped(maps, self.white), kernel
 
 
 def _identity(d: int) -> Array:
