@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from netdecouple import Settings
-from netdecouple.application import apply
+from netdecouple.application import Applied, apply, difference
+from netdecouple.convolution import ConvGeometry, spread
+from netdecouple.errors import ModelError
 from netdecouple.families import Problem
 from netdecouple.families.combined import method
 from netdecouple.frontends.onnx.model import read_model
@@ -90,3 +95,26 @@ def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:
     assert "large" not in store
     assert len(store) == 1
     store.pop("large")  # forgetting twice is no error
+
+
+def test_ranked_outputs_may_change_places_but_not_be_wrong() -> None:
+    """A list of the 300 highest of 400 scores that lie close, with where each was found."""
+    rng = np.random.default_rng(0)
+    weight = 1e-3 * rng.standard_normal((400, 16, 1, 1))
+    kernels = spread(ConvGeometry(400, 16, 1, 1), weight, np.ones(400))
+    images = rng.standard_normal((8, 16)).astype(np.float32)
+
+    def run(images: np.ndarray, kernels: dict[str, Any]) -> list[np.ndarray]:
+        scores = images @ kernels["head"][0][:, :, 0, 0].T + kernels["head"][1]
+        best = np.argsort(-scores, axis=1)[:, :300]
+        return [np.stack([np.take_along_axis(scores, best, 1), best], axis=2)]
+
+    network: Any = SimpleNamespace(run=run)
+    applied = Applied(SimpleNamespace(), {"head": kernels}, {}, {})  # type: ignore[arg-type]
+    (own,) = applied.kernels.values()
+    rounded = own[0] * np.float32(1 + 1e-6) + np.float32(1e-9) * rng.standard_normal(own[0].shape, np.float32)
+    swapped = run(images, {"head": (rounded, own[1])})
+    assert difference(network, applied, images, swapped, 1e-3) > 1e-3
+    wrong = run(images, {"head": (np.roll(own[0], 1, axis=1), own[1])})
+    with pytest.raises(ModelError, match="differs from its own plan"):
+        difference(network, applied, images, wrong, 1e-3)

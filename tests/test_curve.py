@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import netdecouple
@@ -19,6 +21,30 @@ from netdecouple.report.sweep import SweepPoint
 from tests import networks
 
 QUICK = Settings(families=("nd-dp",))  # a single family is weighed in a fraction of the time
+
+
+def test_onnx_runtime_may_be_installed_under_another_name(monkeypatch: pytest.MonkeyPatch):
+    """As onnxruntime-gpu; its version is what it says itself."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    model = networks.residual()
+    result = netdecouple.decouple(model, images_for(model), macs=0.9, settings=QUICK)
+    assert dict(result.report.provenance.versions)["onnxruntime"] == onnxruntime.__version__
+
+
+def test_the_fused_operator_is_refused_for_float16_before_the_work(monkeypatch: pytest.MonkeyPatch):
+    if not netdecouple.kernels.available():
+        pytest.skip("the fused operator was not built")
+    monkeypatch.setattr(curve, "analyze", lambda *_: pytest.fail("it worked"))
+    model = networks.halved(networks.residual())
+    with pytest.raises(ModelError, match="--emit fused is for float32"):
+        netdecouple.sweep(model, images_for(model), 0.5, settings=QUICK, emit="fused")
 
 
 def images_for(model: onnx.ModelProto) -> np.ndarray:

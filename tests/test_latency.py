@@ -176,6 +176,32 @@ def test_tiny_models_are_copies_of_the_layer(analysis: Analysis, form: Form) -> 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_are_timed_with_as_many_images_as_the_network(analysis: Analysis, tmp_path: Path) -> None:
+    """Of a model with a fixed batch; their times are kept apart from those of other batches."""
+    assert isinstance(analysis.network, OnnxNetwork)
+    path, opened = tmp_path / "times.json", []
+    for batch in (1, 4):
+        clock = Clock(by_weights)
+        image = analysis.inputs.images[:batch]
+        Latency(analysis.network, analysis.candidates, Place(clock), image, Cache(path))
+        opened.append([m.graph.input[0].type.tensor_type.shape.dim[0].dim_value for m in clock.opened[:-1]])
+    assert {*opened[0]} == {1}
+    assert {*opened[1]} == {4}
+    assert len(opened[0]) == len(opened[1]) > 3
+
+
+def test_times_are_kept_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(latency.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    Cache().update({"a": 1.0})
+    assert Cache()["a"] == 1.0
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tiny_models_of_fully_connected_layers_are_matrix_products(form: Form) -> None:
     layer = linear("fc", 12, 9)

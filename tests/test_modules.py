@@ -401,6 +401,7 @@ def test_a_sweep_makes_the_modules_of_single_calls(tmp_path):
         assert loaded.decoupling.plan == one.decoupling.plan
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), one.parameters(), strict=True))
         assert point.agreement == one.decoupling.report.agreement
+        assert loaded.decoupling.report.provenance == one.decoupling.report.provenance
     figures = netdecouple.sweep(module, calib, "90%,50%", settings=ND)
     assert [point.file for point in figures.points] == [None, None]
     assert [point.macs for point in figures.points] == [point.macs for point in sweep.points]

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from netdecouple import benchmark, calibration, kernels, runtimes
-from netdecouple.application import Applied, apply
+from netdecouple.application import Applied, apply, difference
 from netdecouple.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
 from netdecouple.frontends import Array
@@ -22,7 +22,7 @@ from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latenc
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.sensitivity import agreement, divergence, rounding
+from netdecouple.planning.sensitivity import agreement, divergence
 from netdecouple.planning.solve import (
     BudgetRow,
     FormOf,
@@ -162,12 +162,12 @@ def decouple(
     share = None if latency is None else parse_share(latency)
     place = place_for(emit, runtime, threads)
     opened = read_model(model)
-    if emit == "fused" and opened.dtype != np.float32:
-        raise ModelError(f"{opened.origin}: --emit fused is for float32 models, this one is {opened.dtype}")
+    check_emit(opened, emit)
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
     resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
+    check_classifier(network, labelled)
     inputs, images = split(images, settings.seed)
     with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
         network.resources = own
@@ -223,6 +223,26 @@ def place_for(emit: str, runtime_name: str | None, threads: int) -> Place:
             raise ModelError(f"--emit fused is for onnxruntime; {name} runs standard operators only")
         kernels.check_available()
     return Place(runtimes.runtime(name), threads, FUSED if emit == "fused" else STANDARD)
+
+
+def check_emit(model: OnnxModel, emit: str) -> None:
+    """Refuse the fused operator where it cannot be.
+
+    Raises:
+        ModelError: the model is not of float32.
+    """
+    if emit == "fused" and model.dtype != np.float32:
+        raise ModelError(f"{model.origin}: --emit fused is for float32 models, this one is {model.dtype}")
+
+
+def check_classifier(network: OnnxNetwork, labelled: tuple[Array, np.ndarray] | None) -> None:
+    """Find out before the work that there is no accuracy to be measured on what is ``labelled``.
+
+    Raises:
+        ModelError: the network is no classifier.
+    """
+    if labelled is not None:
+        accuracy(network.run(labelled[0][:1])[0], labelled[1][:1])
 
 
 def first_form(place: Place) -> FormOf:
@@ -411,7 +431,10 @@ class Judge:
         layers = {layer.name: layer for layer in network.layers}
         model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
         new = network.run_model(model, shown)
-        difference = _difference(network, applied, model, shown[:32])
+        few = shown[:32]
+        halves = any(layer.weight.dtype == np.float16 for layer in network.layers)
+        tolerance = HALF_TOLERANCE if halves else TOLERANCE
+        off = difference(network, applied, few, network.run_model(model, few), tolerance)
         quality = quality_of(plan, len(shown), self.original, new)
         both = None
         if self.labelled is not None:
@@ -429,7 +452,7 @@ class Judge:
             plan.budget,
             rows,
             quality if self.is_calibrated else None,
-            difference,
+            off,
             both,
             None if clock is None else clock.speed(model, plan),
             images.skipped,
@@ -442,17 +465,6 @@ class Judge:
         )
         source = network.model.proto if self.source is None else self.source
         return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))
-
-
-def _difference(network: OnnxNetwork, applied: Applied, model: onnx.ModelProto, images: Array) -> float:
-    """Compare the emitted stages with their composed dense kernels, in the whole network."""
-    worst = rounding(network.run(images, applied.kernels), network.run_model(model, images))
-    halves = any(layer.weight.dtype == np.float16 for layer in network.layers)
-    if not worst <= (HALF_TOLERANCE if halves else TOLERANCE):
-        raise ModelError(
-            f"the decoupled network differs from its own plan by {worst:.1e}; please report this model"
-        )
-    return worst
 
 
 def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspection:

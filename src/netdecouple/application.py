@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from netdecouple import threads
 from netdecouple.convolution import Factorization
-from netdecouple.errors import PlanError
+from netdecouple.errors import ModelError, PlanError
 from netdecouple.families import Problem
 from netdecouple.families.combined import method
 from netdecouple.families.ridge import best_ridge, held_back_error
-from netdecouple.frontends import Layer, Network
+from netdecouple.frontends import Array, Images, Layer, Network
 from netdecouple.moments import Moments
 from netdecouple.planning.analysis import Progress, is_too_wide_to_fit, quiet
 from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.planning.sensitivity import rounding
 from netdecouple.resources import Resources
 from netdecouple.sampling import Inputs
 from netdecouple.walkers import Targets, Walkers, walkers_for
+
+JUMPY = 0.5  # relative difference beyond which no rounding is blamed
 
 
 @dataclass(frozen=True)
@@ -159,3 +163,33 @@ def _with_ridge(
 
     ridge, regular = best_ridge(problem, held_back, quick)
     return replace(row, ridge=ridge), regular
+
+
+def difference(
+    network: Network, applied: Applied, images: Images, made: Sequence[Array], tolerance: float
+) -> float:
+    """How far the outputs of what was made are from those of the composed dense kernels, relative to them.
+
+    Ranked boxes and names of classes jump where anything is rounded otherwise; they may be as far off
+    as a hundredth of the tolerance in the kernels takes them, twice.
+
+    Raises:
+        ModelError: they are further off than rounding explains.
+    """
+    plain = network.run(images, applied.kernels)
+    worst = rounding(plain, made)
+    if worst > tolerance and worst > min(2 * _jump(network, applied, images, plain, tolerance / 100), JUMPY):
+        raise ModelError(
+            f"what was made of the network differs from its own plan by {worst:.1e}; please report this model"
+        )
+    return worst
+
+
+def _jump(network: Network, applied: Applied, images: Images, plain: Sequence[Array], noise: float) -> float:
+    """How far noise of this size in the kernels takes the outputs."""
+    rng = np.random.default_rng(0)
+    nudged = {
+        name: ((weight * (1 + noise * rng.standard_normal(weight.shape))).astype(np.float32), bias)
+        for name, (weight, bias) in applied.kernels.items()
+    }
+    return rounding(plain, network.run(images, nudged))

@@ -71,15 +71,19 @@ def sweep(
         raise BudgetError("give budgets to sweep over (--macs 80%,60%,50%), or networks to --compare")
     form = api.first_form(api.place_for(emit, None, 1))
     opened = read_model(model)
+    api.check_emit(opened, emit)
     files = None if output is None else Files(Path(output), _stem(model), ".onnx")
+    if files is not None:
+        files.check(budgets, (model, *compare))
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
     resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
+    api.check_classifier(network, labelled)
     inputs, images = api.split(images, settings.seed)
-    judge = Judge(network, inputs, images, labelled, calib is not None)
-    loss = settings.loss or loss_kind(judge.original, len(inputs.held_back))
+    judge = Judge(network, inputs, images, labelled, calib is not None, settings=settings)
+    loss = loss_kind(judge.original, len(inputs.held_back), settings.loss)
     compared = []
     for source, other in others:
         compared.append(_compared(judge, source, OnnxNetwork(other, images.images), loss))
@@ -146,6 +150,21 @@ class Files:
             )
         check_writable((folder if os.path.isdir(folder) else folder.resolve().parent) / f"{stem}{suffix}")
         self._folder, self._stem, self._suffix = folder, stem, suffix
+
+    def check(self, budgets: Sequence[Budget], sources: Sequence[ModelSource]) -> None:
+        """Refuse to write what the networks are read from.
+
+        Raises:
+            OutputError: one of the files is one of the ``sources``.
+        """
+        read = [
+            source for source in sources if isinstance(source, str | os.PathLike) and os.path.exists(source)
+        ]
+        for path in map(self.of, budgets):
+            if os.path.exists(path) and any(path.samefile(source) for source in read):
+                raise OutputError(
+                    f"{path}: is an input, and inputs are never overwritten; choose another folder"
+                )
 
     def of(self, budget: Budget) -> Path:
         """The file, or folder, of one budget."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,8 +61,7 @@ class Cache:
     """Times of layers on disk, by machine, runtime and version; a file that cannot be read is made anew."""
 
     def __init__(self, path: Path | None = None) -> None:
-        folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.path = path or Path(folder).expanduser() / "netdecouple" / "latency.json"
+        self.path = path or _cache_folder() / "netdecouple" / "latency.json"
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             self._times = {str(k): float(v) for k, v in known.items()}
@@ -85,6 +85,13 @@ class Cache:
                 os.replace(partial, self.path)
         except OSError:
             pass  # measured again next time
+
+
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir())
 
 
 def machine() -> str:
@@ -122,6 +129,7 @@ class Latency:
         self._network = network
         self._candidates = candidates
         self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(image)}
+        self._batch = len(image)  # layers are timed with as many
         self._cache = cache or Cache()
         self._prefix = f"{machine()} | {place} | netdecouple {__version__} | "
         self._dense: dict[str, float] = {}
@@ -186,16 +194,19 @@ class Latency:
         """What a time is known by: channels are left out, only how many are read counts."""
         stages = " ".join(f"{g.n_i}>{g.n_o}/{g.groups}:{g.kh}x{g.kw}" for g in structure.stages)
         kind = layer.operator if layer.operator in PRODUCTS else form
-        return f"{self._prefix}{layer.geometry} @{layer.size} {kind} {stages}"
+        batch = f" batch {self._batch}" if self._batch > 1 else ""
+        return f"{self._prefix}{layer.geometry} @{layer.size}{batch} {kind} {stages}"
 
     def _measured(self, layer: Layer, kinds: Sequence[tuple[Structure, Form]]) -> list[float]:
         """Milliseconds of a layer in several forms, which take turns."""
         assert layer.geometry is not None
         copies = int(np.clip(COLD / (4 * layer.parameters), 3, 8)) if layer.macs < 5e8 else 2
-        shape = _shape(layer, layer.geometry.n_i, layer.size)
+        shape = _shape(layer, layer.geometry.n_i, layer.size, self._batch)
         image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         sessions = [
-            self.place.runtime.open(tiny_model(layer, structure, form, copies), self.place.threads)
+            self.place.runtime.open(
+                tiny_model(layer, structure, form, copies, self._batch), self.place.threads
+            )
             for structure, form in kinds
         ]
         runs = [partial(session.run, {"x": image}) for session in sessions]
@@ -341,12 +352,14 @@ def placeholder(structure: Structure, seed: int = 0) -> Factorization:
     return Factorization(structure.geometry, stages, np.zeros(structure.geometry.n_o, np.float32))
 
 
-def _shape(layer: Layer, channels: int, size: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of one image's maps, or of its row where the layer is fully connected."""
-    return (1, channels) if layer.operator in PRODUCTS else (1, channels, *size)
+def _shape(layer: Layer, channels: int, size: tuple[int, int], batch: int) -> tuple[int, ...]:
+    """The shape of a batch's maps, or of its rows where the layer is fully connected."""
+    return (batch, channels) if layer.operator in PRODUCTS else (batch, channels, *size)
 
 
-def tiny_model(layer: Layer, structure: Structure, form: Form, copies: int) -> onnx.ModelProto:
+def tiny_model(
+    layer: Layer, structure: Structure, form: Form, copies: int, batch: int = 1
+) -> onnx.ModelProto:
     """Several copies of a layer in some structure, with weights of their own on one input.
 
     Weights differ, so that no runtime takes two copies for one. Each is followed by a pooling to one pixel,
@@ -365,9 +378,9 @@ def tiny_model(layer: Layer, structure: Structure, form: Form, copies: int) -> o
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, _shape(layer, g.n_i, layer.size))],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, _shape(layer, g.n_i, layer.size, batch))],
         [
-            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, _shape(layer, g.n_o, (1, 1)))
+            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, _shape(layer, g.n_o, (1, 1), batch))
             for i in range(copies)
         ],
         weights,

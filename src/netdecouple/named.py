@@ -154,6 +154,7 @@ def decouple(
     collected = collect(calibrated.batches, model.module, samples, None)
     if to_onnx:
         export(model.module, _picture_tensor(collected), {})
+    before = None if labelled is None else _accuracy(model.module, *labelled)
     module = modules.decouple(
         model.module,
         _batches(collected),
@@ -165,9 +166,7 @@ def decouple(
         progress=progress,
         show_budgets=show_budgets,
     )
-    both = None
-    if labelled is not None:
-        both = _accuracy(model.module, *labelled), _accuracy(module, *labelled)
+    both = None if before is None or labelled is None else (before, _accuracy(module, *labelled))
     return _result(model, module, calibrated, collected, calib, preprocessing, both)
 
 
@@ -245,10 +244,11 @@ def apply_plan(
     calib: str | None,
     *,
     preprocessing: Preprocessing | None = None,
+    to_onnx: bool = False,
     resources: Resources = Resources(),
     progress: Progress = quiet,
 ) -> Result:
-    """Carry out a saved plan on a model that `build` made; see `modules.apply_plan`.
+    """Carry out a saved plan on a model that `build` made; see `modules.apply_plan`, and `decouple`.
 
     Raises:
         PlanError: the plan is of another network or of other samples.
@@ -258,6 +258,8 @@ def apply_plan(
     preprocessing = preprocessing or model.preprocessing
     calibrated = calibrate(model, calib, preprocessing, plan.samples, settings)
     collected = collect(calibrated.batches, model.module, plan.samples, None)
+    if to_onnx:
+        export(model.module, _picture_tensor(collected), {})
     module = modules.apply_plan(
         model.module, plan, _batches(collected), resources=resources, progress=progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import platform
 import sys
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def identity(network: Network, inputs: Inputs, settings: Settings | None, door: 
 
     Budgets are not among it: what is found for one is of use to another.
     """
-    used = {"netdecouple": __version__} | {name: metadata.version(name) for name in (*ALWAYS, door)}
+    used = {"netdecouple": __version__} | {name: _version(name) for name in (*ALWAYS, door)}
     return {
         "model": network.fingerprint,
         "layers": hashlib.sha256(repr([(la.name, la.reason) for la in network.layers]).encode()).hexdigest(),
@@ -60,7 +61,14 @@ def identity(network: Network, inputs: Inputs, settings: Settings | None, door: 
 
 def _versions() -> list[tuple[str, str]]:
     used = [*ALWAYS, *(name for name in IF_USED if name in sys.modules)]
-    return [(name, metadata.version(name)) for name in used]
+    return [(name, _version(name)) for name in used]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # installed under another name, like onnxruntime-gpu
+        return str(importlib.import_module(name).__version__)
 
 
 def _method(plan: Plan, settings: Settings | None) -> str:

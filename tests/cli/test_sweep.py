@@ -61,3 +61,14 @@ def test_what_is_refused(netdecouple, folder: Path, arguments: list[str], messag
     assert message in ended.err
     assert ended.err.count("\n") == 1
     assert set(folder.iterdir()) == before
+
+
+def test_networks_are_not_written_over_those_they_are_compared_with(netdecouple, folder: Path):
+    """Nor over the model itself."""
+    assert netdecouple(*SWEEP, "--macs", "80%,50%", "-o", "nets", "-q").code == 0
+    pair = [folder / "nets" / f"net-macs{share}.onnx" for share in (80, 50)]
+    before = [path.read_bytes() for path in pair]
+    ended = netdecouple(*SWEEP, "--macs", "50%", "--compare", *map(str, pair), "-o", "nets")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: nets/net-macs50.onnx: is an input")
+    assert [path.read_bytes() for path in pair] == before

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
 import netdecouple as package  # noqa: E402
+from netdecouple import modules  # noqa: E402
 from netdecouple.runtimes.onnxruntime import open_session, run  # noqa: E402
 from netdecouple.version import __version__  # noqa: E402
 from tests.conftest import import_torchvision  # noqa: E402
@@ -41,6 +42,10 @@ class Branching(nn.Module):
 
     def forward(self, x):
         return self.inside(x) + torch.as_tensor(np.sort(x.numpy()).mean()).float()
+
+
+def maps():
+    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3))
 
 
 def sound():
@@ -213,6 +218,21 @@ def test_what_cannot_be_done_takes_one_line(netdecouple, folder: Path, arguments
     assert message in ended.err
     assert ended.err.count("\n") == 1
     assert {path for path in folder.iterdir() if path.name != "__pycache__"} <= before
+
+
+def test_what_the_result_could_not_be_is_found_out_before_the_work(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An .onnx file of what cannot be exported, the accuracy of what is no classifier."""
+    planned = ["--macs", "2x", "--data-free", "--input-size", "8", "--plan-out", "plan.json"]
+    assert netdecouple("run", "nets:Branching", "-o", "out", *planned).code == 0
+    for work in ("decouple", "apply_plan"):
+        monkeypatch.setattr(modules, work, lambda *_, **__: pytest.fail("it worked"))
+    data = ["--calib", "data.npz:images", "-o", "out.onnx"]
+    ended = netdecouple("apply", "nets:Branching", "plan.json", *data)
+    assert (ended.code, "differs in ONNX Runtime" in ended.err) == (2, True), ended
+    ended = netdecouple("run", "nets:maps", "--macs", "2x", "--labels", "data.npz:images,labels", *data)
+    assert (ended.code, "accuracy needs outputs" in ended.err) == (2, True), ended
 
 
 def test_folders_of_other_files_are_refused_before_the_work(netdecouple, folder: Path):

@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry
 from netdecouple.frontends.onnx.emission import Form, emit
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
 from tests.kernels.cases import COUNT, TOLERANCE, Case, case, rows_of, separable
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
@@ -306,3 +308,11 @@ def test_the_session_explains_itself_without_the_operator() -> None:
     model = model_of([fused(["x", *CONSTANTS])], CONSTANTS)
     with pytest.raises(Exception, match="DecoupledConv"):
         ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_a_network_of_nothing_but_fused_operators_can_be_read() -> None:
+    """As is what `--emit fused` writes where every layer was changed; there is nothing left to decouple."""
+    opened = read_model(chain("fused", SIZES[:2]))
+    layers = OnnxNetwork(opened, np.zeros((2, 8, 6, 6), np.float32)).layers
+    assert [la.reason for la in layers] == ["already decoupled"] * 2
+    assert sum(la.macs for la in layers) == 36 * sum(n_i * t * (9 + n_o) for n_i, n_o, t in SIZES[:2])

@@ -86,8 +86,19 @@ def test_a_limit_is_never_overshot_by_the_solvers_tolerance(seed: int) -> None:
     assert sum(o.loss for o in chosen) == pytest.approx(best, rel=2e-5)
 
 
+@pytest.mark.parametrize("beyond", [1.0, 1 + 1e-9, 1 + 1e-7, 1 + 1e-5])
+def test_the_least_can_be_had_where_layers_differ_a_millionfold(beyond: float) -> None:
+    """The solver's tolerance, a millionth of the limit, is more than all that the small layers cost."""
+    small = [Option(0.0, (512.0,)), Option(0.01, (340.0,)), Option(5.0, (272.0,))]
+    layers = [[Option(0.0, (1.6e9,)), Option(1.0, (4e8,))], *[small] * 4]
+    limit = (4e8 + 4 * 272) * beyond
+    picks = choose(layers, [limit])
+    assert sum(options[i].costs[0] for options, i in zip(layers, picks, strict=True)) <= limit
+    assert (picks[1:] == [2, 2, 2, 2]) == (beyond < 1 + 1e-6)
+
+
 def test_no_choice_at_all_is_an_error() -> None:
-    with pytest.raises(BudgetError, match=r"^no choice of ranks meets the budget$"):
+    with pytest.raises(BudgetError, match="cannot be met together; let more stay"):
         choose([[Option(0.0, (2.0,)), Option(1.0, (1.0,))]], [0.5])
 
 

@@ -51,7 +51,13 @@ def apply(
         pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
         with terminal.bars() as bars:
             result = doors.named().apply_plan(
-                opened, wanted, calib, preprocessing=pictures, resources=resources, progress=bars
+                opened,
+                wanted,
+                calib,
+                preprocessing=pictures,
+                to_onnx=any(path.suffix == ".onnx" for path in output),
+                resources=resources,
+                progress=bars,
             )
     else:
         check_onnx_only(model, {"--weights": weights})

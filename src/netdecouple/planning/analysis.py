@@ -170,7 +170,7 @@ def analyze(
     open_layers = [la for la in layers if la.name not in reasons]
     original = Original(network, inputs, open_layers)
     loss = resources.checkpoint.once(
-        "loss", str, lambda: settings.loss or loss_kind(original.outputs, len(inputs.held_back))
+        "loss", str, lambda: loss_kind(original.outputs, len(inputs.held_back), settings.loss)
     )
     total = sum(layer.macs for layer in layers)
     depth = len(open_layers)

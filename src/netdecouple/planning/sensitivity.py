@@ -8,16 +8,28 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from netdecouple.errors import ModelError
+
 Array = NDArray[np.floating]
 Loss = Literal["kl", "relative"]
 LOST = 1e9  # the divergence of outputs that are no numbers any more: more than any that are
 
 
-def loss_kind(outputs: Sequence[Array], count: int) -> Loss:
-    """KL for a classifier (one output (n, classes) for n inputs), relative squared error for all else."""
+def loss_kind(outputs: Sequence[Array], count: int, wanted: Loss | None = None) -> Loss:
+    """KL for a classifier (one output (n, classes) for n inputs), relative squared error for all else.
+
+    Raises:
+        ModelError: KL is wanted, and the network is no classifier.
+    """
     first = outputs[0]
     scores = first.ndim == 2 and first.dtype.kind == "f" and len(first) == count and first.shape[1] > 1
-    return "kl" if len(outputs) == 1 and scores else "relative"
+    is_classifier = len(outputs) == 1 and scores
+    if wanted == "kl" and not is_classifier:
+        shapes = ", ".join(str(output.shape) for output in outputs)
+        raise ModelError(
+            f"--loss kl is for a single output (N, classes), and {count} inputs gave {shapes}; leave it out"
+        )
+    return wanted or ("kl" if is_classifier else "relative")
 
 
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:

@@ -44,31 +44,38 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
         BudgetError: no choice meets the limits.
     """
     sizes = [len(options) for options in layers]
-    ends = np.cumsum(sizes)
+    ends = np.cumsum(sizes, dtype=np.int64)
     losses = np.array([o.loss for options in layers for o in options])
     costs = np.array([o.costs for options in layers for o in options], float).T  # (budgets, options)
     once = np.zeros((len(layers), len(losses)))
     for row, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         once[row, end - size : end] = 1
-    scale = np.maximum(np.abs(limits), 1)
+    starts = ends - sizes
+    least = np.minimum.reduceat(costs, starts, axis=1)  # (budgets, layers)
+    room = np.asarray(limits, float) - least.sum(axis=1)  # what can be spent beyond
+    above = costs - np.repeat(least, sizes, axis=1)
+    possible = np.all(above <= room[:, None], axis=0)
+    scale = np.where(room > 0, room, 1.0)
     for slack in (0.0, 2e-6, 1e-5):  # the solver may overshoot a limit by its tolerance of 1e-6; we may not
         solution = milp(
             losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
             constraints=[
                 LinearConstraint(once, 1, 1),
-                LinearConstraint(costs / scale[:, None], -np.inf, np.asarray(limits) / scale * (1 - slack)),
+                LinearConstraint(above / scale[:, None], -np.inf, room / scale * (1 - slack)),
             ],
             integrality=np.ones(len(losses)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, possible.astype(float)),
             options={"mip_rel_gap": 1e-5, "time_limit": 60.0},
         )
         if solution.x is None:
             break
         picks = [int(np.argmax(solution.x[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
-        chosen = np.array(picks) + ends - sizes
-        if np.all(costs[:, chosen].sum(axis=1) <= limits):
+        if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limits):
             return picks
-    raise BudgetError("no choice of ranks meets the budget")
+    cheapest = [int(np.argmin(costs[0, end - size : end])) for end, size in zip(ends, sizes, strict=True)]
+    if np.all(costs[:, np.array(cheapest) + starts].sum(axis=1) <= limits):
+        return cheapest
+    raise BudgetError("the budgets cannot be met together; let more stay of one of them")
 
 
 def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[float]:

@@ -211,13 +211,12 @@ def _row(name: str, stages: Sequence[Stage], middle: float, n_i: int, most: int)
             Bar(round(LEFT + index * step, 1), round(middle - height / 2, 1), round(height, 1), str(number))
         )
     flows = tuple(
-        _flow(stage, left, right, n)
-        for stage, left, right, n in zip(stages, bars, bars[1:], channels, strict=False)
+        _flow(stage, left, right) for stage, left, right in zip(stages, bars, bars[1:], strict=True)
     )
     return Row(name, middle, tuple(bars), flows)
 
 
-def _flow(stage: Stage, left: Bar, right: Bar, channels: int) -> Flow:
+def _flow(stage: Stage, left: Bar, right: Bar) -> Flow:
     start, end = left.x + BAR, right.x
     alone = stage.kind == "depthwise" or stage.groups > 1
     parts = min(stage.groups, LINES) if alone else 1

@@ -278,6 +278,11 @@ def test_layers_that_are_more_than_convolutions_are_kept(make: Any, expected: di
 
 SHAPES: dict[str, Any] = {
     "weight norm": lambda: parts(chain, b=parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))),
+    "weight norms": lambda: parts(
+        chain,
+        b=parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1)),
+        c=parametrizations.weight_norm(nn.Conv2d(8, 4, 3, padding=1)),
+    ),
     "old weight norm": lambda: parts(chain, b=nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))),
     "spectral norm": lambda: parts(chain, b=parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))),
     "old spectral norm": lambda: parts(chain, b=nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))),

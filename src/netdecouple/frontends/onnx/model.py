@@ -57,7 +57,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     proto, origin = load(source)
     _check_weights(proto, origin)
     folded = _fold(_with_initializers(proto))
-    if not any(node.op_type == "Conv" for node in folded.graph.node):
+    if not any(node.op_type in ("Conv", OPERATOR) for node in folded.graph.node):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     constants = {tensor.name for tensor in folded.graph.initializer}
     inputs = [value for value in folded.graph.input if value.name not in constants]

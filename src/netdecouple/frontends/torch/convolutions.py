@@ -340,7 +340,7 @@ class Factorized(nn.Sequential):
         super().__init__(*convolution.modules(structure))
         self.convolution, self.geometry = convolution, structure.geometry
         self.selects = tuple(i for i, channels in enumerate(structure.channels) if channels is not None)
-        self._fused = self._pairs(convolution)
+        self._fused = self._pairs()
 
     @classmethod
     def of(cls, convolution: Convolution, factorization: Factorization) -> Factorized:
@@ -366,7 +366,7 @@ class Factorized(nn.Sequential):
         else:
             last.bias.copy_(torch.from_numpy(factorization.bias))
 
-    def _pairs(self, convolution: Convolution) -> dict[int, ConvGeometry]:
+    def _pairs(self) -> dict[int, ConvGeometry]:
         """The separable pairs that the fused operator takes: where each begins, and what it stands for."""
         found = {}
         modules: list[Any] = list(self)

@@ -59,7 +59,10 @@ def find(
         if isinstance(modules[call.name], LAYERS):
             calls.setdefault(call.name, []).append(call)
     other = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls}
-    tied = Counter(id(modules[name].weight) for name in calls)
+    weights = {
+        name: modules[name].weight for name in calls
+    }  # held: parametrized ones are made when asked for
+    tied = Counter(map(id, weights.values()))
     found: dict[str, Found] = {}
     layers = []
     for name, own in calls.items():
@@ -73,7 +76,7 @@ def find(
         if not convolution.kernel and own[0].x.ndim != 2:
             reason = reason or "it is applied to more than one row per sample"
             maps = [math.prod(call.x.shape[:-1]) for call in own]
-        if tied[id(module.weight)] > 1:
+        if tied[id(weights[name])] > 1:
             reason = reason or "its weights are another layer's as well"
         if chosen is not None and not chosen(name, module):
             reason = "excluded by the filter"
