@@ -59,9 +59,8 @@ def find(
         if isinstance(modules[call.name], LAYERS):
             calls.setdefault(call.name, []).append(call)
     other = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls}
-    weights = {
-        name: modules[name].weight for name in calls
-    }  # held: parametrized ones are made when asked for
+    # held, so that none takes the place of another: parametrized ones are made whenever they are asked for
+    weights = {name: modules[name].weight for name in calls}
     tied = Counter(map(id, weights.values()))
     found: dict[str, Found] = {}
     layers = []
