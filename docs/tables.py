@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import metadata, requires
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from packaging.requirements import Requirement
@@ -79,6 +79,8 @@ def _placeholder(parameter: Any) -> str:
 
 def _kind(parameter: Any) -> str:
     kind = parameter.type_descriptor.annotation
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
     kind = (*get_args(kind), kind)[0]  # of list[kind], the kind
     return "" if parameter.is_flag else KINDS[kind]
 
