@@ -61,6 +61,7 @@ def prepared(tmp_path: Path) -> Path:
     for index, picture in enumerate(pictures[:30]):
         Image.fromarray(picture).resize((48, 40)).save(tmp_path / "images" / f"{index}.png")
     np.savez(tmp_path / "test.npz", images=pictures, labels=rng.integers(0, 10, 40))
+    np.save(tmp_path / "inputs.npy", rng.standard_normal((40, 3, SIZE, SIZE)).astype(np.float32))
     return tmp_path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 
 from netdecouple.report.report import LayerReport, Stage
@@ -211,7 +212,7 @@ def _row(name: str, stages: Sequence[Stage], middle: float, n_i: int, most: int)
             Bar(round(LEFT + index * step, 1), round(middle - height / 2, 1), round(height, 1), str(number))
         )
     flows = tuple(
-        _flow(stage, left, right) for stage, left, right in zip(stages, bars, bars[1:], strict=True)
+        _flow(stage, left, right) for stage, (left, right) in zip(stages, pairwise(bars), strict=True)
     )
     return Row(name, middle, tuple(bars), flows)
 
