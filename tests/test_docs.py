@@ -155,7 +155,7 @@ def test_the_examples_of_the_help_texts_run(prepared: Path, monkeypatch: pytest.
     script = ROOT / "docs" / "tables.py"
     subprocess.run([sys.executable, str(script), str(prepared)], check=True)
     monkeypatch.chdir(prepared)
-    made = "netdecouple run model.onnx --calib images/ --macs 60% -o "
+    made = "netdecouple run model.onnx --calib inputs.npy --macs 60% -o "
     made += f"fused.onnx --families nd --emit fused\n{made} faster.onnx --plan-out plan.json"
     made += "\ncp faster.onnx a.onnx\ncp fused.onnx b.onnx"
     page = prepared / "commands.md"
