@@ -82,7 +82,7 @@ def sweep(
     network = OnnxNetwork(opened, images.images, resources)
     api.check_classifier(network, labelled)
     inputs, images = api.split(images, settings.seed)
-    judge = Judge(network, inputs, images, labelled, calib is not None, settings=settings)
+    judge = Judge(network, inputs, images, labelled, calib is not None)
     loss = loss_kind(judge.original, len(inputs.held_back), settings.loss)
     compared = []
     for source, other in others:

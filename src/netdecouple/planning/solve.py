@@ -72,9 +72,6 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
         picks = [int(np.argmax(solution.x[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
         if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limits):
             return picks
-    cheapest = [int(np.argmin(costs[0, end - size : end])) for end, size in zip(ends, sizes, strict=True)]
-    if np.all(costs[:, np.array(cheapest) + starts].sum(axis=1) <= limits):
-        return cheapest
     raise BudgetError("the budgets cannot be met together; let more stay of one of them")
 
 
