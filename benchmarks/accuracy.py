@@ -26,16 +26,16 @@ from rich.table import Table
 
 from netdecouple import Preprocessing, Settings
 from netdecouple.api import accuracy
-from netdecouple.application import apply
-from netdecouple.calibration import load
+from netdecouple.data.calibration import load
 from netdecouple.errors import BudgetError
+from netdecouple.fitting.apply import apply
+from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.sensitivity import agreement
+from netdecouple.planning.divergence import agreement
 from netdecouple.planning.solve import make_plan, published_plan
-from netdecouple.sampling import Inputs
 
 CIFAR10 = Preprocessing(
     (32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

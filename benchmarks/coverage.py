@@ -36,12 +36,12 @@ import netdecouple
 from netdecouple import Settings
 from netdecouple.convolution import Factorization
 from netdecouple.families import Problem
-from netdecouple.families.combined import Step, method
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step, method
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.modules import decouple
+from netdecouple.network import Layer
 
 LIMIT = 600  # seconds per network
 SAMPLES = 10

@@ -24,7 +24,7 @@ from rich.table import Table
 import rows
 from conversion import WIDTHS
 from netdecouple.families import Problem
-from netdecouple.families.combined import Step, method, sizes_for
+from netdecouple.families.chain import Step, method, sizes_for
 from netdecouple.runtimes.timing import measure
 
 if TYPE_CHECKING:  # the documentation's table is made without PyTorch
@@ -88,7 +88,7 @@ def smaller(network: nn.Sequential, family: str, share: float, size: int) -> tup
     from torch import nn
 
     from netdecouple.frontends.torch.convolutions import Convolution
-    from netdecouple.frontends.torch.surgery import substitute
+    from netdecouple.frontends.torch.replacement import substitute
 
     made = copy.deepcopy(network)
     before = after = 0

@@ -28,21 +28,21 @@ from accuracy import CIFAR10, shared
 from conversion import vgg16
 from kernel import with_terms
 from netdecouple import kernels
-from netdecouple.application import apply
-from netdecouple.calibration import load
 from netdecouple.convolution import Factorization
+from netdecouple.data.calibration import load
 from netdecouple.errors import UnavailableError
+from netdecouple.fitting.apply import apply
+from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
 from netdecouple.frontends.onnx.model import read_model, up_to
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.latency import machine, placeholder
 from netdecouple.planning.analysis import Settings, analyze
 from netdecouple.planning.cost import Budget, Macs
+from netdecouple.planning.latency import machine, placeholder
 from netdecouple.planning.solve import make_plan
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
 from netdecouple.runtimes.timing import measure
-from netdecouple.sampling import Inputs
 
 NETWORKS = ("resnet20", "resnet56", "vgg16")
 FORMS: tuple[Form, ...] = ("parallel", "fused")

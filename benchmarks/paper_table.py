@@ -30,9 +30,10 @@ import rows
 from accuracy import CIFAR10, shared
 from latency import FORMS
 from netdecouple import Settings
-from netdecouple.application import Applied, apply
-from netdecouple.calibration import load
+from netdecouple.data.calibration import load
 from netdecouple.errors import BudgetError
+from netdecouple.fitting.apply import Applied, apply
+from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
@@ -41,7 +42,6 @@ from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.solve import make_plan, ruled_plan
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.timing import measure
-from netdecouple.sampling import Inputs
 
 NETWORKS = ("resnet20", "resnet56", "vgg16_cifar10")
 METHODS = (

@@ -30,9 +30,9 @@ from rich.console import Console
 import netdecouple
 from accuracy import CIFAR10, shared
 from netdecouple.api import accuracy
-from netdecouple.calibration import load
+from netdecouple.data.calibration import load
 from netdecouple.frontends.onnx.lowering import lower
-from netdecouple.planning.sensitivity import agreement
+from netdecouple.planning.divergence import agreement
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import open_session
 from netdecouple.runtimes.timing import Ratio, Timing, measure

@@ -33,18 +33,19 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import netdecouple
-from netdecouple import Resources, Settings, threads
-from netdecouple.distribution import Common, Workers, dask, processes, same
+from netdecouple import Resources, Settings
+from netdecouple.execution import threads
+from netdecouple.execution.executors import Common, Workers, dask, processes, same
 from netdecouple.families import Problem
-from netdecouple.families.combined import method
-from netdecouple.families.ridge import best_ridge
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import method
+from netdecouple.fitting.ridge import best_ridge
+from netdecouple.fitting.sampling import sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.moments import Moments
+from netdecouple.network import Layer
 from netdecouple.planning.analysis import PROBE_MACS, TRIALS, groups_of, kept_reasons
 from netdecouple.planning.candidates import candidates
-from netdecouple.sampling import sample_positions
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 IMAGENET = 1_281_167  # training images

@@ -28,7 +28,7 @@ from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
-from netdecouple.planning.sensitivity import relative_error
+from netdecouple.planning.divergence import relative_error
 
 SPREAD = 2.0  # standard deviation of the logits, with which softmax does not saturate
 Detections = dict[str, np.ndarray]  # boxes (n, 4), scores and labels (n,), and the heads' own outputs

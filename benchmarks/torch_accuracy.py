@@ -24,7 +24,7 @@ from torch.nn import functional
 import netdecouple
 from accuracy import CIFAR10, shared
 from netdecouple.api import accuracy
-from netdecouple.calibration import load
+from netdecouple.data.calibration import load
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 

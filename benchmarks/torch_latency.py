@@ -26,11 +26,11 @@ from torch import nn
 
 from netdecouple import kernels
 from netdecouple.convolution import Structure
-from netdecouple.families.decoupling import DepthwisePointwise
+from netdecouple.families.nd import DepthwisePointwise
 from netdecouple.frontends.torch import convolutions
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
-from netdecouple.frontends.torch.surgery import substitute
-from netdecouple.latency import placeholder
+from netdecouple.frontends.torch.replacement import substitute
+from netdecouple.planning.latency import placeholder
 from netdecouple.runtimes.timing import Ratio, measure
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7), (32, 32))  # channels, height and width

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for index, (n_i, n_o) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
-            stage = [Block(n_i, n_o, 1 if n_i == n_o else 2)] + [Block(n_o, n_o, 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{index}", nn.Sequential(*stage))
+            first = Block(n_i, n_o, 1 if n_i == n_o else 2)
+            stage = nn.Sequential(first, *(Block(n_o, n_o, 1) for _ in range(blocks - 1)))
+            setattr(self, f"layer{index}", stage)
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x):
@@ -128,10 +128,16 @@ class Run:
 def runs() -> list[Run]:
     """Every run, quick ones first."""
     digits, images = str(DIGITS / "digits.onnx"), f"{DIGITS / 'digits.npz'}:calib"
+    labelled = f"{DIGITS / 'digits.npz'}:images,labels"
     demo = ("run", digits, "-o", "new.onnx", "--calib", images, "--samples", "200")
     resnet, more = (f"{SHARED}/models/resnet{depth}.onnx" for depth in (20, 56))
     small = ("run", resnet, "-o", "new.onnx", "--calib", CIFAR, "--samples", "200")
     torch_options = ("--calib", "factories:pictures", "--macs", "50%")
+    detector = ("run", "factories:detector", *torch_options)
+    dncnn = ("run", f"{SHARED}/models/dncnn25.onnx", "-o", "new.onnx", "--samples", "24", "--macs", "50%")
+    vgg = ("run", f"{SHARED}/models/vgg16_cifar10.onnx", "-o", "new.onnx", "--calib", CIFAR)
+    deep = ("run", more, "-o", "new.onnx", "--calib", CIFAR, "--samples", "100", "--macs", "50%")
+    module = ("run", "factories:resnet20", "-o", "new", "--calib", CIFAR, "--preset", "cifar10")
     return [
         Run("digits, MACs", (*demo, "--macs", "2x"), shared=False),
         Run("digits, fused", (*demo, "--macs", "2x", "--families", "nd", "--emit", "fused"), shared=False),
@@ -139,7 +145,7 @@ def runs() -> list[Run]:
         Run("digits, rule of shares", (*demo, "--method", "cd+nd:40%"), shared=False),
         Run(
             "digits, accuracy",
-            (*demo, "--max-drop", "1", "--labels", f"{DIGITS / 'digits.npz'}:images,labels", "--families", "nd"),
+            (*demo, "--max-drop", "1", "--labels", labelled, "--families", "nd"),
             shared=False,
         ),
         Run(
@@ -156,20 +162,16 @@ def runs() -> list[Run]:
         Run("digits, workers", (*demo, "--macs", "2x", "--workers", "2", "--shards", "3"), shared=False),
         Run("digits, published", (*demo, "--macs", "60%", "--data-free", "--uniform-rank"), shared=False),
         Run("module, Python", python=PYTHON, shared=False),
-        Run("detector, PyTorch", ("run", "factories:detector", "-o", "new", *torch_options), shared=False),
-        Run("detector, to ONNX", ("run", "factories:detector", "-o", "new.onnx", *torch_options), shared=False),
+        Run("detector, PyTorch", (*detector, "-o", "new"), shared=False),
+        Run("detector, to ONNX", (*detector, "-o", "new.onnx"), shared=False),
         Run("ResNet-20, MACs", (*small, "--macs", "50%")),
         Run("ResNet-20, parameters", (*small, "--params", "50%", "--families", "nd,cd")),
         Run("ResNet-20, data-free", (*small, "--macs", "60%", "--data-free")),
-        Run("ResNet-20, PyTorch", ("run", "factories:resnet20", "-o", "new", "--calib", CIFAR, "--preset",
-            "cifar10", "--samples", "100", "--macs", "50%")),
-        Run("DnCNN", ("run", f"{SHARED}/models/dncnn25.onnx", "-o", "new.onnx", "--calib",
-            f"{SHARED}/data/denoise.npz:calib", "--samples", "24", "--macs", "50%", "--families", "nd,sd")),
-        Run("ResNet-56", ("run", more, "-o", "new.onnx", "--calib", CIFAR, "--samples", "100", "--macs", "50%",
-            "--families", "nd")),
-        Run("VGG16", ("run", f"{SHARED}/models/vgg16_cifar10.onnx", "-o", "new.onnx", "--calib", CIFAR,
-            "--samples", "100", "--macs", "30%", "--families", "sd,cd")),
-    ]  # fmt: skip
+        Run("ResNet-20, PyTorch", (*module, "--samples", "100", "--macs", "50%")),
+        Run("DnCNN", (*dncnn, "--calib", f"{SHARED}/data/denoise.npz:calib", "--families", "nd,sd")),
+        Run("ResNet-56", (*deep, "--families", "nd")),
+        Run("VGG16", (*vgg, "--samples", "100", "--macs", "30%", "--families", "sd,cd")),
+    ]
 
 
 def record(run: Run, source: Path, folder: Path) -> dict[str, Any]:
@@ -224,6 +226,10 @@ def without_predictions(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in plan.items() if k != "version"} | {"layers": rows}
 
 
+def same(equal: bool) -> str:
+    return "same" if equal else "DIFFERENT"
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
     """Print a line per run; return how many differ."""
     print(f"{'run':<28}{'networks':<12}{'choices':<12}{'predictions':<14}seconds")
@@ -234,7 +240,6 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
             print(f"{name:<28}{(two.get('error') or one.get('error') or '')[-300:]}")
             differing += 1
             continue
-        same: Callable[[bool], str] = lambda equal: "same" if equal else "DIFFERENT"
         networks = one["networks"] == two["networks"] and bool(one["networks"])
         choices = without_predictions(one["plan"]) == without_predictions(two["plan"])
         differing += not (networks and choices)
@@ -248,7 +253,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
 
 def main() -> None:
     """Record the runs of one version, or compare two records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("output", type=Path)

@@ -19,21 +19,21 @@ import matplotlib
 import numpy as np
 
 import netdecouple
-from netdecouple.application import apply
-from netdecouple.calibration import Preprocessing, load
 from netdecouple.convolution import Factorization
+from netdecouple.data.calibration import Preprocessing, load
 from netdecouple.families import Problem
-from netdecouple.families.combined import Step, method
-from netdecouple.families.decoupling import full_rank
-from netdecouple.families.ridge import best_ridge, held_back_error
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step, method
+from netdecouple.families.nd import full_rank
+from netdecouple.fitting.apply import apply
+from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis, Settings, analyze
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.sensitivity import divergence
+from netdecouple.planning.divergence import divergence
 from netdecouple.planning.solve import budget_rows, make_plan
-from netdecouple.sampling import Inputs, SplitMoments, sample_positions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -15,7 +15,7 @@ import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
 from netdecouple.api import evaluate, inspect
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
-from netdecouple.families.combined import methods
+from netdecouple.families.chain import methods
 from netdecouple.planning.candidates import Rule
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import (

@@ -12,7 +12,7 @@ from scipy.signal import correlate2d
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.families import Problem
-from netdecouple.families.combined import Step, method
+from netdecouple.families.chain import Step, method
 from tests.strategies import geometries, images, kernel
 
 

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 import netdecouple
-from netdecouple import Settings, application, curve
+from netdecouple import Settings, curve
 from netdecouple.curve import budgets_in
 from netdecouple.errors import BudgetError, ModelError, OutputError
+from netdecouple.fitting import apply as application
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan

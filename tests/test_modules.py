@@ -21,7 +21,7 @@ import netdecouple  # noqa: E402
 from netdecouple import Settings  # noqa: E402
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, NetDecoupleError, PlanError  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
-from netdecouple.families.combined import Step, method  # noqa: E402
+from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import collect  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402

@@ -10,13 +10,13 @@ from netdecouple.version import __version__
 if TYPE_CHECKING:
     from netdecouple import kernels, runtimes
     from netdecouple.api import Result
-    from netdecouple.calibration import Preprocessing
+    from netdecouple.data.calibration import Preprocessing
     from netdecouple.doors import apply_plan, decouple, load, save, sweep
     from netdecouple.errors import NetDecoupleError
+    from netdecouple.execution.run import Resources
     from netdecouple.planning.analysis import Settings
     from netdecouple.planning.plan import Plan
     from netdecouple.report.sweep import Sweep
-    from netdecouple.resources import Resources
 
 __all__ = [
     "NetDecoupleError",
@@ -40,8 +40,8 @@ __all__ = [
 _HOMES = {
     "NetDecoupleError": "errors",
     "Plan": "planning.plan",
-    "Preprocessing": "calibration",
-    "Resources": "resources",
+    "Preprocessing": "data.calibration",
+    "Resources": "execution.run",
     "Result": "api",
     "Settings": "planning.analysis",
     "Sweep": "report.sweep",

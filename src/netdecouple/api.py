@@ -10,19 +10,22 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from netdecouple import benchmark, calibration, kernels, runtimes
-from netdecouple.application import Applied, apply, difference
-from netdecouple.calibration import Preprocessing, Samples
+from netdecouple import kernels, runtimes
+from netdecouple.data import calibration
+from netdecouple.data.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
-from netdecouple.frontends import Array
+from netdecouple.execution.run import Resources
+from netdecouple.fitting.apply import Applied, apply, difference
+from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
+from netdecouple.network import Array
 from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
+from netdecouple.planning.divergence import agreement, divergence
+from netdecouple.planning.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.sensitivity import agreement, divergence
 from netdecouple.planning.solve import (
     BudgetRow,
     FormOf,
@@ -32,9 +35,9 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
-from netdecouple.provenance import identity, provenance
 from netdecouple.report.inspection import Inspection, energies, inspection
 from netdecouple.report.pictures import pictures
+from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.report import (
     Disagreement,
     Report,
@@ -43,9 +46,8 @@ from netdecouple.report.report import (
     layer_reports,
     quality_of,
 )
-from netdecouple.resources import Resources
+from netdecouple.runtimes import benchmark
 from netdecouple.runtimes.onnxruntime import size_of
-from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
 
 SAMPLES = 1000  # calibration images taken unless more or fewer are asked for

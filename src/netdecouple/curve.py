@@ -8,23 +8,23 @@ from pathlib import Path
 
 from netdecouple import api
 from netdecouple.api import Calibration, Judge
-from netdecouple.application import apply
-from netdecouple.calibration import Preprocessing
+from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
+from netdecouple.execution.run import Resources
+from netdecouple.execution.scratch import check_writable
+from netdecouple.fitting.apply import apply
+from netdecouple.fitting.sequential import targets_for
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, Macs, parse_share
+from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.sensitivity import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.solve import plan_within
-from netdecouple.provenance import identity
+from netdecouple.report.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
-from netdecouple.resources import Resources
 from netdecouple.runtimes.onnxruntime import size_of
-from netdecouple.scratch import check_writable
-from netdecouple.walkers import targets_for
 
 Show = Callable[[SweepPoint], None]
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from netdecouple import api, calibration, curve
+from netdecouple import api, curve
 from netdecouple.api import Calibration, Result
+from netdecouple.data import calibration
 from netdecouple.errors import UnavailableError
 from netdecouple.frontends.onnx.model import ModelSource
 from netdecouple.planning.plan import Plan

@@ -15,28 +15,28 @@ import torch
 from torch import nn
 
 from netdecouple.api import TOLERANCE
-from netdecouple.application import Applied, apply, difference
-from netdecouple.calibration import Preprocessing
 from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
+from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, PlanError
-from netdecouple.frontends import Array, Layer
-from netdecouple.frontends.torch import files
-from netdecouple.frontends.torch.files import Decoupling
+from netdecouple.execution.run import Resources
+from netdecouple.fitting.apply import Applied, apply, difference
+from netdecouple.fitting.sampling import Inputs, shuffled
+from netdecouple.fitting.sequential import targets_for
+from netdecouple.frontends.torch import folder as files
+from netdecouple.frontends.torch.folder import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork, check
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
+from netdecouple.network import Array, Layer
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
-from netdecouple.provenance import identity, provenance
 from netdecouple.report.inspection import energies
 from netdecouple.report.pictures import pictures
+from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.resources import Resources
-from netdecouple.sampling import Inputs, shuffled
 from netdecouple.version import __version__
-from netdecouple.walkers import targets_for
 
 
 def decouple(

@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from netdecouple import api, benchmark, calibration, modules
-from netdecouple.calibration import Preprocessing
+from netdecouple import api, modules
 from netdecouple.curve import Files, Show, budgets_in, unseen
+from netdecouple.data import calibration
+from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
+from netdecouple.execution.run import Resources
+from netdecouple.fitting.sampling import shuffled
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch.export import export
-from netdecouple.frontends.torch.files import check_replaceable
+from netdecouple.frontends.torch.folder import check_replaceable
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
-from netdecouple.frontends.torch.zoo import Model, build
+from netdecouple.frontends.torch.sources import Model, build
 from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
@@ -30,8 +33,7 @@ from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.report import Report
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.resources import Resources
-from netdecouple.sampling import shuffled
+from netdecouple.runtimes import benchmark
 from netdecouple.version import __version__
 
 __all__ = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from netdecouple import limits
 from netdecouple.errors import PlanError
+from netdecouple.execution import limits
 
 T = TypeVar("T")
 INFINITY = float("inf")

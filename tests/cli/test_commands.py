@@ -470,10 +470,14 @@ def test_bench_times_and_tells_of_layers(netdecouple, folder: Path):
 def test_bench_says_that_there_is_no_difference(netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Times that go up and down are told; a ratio they do not bear out is not."""
     noise = np.array([[1.0, 2.0], [2.0, 1.0], [1.5, 1.4], [1.4, 1.5]])
-    monkeypatch.setattr("netdecouple.benchmark.measure", lambda calls, seconds: noise[:, : len(calls)])
+    monkeypatch.setattr(
+        "netdecouple.runtimes.benchmark.measure", lambda calls, seconds: noise[:, : len(calls)]
+    )
     out = netdecouple("bench", "net.onnx", "other.onnx").out
     assert "no measurable difference (0.82–1.30)" in out
-    monkeypatch.setattr("netdecouple.benchmark.measure", lambda calls, seconds: np.array([[3.0, 1.5]] * 4))
+    monkeypatch.setattr(
+        "netdecouple.runtimes.benchmark.measure", lambda calls, seconds: np.array([[3.0, 1.5]] * 4)
+    )
     assert "2.00× (2.00–2.00)" in netdecouple("bench", "net.onnx", "other.onnx").out
 
 

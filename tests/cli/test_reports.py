@@ -20,7 +20,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stopwatch runs as it does, for a few rounds only."""
     monkeypatch.setattr("netdecouple.runtimes.timing.FEWEST", 2)
     monkeypatch.setattr("netdecouple.runtimes.timing.TURN", 0.1)
-    monkeypatch.setattr("netdecouple.benchmark.SHORT", 0.0)
+    monkeypatch.setattr("netdecouple.runtimes.benchmark.SHORT", 0.0)
 
 
 def test_run_writes_a_page_and_data(netdecouple, folder: Path):

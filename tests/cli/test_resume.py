@@ -211,7 +211,7 @@ def test_results_that_cannot_be_written_need_no_second_run(netdecouple, deep: Pa
         raise AssertionError("was done before")
 
     monkeypatch.setattr("netdecouple.planning.analysis.candidates", again)
-    monkeypatch.setattr("netdecouple.application._applied", again)
+    monkeypatch.setattr("netdecouple.fitting.apply._applied", again)
     assert netdecouple(*ONNX, *FILES, "--work", "work").code == 0
 
 
@@ -251,7 +251,7 @@ def test_data_free_runs_are_kept_as_well(netdecouple, deep: Path):
 
 def test_a_spill_finds_no_room(netdecouple, deep: Path, monkeypatch: pytest.MonkeyPatch):
     """Live tensors beyond what memory holds go into the work folder; a full disk is told in one line."""
-    from netdecouple.resources import Resources
+    from netdecouple.execution.run import Resources
 
     monkeypatch.setattr(Resources, "store_bytes", 1000)
     assert netdecouple(*ONNX, *FILES, "--work", "work").code == 0

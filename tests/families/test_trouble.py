@@ -10,8 +10,8 @@ import scipy.linalg
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem
-from netdecouple.families.combined import method
-from netdecouple.families.ridge import RIDGES, best_ridge, held_back_error
+from netdecouple.families.chain import method
+from netdecouple.fitting.ridge import RIDGES, best_ridge, held_back_error
 from netdecouple.moments import Moments
 
 G = ConvGeometry(6, 5, 3, 3)

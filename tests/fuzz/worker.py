@@ -24,12 +24,12 @@ import onnx
 import onnxruntime
 
 import netdecouple
-from netdecouple import limits
 from netdecouple.cli import main
 from netdecouple.errors import ModelError, NetDecoupleError
+from netdecouple.execution import limits
+from netdecouple.fitting.sampling import sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.sampling import sample_positions
 from tests.fuzz.case import Case
 
 GROWTH = 700 << 20  # bytes of memory that a case may take, on top of what is always there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from netdecouple.convolution import ConvGeometry
-from netdecouple.frontends import Layer
+from netdecouple.network import Layer
 
 
 def conv(name: str, n_i: int, n_o: int, size: int, k: int = 3, reason: str = "", groups: int = 1) -> Layer:

@@ -7,11 +7,11 @@ import pytest
 
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
+from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import EXCLUDED, Original, Settings, _losses, kept_reasons
 from netdecouple.planning.candidates import Candidate, LayerCandidates, Probe, Rule
-from netdecouple.sampling import Inputs
 from tests import networks
 from tests.planning.layers import conv, linear, vgg16
 

@@ -7,10 +7,10 @@ import pytest
 
 from netdecouple.errors import BudgetError
 from netdecouple.families import Problem
-from netdecouple.families.combined import Step, method, methods
-from netdecouple.families.ridge import RIDGES, held_back_error
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step, method, methods
+from netdecouple.fitting.ridge import RIDGES, held_back_error
 from netdecouple.moments import Moments
+from netdecouple.network import Layer
 from netdecouple.planning.candidates import (
     DOUBT,
     HOPELESS,

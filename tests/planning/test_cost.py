@@ -9,8 +9,8 @@ import pytest
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import BudgetError
-from netdecouple.families.combined import Step, method
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step, method
+from netdecouple.network import Layer
 from netdecouple.planning.candidates import Candidate, least_cost
 from netdecouple.planning.cost import Budget, Macs, Parameters, parse_share
 from tests.planning.layers import conv, linear, vgg16

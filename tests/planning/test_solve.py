@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netdecouple.errors import BudgetError, ModelError
-from netdecouple.families.combined import Step, method
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step, method
+from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis, Settings
 from netdecouple.planning.candidates import Candidate, LayerCandidates, Rule
 from netdecouple.planning.cost import Budget, Macs, Parameters

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from netdecouple.calibration import Preprocessing
+from netdecouple.data.calibration import Preprocessing
 from netdecouple.report.pictures import LARGEST, pictures
 
 

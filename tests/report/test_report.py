@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from netdecouple.application import Applied
+from netdecouple.fitting.apply import Applied
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.report import Agreement, Report, describe, layer_reports
 from netdecouple.report.text import count, report_table, short_name, times

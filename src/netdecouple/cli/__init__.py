@@ -13,11 +13,11 @@ from typing import Any, TextIO
 import typer
 from rich.console import Console
 
-from netdecouple import scratch
 from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run, sweep
 from netdecouple.cli.interrupt import Interrupted, interruptible, leave
 from netdecouple.cli.terminal import Bars
 from netdecouple.errors import NetDecoupleError
+from netdecouple.execution import scratch
 from netdecouple.version import __version__
 
 EXIT_CODES = """\b

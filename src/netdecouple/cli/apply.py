@@ -12,8 +12,8 @@ from netdecouple.cli import options
 from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, torch_model
 from netdecouple.cli.terminal import Json, Quiet, Terminal
+from netdecouple.execution.run import Resources
 from netdecouple.planning.plan import Plan
-from netdecouple.resources import Resources
 
 
 def apply(

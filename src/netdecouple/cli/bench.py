@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from netdecouple.benchmark import SECONDS, benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
 from netdecouple.cli.terminal import Json, Terminal
 from netdecouple.report.files import write_text
 from netdecouple.report.text import layer_times_tables, timing_tables
 from netdecouple.runtimes import NAMES, runtime
+from netdecouple.runtimes.benchmark import SECONDS, benchmark
 from netdecouple.runtimes.feeds import parse_shape
 
 

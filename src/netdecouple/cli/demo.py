@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from netdecouple import api, kernels
-from netdecouple.benchmark import benchmark
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
 from netdecouple.cli.terminal import Terminal
@@ -18,6 +17,7 @@ from netdecouple.frontends.onnx.lowering import lower
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.planning.analysis import Settings
 from netdecouple.report.text import budget_table, scores_table, timing_tables
+from netdecouple.runtimes.benchmark import benchmark
 
 
 def demo(

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from netdecouple.calibration import PRESETS, Preprocessing
+from netdecouple.data.calibration import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
-from netdecouple.families.combined import methods
-from netdecouple.planning.sensitivity import Loss
+from netdecouple.families.chain import methods
+from netdecouple.planning.divergence import Loss
 
 EMITS = ("standard", "fused")
 FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))

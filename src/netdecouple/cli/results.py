@@ -16,10 +16,10 @@ from rich.console import Console
 from netdecouple import doors
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
+from netdecouple.execution.scratch import check_writable
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.report import Report
 from netdecouple.report.text import report_table
-from netdecouple.scratch import check_writable
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
 

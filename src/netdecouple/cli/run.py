@@ -8,16 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from netdecouple import api, distribution, doors
+from netdecouple import api, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
 from netdecouple.cli.terminal import Json, Quiet, Terminal
+from netdecouple.execution import executors as distribution
+from netdecouple.execution.run import Resources
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.text import budget_table
-from netdecouple.resources import Resources
 
 
 def run(

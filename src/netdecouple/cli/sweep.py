@@ -10,18 +10,19 @@ from typing import Annotated
 
 import typer
 
-from netdecouple import api, curve, distribution, doors
+from netdecouple import api, curve, doors
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
 from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
 from netdecouple.cli.terminal import Json, Quiet, Terminal
+from netdecouple.execution import executors as distribution
+from netdecouple.execution.run import Resources
 from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import parse_families
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.html import sweep_html
 from netdecouple.report.sweep import Sweep
 from netdecouple.report.text import families_table, knee_line, sweep_table
-from netdecouple.resources import Resources
 
 RENDERED: dict[str, Callable[[Sweep], str]] = {".json": Sweep.to_json, ".html": sweep_html}
 

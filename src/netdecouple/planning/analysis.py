@@ -11,11 +11,13 @@ from typing import get_args
 
 import numpy as np
 
-from netdecouple import threads
-from netdecouple.distribution import Common, each, same
 from netdecouple.errors import BudgetError, ModelError
+from netdecouple.execution import threads
+from netdecouple.execution.executors import Common, each, same
+from netdecouple.execution.run import Resources
 from netdecouple.families import Problem
-from netdecouple.frontends import Array, Images, Layer, Network
+from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
+from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import (
     LARGE,
     LayerCandidates,
@@ -26,9 +28,7 @@ from netdecouple.planning.candidates import (
     suitable,
 )
 from netdecouple.planning.cost import Macs
-from netdecouple.planning.sensitivity import Loss, divergence, loss_kind
-from netdecouple.resources import Resources
-from netdecouple.sampling import Inputs, Split, SplitMoments, sample_positions
+from netdecouple.planning.divergence import Loss, divergence, loss_kind
 
 EXCLUDED = "excluded"  # why a layer is kept that the user names
 PROBE_MACS = 5e12  # all sensitivity probes together

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from netdecouple.convolution import Factorization, Structure
 from netdecouple.errors import BudgetError
 from netdecouple.families import TINY, Array, Problem
-from netdecouple.families.combined import ORDER, Step, Trial, method, methods, sizes_for, worthwhile
-from netdecouple.families.ridge import best_ridge, held_back_error
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import ORDER, Step, Trial, method, methods, sizes_for, worthwhile
+from netdecouple.fitting.ridge import best_ridge, held_back_error
 from netdecouple.moments import Moments
+from netdecouple.network import Layer
 from netdecouple.planning.cost import Macs, Parameters, parse_share
 
 FLOOR = 1e-9  # errors below are rounding

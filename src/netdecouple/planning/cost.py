@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from netdecouple.errors import BudgetError
-from netdecouple.frontends import Layer
+from netdecouple.network import Layer
 
 if TYPE_CHECKING:
     from netdecouple.planning.candidates import Candidate

@@ -11,8 +11,8 @@ import numpy as np
 
 from netdecouple import records
 from netdecouple.errors import PlanError
-from netdecouple.families.combined import Step
-from netdecouple.frontends import Layer
+from netdecouple.families.chain import Step
+from netdecouple.network import Layer
 
 VERSION = 4
 

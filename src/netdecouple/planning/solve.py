@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from netdecouple.errors import BudgetError, ModelError
-from netdecouple.frontends import Layer
+from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.cost import Budget, Macs, Parameters

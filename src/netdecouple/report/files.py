@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from netdecouple.errors import OutputError
-from netdecouple.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 
 ENDINGS = (".html", ".json")
 

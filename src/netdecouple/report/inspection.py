@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from netdecouple.families import Problem
-from netdecouple.families.combined import method
-from netdecouple.frontends import Array, Layer
+from netdecouple.families.chain import method
+from netdecouple.network import Array, Layer
 from netdecouple.planning.candidates import least_cost
 from netdecouple.planning.cost import Macs, Parameters
 from netdecouple.report.report import describe

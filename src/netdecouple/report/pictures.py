@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from netdecouple.calibration import Preprocessing
-from netdecouple.frontends import Array
+from netdecouple.data.calibration import Preprocessing
+from netdecouple.network import Array
 
 LARGEST = 224  # pixels along the longer side; more would only make the page heavy
 TOLERANCE = 0.02  # by which what was rounded or resampled may leave 0..1

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from netdecouple import records
-from netdecouple.application import Applied
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.errors import PlanError
-from netdecouple.frontends import Array, Layer
+from netdecouple.fitting.apply import Applied
+from netdecouple.network import Array, Layer
+from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.sensitivity import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark
 from netdecouple.report.files import report_ending, write_text

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from netdecouple.frontends import Layer
+from netdecouple.network import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.report.report import LayerReport, Report, Score, describe

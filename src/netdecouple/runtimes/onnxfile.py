@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper
 
-from netdecouple import limits
 from netdecouple.errors import ModelError
+from netdecouple.execution import limits
 
 TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
 

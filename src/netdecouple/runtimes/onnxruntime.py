@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from netdecouple import kernels
 from netdecouple.errors import ModelError
+from netdecouple.execution.scratch import Scratch
+from netdecouple.execution.threads import available
 from netdecouple.runtimes import Feeds, Input, onnxfile
 from netdecouple.runtimes.onnxfile import first_line
-from netdecouple.scratch import Scratch
-from netdecouple.threads import available
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart

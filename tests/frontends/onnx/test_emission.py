@@ -12,12 +12,12 @@ from onnx import TensorProto, helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import ModelError
-from netdecouple.families.combined import method, methods
+from netdecouple.families.chain import method, methods
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.families.base import data_free_problem
-from tests.families.test_combined import steps_of
+from tests.families.test_chain import steps_of
 from tests.strategies import geometries, images
 
 METHODS = (*methods(["all"]), "cd+nd-pd")

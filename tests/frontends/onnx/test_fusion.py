@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem, decoupling
-from netdecouple.families.combined import Step, method
+from netdecouple.families.chain import Step, method
 from netdecouple.frontends.onnx.emission import emit
 from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import read_model, up_to

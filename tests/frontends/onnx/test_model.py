@@ -15,9 +15,9 @@ import netdecouple
 from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError
-from netdecouple.frontends import Layer
 from netdecouple.frontends.onnx.model import nodes_of, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.network import Layer
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for

@@ -14,13 +14,13 @@ from onnx import TensorProto, helper
 import netdecouple
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, OutputError
+from netdecouple.execution.run import Resources
 from netdecouple.families import Problem, decoupling
-from netdecouple.families.channel import ChannelDecomposition
-from netdecouple.frontends import Layer
+from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.resources import Resources
+from netdecouple.network import Layer
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
@@ -562,7 +562,7 @@ def test_with_little_memory_weights_are_read_from_a_file(
     model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ):
     """Outputs, what layers see, and replaced kernels are the same as without."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.lean.SMALL", 64)
+    monkeypatch.setattr("netdecouple.frontends.onnx.external.SMALL", 64)
     images = images_for(model)
     plain, lean = (OnnxNetwork(read_model(model), images, r) for r in (Resources(), Resources(memory="1GB")))
     assert any(t.external_data for t in lean._proto.graph.initializer)
@@ -583,7 +583,7 @@ def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
     def full(tensor: onnx.TensorProto) -> np.ndarray:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("netdecouple.frontends.onnx.lean.numpy_helper.to_array", full)
+    monkeypatch.setattr("netdecouple.frontends.onnx.external.numpy_helper.to_array", full)
     with pytest.raises(OutputError, match="no room for the model's weights"):
         network.run(images_for(model))
 
@@ -596,7 +596,7 @@ def test_models_beyond_protobuf_s_limit_are_decoupled(tmp_path: Path, monkeypatc
     expected = netdecouple.decouple(model, images, macs=0.6, settings=settings)
     for place in ("runtimes.onnxruntime", "frontends.onnx.model", "frontends.onnx.network"):
         monkeypatch.setattr(f"netdecouple.{place}.PROTOBUF_LIMIT", 5000)
-    monkeypatch.setattr("netdecouple.frontends.onnx.lean.SMALL", 64)
+    monkeypatch.setattr("netdecouple.frontends.onnx.external.SMALL", 64)
     onnx.save_model(
         model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=64
     )

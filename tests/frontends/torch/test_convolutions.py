@@ -15,7 +15,7 @@ from torch import nn  # noqa: E402
 
 from netdecouple.convolution import Factorization  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
-from netdecouple.families.combined import Step, method  # noqa: E402
+from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.convolutions import LAYERS, Convolution, Factorized  # noqa: E402
 
 KINDS = {

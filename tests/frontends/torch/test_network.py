@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations  # noqa: E402
 
 from netdecouple.errors import ModelError  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
-from netdecouple.families.combined import Step, method  # noqa: E402
+from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.convolutions import Factorized  # noqa: E402
 from netdecouple.frontends.torch.network import BOUND, TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import collect  # noqa: E402

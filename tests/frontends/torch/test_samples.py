@@ -16,8 +16,8 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from netdecouple.errors import CalibrationError  # noqa: E402
+from netdecouple.fitting.sampling import Inputs  # noqa: E402
 from netdecouple.frontends.torch.samples import Samples, collect  # noqa: E402
-from netdecouple.sampling import Inputs  # noqa: E402
 
 X = torch.arange(12 * 3 * 4 * 5.0).reshape(12, 3, 4, 5)
 LABELS = torch.arange(12)

@@ -19,14 +19,14 @@ import netdecouple  # noqa: E402
 from netdecouple import Settings  # noqa: E402
 from netdecouple.convolution import Factorization  # noqa: E402
 from netdecouple.errors import ModelError  # noqa: E402
+from netdecouple.execution.run import Resources  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
-from netdecouple.families.combined import Step, method  # noqa: E402
-from netdecouple.frontends import Layer, Observation  # noqa: E402
+from netdecouple.families.chain import Step, method  # noqa: E402
+from netdecouple.fitting.sampling import sample_positions  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import Samples, collect  # noqa: E402
+from netdecouple.network import Layer, Observation  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402
-from netdecouple.resources import Resources  # noqa: E402
-from netdecouple.sampling import sample_positions  # noqa: E402
 
 
 class Residual(nn.Module):

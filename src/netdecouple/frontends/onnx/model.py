@@ -20,12 +20,12 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError
-from netdecouple.frontends import ONE_CHANNEL, Array, Layer
+from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 from netdecouple.kernels import DOMAIN, OPERATOR
+from netdecouple.network import ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
-from netdecouple.scratch import Scratch, check_writable, publishing, unwritable
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]

@@ -15,16 +15,16 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
-from netdecouple.frontends import Array, Layer, Observation, Positions
+from netdecouple.execution.memory import ArrayStore
+from netdecouple.execution.run import Resources
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
+from netdecouple.frontends.onnx.external import Lean
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.lean import Lean
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
-from netdecouple.frontends.storage import ArrayStore
 from netdecouple.kernels import DOMAIN
-from netdecouple.resources import Resources
+from netdecouple.network import Array, Layer, Observation, Positions
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run, size_of
 
 

@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
-from netdecouple.frontends import ONE_CHANNEL, Array
 from netdecouple.kernels.torch import decoupled_conv, forget
+from netdecouple.network import ONE_CHANNEL, Array
 
 Ints = tuple[int, ...]
 KINDS = {

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from netdecouple.errors import ModelError
-from netdecouple.frontends import Layer
 from netdecouple.frontends.torch.convolutions import LAYERS, PLAIN, TRANSPOSED, Convolution, Padding
 from netdecouple.frontends.torch.samples import to_numpy
 from netdecouple.frontends.torch.trace import ADDITIONS, Call, Trace, tensors
+from netdecouple.network import Layer
 
 EXACT = 1e-3  # relative difference up to which two ways to compute the same are taken for equal
 

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from netdecouple.errors import ModelError
+from netdecouple.execution.scratch import Scratch
+from netdecouple.frontends.torch.replacement import first_line
 from netdecouple.frontends.torch.samples import to_numpy
-from netdecouple.frontends.torch.surgery import first_line
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
-from netdecouple.scratch import Scratch
 
 TOLERANCE = 1e-4  # relative difference between what ONNX Runtime and PyTorch compute
 

@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as tree
 
-from netdecouple import threads
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
-from netdecouple.frontends import Array, Layer, Observation, Positions
+from netdecouple.execution import threads
+from netdecouple.execution.run import Resources
 from netdecouple.frontends.torch.convolutions import (
     Factorized,
 )
 from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_in, plain, same
-from netdecouple.frontends.torch.passes import Enough, Shortcuts
+from netdecouple.frontends.torch.replacement import duplicate, failures, first_line, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
-from netdecouple.frontends.torch.surgery import duplicate, failures, first_line, install
+from netdecouple.frontends.torch.shortcuts import Enough, Shortcuts
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
-from netdecouple.resources import Resources
+from netdecouple.network import Array, Layer, Observation, Positions
 
 VALUES = 4096  # of a sample's outputs looked at, where they differ in size from sample to sample
 BOUND = "the module does more with it than call it"  # why a layer is kept

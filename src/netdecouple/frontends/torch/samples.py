@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as tree
 
 from netdecouple.errors import CalibrationError
-from netdecouple.frontends import Array
+from netdecouple.network import Array
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one forward pass
 

@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from netdecouple.convolution import Factorization
-from netdecouple.frontends import Array, Observation
 from netdecouple.frontends.torch.convolutions import Factorized
 from netdecouple.frontends.torch.network import TorchNetwork
-from netdecouple.frontends.torch.passes import Enough, Shortcuts
+from netdecouple.frontends.torch.replacement import duplicate
 from netdecouple.frontends.torch.samples import Samples
-from netdecouple.frontends.torch.surgery import duplicate
+from netdecouple.frontends.torch.shortcuts import Enough, Shortcuts
 from netdecouple.frontends.torch.trace import hooked
+from netdecouple.network import Array, Observation
 
 
 class _Pass:

@@ -1,0 +1,1 @@
+"""Calibration inputs, and how pictures become network inputs."""

@@ -1,0 +1,1 @@
+"""How work is run: in processes, within memory, resumable. Nothing here knows of networks."""

@@ -1,0 +1,210 @@
+"""PyTorch models by name: torchvision:NAME, timm:NAME, or MODULE:FUNCTION that builds one."""
+
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from netdecouple.data import calibration
+from netdecouple.data.calibration import Preprocessing
+from netdecouple.errors import CalibrationError, ModelError, UnavailableError
+from netdecouple.frontends.torch.replacement import first_line
+
+INSTEAD = "give --weights FILE.safetensors (or .pt, .pth), or --weights random to try things"
+CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights want what ``transform_input`` does
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module that was built, what its weights are, and how pictures become its inputs."""
+
+    name: str
+    module: nn.Module
+    weights: str
+    preprocessing: Preprocessing
+    channels: int | None  # of the pictures it takes; None if it takes none
+
+
+def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
+    """Build a model, in evaluation mode.
+
+    Args:
+        source: torchvision:NAME, timm:NAME, or MODULE:FUNCTION, which is called without arguments.
+        weights: "default", downloaded by the library; "random", drawn from ``seed``; or a file. None is
+            "default" for a library's model, and what its function makes for any other.
+
+    Raises:
+        UnavailableError: the library is not installed, or cannot be imported.
+        ModelError: there is no such model, or its weights cannot be had or are another network's.
+    """
+    library, _, name = source.partition(":")
+    make = {"torchvision": _torchvision, "timm": _timm}.get(library)
+    pretrained = make is not None and weights in (None, "default")
+    if make is None and weights == "default":
+        raise ModelError(f"{source} has no default weights; leave out --weights, or give a file")
+    state = {} if weights in (None, "default", "random") else _read_weights(Path(str(weights)))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        module, preprocessing, origin = make(name, pretrained) if make else _function(source)
+    if state:
+        _fill(module, state, str(weights))
+        origin = str(weights)
+    elif make and not pretrained:
+        origin = f"random (seed {seed})"
+    first = next((m for m in module.modules() if isinstance(m, _ConvNd)), None)
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else None
+    return Model(source, module.eval(), origin, preprocessing, channels)
+
+
+Made = tuple[nn.Module, Preprocessing, str]
+
+
+def _torchvision(name: str, pretrained: bool) -> Made:
+    models = _imported("torchvision").models
+    _check_known("torchvision", name.lower(), models.list_models(), "models.list_models()")
+    builder = models.get_model_builder(name)
+    weights = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {"weights": weights if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None  # they would be downloaded
+    if not pretrained and name.lower() in CHANGED_INPUTS:
+        options |= {"transform_input": True, "init_weights": False}
+    module = _made(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **options))
+    shown = weights.transforms()
+    size, resize = (list(getattr(shown, key, None) or ()) for key in ("crop_size", "resize_size"))
+    preprocessing = Preprocessing(
+        (size[0], size[-1]) if size else None,
+        tuple(getattr(shown, "mean", None) or (0.0,)),
+        tuple(getattr(shown, "std", None) or (1.0,)),
+        resize[0] if size and len(resize) == 1 else None,
+    )
+    return module, preprocessing, f"{weights} from {weights.url}"
+
+
+def _timm(name: str, pretrained: bool) -> Made:
+    timm = _imported("timm")
+    if ":" not in name and not timm.is_model(name):
+        _check_known("timm", name, timm.list_models(), "list_models()")
+    module = _made(f"timm:{name}", pretrained, lambda: timm.create_model(name, pretrained=pretrained))
+    wanted = timm.data.resolve_model_data_config(module)
+    size = tuple(wanted["input_size"][1:])
+    # the shorter side before a centre crop; other ways to crop keep no ratio
+    resize = math.floor(min(size) / wanted["crop_pct"]) if wanted["crop_mode"] == "center" else None
+    known = module.pretrained_cfg
+    origin = (
+        f"{known.get('architecture')}.{known.get('tag')} from {known.get('hf_hub_id') or known.get('url')}"
+    )
+    return module, Preprocessing(size, tuple(wanted["mean"]), tuple(wanted["std"]), resize), origin
+
+
+def _function(source: str) -> Made:
+    try:
+        module = calibration.call(source)
+    except CalibrationError as error:
+        close = difflib.get_close_matches(source.partition(":")[0], ("torchvision", "timm"), 1)
+        hint = f"; did you mean {close[0]}:{source.partition(':')[2]}?" if close else ""
+        raise ModelError(f"{source}: {error}{hint}") from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{source}: returned a {type(module).__name__}; it must return a torch.nn.Module")
+    return module, Preprocessing(), "as the function made them"
+
+
+def _imported(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise UnavailableError(f"{library} cannot be imported ({error}); pip install {library}") from error
+    except Exception as error:  # its compiled part asks for another PyTorch
+        raise UnavailableError(
+            f"{library} cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            f"install the torchvision that belongs to torch {torch.__version__}"
+        ) from error
+
+
+def _check_known(library: str, name: str, known: Iterable[str], listing: str) -> None:
+    known = list(known)
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ModelError(
+        f"{library} has no model {name!r}; {hint}"
+        f'All: python -c "import {library}; print(*{library}.{listing})"'
+    )
+
+
+def _made(source: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Module:
+    """Have a library build a model; it raises whatever its downloads do."""
+    try:
+        return make()
+    except (Exception, SystemExit) as error:
+        problem = "its pretrained weights cannot be had" if pretrained else "cannot be built"
+        hint = INSTEAD if pretrained else "choose another model"
+        raise ModelError(
+            f"{source}: {problem} ({type(error).__name__}: {first_line(error)}); {hint}"
+        ) from error
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not os.path.isfile(path):
+        raise ModelError(
+            f"--weights {path}: no such file; give FILE.safetensors, .pt or .pth, default or random"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling comes upon
+        raise ModelError(
+            f"--weights {path}: cannot read it ({first_line(error)}); save the module's state_dict() alone"
+        ) from error
+    while isinstance(state, Mapping) and (inner := {"state_dict", "model"} & state.keys()):
+        key = inner.pop()
+        if not isinstance(state[key], Mapping):
+            break
+        state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise ModelError(f"--weights {path}: holds no state_dict; save the module's state_dict() alone")
+    wrapped = all(str(name).startswith("module.") for name in state)  # by DataParallel
+    return {str(name).removeprefix("module.") if wrapped else str(name): v for name, v in state.items()}
+
+
+def _fill(module: nn.Module, state: dict[str, Any], origin: str) -> None:
+    wanted = module.state_dict()
+    differences = [
+        f"{name} is {_shape(value)}, not {_shape(wanted[name])}"
+        for name, value in state.items()
+        if name in wanted and _shape(value) != _shape(wanted[name])
+    ]
+    if not differences:
+        try:
+            found = module.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ModelError(f"--weights {origin}: {first_line(error)}") from error
+        differences = [f"it has no {name}" for name in found.missing_keys]
+        differences += [f"it has {name} as well" for name in found.unexpected_keys]
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise ModelError(
+            f"--weights {origin}: of another network: {', '.join(differences[:3])}{more}; "
+            "name the one it is of, or give MODULE:FUNCTION that builds it"
+        )
+
+
+def _shape(value: Any) -> list[int] | str:
+    return list(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"

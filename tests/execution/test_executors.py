@@ -1,0 +1,389 @@
+"""Work that others do: the same results, whoever does it, and whoever dies while doing it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import netdecouple
+from netdecouple import Resources, Settings
+from netdecouple.errors import ModelError, NetDecoupleError, UnavailableError
+from netdecouple.execution.executors import Common, Workers, dask, each, processes, same
+from tests import networks
+from tests.networks import images_for
+
+SETTINGS = Settings(families=("nd",))
+
+
+def times(factor: int, number: int) -> int:
+    return factor * number
+
+
+def process(factor: int, number: int) -> int:
+    return os.getpid()
+
+
+def failing(factor: int, number: int) -> int:
+    raise ModelError(f"layer {number} is no good")
+
+
+def once_deadly(factor: int, folder: str, number: int) -> int:
+    """Kill the worker, the first time that a number is come upon."""
+    mark = Path(folder) / str(number)
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return factor * number
+
+
+def deadly(factor: int, number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def common(value: int = 3) -> Common:
+    return Common(f"factor {value}", lambda: value, lambda: same(value))
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Workers]:
+    with processes(2) as workers:
+        yield workers
+
+
+def test_without_workers_it_is_done_here():
+    assert list(each(None, times, (common(),), [(n,) for n in range(5)])) == [0, 3, 6, 9, 12]
+
+
+def test_results_keep_their_order(two: Workers):
+    assert list(each(two, times, (common(),), ((n,) for n in range(40)))) == [3 * n for n in range(40)]
+    assert sorted(each(two, times, (common(4),), ((n,) for n in range(40)), False)) == [
+        4 * n for n in range(40)
+    ]
+
+
+def test_both_work(two: Workers):
+    pids = set(each(two, process, (common(),), [(n,) for n in range(20)]))
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+
+
+def test_what_is_large_is_sent_to_each_once(two: Workers):
+    sent: list[int] = []
+
+    def recipe() -> Callable[[], int]:
+        sent.append(1)
+        return same(7)
+
+    shared = Common("seven", lambda: 7, recipe)
+    assert list(two.each(times, (shared,), [(n,) for n in range(9)])) == [7 * n for n in range(9)]
+    assert len(sent) == 1
+    assert list(two.each(times, (shared,), [(1,)])) == [7]
+    assert len(sent) == 1  # they held it
+
+
+def test_the_work_s_own_errors_come_through(two: Workers):
+    with pytest.raises(ModelError, match="layer 1 is no good"):
+        list(two.each(failing, (common(),), [(1,), (1,)]))
+    assert list(two.each(times, (common(),), [(1,)])) == [3]
+
+
+def test_what_cannot_be_sent_is_told(two: Workers):
+    with pytest.raises(ModelError, match="cannot be sent to workers"):
+        list(two.each(times, (Common("lock", int, lambda: same(threading.Lock())),), [(1,)]))
+
+
+class Unknown:
+    """Something whose module is not to be had where it is sent."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("no_such_module",)
+
+
+def test_what_workers_cannot_open_is_told(two: Workers):
+    with pytest.raises(ModelError, match="a worker cannot open what it was sent"):
+        list(two.each(times, (Common("unknown", int, lambda: same(Unknown())),), [(1,)]))
+
+
+def test_a_worker_that_dies_is_replaced(two: Workers, tmp_path: Path):
+    pieces = [(str(tmp_path), n) for n in range(6)]
+    assert list(two.each(once_deadly, (common(),), pieces)) == [3 * n for n in range(6)]
+
+
+def test_work_that_kills_every_worker_is_given_up(two: Workers):
+    with pytest.raises(UnavailableError) as caught:
+        list(two.each(deadly, (common(),), [(n,) for n in range(3)]))
+    assert "workers ended while they were at work" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(two.each(times, (common(),), [(1,)])) == [3]
+
+
+def test_anybody_s_executor_will_do():
+    with ThreadPoolExecutor(2) as pool:
+        found = list(Workers.of(pool, 2).each(times, (common(),), [(n,) for n in range(5)]))
+    assert found == [0, 3, 6, 9, 12]
+
+
+def test_workers_end_with_whoever_began_them(tmp_path: Path):
+    """Killed, too: nobody is left behind."""
+    script = tmp_path / "begin.py"
+    script.write_text(
+        "import os, time\n"
+        "from netdecouple.execution.executors import processes\n"
+        "from tests.execution.test_executors import common, process\n"
+        "if __name__ == '__main__':\n"
+        "    with processes(2) as workers:\n"
+        "        print(*set(workers.each(process, (common(),), [(n,) for n in range(20)])), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
+    begun = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert begun.stdout is not None
+    pids = [int(pid) for pid in begun.stdout.readline().split()]
+    assert len(pids) == 2
+    begun.kill()
+    begun.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
+    begun.stdout.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(UnavailableError, match="give 1 or more"), processes(0):
+        pass
+    with pytest.raises(NetDecoupleError, match="give 1 or more"):
+        Resources(shards=0)
+
+
+def residual() -> tuple[onnx.ModelProto, np.ndarray]:
+    model = networks.residual()
+    return model, images_for(model, 30)
+
+
+def test_a_run_is_the_same_whoever_works(two: Workers):
+    """The same shards: the same bytes, here where sums are made by one thread; and close to one shard's."""
+    model, images = residual()
+
+    def run(**options: Any) -> Any:
+        return netdecouple.decouple(
+            model, images, macs=0.6, settings=SETTINGS, resources=Resources(**options)
+        )
+
+    here, there, plain = run(shards=4), run(shards=4, workers=two), run()
+    for a, b in ((here, there), (plain, there)):
+        for one, other in zip(a.plan.layers, b.plan.layers, strict=True):
+            assert replace(one, predicted_loss=0, predicted_error=0) == replace(
+                other, predicted_loss=0, predicted_error=0
+            )
+            assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
+
+
+def test_walks_that_are_lost_start_again_and_catch_up(tmp_path: Path):
+    """Workers are killed between layers that are carried out; the network is the same."""
+    model, images = residual()
+    resources = Resources(shards=5)
+    expected = netdecouple.decouple(model, images, macs=0.4, settings=SETTINGS, resources=resources)
+    killed: list[int] = []
+    with processes(2) as workers:
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step == "Decoupling layers" and done in (1, 3):
+                assert total > 4
+                pids = set(workers.each(process, (common(),), [(n,) for n in range(20)]))
+                killed.append(pids.pop())
+                os.kill(killed[-1], signal.SIGKILL)
+
+        found = netdecouple.decouple(
+            model,
+            images,
+            macs=0.4,
+            settings=SETTINGS,
+            resources=replace(resources, workers=workers),
+            progress=progress,
+        )
+    assert len(killed) == 2
+    for one, other in zip(expected.plan.layers, found.plan.layers, strict=True):
+        assert (one.family, one.sizes, one.channels) == (other.family, other.sizes, other.channels)
+    for one, other in zip(expected.report.layers, found.report.layers, strict=True):
+        assert other.samples == one.samples
+        assert (one.measured_error is None) == (other.measured_error is None)
+        if one.measured_error is not None:
+            assert other.measured_error == pytest.approx(one.measured_error, rel=1e-4)
+    assert found.report.agreement.divergence == pytest.approx(expected.report.agreement.divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+def test_a_pytorch_module_is_sent_as_well(two: Workers, data_free: bool):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    nn = torch.nn
+    convs = nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    module = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    settings = replace(SETTINGS, data_free=data_free)
+
+    def run(**options: Any) -> Any:
+        new = netdecouple.decouple(
+            module,
+            torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+            macs=0.6,
+            settings=settings,
+            filter=lambda name, _: name != "4",
+            resources=Resources(**options),
+        )
+        return new.decoupling.plan
+
+    one, other = run(shards=3), run(shards=3, workers=two)
+    assert [(la.name, la.family, la.sizes) for la in one.layers] == [
+        (la.name, la.family, la.sizes) for la in other.layers
+    ]
+    assert other.predicted_loss == pytest.approx(one.predicted_loss, rel=1e-4)
+
+
+def test_a_killed_run_with_workers_goes_on_from_the_last_shard(two: Workers, tmp_path: Path, monkeypatch):
+    model, images = residual()
+    resources = Resources(work=tmp_path / "work", shards=5, workers=two)
+    expected = netdecouple.decouple(
+        model, images, macs=0.6, settings=SETTINGS, resources=replace(resources, work=None)
+    )
+    from netdecouple.execution.checkpoint import Checkpoint
+
+    save = Checkpoint.save
+    saved: list[str] = []
+
+    def stop(kept: Checkpoint, name: str, value: Any) -> None:
+        save(kept, name, value)
+        saved.append(name)
+        if saved.count("moments-0000") == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            netdecouple.decouple(model, images, macs=0.6, settings=SETTINGS, resources=resources)
+
+    def count(kept: Checkpoint, name: str, value: Any) -> None:
+        save(kept, name, value)
+        saved.append(name)
+
+    monkeypatch.setattr(Checkpoint, "save", count)
+    again = netdecouple.decouple(model, images, macs=0.6, settings=SETTINGS, resources=resources)
+    assert saved.count("moments-0000") == 5
+    assert again.model == expected.model
+
+
+@contextmanager
+def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A Dask scheduler and workers, on loopback, each a process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "DASK_DISTRIBUTED__DASHBOARD__LINK": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    scheduler_file = folder / "scheduler.json"
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def begin(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "distributed.cli." + words[0], *words[1:]]
+        begun.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        )
+        return begun[-1]
+
+    try:
+        begin(
+            "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+            "--scheduler-file", str(scheduler_file),
+        )  # fmt: skip
+        hands = [
+            begin(
+                "dask_worker", "--scheduler-file", str(scheduler_file), "--nthreads", "1", "--no-nanny",
+                "--no-dashboard", "--local-directory", str(folder), "--host", "127.0.0.1",
+            )
+            for _ in range(workers)
+        ]  # fmt: skip
+        distributed = importlib.import_module("distributed")
+        with distributed.Client(
+            scheduler_file=str(scheduler_file), set_as_default=False, timeout="60s"
+        ) as client:
+            client.wait_for_workers(workers, timeout=60)
+            yield client.scheduler.address, hands
+    finally:
+        for running in reversed(begun):
+            running.kill()
+            running.wait()
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_does_the_work_and_may_lose_a_worker(tmp_path: Path):
+    """A scheduler and three workers as processes; two are killed while at work, and nothing is lost."""
+    pytest.importorskip("distributed")
+    model, images = residual()
+    expected = netdecouple.decouple(model, images, macs=0.6, settings=SETTINGS, resources=Resources(shards=6))
+    steps: list[str] = []
+    with cluster(tmp_path, 3) as (address, hands), dask(address) as workers:
+        assert workers.count == 3
+        assert list(workers.each(times, (common(),), [(n,) for n in range(20)])) == [3 * n for n in range(20)]
+
+        def progress(step: str, done: int, total: int) -> None:
+            steps.append(step)
+            if (step, len(steps)) == ("Watching the network", 2):
+                hands[0].kill()
+            if step == "Decoupling layers" and steps.count(step) == 2:
+                hands[1].kill()
+
+        resources = Resources(shards=6, workers=workers)
+        found = netdecouple.decouple(
+            model, images, macs=0.6, settings=SETTINGS, resources=resources, progress=progress
+        )
+        assert [hand.wait(10) for hand in hands[:2]] == [-signal.SIGKILL] * 2
+        with pytest.raises(ModelError, match="layer 1 is no good"):
+            list(workers.each(failing, (common(),), [(1,)]))
+    for one, other in zip(expected.plan.layers, found.plan.layers, strict=True):
+        assert (one.name, one.family, one.sizes) == (other.name, other.family, other.sizes)
+        assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
+
+
+def test_no_scheduler_and_no_dask_are_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with (
+        pytest.raises(UnavailableError, match=r"pip install 'netdecouple\[dask\]'"),
+        dask("tcp://127.0.0.1:1"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_does_not_answer_is_told():
+    pytest.importorskip("distributed")
+    with pytest.raises(UnavailableError, match="nobody answers there"), dask("tcp://127.0.0.1:1"):
+        pass

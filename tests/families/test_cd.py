@@ -1,0 +1,52 @@
+"""CD: the family tests, and that it is reduced-rank regression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from netdecouple.convolution import ConvGeometry
+from netdecouple.families.cd import ChannelDecomposition
+from tests.families.base import OneFamilyTests, aware_problem, data_free_problem
+from tests.strategies import kernel
+
+
+class TestChannelDecomposition(OneFamilyTests):
+    family = ChannelDecomposition()
+
+
+def test_data_free_fit_is_the_truncated_svd_of_the_kernel() -> None:
+    g = ConvGeometry(10, 4, 3, 3)
+    found = ChannelDecomposition().fit(data_free_problem(g, 0), 4).dense().reshape(10, -1)
+    u, s, vt = np.linalg.svd(kernel(g, 0).reshape(10, -1), full_matrices=False)
+    np.testing.assert_allclose(found, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-10)
+
+
+def test_no_kernel_of_the_same_rank_is_better() -> None:
+    """Reduced-rank regression is a global optimum: small steps within the rank only lose."""
+    g = ConvGeometry(8, 5, 3, 3)
+    problem = aware_problem(g, 0)
+    best = ChannelDecomposition().fit(problem, 3)
+    error = problem.error(best)
+    narrow, wide = (stage.weight for stage in best.stages)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        moved = narrow + 1e-2 * rng.standard_normal(narrow.shape)
+        turned = wide + 1e-2 * rng.standard_normal(wide.shape)
+        dense = np.einsum("or,rikl->oikl", turned[:, :, 0, 0], moved).reshape(problem.weight.shape)
+        assert problem.moments.error(dense, problem.moments.bias(dense)) * problem.moments.count > error
+
+
+def test_the_curve_is_exact() -> None:
+    problem = aware_problem(ConvGeometry(9, 4, 3, 2, groups=1), 3)
+    family = ChannelDecomposition()
+    for size in range(1, 10):
+        expected = problem.error(family.fit(problem, size)) / problem.power
+        assert family.curve(problem)[size] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_pointwise_layer_becomes_two_of_low_rank() -> None:
+    g = ConvGeometry(16, 12, 1, 1, strides=(2, 2))
+    fitted = ChannelDecomposition().fit(aware_problem(g, 0), 5)
+    assert [s.geometry.weight_shape for s in fitted.stages] == [(5, 12, 1, 1), (16, 5, 1, 1)]
+    assert [s.geometry.strides for s in fitted.stages] == [(2, 2), (1, 1)]

@@ -1,0 +1,120 @@
+"""Applying a plan: linear in depth, and each layer makes up for the ones before it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from netdecouple import Settings
+from netdecouple.convolution import ConvGeometry, spread
+from netdecouple.errors import ModelError
+from netdecouple.execution.memory import ArrayStore
+from netdecouple.families import Problem
+from netdecouple.families.chain import method
+from netdecouple.fitting.apply import Applied, apply, difference
+from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork, OnnxWalk
+from netdecouple.planning.analysis import analyze
+from netdecouple.planning.cost import Budget, Macs
+from netdecouple.planning.divergence import divergence
+from netdecouple.planning.solve import make_plan
+from tests.test_api import DEMO, MODEL
+
+
+@pytest.fixture(scope="module")
+def pieces() -> tuple:
+    images = np.load(DEMO / "digits.npz")["calib"][:100].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    network = OnnxNetwork(read_model(MODEL), images)
+    inputs = Inputs.split(images, 0)
+    analysis = analyze(network, inputs, Settings())
+    return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
+
+
+def test_every_node_of_the_network_runs_once_per_batch_on_the_walk(
+    pieces: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the depth, walking costs one forward pass, not one per layer (DESIGN §4, cost of applying)."""
+    network, inputs, plan = pieces
+    seen: list[str] = []
+    segment = OnnxWalk._segment
+
+    def record(walk: OnnxWalk, nodes: list, *others: object) -> object:
+        seen.extend(node.output[0] for node in nodes)
+        return segment(walk, nodes, *others)
+
+    monkeypatch.setattr(OnnxWalk, "_segment", record)
+    applied = apply(network, inputs, plan)
+    assert len(applied.factorizations) == 5
+    assert len(seen) == len(set(seen))
+
+
+def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
+    """Fitting on what the decoupled network feeds a layer beats fitting each layer on its own."""
+    network, inputs, plan = pieces
+    applied = apply(network, inputs, plan)
+    layers = {layer.name: layer for layer in network.layers}
+    positions = {name: sample_positions(layers[name], 100, 0) for name in applied.factorizations}
+    moments = {name: SplitMoments(layers[name], inputs) for name in positions}
+    for seen in network.observe(inputs.images, positions):
+        moments[seen.layer].add(seen.images, seen.patches, seen.outputs)
+    alone = {}
+    for row in applied.plan.layers:
+        if row.changed:
+            layer = layers[row.name]
+            problem = Problem.of(layer.geometry, layer.weight, moments[row.name].fitted)
+            alone[row.name], _ = method(row.family).fit(problem.regularized(row.ridge), row.steps)
+    original = network.run(inputs.held_back)
+    together, separately = (
+        network.run_model(network.decoupled(f), inputs.held_back) for f in (applied.factorizations, alone)
+    )
+    assert divergence(original, together, "kl") < 0.8 * divergence(original, separately, "kl")
+
+
+def test_measured_errors_are_those_of_layers_fitted_at_all(pieces: tuple) -> None:
+    network, inputs, plan = pieces
+    applied = apply(network, inputs, plan)
+    assert set(applied.errors) == set(applied.factorizations)
+    assert all(0 < e < 1 for e in applied.errors.values())
+    assert all(row.channels and row.ridge for row in applied.plan.layers if row.changed)
+    assert all(len(row.channels) == len(row.sizes) for row in applied.plan.layers if row.changed)
+
+
+def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:
+    store = ArrayStore(limit=100)
+    small, large = np.arange(10.0), np.arange(1000.0)
+    store["small"], store["large"] = small, large
+    np.testing.assert_array_equal(store["small"], small)
+    np.testing.assert_array_equal(store["large"], large)
+    store["small"] = large  # replaced by something too big to hold
+    np.testing.assert_array_equal(store["small"], large)
+    store.pop("large")
+    assert "large" not in store
+    assert len(store) == 1
+    store.pop("large")  # forgetting twice is no error
+
+
+def test_ranked_outputs_may_change_places_but_not_be_wrong() -> None:
+    """A list of the 300 highest of 400 scores that lie close, with where each was found."""
+    rng = np.random.default_rng(0)
+    weight = 1e-3 * rng.standard_normal((400, 16, 1, 1))
+    kernels = spread(ConvGeometry(400, 16, 1, 1), weight, np.ones(400))
+    images = rng.standard_normal((8, 16)).astype(np.float32)
+
+    def run(images: np.ndarray, kernels: dict[str, Any]) -> list[np.ndarray]:
+        scores = images @ kernels["head"][0][:, :, 0, 0].T + kernels["head"][1]
+        best = np.argsort(-scores, axis=1)[:, :300]
+        return [np.stack([np.take_along_axis(scores, best, 1), best], axis=2)]
+
+    network: Any = SimpleNamespace(run=run)
+    applied = Applied(SimpleNamespace(), {"head": kernels}, {}, {})  # type: ignore[arg-type]
+    (own,) = applied.kernels.values()
+    rounded = own[0] * np.float32(1 + 1e-6) + np.float32(1e-9) * rng.standard_normal(own[0].shape, np.float32)
+    swapped = run(images, {"head": (rounded, own[1])})
+    assert difference(network, applied, images, swapped, 1e-3) > 1e-3
+    wrong = run(images, {"head": (np.roll(own[0], 1, axis=1), own[1])})
+    with pytest.raises(ModelError, match="differs from its own plan"):
+        difference(network, applied, images, wrong, 1e-3)

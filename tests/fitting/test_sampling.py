@@ -1,0 +1,65 @@
+"""What is fitted on, what is held back, and where a layer is looked at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from netdecouple.errors import CalibrationError
+from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
+from tests.planning.layers import conv
+
+
+def test_a_fifth_is_held_back_and_nothing_is_lost() -> None:
+    images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1)
+    inputs = Inputs.split(images, seed=3)
+    assert (inputs.fitted, len(inputs.held_back)) == (40, 10)
+    assert sorted(inputs.images.ravel()) == list(range(50))
+    assert Inputs.split(images, seed=3).images.tobytes() == inputs.images.tobytes()
+    assert Inputs.split(images, seed=4).images.tobytes() != inputs.images.tobytes()
+
+
+def test_the_fingerprint_is_of_the_images_not_of_their_order_under_a_seed() -> None:
+    images = np.random.default_rng(0).standard_normal((12, 1, 2, 2)).astype(np.float32)
+    assert Inputs.split(images, 0).fingerprint == Inputs.split(images, 1).fingerprint
+    assert Inputs.split(images + 1, 0).fingerprint != Inputs.split(images, 0).fingerprint
+
+
+def test_a_handful_of_images_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="too few"):
+        Inputs.split(np.zeros((9, 1, 2, 2), np.float32), 0)
+
+
+def test_small_maps_are_taken_whole() -> None:
+    positions = sample_positions(conv("a", 4, 4, 5), 100, seed=0)
+    np.testing.assert_array_equal(positions, np.tile(np.arange(25), (100, 1)))
+
+
+def test_large_maps_are_sampled_evenly_and_differently_in_every_image() -> None:
+    positions = sample_positions(conv("a", 64, 64, 224), 1000, seed=0)
+    assert 50_000 <= positions.size < 60_000
+    assert positions.min() >= 0
+    assert positions.max() < 224 * 224
+    assert np.all(np.diff(positions, axis=1) > 0)  # no position twice
+    assert not np.array_equal(positions[0], positions[1])
+    assert np.histogram(positions, 10, (0, 224 * 224))[0].min() > 0.09 * positions.size
+
+
+def test_layers_are_sampled_independently_and_repeatably() -> None:
+    a, b = conv("a", 4, 4, 64), conv("b", 4, 4, 64)
+    np.testing.assert_array_equal(sample_positions(a, 50, 0), sample_positions(a, 50, 0))
+    assert not np.array_equal(sample_positions(a, 50, 0), sample_positions(b, 50, 0))
+    assert not np.array_equal(sample_positions(a, 50, 0), sample_positions(a, 50, 1))
+
+
+def test_every_image_goes_to_its_own_side_whatever_the_batches() -> None:
+    layer = conv("a", 2, 3, 4)
+    inputs = Inputs(np.zeros((10, 2, 4, 4), np.float32), 8, "")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((10, 5, 1, 18)), rng.standard_normal((10, 5, 3))
+    whole = SplitMoments(layer, inputs)
+    for batch in (slice(0, 3), slice(3, 9), slice(9, 10)):
+        whole.add(batch, x[batch].reshape(-1, 1, 18), y[batch].reshape(-1, 3))
+    assert (whole.fitted.count, whole.held_back.count) == (40, 10)
+    np.testing.assert_allclose(whole.fitted.mean_x[0], x[:8].reshape(-1, 18).mean(0))
+    np.testing.assert_allclose(whole.held_back.mean_y[0], y[8:].reshape(-1, 3).mean(0))

@@ -1,0 +1,91 @@
+"""Divergences between outputs, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from netdecouple.errors import ModelError
+from netdecouple.planning.divergence import (
+    LOST,
+    Loss,
+    agreement,
+    divergence,
+    log_probabilities,
+    loss_kind,
+    relative_error,
+    rounding,
+)
+
+
+def test_kl_is_the_textbook_formula_on_logits_and_on_probabilities() -> None:
+    p, q = np.array([[0.7, 0.2, 0.1]]), np.array([[0.5, 0.25, 0.25]])
+    expected = (p * np.log(p / q)).sum()
+    assert divergence([p], [q], "kl") == pytest.approx(expected)
+    assert divergence([np.log(p) + 3], [np.log(q) - 50], "kl") == pytest.approx(expected)
+
+
+def test_kl_survives_logits_that_overflow_exp() -> None:
+    assert np.isfinite(divergence([np.array([[1e4, -1e4]])], [np.array([[-1e4, 1e4]])], "kl"))
+    assert log_probabilities(np.array([[1e4, 0.0]]))[0, 0] == 0
+
+
+def test_relative_error_is_in_units_of_the_original_variance() -> None:
+    a = np.array([1.0, 2, 3, 4])
+    assert relative_error(a, a) == 0
+    assert relative_error(a, np.full(4, a.mean())) == pytest.approx(1)
+    assert relative_error(a, a[:3]) == 1.0
+    assert np.isfinite(relative_error(np.zeros(3), np.zeros(3)))
+
+
+def test_outputs_of_nothing_lose_nothing() -> None:
+    nothing = np.zeros((0, 4))
+    assert divergence([nothing], [nothing], "relative") == 0
+    assert rounding([nothing], [nothing]) == 0
+
+
+def test_rounding_is_told_from_a_difference() -> None:
+    """In units of the output itself, be it one number only; of whole numbers if there is nothing else."""
+    one = np.array([[3.0]])
+    assert rounding([one], [one * (1 + 1e-6)]) == pytest.approx(1e-6, rel=1e-3)
+    assert rounding([one, np.array([1])], [one, np.array([2])]) == 0
+    assert rounding([np.array([2])], [np.array([3])]) == pytest.approx(0.5)
+    assert rounding([one, np.zeros((4, 2))], [one, np.zeros((5, 2))]) == 0
+    assert rounding([np.zeros((4, 2))], [np.zeros((5, 2))]) == np.inf
+    assert rounding([one, one], [one, np.array([[np.nan]])]) == np.inf
+
+
+def test_several_outputs_weigh_alike() -> None:
+    a, b = np.array([0.0, 2]), np.array([1.0, 1])
+    assert divergence([a, a * 100], [b, a * 100], "relative") == pytest.approx(0.5)
+
+
+def test_a_single_table_of_scores_is_taken_for_a_classifier() -> None:
+    assert loss_kind([np.zeros((5, 10))], 5) == "kl"
+    assert loss_kind([np.zeros((5, 1))], 5) == "relative"
+    assert loss_kind([np.zeros((5, 3, 8, 8))], 5) == "relative"
+    assert loss_kind([np.zeros((5, 10)), np.zeros((5, 4))], 5) == "relative"
+    assert loss_kind([np.zeros((17, 7))], 5) == "relative"  # boxes
+    assert loss_kind([np.zeros((5, 3), np.int64)], 5) == "relative"  # indices
+
+
+def test_agreement_is_the_share_of_equal_choices() -> None:
+    a, b = np.eye(4), np.eye(4)[[0, 1, 3, 2]]
+    assert agreement(a, b) == 0.5
+
+
+@pytest.mark.parametrize("loss", ["kl", "relative"])
+def test_outputs_that_are_no_numbers_are_the_worst_there_is(loss: Loss) -> None:
+    """And so is what overflows; outputs of another shape count as in `relative_error`."""
+    a = np.arange(6.0).reshape(2, 3)
+    for broken in (np.full((2, 3), np.nan), np.full((2, 3), np.inf), 1e300 * np.eye(2, 3)):
+        assert divergence([a], [broken], loss) == LOST
+    assert divergence([a], [a[:1]], loss) == 1.0
+
+
+def test_scores_may_be_said_to_be_numbers_and_maps_not_to_be_scores() -> None:
+    scores, maps = np.zeros((4, 10)), np.zeros((4, 21, 8, 8))
+    assert loss_kind([scores], 4, "relative") == "relative"
+    assert loss_kind([scores], 4, "kl") == "kl"
+    with pytest.raises(ModelError, match=r"--loss kl is for a single output .*\(4, 21, 8, 8\)"):
+        loss_kind([maps], 4, "kl")
