@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from netdecouple import Preprocessing, Settings
-from netdecouple.api import accuracy
 from netdecouple.data.calibration import load
 from netdecouple.errors import BudgetError
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.pipeline import accuracy
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import agreement
@@ -77,7 +77,7 @@ def rows(
     test, labels = CIFAR10(data["test"]), data["test_labels"]
     for name in networks:
         model = read_model(folder / "models" / f"{name}.onnx")
-        before = accuracy(OnnxNetwork(model, test).run(test)[0], labels)
+        before = accuracy(OnnxNetwork(model, test).run(test), labels)
         for method, count in product(methods, images):
             settings = METHODS[method]
             if settings.data_free and count != images[0]:
@@ -106,11 +106,11 @@ def rows(
                     )
                 except BudgetError:
                     continue
-                decoupled = network.decoupled(apply(network, inputs, plan).factorizations)
+                decoupled = network.build(apply(network, inputs, plan).factorizations)
                 seconds = analyzed + time.perf_counter() - start
-                after = accuracy(network.run_model(decoupled, test)[0], labels)
+                after = accuracy(network.run_built(decoupled, test), labels)
                 same = agreement(
-                    network.run(inputs.held_back)[0], network.run_model(decoupled, inputs.held_back)[0]
+                    network.run(inputs.held_back)[0], network.run_built(decoupled, inputs.held_back)[0]
                 )
                 used = 0 if settings.data_free else count
                 yield Row(

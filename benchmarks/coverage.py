@@ -34,13 +34,13 @@ from torch import nn
 
 import netdecouple
 from netdecouple import Settings
+from netdecouple.api import decouple
 from netdecouple.convolution import Factorization
 from netdecouple.families import Problem
 from netdecouple.families.chain import Step, method
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import collect
 from netdecouple.frontends.torch.trace import tensors
-from netdecouple.modules import decouple
 from netdecouple.network import Layer
 
 LIMIT = 600  # seconds per network
@@ -142,7 +142,7 @@ def looked_at(name: str) -> Outcome:
         before, after = module(*args, **kwargs), new.eval()(*args, **kwargs)
         if _structure(before) != _structure(after):
             problems.append("its outputs changed their structure")
-        full = network.decoupled({name: exact(network.layer[name]) for name in changed}).eval()
+        full = network.build({name: exact(network.layer[name]) for name in changed}).eval()
         worst = max(map(_difference, tensors(before), tensors(full(*args, **kwargs))), default=0.0)
         if not worst < 1e-3:
             problems.append(f"full rank differs by {worst:.0e}")

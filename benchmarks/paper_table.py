@@ -111,7 +111,7 @@ class Bench:
 
     def told_by(self, applied: Applied) -> np.ndarray:
         model = self.network.decoupled(applied.factorizations)
-        return self.network.run_model(model, self.test)[0].argmax(axis=1)
+        return self.network.run_built(model, self.test)[0].argmax(axis=1)
 
     def right(self, told: np.ndarray) -> float:
         """Top-1."""

@@ -29,9 +29,9 @@ from rich.console import Console
 
 import netdecouple
 from accuracy import CIFAR10, shared
-from netdecouple.api import accuracy
 from netdecouple.data.calibration import load
 from netdecouple.frontends.onnx.lowering import lower
+from netdecouple.pipeline import accuracy
 from netdecouple.planning.divergence import agreement
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import open_session
@@ -128,7 +128,7 @@ def rows(name: str, images: int, macs: str, seconds: float) -> Iterator[Row]:
             variant,
             fewer if variant.startswith("decoupled") else 1.0,
             model.ByteSize() / 1e6,
-            accuracy(outputs[index], labels),
+            accuracy([outputs[index]], labels),
             agreement(outputs[0], outputs[index]),
             Timing.of(times[:, index]),
             Ratio.of(times[:, 0], times[:, index]),

@@ -23,10 +23,10 @@ from torch.nn import functional
 
 import netdecouple
 from accuracy import CIFAR10, shared
-from netdecouple.api import accuracy
 from netdecouple.data.calibration import load
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.pipeline import accuracy
 
 
 class Block(nn.Module):
@@ -109,8 +109,8 @@ def main(
                         outputs = [m(torch.from_numpy(test)).numpy() for m in (module, new)]
                 else:
                     original = OnnxNetwork(read_model(path), test)
-                    outputs = [original.run(test)[0], original.run_model(new.model, test)[0]]
-                before, after = (accuracy(o, labels) for o in outputs)
+                    outputs = [original.run(test)[0], original.run_built(new.model, test)[0]]
+                before, after = (accuracy([o], labels) for o in outputs)
                 made = f"{report.macs_before / report.macs:.2f}× fewer"
                 table.add_row(name, door, made, f"{100 * before:.1f}", f"{100 * after:.1f}", f"{seconds:.0f}")
     Console().print(table)

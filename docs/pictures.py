@@ -319,7 +319,7 @@ def budgets(demo: Demo) -> Figure:
     for ratio in (1.5, 2.0, 3.0):
         applied = apply(demo.network, demo.inputs, make_plan(analysis, [Budget(Macs(), 1 / ratio)]))
         found = divergence(
-            original, demo.network.run_model(demo.network.decoupled(applied.factorizations), shown), "kl"
+            original, demo.network.run_built(demo.network.build(applied.factorizations), shown), "kl"
         )
         points.append((total / applied.plan.macs, found))
     figure, axes = panels(2)

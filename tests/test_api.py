@@ -126,7 +126,7 @@ def test_the_plan_travels_in_the_models_metadata(result: Result) -> None:
 
 def test_a_plan_is_refused_other_images_than_its_own(result: Result) -> None:
     images = np.random.default_rng(0).random((200, 1, 32, 32), np.float32)
-    with pytest.raises(PlanError, match="other calibration images"):
+    with pytest.raises(PlanError, match="other calibration inputs"):
         netdecouple.apply_plan(MODEL, result.plan, images)
 
 
@@ -340,7 +340,7 @@ def test_what_overflows_is_refused_with_the_layers_name() -> None:
 
 def test_float16_is_not_for_the_fused_operator() -> None:
     """It computes in float32."""
-    with pytest.raises(ModelError, match="--emit fused is for float32 models, this one is float16"):
+    with pytest.raises(ModelError, match="emit='fused' is for float32 models, this one is float16"):
         netdecouple.decouple(halved(classifier()), images_for(classifier(), 20), macs=0.5, emit="fused")
 
 
@@ -402,11 +402,11 @@ def test_the_original_is_never_changed() -> None:
     ("arguments", "error", "message"),
     [
         ({"macs": "30x", "settings": QUICK}, BudgetError, r"the least this network can have is \d"),
-        ({}, BudgetError, "give one of: a budget"),
-        ({"max_drop": 1.0}, BudgetError, "--labels"),
-        ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one of"),
-        ({"macs": "2x", "settings": Settings(rule=Rule("sd", "share", 0.5))}, BudgetError, "give one of"),
-        ({"macs": "2x", "calib": None}, CalibrationError, "--calib"),
+        ({}, BudgetError, "give one goal: a budget"),
+        ({"max_drop": 1.0}, BudgetError, "labels="),
+        ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one goal"),
+        ({"macs": "2x", "settings": Settings(rule=Rule("sd", "share", 0.5))}, BudgetError, "give one goal"),
+        ({"macs": "2x", "calib": None}, CalibrationError, "give calib="),
         (
             {"macs": "2x", "calib": np.zeros((20, 3, 32, 32), np.float32)},
             CalibrationError,

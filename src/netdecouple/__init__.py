@@ -9,9 +9,19 @@ from netdecouple.version import __version__
 
 if TYPE_CHECKING:
     from netdecouple import kernels, runtimes
-    from netdecouple.api import Result
+    from netdecouple.api import (
+        Result,
+        apply_plan,
+        bench,
+        decouple,
+        evaluate,
+        inspect,
+        load,
+        open_model,
+        save,
+        sweep,
+    )
     from netdecouple.data.calibration import Preprocessing
-    from netdecouple.doors import apply_plan, decouple, load, save, sweep
     from netdecouple.errors import NetDecoupleError
     from netdecouple.execution.run import Resources
     from netdecouple.planning.analysis import Settings
@@ -28,37 +38,35 @@ __all__ = [
     "Sweep",
     "__version__",
     "apply_plan",
+    "bench",
     "decouple",
+    "evaluate",
+    "inspect",
     "kernels",
     "load",
+    "open_model",
     "runtimes",
     "save",
     "sweep",
 ]
 
-# imported when first asked for, so that the command line is there for Ctrl-C from the first moment
-_HOMES = {
+# imported at first use, so that the command line reacts to Ctrl-C from the first moment
+_MODULES = {
     "NetDecoupleError": "errors",
     "Plan": "planning.plan",
     "Preprocessing": "data.calibration",
     "Resources": "execution.run",
-    "Result": "api",
     "Settings": "planning.analysis",
     "Sweep": "report.sweep",
-    "apply_plan": "doors",
-    "decouple": "doors",
-    "load": "doors",
-    "save": "doors",
-    "sweep": "doors",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name in ("kernels", "runtimes"):
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,508 +1,730 @@
-"""The front door for ONNX models: read, plan, apply, check, report."""
+"""The public functions. They read what they are given, call `pipeline`, and return what the user keeps."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import onnx
+from numpy.typing import NDArray
 
-from netdecouple import kernels, runtimes
-from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing, Samples
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
+from netdecouple import pipeline
+from netdecouple.convolution import ConvGeometry, Structure
+from netdecouple.data.calibration import Preprocessing, names_function
+from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
 from netdecouple.execution.run import Resources
-from netdecouple.fitting.apply import Applied, apply, difference
-from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.frontends.onnx.emission import form_of
-from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
-from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.network import Array
-from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
-from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
+from netdecouple.execution.scratch import check_writable
+from netdecouple.families.chain import method
+from netdecouple.frontends.onnx import lowering
+from netdecouple.frontends.onnx.model import ModelSource, nodes_of, write_model
+from netdecouple.frontends.onnx.model import load as read_proto
+from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
+from netdecouple.goal import Budgets, Emission, Share, parse_goal, parse_sweep
+from netdecouple.network import Array, Source
+from netdecouple.pipeline import Outcome, Request, accuracy
+from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.divergence import agreement, divergence
-from netdecouple.planning.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import (
-    BudgetRow,
-    FormOf,
-    budget_rows,
-    make_plan,
-    plan_within,
-    reachable,
-    ruled_plan,
+from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.files import save_report
+from netdecouple.report.inspection import Inspection, inspection
+from netdecouple.report.report import Report, Score
+from netdecouple.report.sweep import Sweep, SweepPoint
+from netdecouple.runtimes import runtime
+from netdecouple.runtimes.benchmark import (
+    DECOUPLED,
+    SECONDS,
+    SHORT,
+    Benchmark,
+    benchmark,
+    layer_times,
 )
-from netdecouple.report.inspection import Inspection, energies, inspection
-from netdecouple.report.pictures import pictures
-from netdecouple.report.provenance import identity, provenance
-from netdecouple.report.report import (
-    Disagreement,
-    Report,
-    Score,
-    disagreements_of,
-    layer_reports,
-    quality_of,
-)
-from netdecouple.runtimes import benchmark
-from netdecouple.runtimes.onnxruntime import size_of
 from netdecouple.version import __version__
 
-SAMPLES = 1000  # calibration images taken unless more or fewer are asked for
-TOLERANCE = 1e-3  # relative difference between the saved network and the plan's arithmetic
-HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
-SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
+if TYPE_CHECKING:
+    from torch.nn import Module
 
-Calibration = str | os.PathLike[str] | Array | Iterable[Array]
+SAMPLES = 1000  # calibration inputs taken unless more or fewer are asked for
+LIBRARIES = ("torchvision", "timm")  # of PyTorch models
+
+Calibration = str | os.PathLike[str] | Array | Iterable[Any]
+Labels = str | os.PathLike[str] | tuple[Any, NDArray[np.integer]]
+ShowBudgets = Callable[[list[BudgetRow], str], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A decoupled model, the plan that made it, and what it gained and lost."""
+    """A decoupled model, the plan that made it, and what it gained and lost.
 
-    model: onnx.ModelProto
+    Attributes:
+        model: an `onnx.ModelProto`, or a PyTorch module.
+        plan: what was done to every layer.
+        report: what that gained and lost.
+    """
+
+    model: Any
     plan: Plan
     report: Report
-    source: ModelSource  # what it was made of
-    shape: tuple[int, ...]  # of one input, as it was calibrated with
+    source: Source = field(repr=False, compare=False)  # the original
+    example: Any = field(repr=False, compare=False)  # a few inputs, to time or to export the model with
+
+    @classmethod
+    def of(cls, module: Module) -> Result:
+        """Return the result behind a PyTorch module that `decouple` or `apply_plan` returned.
+
+        Raises:
+            ModelError: it was not made in this process; load and decouple the original again.
+        """
+        result: Result | None = getattr(vars(module).get("decoupling"), "result", None)
+        if result is None:
+            raise ModelError(
+                f"this {type(module).__name__} was not made by netdecouple.decouple in this process"
+            )
+        return replace(result, model=module)
 
     def timed(
-        self,
-        runtimes: Sequence[str] = ("onnxruntime",),
-        threads: Sequence[int] = (1,),
-        seconds: float | None = None,
+        self, runtimes: Sequence[str] = (), threads: Sequence[int] = (1,), seconds: float | None = None
     ) -> Result:
-        """The same with times in its report: of the original and of this network, and layer by layer.
+        """Return the same with times in its report, of the original and of this network.
 
-        Whatever cannot be timed does not fail, and the report says why.
+        What cannot be timed is left out, and the report says why. Times of single layers are measured for
+        ONNX models in ONNX Runtime.
 
         Args:
-            runtimes: "onnxruntime", "openvino".
+            runtimes: "onnxruntime", "openvino"; of PyTorch modules also "torch" and "torch.compile". Those
+                that need no extra package unless they are named.
             threads: the numbers of threads to time with.
-            seconds: how long to measure, for each runtime and number of threads; two unless told.
+            seconds: how long to measure per runtime and number of threads; None: two.
         """
-        networks = (self.source, self.model)
-        shape = self.shape
-        report = benchmark.timed(self.report, networks, runtimes, threads, seconds, shape=shape, layers=True)
-        return replace(self, report=report)
+        names, seconds = (self.report.model, DECOUPLED), SHORT if seconds is None else seconds
+        known = self.report.benchmark or Benchmark(netdecouple=__version__, models=())
+        rows, profiles, reasons = list(known.models), list(known.layers), list(self.report.not_timed)
+        for name in runtimes or self.source.runtimes:
+            try:
+                pair = [self.source.executable(model, self.example, name) for model in (None, self.model)]
+                models, shape, feeds = [e.model for e in pair], pair[0].shape, pair[0].feeds
+                options: dict[str, Any] = {"names": names, "shape": shape, "feeds": feeds, "seconds": seconds}
+                rows += benchmark(models, [runtime(name)], open_for_shapes, threads=threads, **options).models
+                if self.source.framework == name == "onnxruntime":
+                    profiles.append(layer_times(models, open_for_shapes, threads[0], **options))
+            except Exception as error:  # the network was made, which is what was asked for
+                reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+        times = Benchmark(netdecouple=__version__, models=tuple(rows), layers=tuple(profiles))
+        return replace(
+            self, report=replace(self.report, benchmark=times if rows else None, not_timed=tuple(reasons))
+        )
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as .html or .json, as the path ends; for .html it is timed first, if it was not.
+        """Write the report as .html or .json, by the ending; networks are timed for a page, if they were not.
 
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        self.report.save(path, lambda: self.timed().report)
+        is_timed = self.report.benchmark or self.report.not_timed
+        wants = Path(path).suffix.lower() == ".html" and not is_timed
+        save_report((self.timed() if wants else self).report, path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model; whatever happens, there is never half a file under ``path``.
+        """Write the model, all of it or nothing: an .onnx file; a PyTorch module also as a folder for `load`.
 
         Raises:
             OutputError: the place is not writable.
-            ModelError: what was written is not what was to be written.
+            ModelError: the model cannot be written so, or was not written correctly.
         """
-        write_model(self.model, path)
+        self.source.save(self, path)
 
 
+@dataclass(frozen=True)
+class Decoupling:
+    """What was done to a PyTorch module, and what it gained and lost: its attribute ``decoupling``."""
+
+    plan: Plan
+    report: Report | None  # None: it was saved by another version of netdecouple
+    norms: dict[str, str]  # by changed layer, the BatchNorm folded into it
+    result: Result | None = field(default=None, repr=False, compare=False)  # `Result.of` adds the module
+
+    def __deepcopy__(self, memo: object) -> Decoupling:
+        return self  # nothing in it changes; copies of the module need no copies of the original
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a pickled module does not take the original with it
+        return Decoupling, (self.plan, self.report, self.norms)
+
+
+def open_model(
+    model: Any,
+    weights: str | None = None,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    filter: Callable[[str, Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    is_exported: bool = False,
+) -> Source:
+    """Read a network, without running it; every function here takes the result as its ``model``.
+
+    Args:
+        model: an .onnx file, an `onnx.ModelProto`, a PyTorch module, or the name of a PyTorch model:
+            torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns one.
+        weights: of a named model: "default" (downloaded by its library), "random", or a file.
+        seed: of random weights.
+        device, filter, arguments: as in `decouple`.
+        is_exported: whether a PyTorch module's result is to be written as ONNX; if that is impossible, the
+            error comes before the work.
+
+    Raises:
+        ModelError: it cannot be read, or cannot be changed.
+        UnavailableError: a package that it needs is not installed.
+    """
+    if not isinstance(model, str | os.PathLike) and hasattr(model, "check_form"):
+        return model  # type: ignore[no-any-return]
+    options: dict[str, Any] = {"device": device, "filter": filter, "arguments": arguments}
+    if _is_module(model):
+        source: Source = _torch_source()(model, is_exported=is_exported, **options)
+        return source
+    given = {"device=": device != "cpu", "filter=": filter, "arguments=": arguments, "weights=": weights}
+    if isinstance(model, str | os.PathLike) and is_named(model):
+        with _needing_torch():
+            from netdecouple.frontends.torch.sources import build
+        built = build(os.fspath(model), weights, seed)
+        source = _torch_source()(
+            built.module,
+            name=built.name,
+            weights=built.weights,
+            preprocessing=built.preprocessing,
+            is_exported=is_exported,
+            **options,
+        )
+        return source
+    for name, value in given.items():
+        if value:
+            raise ModelError(
+                f"{name} is for PyTorch models; {model if isinstance(model, str) else 'this'} is ONNX"
+            )
+    return OnnxSource(model)
+
+
+@overload
 def decouple(
-    model: ModelSource,
+    model: ModelSource | Source,
     calib: Calibration | None = None,
     *,
-    macs: str | float | None = None,
-    parameters: str | float | None = None,
-    latency: str | float | None = None,
+    macs: Share | None = None,
+    parameters: Share | None = None,
+    latency: Share | None = None,
     max_drop: float | None = None,
-    labels: str | os.PathLike[str] | None = None,
+    labels: Labels | None = None,
+    settings: Settings = ...,
+    emit: str = "standard",
+    runtime: str | None = None,
+    threads: int = 1,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = SAMPLES,
+    resources: Resources = ...,
+    progress: Progress = quiet,
+    show_budgets: ShowBudgets | None = None,
+) -> Result: ...
+@overload
+def decouple(
+    model: Module,
+    calib: Calibration | None = None,
+    *,
+    macs: Share | None = None,
+    parameters: Share | None = None,
+    latency: Share | None = None,
+    max_drop: float | None = None,
+    labels: Labels | None = None,
+    settings: Settings = ...,
+    emit: str = "standard",
+    runtime: str | None = None,
+    threads: int = 1,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = SAMPLES,
+    resources: Resources = ...,
+    device: str = "cpu",
+    filter: Callable[[str, Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    progress: Progress = quiet,
+    show_budgets: ShowBudgets | None = None,
+) -> Module: ...
+def decouple(
+    model: Any,
+    calib: Calibration | None = None,
+    *,
+    macs: Share | None = None,
+    parameters: Share | None = None,
+    latency: Share | None = None,
+    max_drop: float | None = None,
+    labels: Labels | None = None,
     settings: Settings = Settings(),
     emit: str = "standard",
     runtime: str | None = None,
     threads: int = 1,
-    preprocessing: Preprocessing = Preprocessing(),
+    preprocessing: Preprocessing | None = None,
     samples: int | None = SAMPLES,
     resources: Resources = Resources(),
+    device: str = "cpu",
+    filter: Callable[[str, Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
     progress: Progress = quiet,
-    show_budgets: Callable[[list[BudgetRow], str], None] | None = None,
-) -> Result:
-    """Decouple an ONNX model to a budget. The model given is not changed.
+    show_budgets: ShowBudgets | None = None,
+) -> Any:
+    """Decouple a network to a goal. The network given is not changed.
+
+    Exactly one goal is given: a budget (``macs``, ``parameters``, ``latency``, or several of them),
+        ``max_drop``,
+    or ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
 
     Args:
-        model: a path or a ModelProto with one image input (N, C, H, W), of float32 or float16, which stays.
-        calib: unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION, or arrays
-            (N, C, H, W) that are ready for the network. May be left out when ``settings.data_free``.
-        macs: the share of the MACs that may stay: 0.5, "50%" or "2x" (two times fewer).
+        model: an .onnx file or `onnx.ModelProto` with one image input (N, C, H, W) of float32 or float16; a
+            PyTorch module, whatever Python its forward runs; a name like "torchvision:resnet18"; or what
+            `open_model` returned.
+        calib: unlabelled inputs, a few hundred: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION,
+            or arrays (N, C, H, W) that are ready for the network. For PyTorch modules also batches: tensors,
+            tuples of arguments, mappings, a DataLoader. None only if ``settings.data_free``.
+        macs: the share of the multiply-adds that may stay.
         parameters: the share of the parameters that may stay.
-        latency: the share of its time that the network may still take, for one input in ``runtime``.
-        max_drop: instead of a budget, the points of top-1 accuracy that may be lost on ``labels``
-            (FILE.npz:IMAGES,LABELS); the smallest network within them is searched for.
-        settings: layers to leave alone, families to choose from or one rule for all layers, how to fit, seed.
-        emit: "standard" writes standard operators, "fused" netdecouple's own, which is faster and which ONNX
-            Runtime is taught with `netdecouple.kernels.register`.
-        runtime: "onnxruntime" or "openvino". Named, or with ``latency``, the standard operators that a layer
-            is written with are those that are fastest there, measured with ``threads`` threads.
-        preprocessing: how uint8 images become network inputs.
-        samples: how many calibration images to take at most; None takes all.
-        resources: where to keep what has been found, so that a run that was ended goes on.
+        latency: the share of its time that the network may still take, for one input, in ``runtime``.
+        max_drop: points of top-1 accuracy that may be lost on ``labels``; the smallest network is searched
+            for.
+        labels: labelled inputs to measure accuracy on: FILE.npz:IMAGES,LABELS, or a pair (inputs, integers
+            (N,)).
+        settings: layers to leave alone, families to choose from, how to fit, seed.
+        emit: "standard" operators, or "fused": netdecouple's own, which is faster, in ONNX files. ONNX
+            Runtime needs `netdecouple.kernels.register` for it.
+        runtime: the runtime in which the forms of layers are chosen by measuring: "onnxruntime", "openvino";
+            of PyTorch modules also "torch" and "torch.compile". With ``latency`` and None: the network's own.
+        threads: to measure with.
+        preprocessing: how uint8 pictures become network inputs; None: as the weights of a named model ask
+            for, or values / 255.
+        samples: calibration inputs to take at most; None takes all.
+        resources: where to keep what was computed, so that an ended run goes on; memory; workers.
+        device: where a PyTorch module runs; the linear algebra is NumPy's.
+        filter: called with every PyTorch layer's name and module; False leaves it alone.
+        arguments: makes the arguments of a PyTorch module's forward out of one batch of ``calib``.
         progress: called with a step's name, what is done and what there is to do.
-        show_budgets: called once with the table of budgets that can be met, before solving.
+        show_budgets: called once, before solving, with the table of budgets that can be met.
+
+    Returns:
+        `Result`. For a PyTorch module (not its name): the new module, ready for use and for training, with
+        the attribute ``decoupling`` (``plan``, ``report``); `Result.of` gives its result.
 
     Raises:
-        NetDecoupleError: one of its children, with one line that says what to do.
+        BudgetError: no goal, several, or one out of reach.
+        CalibrationError: the inputs cannot be read or do not fit.
+        ModelError: the network cannot be read, run or decoupled.
+        UnavailableError: a runtime, or the fused operator, is not installed.
+        NetDecoupleError: the base of them all; messages are one line that says what to do.
     """
-    goals = (macs is not None or parameters is not None or latency is not None, max_drop is not None)
-    if sum((*goals, settings.rule is not None)) != 1:
-        raise BudgetError(
-            "give one of: a budget (--macs 50%, --params 2x, --latency 60%), --max-drop with --labels, "
-            "or --method"
-        )
-    if max_drop is not None and not max_drop >= 0:
-        raise BudgetError(f"--max-drop {max_drop}: give points of accuracy, 0 or more")
-    if max_drop is not None and labels is None:
-        raise BudgetError("--max-drop needs --labels FILE.npz:IMAGES,LABELS to measure accuracy on")
-    budgets = budgets_of(macs, parameters)
-    share = None if latency is None else parse_share(latency)
-    place = place_for(emit, runtime, threads)
-    opened = read_model(model)
-    check_emit(opened, emit)
-    images = load_images(opened, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
-    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
-    network = OnnxNetwork(opened, images.images, resources)
-    check_classifier(network, labelled)
-    inputs, images = split(images, settings.seed)
-    with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
-        network.resources = own
-        analysis = analyze(network, inputs, settings, progress, own)
-        curve = budget_rows(analysis) if settings.rule is None else []
-        if show_budgets is not None and curve:
-            show_budgets(curve, analysis.loss)
-        clock, form = None, first_form(place)
-        if share is not None or runtime is not None:
-            image = network.padded(images.images, slice(0, opened.batch or 1))
-            clock = Latency(network, analysis.candidates, place, image, progress=progress)
-            form = clock.form
-        if max_drop is not None:
-            assert labelled is not None
-            applied = _search(analysis, max_drop, labelled, form, progress, own)
-        else:
-
-            def chosen() -> Plan:
-                if share is not None:
-                    assert clock is not None
-                    return plan_for_latency(analysis, budgets, clock, share)
-                plan = ruled_plan(analysis, form) if settings.rule else plan_within(analysis, budgets, form)
-                return plan if clock is None else clock.with_neighbours(plan)
-
-            # kept, as times are never the same twice
-            goal = own.checkpoint.key("plan", (macs, parameters, latency, emit, runtime, threads))
-            applied = apply(network, inputs, own.checkpoint.once(goal, Plan, chosen), progress, resources=own)
-    is_calibrated = calib is not None
-    judge = Judge(
-        network, inputs, images, labelled, is_calibrated, model, preprocessing, settings, tuple(curve)
+    goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule)
+    emission = Emission(emit, runtime, threads)
+    source = open_model(model, device=device, filter=filter, arguments=arguments)
+    request = Request(
+        source=source,
+        calib=calib,
+        labels=labels,
+        settings=settings,
+        preprocessing=preprocessing,
+        samples=samples,
+        emission=emission,
+        resources=resources,
+        progress=progress,
     )
-    return judge.result(applied, clock)
+    with pipeline.opened(request) as work:
+        return _given(model, source, pipeline.decouple(work, goal, show_budgets))
 
 
-def place_for(emit: str, runtime_name: str | None, threads: int) -> Place:
-    """Where the network is to run.
-
-    Raises:
-        UnavailableError: a runtime, or the fused operator, is not to be had here.
-        ModelError: the two do not go together.
-    """
-    if emit not in ("standard", "fused"):
-        raise ModelError(f"--emit {emit}: there are standard and fused")
-    if threads < 1:
-        raise ModelError(f"--threads {threads}: give 1 or more")
-    name = runtime_name or "onnxruntime"
-    if name.startswith("torch"):
-        raise ModelError(
-            f"--runtime {name} is for PyTorch modules; ONNX models run in onnxruntime or openvino"
-        )
-    if emit == "fused":
-        if name != "onnxruntime":
-            raise ModelError(f"--emit fused is for onnxruntime; {name} runs standard operators only")
-        kernels.check_available()
-    return Place(runtimes.runtime(name), threads, FUSED if emit == "fused" else STANDARD)
-
-
-def check_emit(model: OnnxModel, emit: str) -> None:
-    """Refuse the fused operator where it cannot be.
-
-    Raises:
-        ModelError: the model is not of float32.
-    """
-    if emit == "fused" and model.dtype != np.float32:
-        raise ModelError(f"{model.origin}: --emit fused is for float32 models, this one is {model.dtype}")
-
-
-def check_classifier(network: OnnxNetwork, labelled: tuple[Array, np.ndarray] | None) -> None:
-    """Find out before the work that there is no accuracy to be measured on what is ``labelled``.
-
-    Raises:
-        ModelError: the network is no classifier.
-    """
-    if labelled is not None:
-        accuracy(network.run(labelled[0][:1])[0], labelled[1][:1])
-
-
-def first_form(place: Place) -> FormOf:
-    """The form that is chosen where nothing is measured."""
-    return lambda layer, candidate: place.forms[0]
-
-
+@overload
 def apply_plan(
-    model: ModelSource,
+    model: ModelSource | Source,
     plan: Plan,
     calib: Calibration | None = None,
     *,
-    preprocessing: Preprocessing = Preprocessing(),
-    resources: Resources = Resources(),
+    preprocessing: Preprocessing | None = None,
+    resources: Resources = ...,
     progress: Progress = quiet,
-) -> Result:
-    """Carry out a saved plan on the model and the calibration images it was made for.
+) -> Result: ...
+@overload
+def apply_plan(
+    model: Module,
+    plan: Plan,
+    calib: Calibration | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    resources: Resources = ...,
+    device: str = "cpu",
+    arguments: Callable[[Any], Any] | None = None,
+    progress: Progress = quiet,
+) -> Module: ...
+def apply_plan(
+    model: Any,
+    plan: Plan,
+    calib: Calibration | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    resources: Resources = Resources(),
+    device: str = "cpu",
+    arguments: Callable[[Any], Any] | None = None,
+    progress: Progress = quiet,
+) -> Any:
+    """Apply a saved plan to the network and the calibration inputs that it was made for.
+
+    The result is the same network again; a plan made from an ONNX model also applies to the PyTorch module
+    that was exported to it, and the other way round. Arguments and the returned value are those of
+    `decouple`.
 
     Raises:
-        PlanError: the plan is of another model or of other images.
+        PlanError: the plan was made for another network or other inputs.
         NetDecoupleError: as in `decouple`.
     """
-    opened = read_model(model)
+    source = open_model(model, device=device, arguments=arguments)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
-    images = load_images(opened, calib, preprocessing, plan.samples, settings)
-    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
-    network = OnnxNetwork(opened, images.images, resources)
-    try:
-        plan = plan.adopted(network.fingerprint, network.layers)
-    except PlanError as error:
-        raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
-    inputs, images = split(images, plan.seed)
-    if inputs.fingerprint != plan.images:
-        raise PlanError(
-            "the plan was made with other calibration images; give the same --calib and preprocessing"
-        )
-    with resources.opened(identity(network, inputs, None, "onnxruntime")) as own:
-        network.resources = own
-        applied = apply(network, inputs, plan, progress, resources=own)
-    return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
-
-
-def load_images(
-    model: OnnxModel,
-    calib: Calibration | None,
-    preprocessing: Preprocessing,
-    samples: int | None,
-    settings: Settings,
-) -> Samples:
-    """Load calibration images for a model; without any, and data-free, noise.
-
-    Raises:
-        CalibrationError: they cannot be read or do not fit, or there are none and there should be.
-    """
-    channels = model.channels or 3
-    if calib is None:
-        if not settings.data_free:
-            raise CalibrationError(
-                "give --calib (a folder of images, FILE.npz:KEY, …), or --data-free to do without"
-            )
-        size = model.size or preprocessing.size
-        if size is None:
-            raise CalibrationError(f"{model.origin} takes images of any size; say which with --input-size")
-        # without inputs, noise tells the shapes of things
-        noise = np.random.default_rng(settings.seed).standard_normal((10, channels, *size))
-        return Samples(noise.astype(np.float32), calibration.NOISE)
-    options = {
-        "channels": channels,
-        "size": model.size,
-        "preprocessing": preprocessing,
-        "samples": samples,
-        "seed": settings.seed,
-    }
-    if isinstance(calib, str | os.PathLike):
-        return calibration.load(calib, **options)  # type: ignore[arg-type]
-    return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
-
-
-def split(images: Samples, seed: int) -> tuple[Inputs, Samples]:
-    """Shuffle images and hold some back; the samples come back with these, so that there is one copy."""
-    inputs = Inputs.split(images.images, seed)
-    return inputs, replace(images, images=inputs.images)
-
-
-def load_labelled(
-    model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
-) -> tuple[Array, np.ndarray]:
-    """Load images and their labels for a model.
-
-    Raises:
-        CalibrationError: they cannot be read, or do not fit.
-    """
-    images, labels = calibration.load_labelled(
-        source,
-        channels=model.channels or 3,
-        size=model.size,
+    request = Request(
+        source=source,
+        calib=calib,
+        settings=settings,
         preprocessing=preprocessing,
-        samples=None,
-        seed=seed,
+        samples=plan.samples,
+        resources=resources,
+        progress=progress,
     )
-    return images.images, labels
+    with pipeline.opened(request, resumes=False) as work:
+        return _given(model, source, pipeline.apply_plan(work, plan))
 
 
-def accuracy(outputs: Array, labels: np.ndarray) -> float:
-    """Top-1 accuracy of (n, classes) outputs.
+def sweep(
+    model: Any,
+    calib: Calibration | None = None,
+    macs: Share | Iterable[Share] = (),
+    *,
+    compare: Sequence[Any] = (),
+    labels: Labels | None = None,
+    settings: Settings = Settings(),
+    emit: str = "standard",
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = SAMPLES,
+    output: str | os.PathLike[str] | None = None,
+    resources: Resources = Resources(),
+    device: str = "cpu",
+    filter: Callable[[str, Module], bool] | None = None,
+    arguments: Callable[[Any], Any] | None = None,
+    progress: Progress = quiet,
+    show: Callable[[SweepPoint], None] | None = None,
+) -> Sweep:
+    """Decouple a network to several budgets at little more than the price of one, and find the best trade.
+
+    The network is analysed once. The result for each budget is, byte for byte, that of `decouple` for it
+    alone. Arguments that are not explained here are those of `decouple`.
+
+    Args:
+        macs: the budgets: "80%,60%,2x" or (0.8, 0.6, 0.5).
+        compare: results of earlier runs (.onnx files; PyTorch modules or folders), to compare on the same
+            inputs. With them ``macs`` may be left out.
+        output: a folder to write every network into, as soon as it is there; None: only figures are kept.
+        show: called with every point of the curve as soon as it is known.
 
     Raises:
-        ModelError: the network is no classifier.
+        NetDecoupleError: as in `decouple`.
     """
-    if outputs.ndim != 2:
-        raise ModelError(f"accuracy needs outputs (N, classes), these are {outputs.shape}")
-    if len(outputs) > len(labels):
-        raise ModelError(f"accuracy needs one output per image; {len(labels)} images gave {outputs.shape}")
-    return float(np.mean(outputs.argmax(axis=1) == labels[: len(outputs)]))
+    goals = parse_sweep(macs, settings.rule)
+    if not goals and not compare:
+        raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5), or networks to compare=")
+    emission = Emission(emit)
+    source = open_model(model, device=device, filter=filter, arguments=arguments)
+    files = None if output is None else _Files(Path(output), source, goals, (model, *compare))
+    others = [(_name(other), _similar(source, other)) for other in compare]
+    request = Request(
+        source=source,
+        calib=calib,
+        labels=labels,
+        settings=settings,
+        preprocessing=preprocessing,
+        samples=samples,
+        emission=emission,
+        resources=resources,
+        progress=progress,
+    )
+    points, compared = [], []
+    with pipeline.opened(request) as work:
+        loss = pipeline.original_loss(work)
+        for name, other in others:
+            compared.append(pipeline.compared(work, name, other))
+            if show is not None:
+                show(compared[-1].point)
+        for goal, outcome in pipeline.sweep(work, goals) if goals else ():
+            result = _result(source, outcome)
+            file = None if files is None else files.save(goal, result)
+            points.append(SweepPoint.of(result.report, result.plan, file))
+            if show is not None:
+                show(points[-1])
+    return Sweep.of(source.name, loss, points, compared)
 
 
-def _search(
-    analysis: Analysis,
-    max_drop: float,
-    labelled: tuple[Array, np.ndarray],
-    form: FormOf,
-    progress: Progress,
-    resources: Resources,
-) -> Applied:
-    """Bisect the budget for the smallest network that loses at most ``max_drop`` points of accuracy."""
-    network, inputs = analysis.network, analysis.inputs
-    assert isinstance(network, OnnxNetwork)
-    images, labels = labelled
-    wanted = accuracy(network.run(images)[0], labels) - max_drop / 100
-    total = sum(layer.macs for layer in network.layers)
-    # shares: `low` is too small or unknown, `high` is known to do
-    low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
-    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form), resources=resources)
-    steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
-    for step in range(steps):
-        progress("Searching the budget", step, steps)
-        share = float(np.sqrt(low * high))
-        plan = make_plan(analysis, [Budget(Macs(), share)], form)
-        applied = apply(network, inputs, plan, resources=resources)
-        outputs = network.run_model(network.decoupled(applied.factorizations), images)
-        if accuracy(outputs[0], labels) >= wanted:
-            best, high = applied, share
-        else:
-            low = share
-    progress("Searching the budget", steps, steps)
-    return best
+def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
+    """List a network's layers, their costs and principal components, without calibration inputs.
+
+    Args:
+        model: as in `decouple`.
+        size: height and width of its images, where the model does not say.
+
+    Raises:
+        NetDecoupleError: as in `decouple`.
+    """
+    source = open_model(model)
+    with source.session():
+        preprocessing = source.preprocessing.resized_for(size)
+        noise = source.calibration(None, preprocessing, None, 0)
+        return inspection(source.name, tuple(source.open(noise.inputs, Resources()).layers))
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What decoupled networks are held against: the original's outputs, which are computed once."""
+def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing | None = None) -> list[Score]:
+    """Measure top-1 and top-5 accuracy of networks on labelled inputs, and agreement with the first one.
 
-    network: OnnxNetwork
-    inputs: Inputs
-    images: Samples  # shuffled, as the inputs are
-    labelled: tuple[Array, np.ndarray] | None
-    is_calibrated: bool  # or else the inputs are noise
-    source: ModelSource | None = None  # what was read; None: the network as it was read
-    preprocessing: Preprocessing = field(
-        default_factory=Preprocessing
-    )  # of the images, if they were pictures
-    settings: Settings | None = None  # None where a saved plan is carried out
-    curve: tuple[BudgetRow, ...] = ()  # what other budgets would lose
-
-    @cached_property
-    def original(self) -> list[Array]:
-        """The original's outputs on the inputs that are held back."""
-        return self.network.run(self.inputs.held_back)
-
-    @cached_property
-    def original_accuracy(self) -> float:
-        """The original's accuracy on the labelled images."""
-        assert self.labelled is not None
-        return accuracy(self.network.run(self.labelled[0])[0], self.labelled[1])
-
-    @cached_property
-    def energies(self) -> dict[str, Array]:
-        """The principal components of the original's layers."""
-        return energies(self.network.layers)
-
-    def result(self, applied: Applied, clock: Latency | None = None) -> Result:
-        """Build the decoupled model, hold it against the plan's own arithmetic and the original."""
-        network, plan, shown = self.network, applied.plan, self.inputs.held_back
-        metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
-        forms = {row.name: form_of(row.form) for row in plan.layers if row.changed}
-        layers = {layer.name: layer for layer in network.layers}
-        model = network.decoupled(*with_kept(plan, layers, applied.factorizations, forms), metadata)
-        new = network.run_model(model, shown)
-        few = shown[:32]
-        halves = any(layer.weight.dtype == np.float16 for layer in network.layers)
-        tolerance = HALF_TOLERANCE if halves else TOLERANCE
-        off = difference(network, applied, few, network.run_model(model, few), tolerance)
-        quality = quality_of(plan, len(shown), self.original, new)
-        both = None
-        if self.labelled is not None:
-            labelled, labels = self.labelled
-            both = self.original_accuracy, accuracy(network.run_model(model, labelled)[0], labels)
-        rows = layer_reports(layers, applied, network.layers_of(model), self.energies)
-        images = self.images
-        found: tuple[Disagreement, ...] = ()
-        places = shuffled(len(images.images), plan.seed)[self.inputs.fitted :].tolist()
-        if self.is_calibrated:
-            found = disagreements_of(plan, places, self.original, new)
-        report = Report(
-            network.model.origin,
-            __version__,
-            plan.budget,
-            rows,
-            quality if self.is_calibrated else None,
-            off,
-            both,
-            None if clock is None else clock.speed(model, plan),
-            images.skipped,
-            network.model.bytes,
-            size_of(model),
-            self.curve,
-            found,
-            provenance(plan, self.inputs, images.origin, self.settings),
-            pictures=pictures([shown[places.index(d.sample)] for d in found], self.preprocessing),
-        )
-        source = network.model.proto if self.source is None else self.source
-        return Result(model, plan, report, source, (network.model.batch or 1, *images.images.shape[1:]))
-
-
-def inspect(model: ModelSource, size: tuple[int, int] | None = None) -> Inspection:
-    """Look at a network without calibration images; ``size`` (h, w) is needed if the model leaves it open."""
-    opened = read_model(model)
-    settings = Settings(data_free=True)
-    noise = load_images(opened, None, Preprocessing(size=size), None, settings)
-    return inspection(opened.origin, OnnxNetwork(opened, noise.images).layers)
-
-
-def evaluate(
-    models: Sequence[ModelSource],
-    data: str | os.PathLike[str],
-    preprocessing: Preprocessing = Preprocessing(),
-) -> list[Score]:
-    """Measure top-1 and top-5 accuracy of networks on FILE.npz:IMAGES,LABELS, and agreement with the first.
+    Args:
+        models: each as in `decouple`.
+        data: as ``labels`` in `decouple`.
+        preprocessing: as in `decouple`.
 
     Raises:
         NetDecoupleError: a model or the data cannot be read, do not fit, or the model is no classifier.
     """
     scores: list[Score] = []
     first: Array | None = None
-    for source in models:
-        model = read_model(source)
-        images, labels = load_labelled(model, data, preprocessing, 0)
-        network = OnnxNetwork(model, images)
-        outputs = network.run(images)[0]
-        top1, labels = accuracy(outputs, labels), labels[: len(outputs)]
+    for model in models:
+        source = open_model(model)
+        with source.session():
+            inputs, labels = source.labelled(data, preprocessing, 0)
+            outputs = source.outputs(inputs)[0]
+        top1, labels = accuracy([outputs], labels), labels[: len(outputs)]
         top5 = None
         if outputs.shape[1] > 5:
-            best = np.argpartition(-outputs, 5, axis=1)[:, :5]
+            best = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
             top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
         if first is not None and first.shape != outputs.shape:
-            raise ModelError(f"{model.origin} has outputs {outputs.shape}, the first model {first.shape}")
+            raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
         same = None if first is None else agreement(first, outputs)
         kl = None if first is None else divergence([first], [outputs], "kl")
         first = outputs if first is None else first
-        scores.append(Score(model.origin, len(outputs), top1, top5, same, kl))
+        scores.append(Score(source.name, len(outputs), top1, top5, same, kl))
     return scores
+
+
+def bench(
+    models: Sequence[Any],
+    runtimes: Sequence[str] = ("onnxruntime",),
+    *,
+    threads: Sequence[int] = (1,),
+    shape: tuple[int, ...] | None = None,
+    seconds: float = SECONDS,
+    layers: bool = False,
+    trust: bool = False,
+) -> Benchmark:
+    """Time networks against each other, in turns, with random inputs.
+
+    Args:
+        models: paths, or what the runtimes open: `onnx.ModelProto`, PyTorch modules, exported programs.
+        runtimes: "onnxruntime", "openvino", "torch", "torch.compile".
+        threads: the numbers of threads to time with.
+        shape: of the input, where the networks leave more than the batch open.
+        seconds: how long to measure, for each runtime and number of threads.
+        layers: whether to measure the time per layer too, with ONNX Runtime's profiler.
+        trust: whether to open files that can run code of their author, as PyTorch's do.
+
+    Raises:
+        ModelError: a network cannot be opened or run, or takes another input than the first.
+        UnavailableError: a runtime is not installed.
+    """
+    named = [runtime(name, trust=trust) for name in runtimes]
+    options: dict[str, Any] = {"shape": shape, "seconds": seconds}
+    times = benchmark(models, named, open_for_shapes, threads=threads, **options)
+    if layers:
+        profiles = [layer_times(models, open_for_shapes, count, **options) for count in threads]
+        times = replace(times, layers=tuple(profiles))
+    return times
+
+
+def _structures(plan: dict[str, Any]) -> dict[str, Callable[[ConvGeometry], Structure]]:
+    """Return, by layer that a plan changes, what makes its structure out of its geometry."""
+    rows = [row for row in Plan.from_json(json.dumps(plan)).layers if row.changed]
+    try:
+        return {row.name: partial(method(row.family).structure, steps=row.steps) for row in rows}
+    except ValueError as error:
+        raise PlanError(f"{error}; save the module again") from error
+
+
+def lower(model: ModelSource, path: str | os.PathLike[str]) -> int:
+    """Write an ONNX model's fused operators as standard ones, which every runtime has; return their number.
+
+    Raises:
+        ModelError: the model cannot be read, or has no fused operators.
+        OutputError: the place is not writable.
+    """
+    proto, name = read_proto(model)
+    count = sum(map(lowering.is_fused, nodes_of(proto.graph)))
+    if not count:
+        raise ModelError(f"{name}: the model has no fused operators; there is nothing to lower")
+    write_model(lowering.lower(proto), path)
+    return count
+
+
+def save(module: Module, folder: str | os.PathLike[str]) -> None:
+    """Write a decoupled module into a folder of its own: ``model.safetensors`` and ``netdecouple.json``.
+
+    What an earlier call wrote there is replaced, at once; a folder with other files in it is refused.
+
+    Raises:
+        ModelError: the module was not decoupled, or its state is more than tensors.
+        OutputError: the folder cannot be written.
+    """
+    decoupling = vars(module).get("decoupling")
+    if not isinstance(decoupling, Decoupling):
+        raise ModelError(
+            f"this {type(module).__name__} was not made by netdecouple.decouple; "
+            "of a compiled or distributed module, give the one inside"
+        )
+    with _needing_torch():
+        from netdecouple.frontends.torch.source import write_folder
+    write_folder(module, decoupling, folder)
+
+
+def load(module: Module, folder: str | os.PathLike[str]) -> Module:
+    """Return a copy of the original module, decoupled as the one in a folder was, with that one's weights.
+
+    Args:
+        module: built as the original was; its weights do not matter. Modes, types, devices and whether
+            gradients are wanted are taken from it. It is not changed.
+        folder: that `save` wrote; weights may be in shards, as on the Hugging Face Hub.
+
+    Raises:
+        PlanError: the folder's description is missing, damaged or of another version.
+        ModelError: the weights are missing or damaged, or of another module than this.
+    """
+    source: Any = _torch_source()(module)
+    from netdecouple.frontends.torch.folder import read
+
+    with source.session():
+        saved = read(source.module, folder, _structures)
+    plan = Plan.from_json(json.dumps(saved.plan), str(folder))
+    report = None if saved.report is None else Report.from_json(json.dumps(saved.report))
+    saved.module.decoupling = Decoupling(plan, report, saved.norms)
+    return saved.module
+
+
+def check_replaceable(folder: Path) -> None:
+    """Find out before the work that `save` could not write a folder.
+
+    Raises:
+        OutputError: it holds other files, or the place is not writable.
+    """
+    with _needing_torch():
+        from netdecouple.frontends.torch.folder import check_replaceable
+    check_replaceable(folder)
+    target = folder.resolve()
+    # an existing folder is renamed, and the new one moved to its place
+    check_writable(target.with_name(f".{target.name}.new") if target.exists() else folder)
+
+
+def is_named(model: str | os.PathLike[str]) -> bool:
+    """Tell whether a text names a PyTorch model: torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    text = os.fspath(model)
+    library, _, name = text.partition(":")
+    if Path(text).suffix == ".onnx" or os.path.exists(text) or not name:
+        return False
+    return library in LIBRARIES or names_function(text)
+
+
+def _is_module(model: Any) -> bool:
+    torch = sys.modules.get("torch")  # a module can only be given if it has been imported
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+@contextmanager
+def _needing_torch() -> Iterator[None]:
+    """Name the extra where an import fails for want of PyTorch."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "safetensors"):
+            raise
+        raise UnavailableError(
+            f"PyTorch modules need torch and safetensors ({error}); pip install 'netdecouple[torch]'"
+        ) from error
+
+
+def _torch_source() -> Any:
+    with _needing_torch():
+        from netdecouple.frontends.torch.source import TorchSource
+    return TorchSource
+
+
+def _result(source: Source, outcome: Outcome) -> Result:
+    result = Result(outcome.model, outcome.plan, outcome.report, source, outcome.example)
+    if _is_module(outcome.model):
+        original = replace(result, model=None)
+        outcome.model.decoupling = Decoupling(outcome.plan, outcome.report, outcome.norms, original)
+    return result
+
+
+def _given(model: Any, source: Source, outcome: Outcome) -> Any:
+    """Return a module where a module was given, else a result."""
+    result = _result(source, outcome)
+    return result.model if _is_module(model) else result
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    return type(model).__name__ if _is_module(model) else getattr(model, "name", "") or model.graph.name
+
+
+def _similar(source: Source, other: Any) -> Source:
+    """Read the result of an earlier run on the same network."""
+    if source.framework == "onnxruntime" or _is_module(other):
+        return open_model(other)
+    return open_model(load(source.module, other))  # type: ignore[attr-defined]
+
+
+class _Files:
+    """The folder of a sweep's networks; it is made when the first one is written.
+
+    Raises:
+        OutputError: nothing can be written there, or a network would overwrite one that is read.
+    """
+
+    def __init__(self, folder: Path, source: Source, goals: Sequence[Budgets], inputs: Sequence[Any]) -> None:
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise OutputError(
+                f"{folder}: is a file; give the name of a folder, which gets one network per budget"
+            )
+        name = source.name.rpartition(":")[2]
+        is_onnx = source.framework == "onnxruntime" or ":" in source.name
+        self._suffix = ".onnx" if is_onnx else ""
+        self._folder, self._stem = folder, name.removesuffix(".onnx").replace("/", "_") or "model"
+        check_writable(
+            (folder if os.path.isdir(folder) else folder.resolve().parent) / f"{self._stem}{self._suffix}"
+        )
+        read = [i for i in inputs if isinstance(i, str | os.PathLike) and os.path.exists(i)]
+        for path in map(self._path, goals):
+            if os.path.exists(path) and any(path.samefile(other) for other in read):
+                raise OutputError(
+                    f"{path}: is an input, and inputs are never overwritten; choose another folder"
+                )
+
+    def _path(self, goal: Budgets) -> Path:
+        return self._folder / f"{self._stem}-macs{goal.percent}{self._suffix}"
+
+    def save(self, goal: Budgets, result: Result) -> str:
+        """Write one budget's network; return its path."""
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self._folder}: cannot make the folder ({error.strerror})") from error
+        result.save(self._path(goal))
+        return str(self._path(goal))

@@ -300,3 +300,18 @@ def _composed(first: Taps, second: Taps, step: Sequence[int]) -> Taps:
             product = outer @ inner
             out[at] = out[at] + product if at in out else product
     return out
+
+
+def placeholder(structure: Structure, seed: int = 0) -> Factorization:
+    """Make a factorization of some structure with random weights."""
+    rng = np.random.default_rng(seed)
+    stages = tuple(
+        ConvStage(
+            g,
+            rng.standard_normal(g.weight_shape, np.float32)
+            / np.float32(np.sqrt(np.prod(g.weight_shape[1:]))),
+            channels,
+        )
+        for g, channels in zip(structure.stages, structure.channels, strict=True)
+    )
+    return Factorization(structure.geometry, stages, np.zeros(structure.geometry.n_o, np.float32))

@@ -1,4 +1,4 @@
-"""What the engine asks of a framework: a network it can look into, walk through, and rebuild.
+"""What the engine asks of a framework: read a network, run it, observe its layers, and rebuild it.
 
 A frontend finds convolutions, moves activations and puts stages back. It does no linear algebra.
 """
@@ -6,16 +6,21 @@ A frontend finds convolutions, moves activations and puts stages back. It does n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.convolution import ConvGeometry, Factorization
+from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.errors import ModelError
+
+if TYPE_CHECKING:
+    from netdecouple.data.calibration import Preprocessing
 
 Array = NDArray[np.floating]
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
@@ -100,17 +105,63 @@ class Walk(Protocol):
         ...
 
 
+class Timer(Protocol):
+    """Measures, in one runtime and with one number of threads, what layers and networks take."""
+
+    @property
+    def name(self) -> str:
+        """The runtime, its version and the threads: "onnxruntime 1.22.0, 1 thread"."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Inputs per call."""
+        ...
+
+    def forms(self, layer: Layer) -> tuple[str, ...]:
+        """Name the forms that a decoupled layer may be written in."""
+        ...
+
+    def layer_times(self, layer: Layer, kinds: Sequence[tuple[Structure, str]]) -> list[float]:
+        """Measure one layer in several structures and forms, with placeholder weights; milliseconds."""
+        ...
+
+    def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
+        """Measure whole networks: milliseconds (rounds, 1 + models), the original first."""
+        ...
+
+
 class Network(Protocol):
-    """A pretrained network, opened."""
+    """A pretrained network, opened for calibration inputs of some size."""
+
+    @property
+    def name(self) -> str:
+        """What reports and messages call it."""
+        ...
 
     @property
     def fingerprint(self) -> str:
-        """Hash of its operators and weights, before anything was done to it."""
+        """Hash of its operators and weights as they were read."""
         ...
 
     @property
     def layers(self) -> Sequence[Layer]:
         """Every layer that costs MACs, in the order they run."""
+        ...
+
+    @property
+    def norms(self) -> Mapping[str, str]:
+        """By layer, the module of the BatchNorm that is part of its numbers, where that stands apart."""
+        ...
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
+        ...
+
+    @property
+    def example(self) -> Any:
+        """A few inputs, to time or to export a network with."""
         ...
 
     def run(self, images: Images, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
@@ -120,20 +171,183 @@ class Network(Protocol):
     def observe(
         self, images: Images, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
-        ...
-
-    def recipe(self) -> Callable[[], Network]:
-        """Make the same network in another process; to be pickled.
-
-        Raises:
-            ModelError: it cannot be sent there.
-        """
+        """Yield, batch by batch, outputs and, if asked for, patches of the layers in ``positions``."""
         ...
 
     def walk(self, images: Images, scratch: Path | None = None) -> Walk:
-        """Start at the network's input, ready to be decoupled layer by layer.
+        """Start a sequential refit at the network's input.
 
-        What memory does not hold goes to ``scratch``, or where temporary files go.
+        Tensors that do not fit in memory go to ``scratch``, or to the folder of temporary files.
+        """
+        ...
+
+    def recipe(self) -> Callable[[], Network]:
+        """Return a function, to be pickled, that opens the same network in another process.
+
+        Raises:
+            ModelError: the network cannot be sent to another process.
+        """
+        ...
+
+    def build(
+        self,
+        factorizations: Mapping[str, Factorization],
+        forms: Mapping[str, str],
+        metadata: Mapping[str, str],
+    ) -> Any:
+        """Build a model in which some layers are chains of stages; everything else stays as it was read."""
+        ...
+
+    def run_built(self, model: Any, images: Images) -> list[Array]:
+        """Return the outputs of a model that `build` made."""
+        ...
+
+    def layers_of(self, model: Any, factorizations: Mapping[str, Factorization]) -> Sequence[Layer]:
+        """List the layers of a model that `build` made, with what they cost now."""
+        ...
+
+    def size_of(self, model: Any = None) -> int:
+        """Bytes of a model that `build` made, or of the original."""
+        ...
+
+    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> Timer:
+        """Measure layers and networks of this one in a runtime.
+
+        Raises:
+            UnavailableError: the runtime is not installed.
+            ModelError: it cannot run this kind of network.
+        """
+        ...
+
+    def pictures(self, images: Images) -> list[Array]:
+        """Return inputs that are pictures (c, h, w); empty if they are something else."""
+        ...
+
+    def close(self) -> None:
+        """End what still runs, and free memory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Inputs to fit a network to and to measure it on."""
+
+    inputs: Images
+    origin: str  # where they come from, for reports
+    nbytes: int
+    fingerprint: str | None = None  # None: the hash of the array
+    skipped: tuple[str, ...] = ()  # names of files that could not be read
+    is_noise: bool = False  # there were none: nothing may be measured on them
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A model as a runtime opens it, and the inputs to run it with."""
+
+    model: Any
+    shape: tuple[int, ...] | None = None  # of the input, where random numbers will do
+    feeds: Any = None
+
+
+class Source(Protocol):
+    """A network that was read, and how inputs for it are loaded; nothing has been run yet."""
+
+    @property
+    def name(self) -> str:
+        """What reports and messages call it."""
+        ...
+
+    @property
+    def framework(self) -> str:
+        """The package that runs it: its version is part of what a result depends on."""
+        ...
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes in which it is timed unless others are named; the first is its own."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures become its inputs, unless the user says otherwise."""
+        ...
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """What a result depends on besides the network, its inputs and the settings."""
+        ...
+
+    @property
+    def plan_text(self) -> str | None:
+        """The plan, as JSON, that an earlier run wrote into it."""
+        ...
+
+    def session(self) -> AbstractContextManager[object]:
+        """Return the context in which the network is opened and run."""
+        ...
+
+    def calibration(
+        self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
+    ) -> Calibration:
+        """Load calibration inputs; None makes noise of the right shape.
+
+        Raises:
+            CalibrationError: they cannot be read, or do not fit the network.
+        """
+        ...
+
+    def labelled(
+        self, labels: Any, preprocessing: Preprocessing | None, seed: int
+    ) -> tuple[Images, NDArray[np.int64]]:
+        """Load inputs and their class labels: FILE.npz:IMAGES,LABELS or a pair of arrays.
+
+        Raises:
+            CalibrationError: they cannot be read, or do not fit the network.
+        """
+        ...
+
+    def open(self, inputs: Images, resources: Any) -> Network:
+        """Open the network for such inputs.
+
+        Raises:
+            ModelError: it fails on them, or has nothing to decouple.
+        """
+        ...
+
+    def outputs(self, inputs: Images) -> list[Array]:
+        """Run the network as it was read.
+
+        Raises:
+            ModelError: it fails on them.
+        """
+        ...
+
+    def executable(self, model: Any, example: Any, runtime: str) -> Executable:
+        """Turn a model (None: the original) into what a runtime opens.
+
+        Raises:
+            ModelError: it cannot be run there.
+        """
+        ...
+
+    def check_form(self, form: str) -> None:
+        """Refuse a form that the network cannot be written in.
+
+        Raises:
+            ModelError: the form needs another type of numbers.
+        """
+        ...
+
+    def save(self, result: Any, path: str | PathLike[str]) -> None:
+        """Write a result's model, all of it or nothing.
+
+        Raises:
+            OutputError: the place is not writable.
+            ModelError: the model cannot be written so.
         """
         ...

@@ -86,14 +86,14 @@ NATIVE = """
 import sys
 import numpy as np
 {imports}
-from netdecouple import api
+from netdecouple.frontends.onnx import source
 
 def work():
     print("at work", file=sys.stderr, flush=True)
     {call}
 
-real = api.read_model
-api.read_model = lambda source: work() or real(source)
+real = source.read_model
+source.read_model = lambda model: work() or real(model)
 sys.argv = ["netdecouple", *sys.argv[1:]]
 from netdecouple.__main__ import main
 main()

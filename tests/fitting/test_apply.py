@@ -69,7 +69,7 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
             alone[row.name], _ = method(row.family).fit(problem.regularized(row.ridge), row.steps)
     original = network.run(inputs.held_back)
     together, separately = (
-        network.run_model(network.decoupled(f), inputs.held_back) for f in (applied.factorizations, alone)
+        network.run_built(network.build(f), inputs.held_back) for f in (applied.factorizations, alone)
     )
     assert divergence(original, together, "kl") < 0.8 * divergence(original, separately, "kl")
 

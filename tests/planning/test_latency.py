@@ -1,4 +1,4 @@
-"""Budgets in time, with a clock that is made up: what a model takes is counted from its nodes."""
+"""Budgets in time, with a timer whose times are computed from the networks' weights."""
 
 from __future__ import annotations
 
@@ -6,70 +6,61 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from netdecouple import api
+from netdecouple import api, runtimes
+from netdecouple.convolution import Structure
 from netdecouple.errors import BudgetError, ModelError, UnavailableError
-from netdecouple.families.chain import Step, method
 from netdecouple.fitting.sampling import Inputs
-from netdecouple.frontends.onnx.emission import FORMS, Form
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.goal import FORMS
 from netdecouple.network import Layer
 from netdecouple.planning import latency
 from netdecouple.planning.analysis import Analysis, Settings, analyze
 from netdecouple.planning.cost import Budget, Parameters
-from netdecouple.planning.latency import (
-    FUSED,
-    STANDARD,
-    Cache,
-    Latency,
-    Place,
-    placeholder,
-    plan_for_latency,
-    tiny_model,
-)
+from netdecouple.planning.latency import Cache, Latency, plan_for_latency
 from netdecouple.planning.solve import make_plan
 from netdecouple.runtimes import Feeds
 from netdecouple.runtimes.onnxruntime import open_session
 from tests.networks import images_for, perceptron
-from tests.planning.layers import linear
 from tests.test_api import DEMO, MODEL
 
 
 @dataclass
-class Clock:
-    """A runtime in which a model takes a millisecond, and what ``cost`` says of each of its weights."""
+class WeightTimer:
+    """A layer takes 1 µs per weight times a factor per form, a network 1 ms and what its weights cost."""
 
-    cost: Callable[[str, int], float]  # the weight's name, its size
-    name: str = "made-up"
-    version: str = "1"
-    opened: list[onnx.ModelProto] = field(default_factory=list)
+    network: OnnxNetwork
+    forms_of: tuple[str, ...] = FORMS["standard"]
+    factors: dict[str, float] = field(default_factory=dict)  # of a form, in single layers
+    slow: str = ""  # a layer whose decoupled forms take a second more
+    cost: Callable[[str, int], float] = lambda name, size: size / 1000  # of a weight in whole networks
+    name: str = "made-up 1, 1 thread"
+    batch: int = 1
+    timed: list[str] = field(default_factory=list)  # layers, in order
 
-    def open(self, model: object, threads: int) -> Session:
-        assert isinstance(model, onnx.ModelProto)
-        self.opened.append(model)
-        return Session(1.0 + sum(self.cost(t.name, int(np.prod(t.dims))) for t in model.graph.initializer))
+    def forms(self, layer: Layer) -> tuple[str, ...]:
+        return self.forms_of[:1] if layer.operator in ("Gemm", "MatMul") else self.forms_of
 
+    def layer_times(self, layer: Layer, kinds: Sequence[tuple[Structure, str]]) -> list[float]:
+        self.timed.append(layer.name)
+        return [
+            sum(int(np.prod(stage.weight_shape)) for stage in structure.stages)
+            * (1.0 if len(structure.stages) == 1 else self.factors.get(form, 1.0))
+            / 1000
+            + 1000 * (layer.name == self.slow and len(structure.stages) > 1)
+            for structure, form in kinds
+        ]
 
-@dataclass
-class Session:
-    milliseconds: float
-    inputs = ()
-
-    def run(self, feeds: Feeds) -> list[np.ndarray]:
-        return [np.array(self.milliseconds)]
-
-
-@pytest.fixture(autouse=True)
-def read_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(calls: Sequence[Callable[[], list]], seconds: float) -> np.ndarray:
-        return np.array([[float(call()[0]) for call in calls]])
-
-    monkeypatch.setattr(latency, "measure", measure)
+    def network_times(self, models: Sequence[Any]) -> np.ndarray:
+        protos = [self.network.build({}), *models]
+        weights = [[(t.name, int(np.prod(t.dims))) for t in p.graph.initializer] for p in protos]
+        return np.array([[1.0 + sum(self.cost(*weight) for weight in own) for own in weights]])
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +70,14 @@ def analysis() -> Analysis:
     return analyze(network, Inputs.split(images, 0), Settings(data_free=True, families=("nd-dp",)))
 
 
-def by_weights(name: str, size: int) -> float:
-    return size / 1000
-
-
-def counter(analysis: Analysis, clock: Clock, path: Path, forms: tuple[Form, ...] = STANDARD) -> Latency:
+def counter(analysis: Analysis, path: Path, **options: Any) -> Latency:
     assert isinstance(analysis.network, OnnxNetwork)
-    image = analysis.inputs.images[:1]
-    return Latency(
-        analysis.network, analysis.candidates, Place(clock, 1, forms), image, Cache(path / "times.json")
-    )
+    timer = WeightTimer(analysis.network, **options)
+    return Latency(analysis.network, analysis.candidates, timer, Cache(path / "times.json"))
+
+
+def planned(analysis: Analysis, counter: Latency, share: float) -> Any:
+    return plan_for_latency(analysis, [], counter, share, "ask for less")
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
@@ -96,59 +85,48 @@ def counter(analysis: Analysis, clock: Clock, path: Path, forms: tuple[Form, ...
 def test_a_budget_is_met_even_where_times_do_not_add_up(
     analysis: Analysis, tmp_path: Path, share: float, bias: float
 ) -> None:
-    """Whole networks gain less, or more, from fewer weights than tiny models say."""
-
-    def cost(name: str, size: int) -> float:
-        alone = name.startswith("layer") and name[5].isdigit()
-        return size / 1000 * (bias if alone and ("depthwise" in name or "pointwise" in name) else 1.0)
-
-    clock = counter(analysis, Clock(cost), tmp_path)
-    plan = plan_for_latency(analysis, [], clock, share)
-    found = clock.speed(clock.sketch(plan), plan).share
-    assert 0.9 * share <= found <= share * (1 + latency.CLOSE)
+    """Whole networks gain less, or more, from fewer weights than single layers do."""
+    times = counter(analysis, tmp_path, factors=dict.fromkeys(FORMS["standard"], bias))
+    plan = planned(analysis, times, share)
+    assert 0.9 * share <= times.share(plan) <= share * (1 + latency.CLOSE)
 
 
 def test_what_is_out_of_reach_is_said_with_what_is_not(analysis: Analysis, tmp_path: Path) -> None:
-    clock = counter(analysis, Clock(by_weights), tmp_path)
     with pytest.raises(
         BudgetError, match=r"2% of the time is out of reach in made-up 1, 1 thread; .* takes \d+%"
     ):
-        plan_for_latency(analysis, [], clock, 0.02)
+        planned(analysis, counter(analysis, tmp_path), 0.02)
 
 
 def test_a_layer_that_does_not_get_faster_is_left_alone(analysis: Analysis, tmp_path: Path) -> None:
-    clock = counter(analysis, Clock(by_weights), tmp_path)
     slow = next(iter(analysis.candidates))
-    for key, (macs, times) in clock._times.items():
-        if key[0] == slow:
-            clock._times[key] = (macs, [t + 1000 for t in times])
-    plan = plan_for_latency(analysis, [], clock, 0.7)
+    plan = planned(analysis, counter(analysis, tmp_path, slow=slow), 0.7)
     row = next(row for row in plan.layers if row.name == slow)
     assert (row.family, row.reason) == ("kept", "no candidate has less latency")
     assert any(row.changed for row in plan.layers)
 
 
-@pytest.mark.parametrize(("dear", "chosen"), [("depthwise0.weight", "parallel"), ("depthwise0.0.", "gather")])
+@pytest.mark.parametrize(("dear", "chosen"), [("gather", "parallel"), ("parallel", "gather")])
 def test_the_faster_form_is_chosen(analysis: Analysis, tmp_path: Path, dear: str, chosen: str) -> None:
-    clock = counter(analysis, Clock(lambda name, size: 50.0 if dear in name else size / 1000), tmp_path)
-    plan = plan_for_latency(analysis, [], clock, 0.7)
+    plan = planned(analysis, counter(analysis, tmp_path, factors={dear: 1.2}), 0.7)
     assert {row.form for row in plan.layers if row.changed} == {chosen}
 
 
 def test_times_are_kept_on_disk_by_runtime_and_version(analysis: Analysis, tmp_path: Path) -> None:
-    first = Clock(by_weights)
-    times = [counter(analysis, first, tmp_path)._dense]
-    again = Clock(by_weights)
-    times.append(counter(analysis, again, tmp_path)._dense)
-    assert times[0] == times[1]
-    assert len(again.opened) == 1  # the whole network, no layer
-    newer = Clock(by_weights, version="2")
-    counter(analysis, newer, tmp_path)
-    assert len(newer.opened) == len(first.opened) > 1
+    first, again = counter(analysis, tmp_path), counter(analysis, tmp_path)
+    assert isinstance(first.timer, WeightTimer)
+    assert isinstance(again.timer, WeightTimer)
+    layers = [la for la in analysis.network.layers if la.name in analysis.candidates]
+    assert [first.dense(la) for la in layers] == [again.dense(la) for la in layers]
+    assert again.timer.timed == []
+    for options in ({"name": "made-up 2, 1 thread"}, {"batch": 4}):
+        newer = counter(analysis, tmp_path, **options).timer
+        assert isinstance(newer, WeightTimer)
+        assert newer.timed == first.timer.timed != []
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": "b"}', "{", '{"a": null}'])
-def test_a_spoilt_cache_is_made_anew(tmp_path: Path, text: str) -> None:
+def test_a_spoilt_cache_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)
     cache = Cache(path)
@@ -164,33 +142,6 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     assert cache["here"] == 1.5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tiny_models_are_copies_of_the_layer(analysis: Analysis, form: Form) -> None:
-    layer: Layer = next(la for la in analysis.network.layers if la.name in analysis.candidates)
-    assert layer.geometry is not None
-    structure = analysis.candidates[layer.name].candidates[0].structure
-    model = tiny_model(layer, structure, form, 3)
-    onnx.checker.check_model(model)
-    x = np.random.default_rng(0).standard_normal((1, layer.geometry.n_i, *layer.size)).astype(np.float32)
-    for seed, found in enumerate(open_session(model).run(None, {"x": x})):
-        expected = placeholder(structure, seed)(x).mean(axis=(2, 3), keepdims=True)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_layers_are_timed_with_as_many_images_as_the_network(analysis: Analysis, tmp_path: Path) -> None:
-    """Of a model with a fixed batch; their times are kept apart from those of other batches."""
-    assert isinstance(analysis.network, OnnxNetwork)
-    path, opened = tmp_path / "times.json", []
-    for batch in (1, 4):
-        clock = Clock(by_weights)
-        image = analysis.inputs.images[:batch]
-        Latency(analysis.network, analysis.candidates, Place(clock), image, Cache(path))
-        opened.append([m.graph.input[0].type.tensor_type.shape.dim[0].dim_value for m in clock.opened[:-1]])
-    assert {*opened[0]} == {1}
-    assert {*opened[1]} == {4}
-    assert len(opened[0]) == len(opened[1]) > 3
-
-
 def test_times_are_kept_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(latency.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -203,41 +154,64 @@ def test_times_are_kept_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, 
     assert Cache()["a"] == 1.0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tiny_models_of_fully_connected_layers_are_matrix_products(form: Form) -> None:
-    layer = linear("fc", 12, 9)
-    structure = method("cd").structure(layer.geometry, [Step(3)])
-    model = tiny_model(layer, structure, form, 3)
-    onnx.checker.check_model(model)
-    assert {node.op_type for node in model.graph.node} == {"MatMul", "Gemm"}
-    x = np.random.default_rng(0).standard_normal((1, 12)).astype(np.float32)
-    for seed, found in enumerate(open_session(model).run(None, {"x": x})):
-        expected = placeholder(structure, seed)(x[:, :, None, None])[:, :, 0, 0]
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_fused_operator_never_runs_fully_connected_layers(tmp_path: Path) -> None:
+def test_the_fused_operator_never_computes_fully_connected_layers(tmp_path: Path) -> None:
     """Neither those that are changed nor, as a neighbour, those that are kept."""
     model = perceptron()
     images = images_for(model, 20)
     network = OnnxNetwork(read_model(model), images)
-    seen = analyze(network, Inputs.split(images, 0), Settings(data_free=True))
-    clock = counter(seen, Clock(by_weights), tmp_path, FUSED)
-    plan = clock.with_neighbours(make_plan(seen, [Budget(Parameters(), 0.5)], clock.form))
+    analysis = analyze(network, Inputs.split(images, 0), Settings(data_free=True))
+    times = counter(analysis, tmp_path, forms_of=FORMS["fused"])
+    plan = times.with_fused_neighbours(make_plan(analysis, [Budget(Parameters(), 0.5)], times.form))
     for row in plan.layers:
         assert row.operator == "Conv" or row.changed or not row.form
-    sketched = clock.sketch(plan)
+    sketched: Any = times.sketch(plan)
     assert all(not node.name.startswith(("fc", "logits")) for node in sketched.graph.node if node.domain)
     assert any(node.name == "fc1/product0" for node in sketched.graph.node)
 
 
-def test_a_plan_for_latency_goes_through_the_front_door(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The written network is what was timed, and the report tells measured and foreseen times."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(api.runtimes, "runtime", lambda name: Clock(by_weights, name=name))
-    for emit, forms in (("standard", set(STANDARD)), ("fused", set(FUSED))):
+@dataclass
+class WeightRuntime:
+    """A runtime in which a model takes a millisecond and what ``cost`` says of each of its weights."""
+
+    cost: Callable[[str, int], float]
+    name: str = "made-up"
+    version: str = "1"
+
+    def open(self, model: object, threads: int) -> WeightSession:
+        assert isinstance(model, onnx.ModelProto)
+        return WeightSession(
+            1.0 + sum(self.cost(t.name, int(np.prod(t.dims))) for t in model.graph.initializer)
+        )
+
+
+@dataclass
+class WeightSession:
+    milliseconds: float
+    inputs = ()
+
+    def run(self, feeds: Feeds) -> list[np.ndarray]:
+        return [np.array(self.milliseconds)]
+
+
+@pytest.fixture
+def by_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
+    """Let every runtime be one whose times are computed from weights."""
+
+    def measure(calls: Sequence[Callable[[], list]], seconds: float) -> np.ndarray:
+        return np.array([[float(call()[0]) for call in calls]])
+
+    def replace(cost: Callable[[str, int], float]) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr("netdecouple.frontends.onnx.timing.measure", measure)
+        monkeypatch.setattr(runtimes, "runtime", lambda name: WeightRuntime(cost, name=name))
+
+    return replace
+
+
+def test_a_plan_for_latency_from_end_to_end(by_weights: Callable) -> None:
+    """The written network is what was timed, and the report shows measured and predicted times."""
+    by_weights(lambda name, size: size / 1000)
+    for emit in ("standard", "fused"):
         result = api.decouple(
             MODEL,
             settings=Settings(data_free=True, families=("nd-dp",)),
@@ -246,7 +220,7 @@ def test_a_plan_for_latency_goes_through_the_front_door(
             macs="95%",
             runtime="onnxruntime",
         )
-        assert {row.form for row in result.plan.layers if row.changed} <= forms
+        assert {row.form for row in result.plan.layers if row.changed} <= set(FORMS[emit])
         assert result.plan.macs <= 0.95 * result.plan.macs_before
         speed = result.report.speed
         assert speed is not None
@@ -257,19 +231,12 @@ def test_a_plan_for_latency_goes_through_the_front_door(
         assert again.model.graph == result.model.graph
 
 
-def test_kept_layers_are_fused_too_where_that_is_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_layers_are_fused_too_where_that_is_faster(by_weights: Callable) -> None:
     """As they are: only the operator changes, and excluded ones keep theirs."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = next(la.name for la in api.inspect(MODEL).layers if la.geometry)
-
-    def dear(name: str, size: int) -> float:  # what is no fused operator
-        return size / 1000 * (1 if "fused" in name else 3)
-
-    monkeypatch.setattr(api.runtimes, "runtime", lambda name: Clock(dear, name=name))
+    by_weights(lambda name, size: size / 1000 * (1 if "fused" in name else 3))
     for exclude in ((), (first,)):
-        settings = Settings(exclude, data_free=True, families=("nd-dp",))
+        settings = Settings(exclude=exclude, data_free=True, families=("nd-dp",))
         result = api.decouple(MODEL, settings=settings, macs="80%", emit="fused", runtime="onnxruntime")
         kept = [row for row in result.plan.layers if not row.changed and row.operator == "Conv"]
         assert kept
@@ -287,8 +254,8 @@ def test_kept_layers_are_fused_too_where_that_is_faster(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"emit": "magic"}, ModelError, "standard and fused"),
-        ({"threads": 0}, ModelError, "--threads 0"),
+        ({"emit": "magic"}, ModelError, "standard or fused"),
+        ({"threads": 0}, ModelError, "threads=0"),
         ({"runtime": "torch"}, ModelError, "PyTorch modules"),
         ({"runtime": "abacus"}, UnavailableError, "no runtime 'abacus'"),
         ({"runtime": "openvino", "emit": "fused"}, ModelError, "onnxruntime"),

@@ -1,4 +1,4 @@
-"""Timing networks against each other; how fast they are is nobody's business here."""
+"""Timing networks against each other; how fast they are is not asserted."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from netdecouple.api import decouple
+from netdecouple.api import bench, decouple
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.source import open_for_shapes
 from netdecouple.planning.analysis import Settings
 from netdecouple.runtimes import benchmark as module
 from netdecouple.runtimes.benchmark import benchmark, model_names
@@ -36,7 +37,7 @@ def macs(model: onnx.ModelProto) -> int:
 
 def test_times_every_network_with_every_number_of_threads(pair):
     """A row each, in order; the first of each group is what the others are compared with."""
-    rows = benchmark(pair, threads=(1, 2), seconds=0).models
+    rows = bench(pair, threads=(1, 2), seconds=0).models
     assert [(row.runtime, row.threads) for row in rows] == [("onnxruntime", n) for n in (1, 1, 2, 2)]
     assert [row.faster is None for row in rows] == [True, False, True, False]
     assert {row.shapes for row in rows} == {((1, 3, 8, 8),)}
@@ -46,7 +47,7 @@ def test_times_every_network_with_every_number_of_threads(pair):
 
 def test_counts_macs(pair):
     """Per image, whatever the batch."""
-    for rows in (benchmark(pair, seconds=0), benchmark(pair, shape=(5, 3, 8, 8), seconds=0)):
+    for rows in (bench(pair, seconds=0), bench(pair, shape=(5, 3, 8, 8), seconds=0)):
         assert [row.macs for row in rows.models] == [macs(model) for model in pair]
     assert rows.models[1].macs <= rows.models[0].macs / 2
 
@@ -60,7 +61,7 @@ def test_times_what_it_cannot_count():
     two.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, (1, 10)))
     two.graph.output[0].name = "sum"
     for model in (b.model(), two):
-        (row,) = benchmark([model], seconds=0).models
+        (row,) = bench([model], seconds=0).models
         assert row.macs is None
         assert row.timing.median > 0
 
@@ -71,14 +72,20 @@ def test_does_not_count_operators_it_does_not_know():
     fused = next(node for node in model.graph.node if node.op_type == "Conv" and node.name == "conv2")
     fused.op_type, fused.domain = "FusedConv", "com.microsoft"
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    assert benchmark([model], seconds=0).models[0].macs is None
+    assert bench([model], seconds=0).models[0].macs is None
 
 
 def test_takes_inputs_that_are_given(monkeypatch: pytest.MonkeyPatch):
     """And makes up none."""
     monkeypatch.setattr(module, "random_feeds", None)
     model = networks.classifier()
-    timed = benchmark([model, model], feeds={"image": networks.images_for(model, 7)}, seconds=0)
+    timed = benchmark(
+        [model, model],
+        [OnnxRuntime()],
+        open_for_shapes,
+        feeds={"image": networks.images_for(model, 7)},
+        seconds=0,
+    )
     assert [row.shapes for row in timed.models] == [((7, 3, 8, 8),)] * 2
 
 
@@ -86,7 +93,7 @@ def test_layers_are_those_of_the_original(pair):
     """Stages are summed under their layer, whichever network comes first; nothing is shown twice."""
     names = [layer.name for layer in OnnxNetwork(read_model(pair[0]), networks.images_for(pair[0])).layers]
     for models in (pair, pair[::-1]):
-        (times,) = benchmark(models, seconds=0, layers=True).layers
+        (times,) = bench(models, seconds=0, layers=True).layers
         shown = [layer.name for layer in times.layers]
         assert set(shown) == {*names, REORDER, REST, TOTAL} - ({REORDER} - set(shown))
         assert len(shown) == len(set(shown))
@@ -97,7 +104,7 @@ def test_layers_are_those_of_the_original(pair):
 
 def test_layers_add_up(pair):
     """The layers, the rest and the changes of layout are all there is, but for the medians' rounding."""
-    (times,) = benchmark(pair, seconds=0, layers=True).layers
+    (times,) = bench(pair, seconds=0, layers=True).layers
     for index in range(2):
         medians = {la.name: la.timings[index].median for la in times.layers if la.timings[index]}
         total = medians.pop(TOTAL)
@@ -106,7 +113,7 @@ def test_layers_add_up(pair):
 
 def test_layers_of_a_network_without_names():
     """They are called as everywhere else: by what they write."""
-    (times,) = benchmark([networks.without_names()], seconds=0, layers=True).layers
+    (times,) = bench([networks.without_names()], seconds=0, layers=True).layers
     assert {"Conv:bn1", "Conv:bn2", "Conv:bn3", "Gemm:logits"} <= {layer.name for layer in times.layers}
 
 
@@ -120,7 +127,7 @@ def test_a_layer_is_summarised_over_the_runs():
 
 def test_to_json(pair):
     """Everything, and no ratio where none is to be quoted."""
-    timed = benchmark(pair, seconds=0, layers=True)
+    timed = bench(pair, seconds=0, layers=True)
     read = json.loads(timed.to_json())
     assert [row["macs"] for row in read["models"]] == [row.macs for row in timed.models]
     assert read["models"][0]["faster"] is None
@@ -131,19 +138,19 @@ def test_to_json(pair):
 def test_networks_with_other_inputs_are_not_compared():
     """Both shapes are named."""
     with pytest.raises(ModelError, match=r"1×3×12×12, and .* 1×3×8×8"):
-        benchmark([networks.classifier(), networks.kinds()], seconds=0)
+        bench([networks.classifier(), networks.kinds()], seconds=0)
 
 
 def test_errors_name_the_network(tmp_path: Path):
     """Once, whoever found what is wrong."""
     onnx.save(networks.classifier(), tmp_path / "net.onnx")
     with pytest.raises(ModelError, match=r"^net\.onnx: input 'image'"):
-        benchmark([tmp_path / "net.onnx"], shape=(1, 2, 8, 8), seconds=0)
+        bench([tmp_path / "net.onnx"], shape=(1, 2, 8, 8), seconds=0)
     with pytest.raises(ModelError, match=r"^gone\.onnx: no such file"):
-        benchmark([tmp_path / "net.onnx", tmp_path / "gone.onnx"], seconds=0)
+        bench([tmp_path / "net.onnx", tmp_path / "gone.onnx"], seconds=0)
     feeds = {"image": np.zeros((1, 4, 8, 8), np.float32)}
     with pytest.raises(ModelError, match=r"^net\.onnx: the network failed"):
-        benchmark([tmp_path / "net.onnx"], feeds=feeds, seconds=0)
+        benchmark([tmp_path / "net.onnx"], [OnnxRuntime()], open_for_shapes, feeds=feeds, seconds=0)
 
 
 def test_model_names():

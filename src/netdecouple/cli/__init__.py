@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run, sweep
+from netdecouple.cli.flags import with_flags
 from netdecouple.cli.interrupt import Interrupted, interruptible, leave
 from netdecouple.cli.terminal import Bars
 from netdecouple.errors import NetDecoupleError
@@ -126,7 +127,7 @@ def _failed(error: BaseException) -> int:
         case UsageError():
             return _misused(error)
         case NetDecoupleError():
-            return _fail(2, "error", str(error))
+            return _fail(2, "error", with_flags(str(error)))
         case Interrupted() | KeyboardInterrupt() | typer.Abort():
             if Bars.shown is not None:
                 Bars.shown.stop()

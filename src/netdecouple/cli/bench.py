@@ -1,4 +1,4 @@
-"""netdecouple bench: how fast networks are, with a stopwatch."""
+"""netdecouple bench: measured times of networks, side by side."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from netdecouple import api
 from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
-from netdecouple.cli.terminal import Json, Terminal
+from netdecouple.cli.terminal import Json, Output, Terminal
 from netdecouple.report.files import write_text
 from netdecouple.report.text import layer_times_tables, timing_tables
-from netdecouple.runtimes import NAMES, runtime
-from netdecouple.runtimes.benchmark import SECONDS, benchmark
+from netdecouple.runtimes import NAMES
+from netdecouple.runtimes.benchmark import SECONDS
 from netdecouple.runtimes.feeds import parse_shape
 
 
@@ -36,42 +37,38 @@ def bench(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(
-            help="Shape of the input, where the networks leave it open: 1x3x224x224.", show_default=False
-        ),
+        options.option(help="Shape of the input, where the networks leave it open: 1x3x224x224."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=0, max=86400, help="Time to take per runtime and number of threads.")
     ] = SECONDS,
-    layers: Annotated[bool, typer.Option("--layers", help="Tell ONNX Runtime's time per layer too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show ONNX Runtime's time per layer too.")] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Open .pt2 files, which can run any code of their maker's.")
+        bool, typer.Option("--trust", help="Open .pt2 files, which can run any code of their author.")
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Write the times here as JSON.", show_default=False)
-    ] = None,
+    report: Annotated[Path | None, options.option("--report", help="Write the times here as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time networks against each other, in turns, and tell how much faster one is only if that shows.
+    """Time networks against each other, in turns; a speedup is shown only if it is beyond the noise.
 
     \b
     Examples:
       netdecouple bench model.onnx faster.onnx --threads 1 --threads 2
       netdecouple bench model.onnx faster.onnx --runtime openvino --report times.json
     """
-    terminal = Terminal(as_json=as_json)
+    terminal = Terminal(Output(as_json=as_json))
     check_outputs(models, report)
-    found = [runtime(name, trust=trust) for name in dict.fromkeys(runtimes or NAMES[:1])]
-    timed = benchmark(
+    times = api.bench(
         models,
-        found,
+        tuple(dict.fromkeys(runtimes or NAMES[:1])),
         threads=tuple(dict.fromkeys(threads or [1])),
         shape=None if shape is None else parse_shape(shape),
         seconds=seconds,
         layers=layers,
+        trust=trust,
     )
     if report is not None:
-        write_text(report, timed.to_json())
-    for table in (*timing_tables(timed), *layer_times_tables(timed)):
+        write_text(report, times.to_json())
+    for table in (*timing_tables(times), *layer_times_tables(times)):
         terminal.console.print(table)
-    terminal.give(json.loads(timed.to_json()))
+    terminal.give(json.loads(times.to_json()))

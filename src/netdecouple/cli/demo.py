@@ -1,4 +1,4 @@
-"""netdecouple demo: the whole story, on the network and the images that come with the package."""
+"""netdecouple demo: every step, on the network and the images that come with the package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import typer
 from netdecouple import api, kernels
 from netdecouple.cli import options
 from netdecouple.cli.results import write_result
-from netdecouple.cli.terminal import Terminal
+from netdecouple.cli.terminal import Output, Terminal
 from netdecouple.errors import OutputError
-from netdecouple.frontends.onnx.lowering import lower
-from netdecouple.frontends.onnx.model import write_model
 from netdecouple.planning.analysis import Settings
 from netdecouple.report.text import budget_table, scores_table, timing_tables
-from netdecouple.runtimes.benchmark import benchmark
 
 
 def demo(
@@ -27,7 +24,7 @@ def demo(
     macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "2x",
 ) -> None:
     """Decouple a small digit classifier and show MACs, accuracy and time before and after."""
-    terminal = Terminal()
+    terminal = Terminal(Output())
     console = terminal.console
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -54,18 +51,16 @@ def demo(
     networks = [model, faster]
     if kernels.available():
         networks.append(output / "digits-standard.onnx")
-        write_model(lower(result.model), networks[-1])
-    timed = benchmark(networks, layers=True)
-    result = replace(
-        result,
-        report=replace(result.report, accuracy=(scores[0].top1, scores[1].top1), benchmark=timed),
-    )
+        api.lower(faster, networks[-1])
+    times = api.bench(networks, layers=True)
+    report = replace(result.report, accuracy=(scores[0].top1, scores[1].top1), benchmark=times)
     page = output / "report.html"
-    write_result(console, result, [faster], output / "plan.json", [output / "report.json", page])
+    result = replace(result, report=report)
+    write_result(terminal, result, [faster], output / "plan.json", [output / "report.json", page])
     console.print(scores_table(scores))
     if not kernels.available():
         console.print("The fused operator was not built (no C++ compiler), so these are standard operators.")
-    for table in timing_tables(timed):
+    for table in timing_tables(times):
         console.print(table)
     console.print(
         f"Results are in {output}/; what was gained and lost, layer by layer: {page}", **options.PLAIN

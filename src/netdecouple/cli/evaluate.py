@@ -10,20 +10,20 @@ import typer
 
 from netdecouple import api
 from netdecouple.cli import options
-from netdecouple.cli.terminal import Json, Terminal
+from netdecouple.cli.results import check_model
+from netdecouple.cli.terminal import Json, Output, Terminal
 from netdecouple.report.text import scores_table
 
 
+@options.expanded
 def evaluate(
     model: options.Model,
-    data: Annotated[str, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.", show_default=False)],
+    data: Annotated[str, options.option(help="Labelled images, FILE.npz:IMAGES,LABELS.")],
     other: Annotated[
         Path | None, typer.Argument(help="A second network to compare.", show_default=False)
     ] = None,
-    preset: options.Preset = None,
-    input_size: options.InputSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    pictures: options.Pictures = options.Pictures(),
+    weights: options.Weights = None,
     as_json: Json = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy, and how often two networks agree.
@@ -32,11 +32,11 @@ def evaluate(
     Example:
       netdecouple eval model.onnx --data test.npz:images,labels --preset imagenet
     """
-    terminal = Terminal(as_json=as_json)
-    scores = api.evaluate(
-        [model] if other is None else [model, other],
-        data,
-        options.preprocessing(preset, input_size, mean, std),
-    )
+    terminal = Terminal(Output(as_json=as_json))
+    paths = [model] if other is None else [model, other]
+    for path in paths:
+        check_model(path)
+    sources = [options.open_model(path, weights if api.is_named(path) else None) for path in paths]
+    scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing))
     terminal.console.print(scores_table(scores))
     terminal.give({"scores": [asdict(score) for score in scores]})

@@ -6,27 +6,24 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from netdecouple import api, doors
+from netdecouple import api
 from netdecouple.cli import options
-from netdecouple.cli.results import check_outputs
-from netdecouple.cli.sources import check_onnx_only, torch_model
-from netdecouple.cli.terminal import Json, Quiet, Terminal
+from netdecouple.cli.results import check_model, check_outputs, print_weights
+from netdecouple.cli.terminal import Output, Terminal
 from netdecouple.report.files import write_text
 from netdecouple.report.html import inspect_html
 from netdecouple.report.text import inspect_table, reach_table
 
 
+@options.expanded
 def inspect(
-    model: options.AnyModel,
-    input_size: options.InputSize = None,
-    weights: options.Weights = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write it here as a page, too.", show_default=False)
+    model: options.Model,
+    input_size: Annotated[
+        str | None, options.option(help="Height and width: 224 or 480x640, where the model leaves it open.")
     ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    weights: options.Weights = None,
+    html: Annotated[Path | None, options.option("--html", help="Write it here as a page, too.")] = None,
+    printed: Output = Output(),
 ) -> None:
     """Show every layer's shape, MACs and principal components, and which budgets can be met.
 
@@ -35,20 +32,15 @@ def inspect(
       netdecouple inspect model.onnx
       netdecouple inspect model.onnx --html model.html
     """
-    terminal = Terminal(quiet, as_json)
-    console = terminal.console
+    terminal = Terminal(printed)
+    check_model(model)
     check_outputs([model], html)
-    if doors.is_named(model):
-        opened = torch_model(console, model, weights)
-        seen = doors.named().inspect(
-            opened, options.preprocessing(None, input_size, None, None, opened.preprocessing)
-        )
-    else:
-        check_onnx_only(model, {"--weights": weights})
-        seen = api.inspect(model, options.preprocessing(None, input_size, None, None).size)
-    console.print(inspect_table(seen.model, seen.layers, seen.energy))
-    console.print(reach_table(seen.layers, seen.least_macs, seen.least_parameters))
+    source = options.open_model(model, weights)
+    print_weights(terminal, source)
+    inspection = api.inspect(source, None if input_size is None else options.parse_size(input_size))
+    terminal.console.print(inspect_table(inspection.model, inspection.layers, inspection.energy))
+    terminal.console.print(reach_table(inspection.layers, inspection.least_macs, inspection.least_parameters))
     if html is not None:
-        write_text(html, inspect_html(seen))
-        console.print(f"Wrote       {html}", **options.PLAIN)
-    terminal.give(json.loads(seen.to_json()))
+        write_text(html, inspect_html(inspection))
+        terminal.console.print(f"Wrote       {html}", **options.PLAIN)
+    terminal.give(json.loads(inspection.to_json()))

@@ -1,23 +1,59 @@
-"""Options that several commands share."""
+"""Options that several commands share: a dataclass per group, expanded into a command's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from netdecouple import api
 from netdecouple.data.calibration import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
+from netdecouple.execution import executors
+from netdecouple.execution.run import Resources
 from netdecouple.families.chain import methods
+from netdecouple.goal import FORMS
+from netdecouple.network import Source
+from netdecouple.planning.analysis import Settings
+from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.divergence import Loss
+from netdecouple.runtimes import NAMES
 
-EMITS = ("standard", "fused")
 FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-"""For printing what may hold the names of files, which are nobody's markup."""
+"""For printing file names, which may look like markup."""
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameters that are option groups by the fields of their dataclasses."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        kinds = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, parameter.kind, default=f.default, annotation=kinds[f.name])
+            for f in fields(groups[name])
+        ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def among(words: Sequence[str]) -> Callable[[str], list[str]]:
@@ -35,8 +71,12 @@ def list_of(words: Sequence[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-Model = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
-AnyModel = Annotated[
+def option(*names: str, help: str, **more: Any) -> Any:
+    """An option whose default needs no mention in the help."""
+    return typer.Option(*names, help=help, show_default=False, **more)
+
+
+Model = Annotated[
     Path,
     typer.Argument(
         help="The network: an .onnx file, torchvision:NAME, timm:NAME, or MODULE:FUNCTION that makes a "
@@ -44,163 +84,208 @@ AnyModel = Annotated[
         show_default=False,
     ),
 ]
+OnnxModel = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
 Weights = Annotated[
     str | None,
-    typer.Option(
+    option(
         help="Of a PyTorch model: default (what its library downloads), random, or FILE.safetensors, .pt, "
-        ".pth.",
-        show_default=False,
+        ".pth."
     ),
 ]
-Calib = Annotated[
-    str | None,
-    typer.Option(
-        help="Unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, or MODULE:FUNCTION.",
-        show_default=False,
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the weights "
-        "of a PyTorch model say, else none.",
-        show_default=False,
-        autocompletion=among(PRESETS),
-    ),
-]
-InputSize = Annotated[
-    str | None,
-    typer.Option(
-        help="Height and width: 224 or 480x640, where the model leaves it open.", show_default=False
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Mean per channel, of values in 0..1: 0.485,0.456,0.406.", show_default=False),
-]
-Std = Annotated[
-    str | None, typer.Option(help="Standard deviation per channel: 0.229,0.224,0.225.", show_default=False)
-]
-Labels = Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
-]
-DataFree = Annotated[bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")]
-UniformRank = Annotated[
-    bool,
-    typer.Option(
-        "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
-    ),
-]
-HowCompared = Annotated[
-    Loss | None,
-    typer.Option(
-        "--loss",
-        help="How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl for a "
-        "single output (N, classes).",
-        show_default=False,
-    ),
-]
-Families = Annotated[
-    str,
-    typer.Option(
-        help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
-        "or methods in full, like nd-dp,sd+nd-dp.",
-        autocompletion=list_of(FAMILIES),
-    ),
-]
-Emit = Annotated[
-    str,
-    typer.Option(
-        help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple; .onnx only).",
-        autocompletion=among(EMITS),
-    ),
-]
-Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
-Work = Annotated[
-    Path | None,
-    typer.Option(
-        "--work",
-        help="Folder to keep what has been found in: a run that was ended, started again with it, goes on.",
-        show_default=False,
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        help="Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
-        "fitted from their weights alone.",
-        show_default=False,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, help="Processes on this machine to share the work.", show_default=False),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option("--scheduler", help="Dask cluster to share the work: tcp://HOST:8786.", show_default=False),
-]
-Shards = Annotated[
-    int | None,
-    typer.Option(
-        "--shards",
-        min=1,
-        help="Parts to cut the inputs into for workers; the same parts give the same result. Default 8.",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path, typer.Option("-o", "--output", help="Where to write the new .onnx file.", show_default=False)
-]
+Output = Annotated[Path, option("-o", "--output", help="Where to write the new .onnx file.")]
 Outputs = Annotated[
     list[Path],
-    typer.Option(
+    option(
         "-o",
         "--output",
         help="Where to write the new network: an .onnx file; of a PyTorch model also a folder, or both.",
-        show_default=False,
     ),
 ]
 Reports = Annotated[
     list[Path] | None,
-    typer.Option(
+    option(
         "--report",
         help="Write the report here: as a page (.html; both networks are timed for it) or as data (.json). "
         "Repeatable.",
-        show_default=False,
+    ),
+]
+Labels = Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")]
+Emit = Annotated[
+    str,
+    typer.Option(
+        help="Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple).",
+        autocompletion=among(tuple(FORMS)),
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    option(
+        help="Choose by measuring in this runtime how layers are written: onnxruntime or openvino; of "
+        "PyTorch models also torch or torch.compile.",
+        autocompletion=among(NAMES),
     ),
 ]
 
 
-def preprocessing(
-    preset: str | None,
-    input_size: str | None,
-    mean: str | None,
-    std: str | None,
-    known: Preprocessing = Preprocessing(),
-) -> Preprocessing:
-    """Put the preprocessing options together; what they leave open is as ``known``."""
-    chosen = known if preset is None else Preprocessing.preset(preset)
-    if mean is not None:
-        chosen = replace(chosen, mean=_floats(mean, "--mean"))
-    if std is not None:
-        chosen = replace(chosen, std=_floats(std, "--std"))
-    if input_size is not None:
-        try:
-            numbers = [int(n) for n in input_size.lower().replace(",", "x").split("x")]
-        except ValueError as error:
-            raise CalibrationError(f"--input-size {input_size!r}: write 224 or 480x640") from error
-        if len(numbers) > 2 or min(numbers) < 1:
-            raise CalibrationError(f"--input-size {input_size!r}: write 224 or 480x640")
-        chosen = chosen.resized_for((numbers[0], numbers[-1]))
-    return chosen
+@dataclass(frozen=True)
+class Pictures:
+    """How pictures become network inputs."""
+
+    preset: Annotated[
+        str | None,
+        option(
+            help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the "
+            "weights of a PyTorch model say, else none.",
+            autocompletion=among(PRESETS),
+        ),
+    ] = None
+    input_size: Annotated[
+        str | None, option(help="Height and width: 224 or 480x640, where the model leaves it open.")
+    ] = None
+    mean: Annotated[str | None, option(help="Mean per channel, of values in 0..1: 0.485,0.456,0.406.")] = None
+    std: Annotated[str | None, option(help="Standard deviation per channel: 0.229,0.224,0.225.")] = None
+
+    def preprocessing(self, default: Preprocessing = Preprocessing()) -> Preprocessing:
+        """Combine the options; what they leave open is as in ``default``."""
+        chosen = default if self.preset is None else Preprocessing.preset(self.preset)
+        if self.mean is not None:
+            chosen = replace(chosen, mean=_floats(self.mean, "mean"))
+        if self.std is not None:
+            chosen = replace(chosen, std=_floats(self.std, "std"))
+        return chosen if self.input_size is None else chosen.resized_for(parse_size(self.input_size))
 
 
-def _floats(text: str, option: str) -> tuple[float, ...]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a height and width, 224 or 480x640.
+
+    Raises:
+        CalibrationError: it is neither.
+    """
+    try:
+        numbers = [int(n) for n in text.lower().replace(",", "x").split("x")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 2 or min(numbers) < 1:
+        raise CalibrationError(f"input_size={text!r}: write 224 or 480x640")
+    return numbers[0], numbers[-1]
+
+
+def _floats(text: str, name: str) -> tuple[float, ...]:
     try:
         return tuple(float(t) for t in text.replace(",", " ").split())
     except ValueError as error:
-        raise CalibrationError(f"{option} {text!r}: write numbers separated by commas") from error
+        raise CalibrationError(f"{name}={text!r}: write numbers separated by commas") from error
+
+
+Calib = Annotated[
+    str | None,
+    option(help="Unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, or MODULE:FUNCTION."),
+]
+Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a network is planned and fitted, whatever the goal."""
+
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
+    ] = None
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")
+    ] = False
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank", help="One rank per layer; with --data-free one for all, as the paper does."
+        ),
+    ] = False
+    families: Annotated[
+        str,
+        typer.Option(
+            help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
+            "or methods in full, like nd-dp,sd+nd-dp.",
+            autocompletion=list_of(FAMILIES),
+        ),
+    ] = "all"
+    loss: Annotated[
+        Loss | None,
+        option(
+            "--loss",
+            help="How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl "
+            "for a single output (N, classes).",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0
+
+    def settings(self, rule: Rule | None = None) -> Settings:
+        """The same as the library takes it."""
+        return Settings(
+            exclude=tuple(self.exclude or ()),
+            data_free=self.data_free,
+            uniform_rank=self.uniform_rank,
+            seed=self.seed,
+            families=parse_families(self.families),
+            rule=rule,
+            loss=self.loss,
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run may use, in this process."""
+
+    work: Annotated[
+        Path | None,
+        option(
+            "--work",
+            help="Folder to keep intermediate results in: an ended run, started again with it, goes on.",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        option(
+            "--memory",
+            help="Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
+            "fitted from their weights alone.",
+        ),
+    ] = None
+
+    def resources(self) -> Resources:
+        """The same as the library takes it."""
+        return Resources(self.work, self.memory)
+
+
+@dataclass(frozen=True)
+class Execution(Memory):
+    """What a run may use, with workers."""
+
+    workers: Annotated[
+        int | None, option("--workers", min=1, help="Processes on this machine to share the work.")
+    ] = None
+    scheduler: Annotated[
+        str | None, option("--scheduler", help="Dask cluster to share the work: tcp://HOST:8786.")
+    ] = None
+    shards: Annotated[
+        int | None,
+        option(
+            "--shards",
+            min=1,
+            help="Parts to cut the inputs into for workers; the same parts give the same result. Default 8.",
+        ),
+    ] = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Resources]:
+        """Start the workers, if there are any, and end them afterwards."""
+        resources = Resources(self.work, self.memory, shards=self.shards)
+        with executors.opened(self.workers, self.scheduler) as workers:
+            yield replace(resources, workers=workers)
+
+
+def open_model(
+    model: Path, weights: str | None = None, seed: int = 0, outputs: Sequence[Path] = ()
+) -> Source:
+    """Open a network that a command line names; ``outputs`` tell whether it is to be exported."""
+    is_exported = any(path.suffix == ".onnx" for path in outputs)
+    return api.open_model(str(model), weights, seed, is_exported=is_exported)

@@ -1,4 +1,4 @@
-"""Writing what a command made, all of it or nothing."""
+"""Check outputs before the work, and write results after it, all of them or none."""
 
 from __future__ import annotations
 
@@ -6,119 +6,135 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from netdecouple import doors
+from netdecouple import api
 from netdecouple.cli import options
-from netdecouple.errors import OutputError
+from netdecouple.cli.terminal import Terminal
+from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.scratch import check_writable
-from netdecouple.report.files import report_ending, write_text
+from netdecouple.network import Source
+from netdecouple.report.files import rendered, report_ending, write_text
 from netdecouple.report.report import Report
 from netdecouple.report.text import report_table
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
+WEIGHTS_ONLY = (".pt", ".pth", ".safetensors")
 
 
-def check_networks(outputs: Sequence[Path], named: bool) -> list[Path]:
-    """Tell which outputs are folders: of models that are ``named``, all that do not end in .onnx.
+def check_model(model: Path) -> None:
+    """Refuse files that hold weights and no network.
+
+    Raises:
+        ModelError: see there.
+    """
+    if model.suffix in WEIGHTS_ONLY and not api.is_named(model):
+        raise ModelError(
+            f"{model}: holds weights and no network; name that as well: torchvision:NAME --weights {model}"
+        )
+
+
+def check_networks(model: Path, outputs: Sequence[Path]) -> list[Path]:
+    """Return those outputs that are folders: of PyTorch models, all that do not end in .onnx.
 
     Raises:
         OutputError: a network cannot be written so.
     """
-    if not named and len(outputs) > 1:
+    is_torch = api.is_named(model)
+    if not is_torch and len(outputs) > 1:
         raise OutputError("an .onnx model becomes one .onnx file; give -o once")
     for output in outputs:
-        if not named and not output.suffix and not os.path.exists(output):
+        if not is_torch and not output.suffix and not os.path.exists(output):
             raise OutputError(f"{output}: .onnx models are written as .onnx files; write -o {output}.onnx")
-        if named and output.suffix in NO_FOLDERS:
+        if is_torch and output.suffix in NO_FOLDERS:
             raise OutputError(
                 f"{output}: PyTorch models are written as .onnx or as a folder; leave out {output.suffix}"
             )
-    return [output for output in outputs if named and output.suffix != ".onnx"]
+    return [output for output in outputs if is_torch and output.suffix != ".onnx"]
 
 
-def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Collection[Path] = ()) -> None:
-    """Find out before the work that something cannot be written, or would overwrite what it is made from.
+def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequence[Path] = ()) -> None:
+    """Find out before the work that an output cannot be written, or would overwrite an input.
 
     Raises:
         OutputError: see there.
     """
-    wanted = [output for output in outputs if output is not None]
-    for index, output in enumerate(wanted):
-        (_check_folder if output in folders else check_writable)(output)
-        if any(output.exists() and os.path.exists(given) and output.samefile(given) for given in inputs):
+    given = [output for output in outputs if output is not None]
+    for index, output in enumerate(given):
+        if output in folders:
+            api.check_replaceable(output)
+        else:
+            check_writable(output)
+        if any(output.exists() and os.path.exists(path) and output.samefile(path) for path in inputs):
             raise OutputError(f"{output}: is an input, and inputs are never overwritten; choose another name")
-        if any(output.resolve() == other.resolve() for other in wanted[:index]):
+        if any(output.resolve() == other.resolve() for other in given[:index]):
             raise OutputError(f"{output}: is asked for twice; give every result a name of its own")
 
 
-def _check_folder(folder: Path) -> None:
-    doors.named().check_replaceable(folder)
-    target = folder.resolve()
-    # what is there is renamed, and what is new into its place
-    check_writable(target.with_name(f".{target.name}.new") if target.exists() else folder)
+def check_reports(reports: Iterable[Path] | None) -> list[Path]:
+    """Refuse reports whose ending is not one of those that they can be written as.
+
+    Raises:
+        OutputError: see there.
+    """
+    paths = list(reports or ())
+    for path in paths:
+        report_ending(path)
+    return paths
 
 
 def write_result(
-    console: Console,
-    result: Any,
+    terminal: Terminal,
+    result: api.Result,
     outputs: Sequence[Path],
     plan: Path | None,
     reports: Iterable[Path] = (),
-) -> dict[str, Any]:
-    """Write the network and what was asked for beside it, and print the report; return it for programs."""
-    told = told_report(result.report)
-    texts = {path: told.rendered(path) for path in reports}  # before anything is written
+) -> None:
+    """Write the network, the plan and the reports, print the report, and give it to programs."""
+    report = with_command(result.report)
+    texts = {path: rendered(report, path) for path in reports}  # before anything is written
     for output in outputs:
         result.save(output)
     if plan is not None:
         write_text(plan, result.plan.to_json() + "\n")
     for path, text in texts.items():
         write_text(path, text)
-    console.print(report_table(result.report))
+    terminal.console.print(report_table(report))
     for output in outputs:
-        tell_written(console, output)
+        print_written(terminal, output)
     written = {
         "outputs": [str(path) for path in outputs],
         "plan": None if plan is None else str(plan),
         "reports": [str(path) for path in texts],
     }
-    found: dict[str, Any] = json.loads(told.to_json())
-    return found | written
+    data: dict[str, Any] = json.loads(report.to_json())
+    terminal.give(data | written)
 
 
-def told_report(report: Report) -> Report:
-    """The same, with the command that it is a report of."""
+def with_command(report: Report) -> Report:
+    """Return the same with the command line that made it."""
     if report.provenance is None:
         return report
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return replace(report, provenance=replace(report.provenance, command=shlex.join(words)))
 
 
-def check_reports(reports: Iterable[Path] | None) -> list[Path]:
-    """Refuse reports that end in something else than they can be written as.
-
-    Raises:
-        OutputError: see there.
-    """
-    found = list(reports or ())
-    for path in found:
-        report_ending(path)
-    return found
-
-
 def wants_times(reports: Iterable[Path]) -> bool:
-    """Whether a report is asked for that tells times."""
+    """Whether a report is asked for that shows times."""
     return any(report_ending(path) == ".html" for path in reports)
 
 
-def tell_written(console: Console, output: Path) -> None:
-    """Say which network was written, and how large it is."""
+def print_written(terminal: Terminal, output: Path) -> None:
+    """Print which network was written, and its size."""
     files = output.iterdir() if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
-    console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)
+    terminal.console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)
+
+
+def print_weights(terminal: Terminal, source: Source) -> None:
+    """Print what a PyTorch model's weights are."""
+    if weights := getattr(source, "weights", ""):
+        terminal.console.print(f"Weights     {weights}", **options.PLAIN)

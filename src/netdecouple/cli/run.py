@@ -2,84 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from netdecouple import api, doors
+from netdecouple import api
 from netdecouple.cli import options
-from netdecouple.cli.results import check_networks, check_outputs, check_reports, wants_times, write_result
-from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
-from netdecouple.cli.terminal import Json, Quiet, Terminal
-from netdecouple.execution import executors as distribution
-from netdecouple.execution.run import Resources
-from netdecouple.planning.analysis import Settings
-from netdecouple.planning.candidates import Rule, parse_families
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.cli.results import (
+    check_model,
+    check_networks,
+    check_outputs,
+    check_reports,
+    print_weights,
+    wants_times,
+    write_result,
+)
+from netdecouple.cli.terminal import Output, Terminal
+from netdecouple.planning.candidates import Rule
 from netdecouple.report.text import budget_table
 
 
+@options.expanded
 def run(
-    model: options.AnyModel,
+    model: options.Model,
     output: options.Outputs,
     calib: options.Calib = None,
     macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
     latency: Annotated[
-        str | None,
-        typer.Option(help="Time that may stay, measured here for one input: 60% or 2x. (.onnx only)"),
+        str | None, typer.Option(help="Time that may stay, measured here for one input: 60% or 2x.")
     ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            help="Instead of a budget: points of top-1 accuracy that may be lost on --labels. (.onnx only)",
+            min=0, help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."
         ),
     ] = None,
     labels: options.Labels = None,
-    exclude: options.Exclude = None,
-    data_free: options.DataFree = False,
-    uniform_rank: options.UniformRank = False,
-    families: options.Families = "all",
-    loss: options.HowCompared = None,
+    fitting: options.Fitting = options.Fitting(),
     method: Annotated[
         str | None,
-        typer.Option(
+        options.option(
             help="Instead of a budget, one method for every convolution but the first: nd-dp:T=4, "
-            "nd:energy=0.8, cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published.",
-            show_default=False,
+            "nd:energy=0.8, cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published."
         ),
     ] = None,
     emit: options.Emit = "standard",
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            help="Choose by measuring in onnxruntime or openvino how layers are written. (.onnx only)",
-            show_default=False,
-            autocompletion=options.among(("onnxruntime", "openvino")),
-        ),
-    ] = None,
+    runtime: options.Runtime = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
     samples: options.Samples = api.SAMPLES,
-    seed: options.Seed = 0,
-    preset: options.Preset = None,
-    input_size: options.InputSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    pictures: options.Pictures = options.Pictures(),
     weights: options.Weights = None,
-    plan_out: Annotated[
-        Path | None, typer.Option(help="Write the plan here as JSON.", show_default=False)
-    ] = None,
+    plan_out: Annotated[Path | None, options.option(help="Write the plan here as JSON.")] = None,
     report: options.Reports = None,
-    work: options.Work = None,
-    memory: options.Memory = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    shards: options.Shards = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    execution: options.Execution = options.Execution(),
+    printed: Output = Output(),
 ) -> None:
     """Decouple a network to a budget, from a few hundred unlabelled inputs.
 
@@ -89,75 +67,33 @@ def run(
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --latency 60%
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
-    terminal = Terminal(quiet, as_json)
-    console = terminal.console
-    named = doors.is_named(model)
-    check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(output, named))
+    terminal = Terminal(printed)
+    check_model(model)
+    check_outputs([model], *output, plan_out, *(report or ()), folders=check_networks(model, output))
     reports = check_reports(report)
-    rule = None if method is None else Rule.parse(method)
-    settings = Settings(
-        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule, loss
-    )
-
-    resources = Resources(work, memory, shards=shards)
-
-    def show(rows: list[BudgetRow], loss: str) -> None:
-        console.print(budget_table(rows, loss))
-
-    result: Any
-    if named:
-        check_torch_only(
-            model,
-            {
-                "--latency": latency,
-                "--max-drop": max_drop is not None,
-                "--runtime": runtime,
-                "--threads": threads != 1,
-                "--emit": emit != "standard",
-            },
+    settings = fitting.settings(None if method is None else Rule.parse(method))
+    source = options.open_model(model, weights, fitting.seed, output)
+    print_weights(terminal, source)
+    with execution.opened() as resources, terminal.bars() as bars:
+        result = api.decouple(
+            source,
+            calib,
+            macs=macs,
+            parameters=params,
+            latency=latency,
+            max_drop=max_drop,
+            labels=labels,
+            settings=settings,
+            emit=emit,
+            runtime=runtime,
+            threads=threads,
+            preprocessing=pictures.preprocessing(source.preprocessing),
+            samples=samples,
+            resources=resources,
+            progress=bars,
+            show_budgets=lambda rows, loss: terminal.console.print(budget_table(rows, loss)),
         )
-        opened = torch_model(console, model, weights, seed)
-        pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
-            result = doors.named().decouple(
-                opened,
-                calib,
-                macs=macs,
-                parameters=params,
-                settings=settings,
-                labels=labels,
-                preprocessing=pictures,
-                samples=samples,
-                resources=replace(resources, workers=hands),
-                to_onnx=any(path.suffix == ".onnx" for path in output),
-                progress=bars,
-                show_budgets=show,
-            )
-    else:
-        check_onnx_only(model, {"--weights": weights})
-        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
-            result = api.decouple(
-                model,
-                calib,
-                macs=macs,
-                parameters=params,
-                latency=latency,
-                max_drop=max_drop,
-                labels=labels,
-                settings=settings,
-                emit=emit,
-                runtime=runtime,
-                threads=threads,
-                preprocessing=options.preprocessing(preset, input_size, mean, std),
-                samples=samples,
-                resources=replace(resources, workers=hands),
-                progress=bars,
-                show_budgets=show,
-            )
     if wants_times(reports):
-        places = ("onnxruntime", *([runtime] if runtime else []))
-        result = result.timed(
-            () if named else tuple(dict.fromkeys(places)), tuple(dict.fromkeys((1, threads)))
-        )
-    found = write_result(console, result, output, plan_out, reports)
-    terminal.give(found)
+        places = (*source.runtimes, *([runtime] if runtime else []))
+        result = result.timed(tuple(dict.fromkeys(places)), tuple(dict.fromkeys((1, threads))))
+    write_result(terminal, result, output, plan_out, reports)

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from netdecouple import api, curve, doors
+from netdecouple import api
 from netdecouple.cli import options
-from netdecouple.cli.results import check_outputs
-from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_model
-from netdecouple.cli.terminal import Json, Quiet, Terminal
-from netdecouple.execution import executors as distribution
-from netdecouple.execution.run import Resources
-from netdecouple.planning.analysis import Settings
-from netdecouple.planning.candidates import parse_families
+from netdecouple.cli.results import check_model, check_outputs, print_weights
+from netdecouple.cli.terminal import Output, Terminal
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.html import sweep_html
 from netdecouple.report.sweep import Sweep
@@ -27,57 +19,36 @@ from netdecouple.report.text import families_table, knee_line, sweep_table
 RENDERED: dict[str, Callable[[Sweep], str]] = {".json": Sweep.to_json, ".html": sweep_html}
 
 
+@options.expanded
 def sweep(
-    model: options.AnyModel,
+    model: options.Model,
     calib: options.Calib = None,
-    macs: Annotated[
-        str, typer.Option(help="Budgets: MACs that may stay, 80%,60%,50% or 1.5x,2x,3x.", show_default=False)
-    ] = "",
+    macs: Annotated[str, options.option(help="Budgets: MACs that may stay, 80%,60%,50% or 1.5x,2x,3x.")] = "",
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
-            help="Two results of earlier runs, to judge on the same inputs. (.onnx only)", show_default=False
-        ),
+        options.option(help="Two results of earlier runs, to compare on the same inputs."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        options.option(
             "-o",
             "--output",
             help="Folder to write the networks into, one per budget; without it only figures are kept.",
-            show_default=False,
         ),
     ] = None,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="Write the curve here as CSV.", show_default=False)
-    ] = None,
+    csv: Annotated[Path | None, options.option("--csv", help="Write the curve here as CSV.")] = None,
     reports: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--report", help="Write the curve here: .html or .json. Repeatable.", show_default=False
-        ),
+        options.option("--report", help="Write the curve here: .html or .json. Repeatable."),
     ] = None,
-    work: options.Work = None,
-    memory: options.Memory = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    shards: options.Shards = None,
+    execution: options.Execution = options.Execution(),
     labels: options.Labels = None,
-    exclude: options.Exclude = None,
-    data_free: options.DataFree = False,
-    uniform_rank: options.UniformRank = False,
-    families: options.Families = "all",
-    loss: options.HowCompared = None,
+    fitting: options.Fitting = options.Fitting(),
     emit: options.Emit = "standard",
     samples: options.Samples = api.SAMPLES,
-    seed: options.Seed = 0,
-    preset: options.Preset = None,
-    input_size: options.InputSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    pictures: options.Pictures = options.Pictures(),
     weights: options.Weights = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    printed: Output = Output(),
 ) -> None:
     """Decouple a network to several budgets at little more than the price of one, and find the best trade.
 
@@ -87,55 +58,37 @@ def sweep(
       netdecouple sweep model.onnx --calib inputs.npy --macs 1.5x,2x,3x -o networks/
       netdecouple sweep model.onnx --calib inputs.npy --compare a.onnx b.onnx
     """
-    terminal = Terminal(quiet, as_json)
+    terminal = Terminal(printed)
+    check_model(model)
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
-    settings = Settings(
-        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), loss=loss
-    )
-    resources = Resources(work, memory, shards=shards)
-    if doors.is_named(model):
-        check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")
-        opened = torch_model(terminal.console, model, weights, seed)
-        pictures = options.preprocessing(preset, input_size, mean, std, opened.preprocessing)
-        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
-            swept = doors.named().sweep(
-                opened,
-                calib,
-                macs,
-                labels=labels,
-                settings=settings,
-                preprocessing=pictures,
-                samples=samples,
-                resources=replace(resources, workers=hands),
-                output=output,
-                progress=bars,
-            )
-    else:
-        check_onnx_only(model, {"--weights": weights})
-        with distribution.opened(workers, scheduler) as hands, terminal.bars() as bars:
-            swept = curve.sweep(
-                model,
-                calib,
-                macs,
-                compare=compare or (),
-                labels=labels,
-                settings=settings,
-                emit=emit,
-                preprocessing=options.preprocessing(preset, input_size, mean, std),
-                samples=samples,
-                resources=replace(resources, workers=hands),
-                output=output,
-                progress=bars,
-            )
+    settings = fitting.settings()
+    exported = [] if output is None else [Path("network.onnx")]
+    source = options.open_model(model, weights, fitting.seed, exported)
+    print_weights(terminal, source)
+    with execution.opened() as resources, terminal.bars() as bars:
+        swept = api.sweep(
+            source,
+            calib,
+            macs,
+            compare=compare or (),
+            labels=labels,
+            settings=settings,
+            emit=emit,
+            preprocessing=pictures.preprocessing(source.preprocessing),
+            samples=samples,
+            resources=resources,
+            output=output,
+            progress=bars,
+        )
     if csv is not None:
         write_text(csv, swept.to_csv())
     for path, render in rendered.items():
         write_text(path, render(swept))
-    _show(terminal, swept, [path for path in (csv, *rendered) if path is not None])
+    _print(terminal, swept, [path for path in (csv, *rendered) if path is not None])
 
 
-def _show(terminal: Terminal, swept: Sweep, written: Sequence[Path]) -> None:
+def _print(terminal: Terminal, swept: Sweep, written: Sequence[Path]) -> None:
     console = terminal.console
     console.print(sweep_table(swept))
     if swept.points:

@@ -1,4 +1,4 @@
-"""Where a command's words go: tables and progress for people, one JSON object for programs."""
+"""What a command prints: tables and progress for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -14,13 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 EVERY = 10.0  # seconds between lines of progress where there is no terminal to draw bars on
 
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors: no progress, no tables.")
-]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object to standard output, and all else to standard error."),
 ]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints."""
+
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors: no progress, no tables.")
+    ] = False
+    as_json: Json = False
 
 
 def console() -> Console:
@@ -34,17 +42,17 @@ def _wide(is_terminal: bool, **options: Any) -> Console:
 
 
 class Terminal:
-    """What one command prints to. With ``as_json`` whatever else prints goes to standard error too."""
+    """What one command prints to. With ``--json`` everything else that prints goes to standard error too."""
 
-    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+    def __init__(self, output: Output) -> None:
         self._out = sys.stdout
-        self._quiet = quiet
-        self.as_json = as_json
-        if as_json:  # a calibration function may print as well
+        self._quiet = output.quiet
+        self.as_json = output.as_json
+        if output.as_json:  # a calibration function may print as well
             sys.stdout = sys.stderr
-        if quiet:
+        if output.quiet:
             self.console = Console(quiet=True)
-        elif as_json:
+        elif output.as_json:
             self.console = _wide(sys.stderr.isatty(), stderr=True)
         else:
             self.console = console()
@@ -53,10 +61,10 @@ class Terminal:
         """Progress on standard error."""
         return Bars(self._quiet)
 
-    def give(self, found: dict[str, Any]) -> None:
-        """Print what a program is to read, if one is there."""
+    def give(self, data: dict[str, Any]) -> None:
+        """Print data as JSON, if that was asked for."""
         if self.as_json:
-            print(json.dumps(found, indent=1), file=self._out, flush=True)
+            print(json.dumps(data, indent=1), file=self._out, flush=True)
 
 
 class Bars:

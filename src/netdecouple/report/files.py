@@ -7,6 +7,8 @@ from pathlib import Path
 
 from netdecouple.errors import OutputError
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.report.html import report_html
+from netdecouple.report.report import Report
 
 ENDINGS = (".html", ".json")
 
@@ -21,6 +23,24 @@ def report_ending(path: str | os.PathLike[str]) -> str:
     if ending not in ENDINGS:
         raise OutputError(f"{path}: reports are written as .html or .json; let the name end so")
     return ending
+
+
+def rendered(report: Report, path: str | os.PathLike[str]) -> str:
+    """Return a report as .html or .json, by the ending of the path it goes to.
+
+    Raises:
+        OutputError: the path ends in something else.
+    """
+    return report_html(report) if report_ending(path) == ".html" else report.to_json()
+
+
+def save_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write a report as .html or .json, by the ending, all of it or nothing.
+
+    Raises:
+        OutputError: the ending is another one, or the place is not writable.
+    """
+    write_text(path, rendered(report, path))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

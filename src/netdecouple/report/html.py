@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from netdecouple.report.benchmark import TimedModel
 from netdecouple.report.charts import Chart, Point, Series, Spectrum, Structure, plot, spectrum, structure
 from netdecouple.report.inspection import Inspection
 from netdecouple.report.report import Agreement, LayerReport, Report, describe
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.report.text import count, faster, layer_sizes, sample_note, threads, times
+from netdecouple.runtimes.benchmark import TimedModel
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.runtimes.timing import Ratio, Timing
 

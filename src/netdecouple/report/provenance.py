@@ -10,11 +10,11 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from netdecouple.execution.machine import machine
 from netdecouple.execution.threads import available
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.network import Network
 from netdecouple.planning.analysis import Settings
-from netdecouple.planning.latency import machine
 from netdecouple.planning.plan import Plan
 from netdecouple.report.report import Provenance
 from netdecouple.version import __version__

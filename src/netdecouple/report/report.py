@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -18,8 +17,7 @@ from netdecouple.network import Array, Layer
 from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.solve import BudgetRow
-from netdecouple.report.benchmark import Benchmark
-from netdecouple.report.files import report_ending, write_text
+from netdecouple.runtimes.benchmark import Benchmark
 from netdecouple.runtimes.timing import Timing
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
@@ -223,34 +221,6 @@ class Report:
             raise PlanError(
                 f"not a report of this version of netdecouple ({error}); make it again"
             ) from error
-
-    def to_html(self) -> str:
-        """The report as one self-contained page."""
-        from netdecouple.report.html import report_html  # which prints what is defined here
-
-        return report_html(self)
-
-    def rendered(self, path: str | os.PathLike[str]) -> str:
-        """What is to be written to a path that ends in .html or .json.
-
-        Raises:
-            OutputError: it ends in something else.
-        """
-        return self.to_html() if report_ending(path) == ".html" else self.to_json()
-
-    def save(self, path: str | os.PathLike[str], timed: Callable[[], Report] | None = None) -> None:
-        """Write the report as .html or .json, as the path ends, all of it or nothing.
-
-        Args:
-            path: where to.
-            timed: gives the same report with times; a page that has none is written with these.
-
-        Raises:
-            OutputError: the ending is another one, or the place is not writable.
-        """
-        wants = report_ending(path) == ".html" and not (self.benchmark or self.not_timed)
-        report = self if timed is None or not wants else timed()
-        write_text(path, report.rendered(path))
 
 
 TOTALS = ("macs_before", "macs", "parameters_before", "parameters")

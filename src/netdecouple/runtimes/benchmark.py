@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from netdecouple.errors import ModelError
 from netdecouple.execution.scratch import Scratch
-from netdecouple.frontends.onnx.model import nodes_of, read_model
-from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedLayer, TimedModel
-from netdecouple.report.report import Report
-from netdecouple.runtimes import Feeds, Runtime, runtime
+from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
 from netdecouple.runtimes.onnxruntime import OnnxRuntime, Profiled
@@ -30,74 +28,92 @@ SHORT = 2.0  # the same for a report, which is about more than time
 DECOUPLED = "decoupled"  # what reports call the network that was made
 PROFILED = 200  # runs at most; a profile holds an event for every node of every run
 
+Shapes = tuple[tuple[int, ...], ...]
+OpenNetwork = Callable[[Any, Shapes], Any]
+"""Opens an ONNX model for inputs of some shapes: a `frontends.onnx.network.OnnxNetwork`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedModel:
+    """One network in one runtime. Milliseconds are per call, of the whole batch; MACs are per image."""
+
+    model: str
+    runtime: str
+    version: str
+    threads: int
+    shapes: tuple[tuple[int, ...], ...]  # of the inputs
+    macs: int | None  # None: not counted, the network has operators or inputs that are not known here
+    timing: Timing
+    faster: Ratio | None  # than the first network in this runtime with so many threads; None for that one
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedLayer:
+    """One layer of the original network, and what each network spends on it (``None``: it has it not)."""
+
+    name: str
+    timings: tuple[Timing | None, ...]
+    faster: tuple[Ratio | None, ...]  # than in the first network; None for that one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTimes:
+    """Where the time goes, by ONNX Runtime's profiler, which itself takes a little."""
+
+    models: tuple[str, ...]
+    version: str
+    threads: int
+    layers: tuple[TimedLayer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Every network in every runtime with every number of threads."""
+
+    netdecouple: str
+    models: tuple[TimedModel, ...]
+    layers: tuple[LayerTimes, ...] = ()
+
+    def to_json(self) -> str:
+        """The times as text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
 
 def benchmark(
     models: Sequence[object],
-    runtimes: Sequence[Runtime] = (OnnxRuntime(),),
+    runtimes: Sequence[Runtime],
+    open_network: OpenNetwork,
     *,
+    names: Sequence[str] | None = None,
     threads: Sequence[int] = (1,),
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
     seconds: float = SECONDS,
-    layers: bool = False,
 ) -> Benchmark:
     """Time networks against each other; those of one runtime and number of threads take turns.
 
     Args:
         models: paths, or what the runtimes open: ModelProto, nn.Module, ExportedProgram.
         runtimes: see `netdecouple.runtimes.runtime`.
+        open_network: counts the MACs of ONNX models.
+        names: of the networks; None: their files' names.
         threads: the numbers of threads to time with.
         shape: of the input, where the networks leave more than the batch open.
         feeds: inputs by name, instead of random ones.
         seconds: how long to measure, for each runtime and number of threads.
-        layers: also tell the time of every layer, by ONNX Runtime's profiler.
 
     Raises:
         ModelError: a network cannot be opened or run, or takes another input than the first.
     """
-    names = model_names(models)
+    names = names or model_names(models)
     groups = [
         _timed(models, names, runtime, count, shape, feeds, seconds)
         for runtime in runtimes
         for count in threads
     ]
-    macs = [_macs(model, row.shapes) for model, row in zip(models, groups[0], strict=True)]
-    timed = [replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True)]
-    profiled = [_profiled(models, names, count, shape, feeds, seconds) for count in threads] if layers else []
-    return Benchmark(__version__, tuple(timed), tuple(profiled))
-
-
-def timed(
-    report: Report,
-    models: Sequence[object],
-    runtimes: Sequence[str],
-    threads: Sequence[int],
-    seconds: float | None = None,
-    *,
-    shape: tuple[int, ...] | None = None,
-    feeds: Feeds | None = None,
-    layers: bool = False,
-) -> Report:
-    """Return the report of a run with more times in it: of the original, and of the network it became.
-
-    Time per layer is told for ONNX Runtime and the first number of threads. Nothing fails: what cannot be
-    timed is left out, and the report says why.
-    """
-    names, seconds = (report.model, DECOUPLED), SHORT if seconds is None else seconds
-    known = report.benchmark or Benchmark(__version__, ())
-    rows, profiles, reasons = list(known.models), list(known.layers), list(report.not_timed)
-    for name in runtimes:
-        try:
-            found = benchmark(
-                models, [runtime(name)], threads=threads, shape=shape, feeds=feeds, seconds=seconds
-            )
-            rows += [replace(row, model=names[i % len(names)]) for i, row in enumerate(found.models)]
-            if layers and name == OnnxRuntime.name:
-                profiles.append(_profiled(models, names, threads[0], shape, feeds, seconds))
-        except Exception as error:  # whatever it is, the network was made, and that is what was asked for
-            reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
-    times = Benchmark(__version__, tuple(rows), tuple(profiles)) if rows else None
-    return replace(report, benchmark=times, not_timed=tuple(reasons))
+    macs = [_macs(model, row.shapes, open_network) for model, row in zip(models, groups[0], strict=True)]
+    rows = tuple(replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True))
+    return Benchmark(netdecouple=__version__, models=rows)
 
 
 def model_names(models: Sequence[object]) -> list[str]:
@@ -145,14 +161,14 @@ def _timed(
     times = measure(calls, seconds)  # (rounds, models)
     return [
         TimedModel(
-            name,
-            runtime.name,
-            runtime.version,
-            threads,
-            shapes[index],
-            None,
-            Timing.of(times[:, index]),
-            Ratio.of(times[:, 0], times[:, index]) if index else None,
+            model=name,
+            runtime=runtime.name,
+            version=runtime.version,
+            threads=threads,
+            shapes=shapes[index],
+            macs=None,
+            timing=Timing.of(times[:, index]),
+            faster=Ratio.of(times[:, 0], times[:, index]) if index else None,
         )
         for index, name in enumerate(names)
     ]
@@ -167,45 +183,41 @@ def _check_same(names: Sequence[str], shapes: Sequence[tuple[tuple[int, ...], ..
             )
 
 
-def _macs(model: object, shapes: tuple[tuple[int, ...], ...]) -> int | None:
-    """MACs per image, or None if that cannot be told."""
+def _macs(model: object, shapes: Shapes, open_network: OpenNetwork) -> int | None:
+    """Count MACs per image; None if the model has operators or inputs that are not known."""
     if not isinstance(model, str | os.PathLike | onnx.ModelProto):
         return None
     try:
-        network = _network(model, shapes)
-    except ModelError:  # has no convolutions, or several inputs; it was timed all the same
+        network = open_network(model, shapes)
+    except ModelError:  # no convolutions, or several inputs; it was timed all the same
         return None
-    counted = {node.output[0] for node in network.nodes.values()}
-    known = all(
-        node.domain in ("", "ai.onnx") or node.output[0] in counted
-        for node in nodes_of(network.model.proto.graph)
-    )
-    return sum(layer.macs for layer in network.layers) if known else None
+    return sum(layer.macs for layer in network.layers) if network.counts_everything else None
 
 
-def _network(
-    model: str | os.PathLike[str] | onnx.ModelProto, shapes: tuple[tuple[int, ...], ...]
-) -> OnnxNetwork:
-    opened = read_model(model)
-    return OnnxNetwork(opened, np.zeros((opened.batch or 2, *shapes[0][1:]), np.float32))
-
-
-def _profiled(
+def layer_times(
     models: Sequence[object],
-    names: Sequence[str],
+    open_network: OpenNetwork,
     threads: int,
-    shape: tuple[int, ...] | None,
-    feeds: Feeds | None,
-    seconds: float,
+    *,
+    names: Sequence[str] | None = None,
+    shape: tuple[int, ...] | None = None,
+    feeds: Feeds | None = None,
+    seconds: float = SECONDS,
 ) -> LayerTimes:
+    """Measure the time per layer with ONNX Runtime's profiler; arguments are those of `benchmark`.
+
+    Raises:
+        ModelError: a network is no ONNX model, or cannot be run.
+    """
+    names = names or model_names(models)
     networks, given = [], []
     for model, name in zip(models, names, strict=True):
         with _naming(name):
             if not isinstance(model, str | os.PathLike | onnx.ModelProto):
-                raise ModelError("time per layer is told for ONNX models")
+                raise ModelError("times per layer are measured for ONNX models only")
             session = OnnxRuntime().open(model, threads)
             given.append(random_feeds(session.inputs, shape) if feeds is None else feeds)
-            networks.append(_network(model, tuple(array.shape for array in given[-1].values())))
+            networks.append(open_network(model, tuple(array.shape for array in given[-1].values())))
     layers = original_layers(layer.name for network in networks for layer in network.layers)
     owners = [Owners.of(network.model.proto.graph, layers) for network in networks]
     with Scratch() as folder:
@@ -225,7 +237,7 @@ def _profiled(
         ]
     rows = [_layer(name, runs) for name in (*layers, REORDER, REST, TOTAL)]
     shown = tuple(row for row in rows if any(row.timings))
-    return LayerTimes(tuple(names), OnnxRuntime.version, threads, shown)
+    return LayerTimes(models=tuple(names), version=OnnxRuntime.version, threads=threads, layers=shown)
 
 
 def _layer(name: str, runs: Sequence[Sequence[dict[str, float]]]) -> TimedLayer:
@@ -237,4 +249,4 @@ def _layer(name: str, runs: Sequence[Sequence[dict[str, float]]]) -> TimedLayer:
         for index, times in enumerate(spent)
     ]
     timings = [Timing.of(times) if some else None for times, some in zip(spent, there, strict=True)]
-    return TimedLayer(name, tuple(timings), tuple(ratios))
+    return TimedLayer(name=name, timings=tuple(timings), faster=tuple(ratios))

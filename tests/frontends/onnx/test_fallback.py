@@ -282,7 +282,7 @@ def test_a_network_is_the_same_to_read_and_write_without_the_library(
         network = OnnxNetwork(read_model(model), images)
         layers.append([(la.name, la.operator, la.macs, la.reason) for la in network.layers])
         results.append(network.run(images)[0])
-        written.append(network.decoupled({}))
+        written.append(network.build({}))
         walk = network.walk(images)
         np.testing.assert_allclose(walk.outputs()[0], results[-1], rtol=0, atol=1e-5)
     assert layers[0] == layers[1]

@@ -231,7 +231,7 @@ def decoupled(make: Callable[[], onnx.ModelProto], form: Any) -> tuple[onnx.Mode
             problem = Problem.data_free(g, layer.weight.astype(np.float64), layer.bias.astype(np.float64))
             ranks = np.full(g.n_i, decoupling.full_rank(g))
             exact[layer.name] = decoupling.fit(problem, ranks)
-    return network.decoupled(exact, dict.fromkeys(exact, form)), images
+    return network.build(exact, dict.fromkeys(exact, form)), images
 
 
 def test_whole_networks_compute_the_same(network_maker: Callable[[], onnx.ModelProto]) -> None:
@@ -257,10 +257,10 @@ def test_chains_of_fused_operators_absorb_only_at_their_end() -> None:
             problem = Problem.data_free(g, layer.weight, layer.bias)
             chain = method("sd+nd-dp", rounds=0)
             chosen[layer.name], _ = chain.fit(problem, [Step(size) for size in chain.exact(g)])
-    model = network.decoupled(chosen, dict.fromkeys(chosen, "fused"))
+    model = network.build(chosen, dict.fromkeys(chosen, "fused"))
     assert [n.op_type for n in model.graph.node].count("DecoupledConv") == 2 * len(chosen)
     assert "Relu" not in [n.op_type for n in model.graph.node]
-    found, expected = network.run_model(model, images)[0], network.run(images)[0]
+    found, expected = network.run_built(model, images)[0], network.run(images)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -282,7 +282,7 @@ def test_sums_that_are_no_residual_branches_are_left() -> None:
 def test_a_network_with_fused_layers_can_be_read_and_written_again() -> None:
     """Nothing is imported twice, and nothing changes."""
     model, images = decoupled(networks.residual, "fused")
-    again = OnnxNetwork(read_model(model), images).decoupled({})
+    again = OnnxNetwork(read_model(model), images).build({})
     assert [entry.domain for entry in again.opset_import].count("netdecouple") == 1
     expected, found = (run(open_session(m), None, {"image": images}) for m in (model, again))
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-6)

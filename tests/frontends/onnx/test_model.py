@@ -88,7 +88,7 @@ def test_read_leaves_the_proto_as_it_is(network_maker):
     before = model.SerializeToString(deterministic=True)
     network = OnnxNetwork(read_model(model), images_for(model))
     network.run(images_for(model))
-    network.decoupled({})
+    network.build({})
     assert model.SerializeToString(deterministic=True) == before
 
 

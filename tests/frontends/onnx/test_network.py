@@ -343,7 +343,7 @@ def test_a_walk_ends_at_the_decoupled_network(model: onnx.ModelProto, images: np
         list(walk.observe(name, np.zeros((len(images), 1), int)))
         walk.replace(name, factorization)
     found = walk.outputs()
-    assert_same(found, network.run_model(network.decoupled(chosen), images))
+    assert_same(found, network.run_built(network.build(chosen), images))
     assert not np.allclose(found[0], network.run(images)[0], atol=1e-3)
 
 
@@ -405,7 +405,7 @@ def test_a_walk_holds_live_tensors_only():
 def decoupled(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None, **options):
     network = opened(model)
     chosen = {la.name: low_rank(la) for la in can_change(network)}
-    return network, network.decoupled(chosen, metadata=metadata, **options)
+    return network, network.build(chosen, metadata=metadata, **options)
 
 
 def test_decoupled_keeps_the_interface(model: onnx.ModelProto):
@@ -425,14 +425,14 @@ def test_decoupled_keeps_the_interface(model: onnx.ModelProto):
 def test_decoupled_computes_the_factorizations(model: onnx.ModelProto, images: np.ndarray, form):
     """The written network is the network with each layer's composed kernel, in every form."""
     network = opened(model)
-    new = network.decoupled(
+    new = network.build(
         {la.name: low_rank(la) for la in can_change(network)}, {la.name: form for la in network.layers}
     )
     kernels = {}
     for layer in can_change(network):
         factorization = low_rank(layer)
         kernels[layer.name] = (factorization.dense(), factorization.bias)
-    assert_same(network.run_model(new, images), network.run(images, kernels), tolerance(network))
+    assert_same(network.run_built(new, images), network.run(images, kernels), tolerance(network))
 
 
 def products_of(network: OnnxNetwork) -> list[Layer]:
@@ -449,11 +449,11 @@ def test_fully_connected_layers_become_pairs_of_matrix_products():
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
         chosen[layer.name] = family.fit(problem, family.exact(layer.geometry)).astype(np.float32)
     assert list(chosen) == ["fc1", "fc2", "fc3", "logits"]
-    new = network.decoupled(chosen)
+    new = network.build(chosen)
     operators = [n.op_type for n in new.graph.node]
     assert (operators.count("MatMul"), operators.count("Gemm")) == (4, 4)
     assert set(operators) == {"Conv", "Relu", "Flatten", "MatMul", "Gemm", "Add"}
-    assert_same(network.run_model(new, images), network.run(images))
+    assert_same(network.run_built(new, images), network.run(images))
 
 
 def test_fully_connected_layers_take_other_kernels():
@@ -482,7 +482,7 @@ def test_decoupled_changes_only_the_layers_named():
     network = opened(networks.classifier())
     before = network.model.proto.SerializeToString(deterministic=True)
     layer = network.layers[1]
-    new = network.decoupled({layer.name: low_rank(layer)})
+    new = network.build({layer.name: low_rank(layer)})
     assert network.model.proto.SerializeToString(deterministic=True) == before
     kept = [n for n in new.graph.node if not n.name.startswith(f"{layer.name}/")]
     assert kept == [n for n in network.model.proto.graph.node if n.output[0] != "bn2"]
@@ -496,10 +496,10 @@ def test_a_shared_weight_stays_for_the_layer_that_keeps_it():
     images = images_for(networks.shared_weight())
     layers = {la.name: la for la in network.layers}
     for name in ("one", "two"):
-        new = network.decoupled({name: full_rank(layers[name])})
+        new = network.build({name: full_rank(layers[name])})
         assert "shared.weight" in {t.name for t in new.graph.initializer}
-        assert_same(network.run_model(new, images), network.run(images))
-    both = network.decoupled({name: full_rank(layers[name]) for name in ("one", "two")})
+        assert_same(network.run_built(new, images), network.run(images))
+    both = network.build({name: full_rank(layers[name]) for name in ("one", "two")})
     assert "shared.weight" not in {t.name for t in both.graph.initializer}
 
 
@@ -508,10 +508,10 @@ def test_decoupled_models_keep_their_opset(opset: int):
     """And run at it, losslessly at full rank."""
     network = opened(networks.classifier(opset))
     images = images_for(networks.classifier())
-    new = network.decoupled({la.name: full_rank(la) for la in can_change(network)})
+    new = network.build({la.name: full_rank(la) for la in can_change(network)})
     assert [(o.domain, o.version) for o in new.opset_import] == [("", opset)]
     onnx.checker.check_model(new, full_check=True)
-    assert_same(network.run_model(new, images), network.run(images))
+    assert_same(network.run_built(new, images), network.run(images))
 
 
 def test_decoupled_networks_take_any_batch_and_size():
@@ -549,7 +549,7 @@ def test_pretrained_networks_are_walked_and_rebuilt_without_loss(shared: Path, n
     assert_same(network.walk(images).outputs(), original)
     small = [la for la in can_change(network) if la.weight.size < 100_000]
     chosen = {la.name: full_rank(la) for la in small[::3]}
-    assert_same(network.run_model(network.decoupled(chosen), images), original, 1e-3)
+    assert_same(network.run_built(network.build(chosen), images), original, 1e-3)
 
 
 @pytest.mark.shared
@@ -570,7 +570,7 @@ def test_with_little_memory_weights_are_read_from_a_file(
     layer = can_change(plain)[0]
     kernels = {layer.name: (layer.weight / 2, layer.bias)}
     assert_same(lean.run(images, kernels), plain.run(images, kernels), 1e-6)
-    assert_same(lean.run_model(plain.decoupled({}), images), plain.run(images), 1e-6)
+    assert_same(lean.run_built(plain.build({}), images), plain.run(images), 1e-6)
     positions = positions_of(plain, len(images))
     for one, other in zip(plain.observe(images, positions), lean.observe(images, positions), strict=True):
         np.testing.assert_allclose(one.patches, other.patches, rtol=1e-6, atol=1e-6)

@@ -627,11 +627,11 @@ def test_networks_are_pruned_when_they_are_written(form: Any) -> None:
     relus = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
     assert dropped[outputs[0]] == (6, 12)
     assert dropped.get(outputs[1], dropped.get(relus[1])) == (8, 16)
-    assert written == network.decoupled(chosen, dict.fromkeys(chosen, form))
+    assert written == network.build(chosen, dict.fromkeys(chosen, form))
     kernels_of = {name: (f.dense().astype(np.float32), f.bias) for name, f in chosen.items()}
     expected = network.run(images, kernels_of)
     for proto in (written, lower(written)):
-        (found,) = network.run_model(proto, images)
+        (found,) = network.run_built(proto, images)
         np.testing.assert_allclose(found, expected[0], rtol=0, atol=1e-5 * np.abs(expected[0]).max())
 
 
@@ -664,7 +664,7 @@ def test_resnet20(shared: Path) -> None:
     zeroed = {name: (f.dense().astype(np.float32), f.bias) for name, f in chosen.items()}
     expected = network.run(x, zeroed)
     written, dropped = network.pruned(chosen)
-    (found,) = network.run_model(written, x)
+    (found,) = network.run_built(written, x)
     np.testing.assert_allclose(found, expected[0], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
     assert len(dropped) == 19
     assert set(dropped.values()) == {(np.count_nonzero(~gone), n) for n, gone in left_out.items()}

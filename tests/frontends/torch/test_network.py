@@ -78,7 +78,7 @@ def exact(network: TorchNetwork) -> Any:
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
         steps = [Step(size) for size in chosen.exact(layer.geometry)]
         made[layer.name] = chosen.fit(problem, steps)[0].astype(np.float32)
-    return network.decoupled(made)
+    return network.build(made)
 
 
 def flat(output: Any) -> list[Any]:

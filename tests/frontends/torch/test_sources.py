@@ -14,7 +14,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 from torch import nn  # noqa: E402
 
-from netdecouple.doors import is_named  # noqa: E402
+from netdecouple.api import is_named  # noqa: E402
 from netdecouple.errors import ModelError, UnavailableError  # noqa: E402
 from netdecouple.frontends.torch import sources  # noqa: E402
 

@@ -100,7 +100,7 @@ def seen_again(
     network: TorchNetwork, samples: Samples, layer: Layer, done: dict[str, Factorization]
 ) -> dict[int, Observation]:
     """What a layer sees in the module with the layers before it replaced, run from the start."""
-    other = TorchNetwork(network.decoupled(done), samples, chosen=lambda name, m: name == layer.name)
+    other = TorchNetwork(network.build(done), samples, chosen=lambda name, m: name == layer.name)
     other.batches = lambda count, held=0: network.batches(count)  # type: ignore[method-assign]
     positions = {layer.name: sample_positions(layer, len(samples), 0)}
     return {seen.images.start: seen for seen in other.observe(samples, positions)}
@@ -131,7 +131,7 @@ def test_sees_what_running_again_would_show(
         assert not expected, layer.name
         done[layer.name] = halved(layer)
         walk.replace(layer.name, done[layer.name])
-    decoupled = network.evaluated(network.decoupled(done))
+    decoupled = network.evaluated(network.build(done))
     for one, other in zip(walk.outputs(), network.run_module(decoupled, samples), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     original = network.run(samples)

@@ -13,19 +13,24 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from netdecouple import runtimes
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.execution.run import Resources
-from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
+from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
 from netdecouple.frontends.onnx.external import Lean
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.model import OnnxModel, find_layers, reads, up_to
+from netdecouple.frontends.onnx.model import OnnxModel, find_layers, nodes_of, reads, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
+from netdecouple.frontends.onnx.timing import OnnxTimer
 from netdecouple.kernels import DOMAIN
 from netdecouple.network import Array, Layer, Observation, Positions
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run, size_of
+
+TOLERANCE = 1e-3  # relative difference between a built network and its plan's arithmetic
+HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
 
 
 class OnnxNetwork:
@@ -47,9 +52,11 @@ class OnnxNetwork:
         """Hash of the operators and weights as they were read."""
         return self.model.fingerprint
 
-    def layers_of(self, proto: onnx.ModelProto) -> tuple[Layer, ...]:
-        """Every layer that costs MACs in another model that was made of this one."""
-        return find_layers(replace(self.model, proto=proto), self._sample)[0]
+    def layers_of(
+        self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
+    ) -> tuple[Layer, ...]:
+        """List every layer that costs MACs in another model that was made of this one."""
+        return find_layers(replace(self.model, proto=model), self._sample)[0]
 
     @cached_property
     def _lean(self) -> Lean | None:
@@ -117,11 +124,11 @@ class OnnxNetwork:
         # opened here, so that the copy with other kernels is gone before it runs
         return self._run(self._opened(self._with_kernels(self._proto, kernels or {})), images)
 
-    def run_model(self, proto: onnx.ModelProto, images: Array) -> list[Array]:
+    def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
         if self._lean is None:
-            return self._run(open_session(proto), images)
-        lean = Lean(proto, self.resources.checkpoint.scratch)
+            return self._run(open_session(model), images)
+        lean = Lean(model, self.resources.checkpoint.scratch)
         return self._run(lean.opened(lean.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
@@ -248,18 +255,60 @@ class OnnxNetwork:
         """Start at the network's input, ready to be decoupled layer by layer."""
         return OnnxWalk(self, images, scratch)
 
-    def decoupled(
+    @property
+    def name(self) -> str:
+        """The name of the model's file."""
+        return self.model.origin
+
+    norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
+
+    @property
+    def counts_everything(self) -> bool:
+        """Whether all its operators are known, so that no MACs are missing from the layers'."""
+        counted = {node.output[0] for node in self.nodes.values()}
+        return all(
+            node.domain in ("", "ai.onnx") or node.output[0] in counted
+            for node in nodes_of(self.model.proto.graph)
+        )
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
+        halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
+        return HALF_TOLERANCE if halves else TOLERANCE
+
+    @property
+    def example(self) -> Array:
+        """One batch (n, c, h, w), to time networks with."""
+        return self._sample[: self.model.batch or 1]
+
+    def size_of(self, model: onnx.ModelProto | None = None) -> int:
+        """Bytes of a model; of the original as it was read, external data included."""
+        return self.model.bytes if model is None else size_of(model)
+
+    def pictures(self, images: Array) -> list[Array]:
+        """All inputs are pictures."""
+        return list(images)
+
+    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
+        """Measure layers and networks in ONNX Runtime or OpenVINO."""
+        return OnnxTimer(self, runtimes.runtime(runtime), threads, tuple(map(form_of, forms)))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def build(
         self,
         factorizations: Mapping[str, Factorization],
-        forms: Mapping[str, Form] | None = None,
-        metadata: Mapping[str, str] | None = None,
+        forms: Mapping[str, str] = {},
+        metadata: Mapping[str, str] = {},
     ) -> onnx.ModelProto:
-        """Write the network anew with some layers as chains of stages; the rest computes what it did.
+        """Build a model with some layers as chains of stages; the rest computes what it did.
 
-        ``forms`` says how each is written; those it does not name are "parallel". Fused operators come with
+        ``forms`` says how each is written; those that are not named are "parallel". Fused operators come with
         functions for runtimes that do not know them.
         """
-        return self.pruned(factorizations, forms, metadata)[0]
+        return self.pruned(factorizations, {n: form_of(f) for n, f in forms.items()}, metadata)[0]
 
     def pruned(
         self,

@@ -36,10 +36,12 @@ from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_i
 from netdecouple.frontends.torch.replacement import duplicate, failures, first_line, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.shortcuts import Enough, Shortcuts
+from netdecouple.frontends.torch.timing import TorchTimer
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
 from netdecouple.network import Array, Layer, Observation, Positions
 
 VALUES = 4096  # of a sample's outputs looked at, where they differ in size from sample to sample
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # relative differences that rounding explains, the second to 16 bits
 BOUND = "the module does more with it than call it"  # why a layer is kept
 
 
@@ -64,8 +66,10 @@ class TorchNetwork:
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
         resources: Resources = Resources(),
+        name: str | None = None,
     ) -> None:
         self.resources = resources
+        self.name = name or type(module).__name__
         check(module)
         try:
             self.device = torch.device(device)
@@ -73,7 +77,7 @@ class TorchNetwork:
             raise ModelError(f"device={device!r}: {first_line(error)}") from error
         self.original = module
         self._chosen = chosen
-        self._few = samples[:2]
+        self.example = samples[:3]
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
         with torch.no_grad():
@@ -423,7 +427,7 @@ class TorchNetwork:
         return partial(
             _reopened,
             self.original,
-            self._few,
+            self.example,
             str(self.device),
             left_alone,
             self.batchable,
@@ -443,11 +447,54 @@ class TorchNetwork:
         for walk in list(self._walks):
             walk.close()
 
-    def decoupled(self, factorizations: Mapping[str, Factorization]) -> nn.Module:
+    @property
+    def norms(self) -> dict[str, str]:
+        """The BatchNorms that are part of a layer's numbers, by layer."""
+        return {name: found.norm for name, found in self.found.items() if found.norm}
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
+        return TOLERANCE if self.exact <= TOLERANCE else HALF_TOLERANCE
+
+    def run_built(self, model: nn.Module, images: Samples) -> list[Array]:
+        """Return the compared outputs of a module that `build` made."""
+        return self.run_module(self.evaluated(model), images)
+
+    def layers_of(self, model: nn.Module, factorizations: Mapping[str, Factorization]) -> tuple[Layer, ...]:
+        """List the layers with what they cost in a module that `build` made."""
+        return tuple(
+            replace(la, macs=round(f.macs(*la.size) * la.maps), parameters=f.parameters)
+            if (f := factorizations.get(la.name))
+            else la
+            for la in self.layers
+        )
+
+    def size_of(self, model: nn.Module | None = None) -> int:
+        """Bytes of a module's parameters and buffers."""
+        return state_bytes(self.original if model is None else model)
+
+    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
+        """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
+        return TorchTimer(self, runtime, threads, self.example)
+
+    def pictures(self, images: Samples) -> list[Array]:
+        """Return samples that are one picture and nothing else, as arrays (c, h, w)."""
+        pictures = [args[0] if len(args) == 1 and not kwargs else None for args, kwargs in images]
+        if any(not isinstance(p, torch.Tensor) or p.ndim != 4 or len(p) != 1 for p in pictures):
+            return []
+        return [np.asarray(to_numpy(picture)[0], np.float32) for picture in pictures]
+
+    def build(
+        self,
+        factorizations: Mapping[str, Factorization],
+        forms: Mapping[str, str] = {},
+        metadata: Mapping[str, str] = {},
+    ) -> nn.Module:
         """Copy the module as it was given, with some layers as chains of stages.
 
         BatchNorm behind a changed layer is part of its numbers, and an Identity now. Modes, types, devices
-        and whether gradients are wanted stay as they were.
+        and whether gradients are wanted stay as they were. Modules have no forms and no metadata.
         """
         module = duplicate(self.original)
         for name, factorization in factorizations.items():
@@ -455,6 +502,12 @@ class TorchNetwork:
             new = Factorized.of(found.convolution, factorization)
             module = install(module, name, new, found.norm)
         return module
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers; tensors with several names count once."""
+    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def check(module: nn.Module) -> None:

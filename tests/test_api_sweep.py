@@ -11,11 +11,10 @@ import onnxruntime
 import pytest
 
 import netdecouple
-from netdecouple import Settings, curve
-from netdecouple.curve import budgets_in
+from netdecouple import Settings, pipeline
 from netdecouple.errors import BudgetError, ModelError, OutputError
-from netdecouple.fitting import apply as application
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.goal import parse_sweep
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
 from netdecouple.report.sweep import SweepPoint
@@ -42,9 +41,9 @@ def test_onnx_runtime_may_be_installed_under_another_name(monkeypatch: pytest.Mo
 def test_the_fused_operator_is_refused_for_float16_before_the_work(monkeypatch: pytest.MonkeyPatch):
     if not netdecouple.kernels.available():
         pytest.skip("the fused operator was not built")
-    monkeypatch.setattr(curve, "analyze", lambda *_: pytest.fail("it worked"))
+    monkeypatch.setattr(pipeline, "analyze", lambda *_: pytest.fail("it worked"))
     model = networks.halved(networks.residual())
-    with pytest.raises(ModelError, match="--emit fused is for float32"):
+    with pytest.raises(ModelError, match="emit='fused' is for float32"):
         netdecouple.sweep(model, images_for(model), 0.5, settings=QUICK, emit="fused")
 
 
@@ -138,32 +137,31 @@ def test_what_cannot_be_compared():
 
 def test_budgets():
     """Each once, most MACs first, in every way they can be written."""
-    assert [budget.share for budget in budgets_in("50%,2x,0.8")] == [0.8, 0.5]
-    assert [budget.share for budget in budgets_in((0.25, "50%"))] == [0.5, 0.25]
-    assert [budget.share for budget in budgets_in(0.7)] == [0.7]
-    assert budgets_in("") == []
-    assert len(budgets_in("2x,50.001%,1.9999x,49%")) == 2  # files are named after four digits
+    assert [goal.budgets[0].share for goal in parse_sweep("50%,2x,0.8", None)] == [0.8, 0.5]
+    assert [goal.budgets[0].share for goal in parse_sweep((0.25, "50%"), None)] == [0.5, 0.25]
+    assert [goal.budgets[0].share for goal in parse_sweep(0.7, None)] == [0.7]
+    assert parse_sweep("", None) == []
+    assert len(parse_sweep("2x,50.001%,1.9999x,49%", None)) == 2  # files are named after four digits
     with pytest.raises(BudgetError, match="80%x"):
-        budgets_in("80%x,50%")
+        parse_sweep("80%x,50%", None)
 
 
 def test_nothing_to_do():
     """Neither budgets nor networks to compare."""
-    with pytest.raises(BudgetError, match="--macs 80%,60%,50%"):
+    with pytest.raises(BudgetError, match="give budgets to sweep over"):
         netdecouple.sweep(networks.classifier(), images_for(networks.classifier()))
 
 
 def test_a_rule_leaves_nothing_to_sweep_over():
     """It is refused, as `decouple` refuses it with a budget."""
     model = networks.classifier()
-    with pytest.raises(BudgetError, match="give no rule"):
+    with pytest.raises(BudgetError, match="leave out the rule"):
         netdecouple.sweep(model, images_for(model), "80%", settings=Settings(rule=Rule.parse("nd-dp:T=2")))
 
 
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """That is said before any work."""
-    monkeypatch.setattr(curve, "analyze", None)
-    monkeypatch.setattr(application, "apply", None)
+    monkeypatch.setattr(pipeline, "analyze", None)
     model = networks.classifier()
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "no" / "where"):

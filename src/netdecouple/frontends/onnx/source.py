@@ -1,0 +1,126 @@
+"""An ONNX model that was read, and how inputs for it are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.data import calibration
+from netdecouple.data.calibration import Preprocessing
+from netdecouple.errors import CalibrationError, ModelError
+from netdecouple.execution.run import Resources
+from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.network import Array, Calibration, Executable
+from netdecouple.runtimes.onnxruntime import size_of
+
+
+class OnnxSource:
+    """See `network.Source`.
+
+    Raises:
+        ModelError: the model cannot be read, or has nothing to decouple.
+    """
+
+    framework = "onnxruntime"
+    runtimes = ("onnxruntime",)
+    preprocessing = Preprocessing()
+    about: Mapping[str, str] = {}
+
+    def __init__(self, model: ModelSource) -> None:
+        self.origin = model
+        self.model = read_model(model)
+
+    @property
+    def name(self) -> str:
+        """The name of the model's file."""
+        return self.model.origin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model in memory."""
+        return size_of(self.model.proto)
+
+    @property
+    def plan_text(self) -> str | None:
+        """The plan, as JSON, in the model's metadata."""
+        return {e.key: e.value for e in load(self.origin)[0].metadata_props}.get("netdecouple.plan")
+
+    def session(self) -> AbstractContextManager[object]:
+        """No context is needed."""
+        return nullcontext()
+
+    def check_form(self, form: str) -> None:
+        """Refuse the fused operator for models that are not of float32."""
+        if form == "fused" and self.model.dtype != np.float32:
+            raise ModelError(
+                f"{self.name}: emit='fused' is for float32 models, this one is {self.model.dtype}"
+            )
+
+    def _options(self, preprocessing: Preprocessing | None, samples: int | None, seed: int) -> dict[str, Any]:
+        return {
+            "channels": self.model.channels or 3,
+            "size": self.model.size,
+            "preprocessing": preprocessing or self.preprocessing,
+            "samples": samples,
+            "seed": seed,
+        }
+
+    def calibration(
+        self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
+    ) -> Calibration:
+        """Load images (N, C, H, W); None makes noise of the right shape."""
+        options = self._options(preprocessing, samples, seed)
+        if calib is None:
+            size = self.model.size or options["preprocessing"].size
+            if size is None:
+                raise CalibrationError(f"{self.name} takes images of any size; say which with input_size=")
+            noise = np.random.default_rng(seed).standard_normal((10, options["channels"], *size))
+            images = noise.astype(np.float32)
+            return Calibration(inputs=images, origin=calibration.NOISE, nbytes=images.nbytes, is_noise=True)
+        is_named = isinstance(calib, str | os.PathLike)
+        loaded = (calibration.load if is_named else calibration.from_arrays)(calib, **options)
+        return Calibration(
+            inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
+        )
+
+    def labelled(
+        self, labels: Any, preprocessing: Preprocessing | None, seed: int
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """Load images and their class labels."""
+        options = self._options(preprocessing, None, seed)
+        if not isinstance(labels, tuple):
+            images, classes = calibration.load_labelled(labels, **options)
+            return images.images, classes
+        inputs = calibration.from_arrays(labels[0], **options).images
+        classes = np.asarray(labels[1])
+        if classes.dtype.kind not in "iu" or classes.shape != (len(inputs),):
+            raise CalibrationError(f"labels are {classes.dtype} {classes.shape}, give {len(inputs)} integers")
+        return inputs, classes.astype(np.int64)
+
+    def open(self, inputs: Array, resources: Resources) -> OnnxNetwork:
+        """Open the network for such images."""
+        return OnnxNetwork(self.model, inputs, resources)
+
+    def outputs(self, inputs: Array) -> list[Array]:
+        """Run the network as it was read."""
+        return OnnxNetwork(self.model, inputs).run(inputs)
+
+    def executable(self, model: Any, example: Array, runtime: str) -> Executable:
+        """A path or a ModelProto is opened as it is."""
+        return Executable(self.origin if model is None else model, example.shape)
+
+    def save(self, result: Any, path: str | os.PathLike[str]) -> None:
+        """Write an .onnx file."""
+        write_model(result.model, path)
+
+
+def open_for_shapes(model: ModelSource, shapes: Sequence[tuple[int, ...]]) -> OnnxNetwork:
+    """Open a model for inputs of some shape, to count its MACs and to list its layers."""
+    read = read_model(model)
+    return OnnxNetwork(read, np.zeros((read.batch or 2, *shapes[0][1:]), np.float32))

@@ -1,0 +1,115 @@
+"""Measure layers and whole networks in a runtime for ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from netdecouple import kernels
+from netdecouple.convolution import Structure, placeholder
+from netdecouple.errors import ModelError
+from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
+from netdecouple.network import Layer
+from netdecouple.runtimes import Feeds, Runtime
+from netdecouple.runtimes.timing import Timing, measure
+
+if TYPE_CHECKING:
+    from netdecouple.frontends.onnx.network import OnnxNetwork
+
+COLD = 4 << 20  # bytes of weights in a model of copies, so that they come from beyond the second cache
+
+
+class OnnxTimer:
+    """Times in one runtime and with one number of threads; see `network.Timer`.
+
+    Raises:
+        ModelError: the runtime does not run ONNX models.
+    """
+
+    def __init__(self, network: OnnxNetwork, runtime: Runtime, threads: int, forms: tuple[Form, ...]) -> None:
+        if runtime.name.startswith("torch"):
+            raise ModelError(
+                f"runtime={runtime.name!r} is for PyTorch modules; ONNX models run in onnxruntime or openvino"
+            )
+        if "fused" in forms:
+            kernels.check_available()
+        self._network, self._runtime, self._threads, self._forms = network, runtime, threads, forms
+        self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(network.example)}
+
+    @property
+    def name(self) -> str:
+        """The runtime, its version and the threads."""
+        plural = "s" if self._threads > 1 else ""
+        return f"{self._runtime.name} {self._runtime.version}, {self._threads} thread{plural}"
+
+    @property
+    def batch(self) -> int:
+        """Inputs per call."""
+        return len(self._network.example)
+
+    def forms(self, layer: Layer) -> tuple[str, ...]:
+        """Name the forms that a layer may be written in; for matrix products all forms are one."""
+        return self._forms[:1] if layer.operator in PRODUCTS else self._forms
+
+    def layer_times(self, layer: Layer, kinds: Sequence[tuple[Structure, str]]) -> list[float]:
+        """Measure one layer in several structures and forms, which take turns; milliseconds."""
+        assert layer.geometry is not None
+        copies = int(np.clip(COLD / (4 * layer.parameters), 3, 8)) if layer.macs < 5e8 else 2
+        shape = _shape(layer, layer.geometry.n_i, layer.size, self.batch)
+        image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        sessions = [
+            self._runtime.open(tiny_model(layer, structure, form, copies, self.batch), self._threads)
+            for structure, form in kinds
+        ]
+        runs = [partial(session.run, {"x": image}) for session in sessions]
+        return [Timing.of(column).median / copies for column in measure(runs, 0.2).T]
+
+    def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
+        """Measure whole networks: milliseconds (rounds, 1 + models), the original first."""
+        sessions = [self._original, *(self._runtime.open(model, self._threads) for model in models)]
+        return measure([partial(session.run, self._feeds) for session in sessions], 1.0)
+
+    @cached_property
+    def _original(self) -> Any:
+        return self._runtime.open(self._network.build({}, {}, {}), self._threads)
+
+
+def _shape(layer: Layer, channels: int, size: tuple[int, int], batch: int) -> tuple[int, ...]:
+    """The shape of a batch's maps, or of its rows where the layer is fully connected."""
+    return (batch, channels) if layer.operator in PRODUCTS else (batch, channels, *size)
+
+
+def tiny_model(layer: Layer, structure: Structure, form: Any, copies: int, batch: int = 1) -> onnx.ModelProto:
+    """Make a model of several copies of a layer in some structure, all on one input.
+
+    Their weights differ, so that no runtime merges two copies. Each is followed by a pooling to one pixel,
+    which blocked layouts go through as well: the model takes the layer's time as it stands in a network.
+    """
+    g = layer.geometry
+    assert g is not None
+    flat = layer.operator in PRODUCTS
+    nodes, weights = [], []
+    for index in range(copies):
+        y = f"out{index}" if flat else f"y{index}"
+        stages = emit(placeholder(structure, index), f"layer{index}", "x", y, form, layer.operator)
+        pooled = [] if flat else [helper.make_node("GlobalAveragePool", [y], [f"out{index}"])]
+        nodes += [*stages[0], *pooled]
+        weights += stages[1]
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, _shape(layer, g.n_i, layer.size, batch))],
+        [
+            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, _shape(layer, g.n_o, (1, 1), batch))
+            for i in range(copies)
+        ],
+        weights,
+    )
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid(kernels.DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)

@@ -1,0 +1,275 @@
+"""A PyTorch module that was given or built, and how inputs for it are loaded."""
+
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from netdecouple.data import calibration
+from netdecouple.data.calibration import Preprocessing
+from netdecouple.errors import CalibrationError, ModelError
+from netdecouple.execution.run import Resources
+from netdecouple.frontends.onnx.model import write_model
+from netdecouple.frontends.torch import folder
+from netdecouple.frontends.torch.export import export
+from netdecouple.frontends.torch.network import TorchNetwork, check, state_bytes
+from netdecouple.frontends.torch.replacement import duplicate, failures
+from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
+from netdecouple.frontends.torch.trace import tensors
+from netdecouple.kernels import check_available
+from netdecouple.network import Array, Calibration, Executable
+from netdecouple.version import __version__
+
+BATCH = 32  # labelled samples that are run at once
+
+
+class TorchSource:
+    """See `network.Source`.
+
+    Args:
+        module: is not changed.
+        name: for reports; None: the module's class.
+        weights: where they come from, for people.
+        preprocessing: of pictures, unless another one is given with them.
+        device: where to run the module; the linear algebra is NumPy's.
+        filter: tells by name and module whether a layer may be decoupled; None: all may.
+        arguments: makes the arguments of the module's forward out of one batch; None: the batch is.
+        is_exported: whether the result is to be written as ONNX: refused before the work if that fails.
+
+    Raises:
+        ModelError: the module cannot be changed.
+    """
+
+    framework = "torch"
+    runtimes = ("torch", "onnxruntime")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str | None = None,
+        weights: str = "",
+        preprocessing: Preprocessing = Preprocessing(),
+        device: str = "cpu",
+        filter: Callable[[str, nn.Module], bool] | None = None,
+        arguments: Callable[[Any], Any] | None = None,
+        is_exported: bool = False,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"a {type(module).__name__} is no PyTorch module")
+        check(module)
+        decoupling: Any = getattr(module, "decoupling", None)
+        if decoupling is not None and not hasattr(decoupling, "plan"):
+            raise ModelError("the module has an attribute 'decoupling' of another kind; rename it")
+        self.module, self.weights, self.preprocessing = module, weights, preprocessing
+        self.name = name or type(module).__name__
+        self._device, self._filter, self._arguments = device, filter, arguments
+        self._is_exported = is_exported
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and buffers."""
+        return state_bytes(self.module)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a result depends on besides the network, its inputs and the settings."""
+        return {"device": str(self._device)}
+
+    @property
+    def plan_text(self) -> str | None:
+        """The plan, as JSON, that the module was decoupled by."""
+        decoupling: Any = getattr(self.module, "decoupling", None)
+        return None if decoupling is None else decoupling.plan.to_json()
+
+    def session(self) -> AbstractContextManager[object]:
+        """Leave inference mode: tensors that are made in it could never be trained."""
+        return torch.inference_mode(False)
+
+    def check_form(self, form: str) -> None:
+        """Refuse the fused operator where it was not built."""
+        if form == "fused":
+            check_available()
+
+    @property
+    def _channels(self) -> int:
+        first = next((m for m in self.module.modules() if isinstance(m, _ConvNd)), None)
+        if not isinstance(first, nn.Conv2d):
+            raise CalibrationError(
+                f"{self.name} takes no images; give calib=MODULE:FUNCTION, or batches of what it takes"
+            )
+        return first.in_channels
+
+    def calibration(
+        self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
+    ) -> Calibration:
+        """Load samples: batches of whatever the module takes, or what ONNX models take, by name.
+
+        None makes noise of the right shape.
+        """
+        preprocessing = preprocessing or self.preprocessing
+        loaded, origin = calibration.Samples(np.zeros(0, np.float32), "batches"), "batches"
+        batches, arguments = calib, self._arguments
+        if calib is None:
+            height, width = self._size(preprocessing)
+            noise = np.random.default_rng(seed).standard_normal((10, self._channels, height, width))
+            batches, arguments, origin = noise.astype(np.float32), None, calibration.NOISE
+        elif isinstance(calib, str | os.PathLike):
+            origin = os.fspath(calib)
+            batches, is_plain = origin, True
+            if calibration.names_function(origin):
+                try:
+                    batches, is_plain = _peeked(calibration.call(origin))
+                except CalibrationError as error:
+                    raise CalibrationError(f"{origin}: {error}") from error
+            elif os.path.isdir(origin):
+                self._size(preprocessing)
+            if is_plain:
+                load: Any = calibration.load if isinstance(batches, str) else calibration.from_arrays
+                options = {"size": None, "preprocessing": preprocessing, "samples": samples, "seed": seed}
+                loaded = load(batches, channels=self._channels, **options)
+                batches, arguments = loaded.images, None
+        collected = collect(batches, self.module, samples, arguments)
+        if self._is_exported:
+            export(self.module, picture_tensor(collected), {})
+        return Calibration(
+            inputs=collected,
+            origin=origin,
+            nbytes=collected.nbytes,
+            fingerprint=collected.fingerprint,
+            skipped=loaded.skipped,
+            is_noise=calib is None,
+        )
+
+    def _size(self, preprocessing: Preprocessing) -> tuple[int, int]:
+        if preprocessing.size is None:
+            raise CalibrationError(
+                f"{self.name}: its weights do not say how large its images are; give input_size="
+            )
+        return preprocessing.size
+
+    def labelled(
+        self, labels: Any, preprocessing: Preprocessing | None, seed: int
+    ) -> tuple[Samples, NDArray[np.int64]]:
+        """Load samples and their class labels."""
+        if isinstance(labels, tuple):
+            inputs, classes = labels
+        else:
+            loaded, classes = calibration.load_labelled(
+                labels,
+                channels=self._channels,
+                size=None,
+                preprocessing=preprocessing or self.preprocessing,
+                samples=None,
+                seed=seed,
+            )
+            inputs = loaded.images
+        samples = collect(inputs, self.module, None, self._arguments if isinstance(labels, tuple) else None)
+        classes = np.asarray(classes)
+        if classes.dtype.kind not in "iu" or classes.shape != (len(samples),):
+            raise CalibrationError(
+                f"labels are {classes.dtype} {classes.shape}, give {len(samples)} integers"
+            )
+        return samples, classes.astype(np.int64)
+
+    def open(self, inputs: Samples, resources: Resources) -> TorchNetwork:
+        """Open the module for such samples."""
+        return TorchNetwork(self.module, inputs, self._device, self._filter, resources, self.name)
+
+    def outputs(self, inputs: Samples) -> list[Array]:
+        """Run the module as it was given, in evaluation mode."""
+        module = duplicate(self.module).eval()
+        parts: list[list[torch.Tensor]] = []
+        step = BATCH if inputs.alike else 1
+        with torch.no_grad(), failures():
+            for start in range(0, len(inputs), step):
+                args, kwargs = inputs[start : start + step].arguments
+                parts.append(list(tensors(module(*args, **kwargs))))
+        return [to_numpy(torch.cat(column)) for column in zip(*parts, strict=True)]
+
+    def executable(self, model: Any, example: Samples, runtime: str) -> Executable:
+        """PyTorch runs the module itself; all others run what it is exported to."""
+        module = self.module if model is None else model
+        if runtime.startswith("torch"):
+            return Executable(module, None, feeds(example))
+        few = picture_tensor(example)
+        return Executable(export(module, few, {}), (1, *few.shape[1:]))
+
+    def save(self, result: Any, path: str | os.PathLike[str]) -> None:
+        """Write an .onnx file, or else a folder for `netdecouple.load`."""
+        if Path(path).suffix == ".onnx":
+            plan = result.plan.to_json(indent=None)
+            metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan}
+            write_model(export(result.model, picture_tensor(result.example), metadata), path)
+        else:
+            write_folder(result.model, result.model.decoupling, path)
+
+
+def write_folder(module: nn.Module, decoupling: Any, path: str | os.PathLike[str]) -> None:
+    """Write a decoupled module's weights, plan and report into a folder of its own."""
+    plan, report = decoupling.plan, decoupling.report
+    folder.write(
+        module,
+        path,
+        plan=json.loads(plan.to_json()),
+        report=None if report is None else json.loads(report.to_json()),
+        norms=decoupling.norms,
+        changed=[row.name for row in plan.layers if row.changed],
+    )
+
+
+def feeds(samples: Samples) -> dict[str, Any]:
+    """Return the first sample as what a runtime is fed with.
+
+    Raises:
+        ModelError: the module takes something else than tensors by position.
+    """
+    args, kwargs = samples.units[0]
+    if kwargs or not all(isinstance(a, torch.Tensor) for a in args):
+        raise ModelError("only models that take tensors by position are timed")
+    return {str(index): to_numpy(a) for index, a in enumerate(args)}
+
+
+def picture_tensor(samples: Samples) -> torch.Tensor:
+    """Join a few samples to the one tensor that an exported model takes.
+
+    Raises:
+        ModelError: they are something else than one tensor each, all of one shape.
+    """
+    few: Any = samples[:3].units
+    shapes = {tuple(a.shape) if isinstance(a, torch.Tensor) else None for args, _ in few for a in args}
+    if any(kwargs or len(args) != 1 for args, kwargs in few) or len(shapes) != 1 or None in shapes:
+        raise ModelError("only models that take one tensor are written as ONNX; write a folder instead")
+    return torch.cat([args[0] for args, _ in few])
+
+
+def _peeked(batches: Any) -> tuple[Any, bool]:
+    """Tell whether these are NumPy arrays (pictures or plain inputs), and return them complete."""
+    if isinstance(batches, np.ndarray):
+        return batches, True
+    if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
+        return batches, False
+    try:
+        if isinstance(batches, Iterator):
+            first = next(batches)
+            batches = chain([first], batches)
+        else:
+            first = next(iter(batches))
+    except StopIteration:
+        raise CalibrationError("made nothing; it should make a few hundred samples") from None
+    except Exception as error:
+        raise CalibrationError(f"failed while it made samples ({type(error).__name__}: {error})") from error
+    return batches, isinstance(first, np.ndarray)

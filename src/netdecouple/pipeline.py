@@ -1,0 +1,402 @@
+"""The one place with the order of steps: open, analyse, plan, refit, build, check, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netdecouple.data.calibration import Preprocessing
+from netdecouple.errors import CalibrationError, ModelError, PlanError
+from netdecouple.execution.run import Resources
+from netdecouple.fitting.apply import Applied, apply, difference
+from netdecouple.fitting.sampling import Inputs, shuffled
+from netdecouple.fitting.sequential import targets_for
+from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
+from netdecouple.network import Array, Calibration, Network, Source
+from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
+from netdecouple.planning.candidates import Rule
+from netdecouple.planning.cost import Budget, Macs
+from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
+from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, plan_within, reachable, ruled_plan
+from netdecouple.report.inspection import energies
+from netdecouple.report.pictures import pictures
+from netdecouple.report.provenance import identity, provenance
+from netdecouple.report.report import (
+    Agreement,
+    Report,
+    Speed,
+    disagreements_of,
+    layer_reports,
+    quality_of,
+)
+from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
+from netdecouple.runtimes.timing import Timing
+from netdecouple.version import __version__
+
+SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
+CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A network, its inputs, and how to decouple it, whatever the goal."""
+
+    source: Source
+    calib: Any
+    labels: Any = None
+    settings: Settings
+    preprocessing: Preprocessing | None = None  # None: the source's
+    samples: int | None = None  # at most; None: all
+    emission: Emission = field(default_factory=Emission)
+    resources: Resources = field(default_factory=Resources)
+    progress: Progress = quiet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A decoupled model, the plan that made it, and what it gained and lost."""
+
+    model: Any
+    plan: Plan
+    report: Report
+    norms: dict[str, str]  # by changed layer, the BatchNorm folded into it
+    example: Any  # a few inputs, to time or export the model with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A request under way: the network is open, its inputs are loaded and split."""
+
+    request: Request
+    network: Network
+    inputs: Inputs
+    calibration: Calibration
+    labelled: tuple[Any, NDArray[np.int64]] | None
+    run: Resources
+
+    @cached_property
+    def outputs(self) -> list[Array]:
+        """The original's outputs on the held-out inputs."""
+        return self.network.run(self.inputs.held_back)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """The original's top-1 accuracy on the labelled inputs."""
+        assert self.labelled is not None
+        return accuracy(self.network.run(self.labelled[0]), self.labelled[1])
+
+    @cached_property
+    def energies(self) -> dict[str, Array]:
+        """Cumulative energy of the principal components of the original's layers."""
+        return energies(self.network.layers)
+
+
+@contextmanager
+def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
+    """Load inputs, open the network and the work folder; whatever happens, both are closed.
+
+    Args:
+        request: what to open.
+        resumes: whether the work folder depends on the settings; False where a saved plan is applied.
+
+    Raises:
+        NetDecoupleError: the inputs or the network cannot be used, or the work folder is another run's.
+    """
+    source, settings = request.source, request.settings
+    source.check_form(request.emission.form)
+    with source.session():
+        if request.calib is None and not settings.data_free:
+            raise CalibrationError(
+                "give calib= (a folder of images, FILE.npz:KEY, arrays, …), or data_free=True to do without"
+            )
+        calibration = source.calibration(request.calib, request.preprocessing, request.samples, settings.seed)
+        labelled = None
+        if request.labels is not None:
+            labelled = source.labelled(request.labels, request.preprocessing, settings.seed)
+        resources = request.resources.beside(source.nbytes, calibration.nbytes)
+        with closing(source.open(calibration.inputs, resources)) as network:
+            if labelled is not None:  # a network without classes is refused before the work
+                accuracy(network.run(labelled[0][:1]), labelled[1][:1])
+            inputs = Inputs.split(calibration.inputs, settings.seed, calibration.fingerprint)
+            about = identity(network, inputs, settings if resumes else None, source.framework)
+            with resources.opened({**about, **source.about}) as run:
+                network.resources = run  # type: ignore[attr-defined]
+                yield Work(
+                    request=request,
+                    network=network,
+                    inputs=inputs,
+                    calibration=calibration,
+                    labelled=labelled,
+                    run=run,
+                )
+
+
+def decouple(
+    work: Work, goal: Goal, show_budgets: Callable[[list[BudgetRow], str], None] | None = None
+) -> Outcome:
+    """Decouple a network to one goal.
+
+    Raises:
+        BudgetError: the goal is out of reach.
+        ModelError: NaN or Inf on the way, or the result does not compute what its plan says.
+    """
+    network, request, run = work.network, work.request, work.run
+    analysis = analyze(network, work.inputs, request.settings, request.progress, run)
+    curve = [] if isinstance(goal, Rule) else budget_rows(analysis)
+    if show_budgets is not None and curve:
+        show_budgets(curve, analysis.loss)
+    latency = None
+    if isinstance(goal, LatencyBudget) or request.emission.runtime is not None:
+        latency = _latency(work, analysis)
+    if isinstance(goal, MaxDrop):
+        applied = _smallest_within(work, analysis, goal)
+    else:
+        # kept in the work folder, because measured times are never the same twice
+        key = run.checkpoint.key("plan", goal_key(goal, request.emission))
+        plan = run.checkpoint.once(key, Plan, lambda: _plan(work, analysis, goal, latency))
+        applied = apply(network, work.inputs, plan, request.progress, resources=run)
+    return finish(work, applied, latency=latency, curve=curve)
+
+
+def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[tuple[Budgets, Outcome]]:
+    """Decouple a network to several budgets from one analysis; each result is that of `decouple` alone.
+
+    Raises:
+        BudgetError: a budget is out of reach.
+    """
+    network, request, run = work.network, work.request, work.run
+    analysis = analyze(network, work.inputs, request.settings, request.progress, run)
+    plans = [plan_within(analysis, goal.budgets, _first_form(request.emission)) for goal in goals]
+    targets = targets_for(network, work.inputs, plans, request.progress, run)
+    for goal, plan in zip(goals, plans, strict=True):
+        progress = _naming(goal, request.progress)
+        yield goal, finish(work, apply(network, work.inputs, plan, progress, targets, run))
+
+
+def apply_plan(work: Work, plan: Plan) -> Outcome:
+    """Apply a saved plan to the network and the inputs that it was made for.
+
+    Raises:
+        PlanError: it was made for others.
+    """
+    network = work.network
+    try:
+        plan = plan.adopted(network.fingerprint, network.layers)
+    except PlanError as error:
+        raise PlanError(f"{network.name}: {error}") from error
+    if work.inputs.fingerprint != plan.images:
+        raise PlanError(
+            "the plan was made with other calibration inputs; give the same calib= and preprocessing="
+        )
+    applied = apply(network, work.inputs, plan, work.request.progress, resources=work.run)
+    return finish(work, applied, is_saved=True)
+
+
+def _naming(goal: Budgets, progress: Progress) -> Progress:
+    """Add the budget to the name of every step."""
+    return lambda step, done, total: progress(f"{step} {goal.percent}%", done, total)
+
+
+def _first_form(emission: Emission) -> Callable[..., str]:
+    return lambda layer, candidate: emission.forms[0]
+
+
+def _latency(work: Work, analysis: Analysis) -> Latency:
+    """Measure the layers in the runtime that the network is meant for."""
+    emission = work.request.emission
+    runtime = emission.runtime or work.request.source.runtimes[0]
+    timer = work.network.timer(runtime, emission.threads, emission.forms)
+    return Latency(work.network, analysis.candidates, timer, progress=work.request.progress)
+
+
+def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
+    emission = work.request.emission
+    form = _first_form(emission) if latency is None else latency.form
+    if isinstance(goal, LatencyBudget):
+        assert latency is not None
+        advice = "ask for less"
+        if emission.form == "standard" and work.request.source.runtimes[0] == "onnxruntime":
+            advice = "emit='fused' goes further, or ask for less"
+        return plan_for_latency(analysis, goal.budgets, latency, goal.share, advice)
+    if isinstance(goal, Rule):
+        plan = ruled_plan(analysis, form)
+    else:
+        assert isinstance(goal, Budgets)
+        plan = plan_within(analysis, goal.budgets, form)
+    return plan if latency is None else latency.with_fused_neighbours(plan)
+
+
+def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
+    """Bisect the budget in MACs for the smallest network that loses at most ``goal.points`` of accuracy."""
+    network, inputs, run, progress = work.network, work.inputs, work.run, work.request.progress
+    assert work.labelled is not None
+    samples, labels = work.labelled
+    form = _first_form(work.request.emission)
+    limit = work.accuracy - goal.points / 100
+
+    def applied(share: float) -> Applied:
+        return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), resources=run)
+
+    total = sum(layer.macs for layer in network.layers)
+    # shares of the MACs: `low` loses too much or was not tried, `high` is within the limit
+    low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
+    best = applied(1.0)
+    steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
+    for step in range(steps):
+        progress("Searching the budget", step, steps)
+        share = float(np.sqrt(low * high))
+        tried = applied(share)
+        outputs = network.run_built(network.build(tried.factorizations, {}, {}), samples)
+        if accuracy(outputs, labels) >= limit:
+            best, high = tried, share
+        else:
+            low = share
+    progress("Searching the budget", steps, steps)
+    return best
+
+
+def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:
+    """Top-1 accuracy of a classifier's outputs [(n, classes)]; of equal scores the first counts.
+
+    Raises:
+        ModelError: the network is no classifier.
+    """
+    first = outputs[0]
+    if first.ndim != 2:
+        raise ModelError(f"accuracy needs outputs (N, classes), these are {first.shape}; leave out labels=")
+    if len(first) > len(labels):
+        raise ModelError(f"accuracy needs one output per image; {len(labels)} images gave {first.shape}")
+    return float(np.mean(first.argmax(axis=1) == labels[: len(first)]))
+
+
+def finish(
+    work: Work,
+    applied: Applied,
+    *,
+    latency: Latency | None = None,
+    curve: Sequence[BudgetRow] = (),
+    is_saved: bool = False,
+) -> Outcome:
+    """Build the decoupled model, check it against the plan's arithmetic, and report on it.
+
+    Raises:
+        ModelError: the model does not compute what its plan says.
+    """
+    network, plan, request = work.network, applied.plan, work.request
+    layers = {layer.name: layer for layer in network.layers}
+    forms = {row.name: row.form for row in plan.layers if row.changed}
+    factorizations, forms = with_fused_layers(plan, layers, applied.factorizations, forms)
+    metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
+    model = network.build(factorizations, forms, metadata)
+    held_out = work.inputs.held_back
+    new = network.run_built(model, held_out)
+    few = held_out[:CHECKED]
+    off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
+    both = None
+    if work.labelled is not None:
+        samples, labels = work.labelled
+        both = work.accuracy, accuracy(network.run_built(model, samples), labels)
+    written = network.layers_of(model, applied.factorizations)
+    rows = layer_reports(layers, applied, written, work.energies)
+    measured: dict[str, Any] = {}
+    if not work.calibration.is_noise:
+        places = shuffled(len(work.inputs.images), plan.seed)[work.inputs.fitted :].tolist()
+        worst = disagreements_of(plan, places, work.outputs, new)
+        drawn = network.pictures(held_out[np.array([places.index(d.sample) for d in worst], np.int64)])
+        measured = {
+            "disagreements": worst,
+            "pictures": pictures(drawn, request.preprocessing or request.source.preprocessing),
+        }
+    origin = work.calibration.origin
+    quality = None if work.calibration.is_noise else quality_of(plan, len(held_out), work.outputs, new)
+    report = Report(
+        model=network.name,
+        netdecouple=__version__,
+        budget=plan.budget,
+        layers=rows,
+        agreement=quality,
+        difference=off,
+        accuracy=both,
+        speed=None if latency is None else _speed(latency, model, plan),
+        skipped=work.calibration.skipped,
+        bytes_before=network.size_of(),
+        bytes=network.size_of(model),
+        curve=tuple(curve),
+        provenance=provenance(plan, work.inputs, origin, None if is_saved else request.settings),
+        **measured,
+    )
+    norms = {name: network.norms[name] for name in applied.factorizations if name in network.norms}
+    return Outcome(model, plan, report, norms, network.example)
+
+
+def _speed(latency: Latency, model: Any, plan: Plan) -> Speed:
+    """Time a plan's network against the original."""
+    times = latency.timer.network_times([model])
+    before, after = (Timing.of(column) for column in times.T)
+    share = float(np.median(times[:, 1] / times[:, 0]))
+    return Speed(latency.timer.name, before, after, share, latency.predicted_share(plan))
+
+
+def compared(work: Work, name: str, other: Source) -> Compared:
+    """Compare the result of an earlier run with the original, on the same held-out inputs.
+
+    Raises:
+        ModelError: it takes other inputs than the original, or has other outputs.
+    """
+    network, held_out = work.network, work.inputs.held_back
+    advice = f"compare networks that were made of {network.name}"
+    try:
+        with closing(other.open(work.inputs.images, Resources())) as opened_other:
+            new = opened_other.run(held_out)
+            costs = [sum(getattr(la, cost) for la in opened_other.layers) for cost in ("macs", "parameters")]
+            after = None
+            if work.labelled is not None:
+                after = accuracy(opened_other.run(work.labelled[0]), work.labelled[1])
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}; {advice}") from error
+    shapes = [[output.shape for output in outputs] for outputs in (work.outputs, new)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"{name}: its outputs are {shapes[1]}, the original's {shapes[0]}; {advice}")
+    plan = _plan_in(other)
+    predicted = 0.0 if plan is None else plan.predicted_loss
+    quality = None
+    if not work.calibration.is_noise:
+        loss = original_loss(work)
+        same = agreement(work.outputs[0], new[0]) if loss == "kl" else None
+        lost = divergence(work.outputs, new, loss)
+        quality = Agreement(len(held_out), loss, lost, predicted, same)
+    before = [sum(getattr(la, cost) for la in network.layers) for cost in ("macs", "parameters")]
+    point = SweepPoint(
+        budget=name,
+        macs_before=before[0],
+        macs=costs[0],
+        parameters_before=before[1],
+        parameters=costs[1],
+        predicted_loss=predicted,
+        agreement=quality,
+        accuracy=None if after is None else (work.accuracy, after),
+        file=name,
+    )
+    rows = () if plan is None else plan.layers
+    return Compared(point, tuple(LayerChoice(row.name, row.family, row.sizes) for row in rows))
+
+
+def original_loss(work: Work) -> Loss:
+    """How outputs of this network are compared."""
+    return loss_kind(work.outputs, len(work.inputs.held_back), work.request.settings.loss)
+
+
+def _plan_in(source: Source) -> Plan | None:
+    """Read the plan that a network carries; None if there is none, or of another version."""
+    try:
+        return None if source.plan_text is None else Plan.from_json(source.plan_text)
+    except PlanError:
+        return None
