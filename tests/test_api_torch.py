@@ -1,10 +1,13 @@
-"""The PyTorch front door: budgets, plans, the same answers as the ONNX door's, and errors that help."""
+"""The public functions with PyTorch modules: goals, plans, the same answers as with ONNX models, errors."""
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Callable
-from dataclasses import replace
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,14 @@ from torch.nn import functional as F  # noqa: E402
 
 import netdecouple  # noqa: E402
 from netdecouple import Settings  # noqa: E402
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, NetDecoupleError, PlanError  # noqa: E402
+from netdecouple.errors import (  # noqa: E402
+    BudgetError,
+    CalibrationError,
+    ModelError,
+    NetDecoupleError,
+    PlanError,
+    UnavailableError,
+)
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
@@ -407,3 +417,178 @@ def test_a_sweep_makes_the_modules_of_single_calls(tmp_path):
     assert [point.macs for point in figures.points] == [point.macs for point in sweep.points]
     with pytest.raises(BudgetError, match="give budgets"):
         netdecouple.sweep(module, calib)
+
+
+@dataclass
+class ParameterTimer:
+    """A layer or a module takes 1 µs per parameter."""
+
+    network: TorchNetwork
+    name: str = "made-up 1, 1 thread"
+    batch: int = 1
+
+    def forms(self, layer: Any) -> tuple[str, ...]:
+        return ("parallel",)
+
+    def layer_times(self, layer: Any, kinds: Sequence[tuple[Any, str]]) -> list[float]:
+        return [sum(int(np.prod(g.weight_shape)) for g in s.stages) / 1000 for s, _ in kinds]
+
+    def network_times(self, models: Sequence[nn.Module]) -> np.ndarray:
+        modules = [self.network.original, *models]
+        return np.array([[sum(p.numel() for p in m.parameters()) / 1000 for m in modules]])
+
+
+def test_a_budget_in_time(module: Any, x: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any):
+    """Layers and whole modules are timed in the runtime that is named; the report shows the time."""
+    asked = []
+
+    def timer(network: TorchNetwork, runtime: str, threads: int, forms: Any) -> ParameterTimer:
+        asked.append((runtime, threads))
+        return ParameterTimer(network)
+
+    monkeypatch.setattr(TorchNetwork, "timer", timer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    new = netdecouple.decouple(
+        module, x, latency=0.6, settings=ND, runtime="onnxruntime", threads=2, samples=20
+    )
+    assert asked == [("onnxruntime", 2)]
+    speed = new.decoupling.report.speed
+    assert 0.5 <= speed.share <= 0.62
+    netdecouple.decouple(module, x, latency=0.6, settings=ND)
+    assert asked[1] == ("torch", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_a_budget_in_measured_time(module: Any, x: Any, runtime: str, monkeypatch: Any, tmp_path: Any):
+    """By the clock; so small a module may be out of reach, which is said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        new = netdecouple.decouple(module, x, latency=0.95, settings=ND, runtime=runtime)
+    except BudgetError as error:
+        assert "out of reach" in str(error)  # noqa: PT017  # either outcome is right
+    else:
+        assert runtime in new.decoupling.report.speed.place
+
+
+def classes_of(module: nn.Module, x: Any) -> Any:
+    return output(module, x).argmax(1)
+
+
+@pytest.mark.parametrize("kind", ["pair", "file"])
+def test_the_smallest_module_within_a_drop_in_accuracy(module: Any, x: Any, kind: str, tmp_path: Any):
+    """Labels are a pair of inputs and integers, or named as for ONNX models."""
+    fresh = noise(200, 3, 6, 6)
+    labels = classes_of(module, fresh).numpy()
+    given: Any = (fresh, labels)
+    if kind == "file":
+        pictures = np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3), np.uint8)
+        inputs = torch.from_numpy(pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+        np.savez(tmp_path / "test.npz", images=pictures, labels=classes_of(module, inputs).numpy())
+        given = f"{tmp_path / 'test.npz'}:images,labels"
+    new = netdecouple.decouple(module, x, max_drop=5.0, labels=given, settings=ND)
+    report = new.decoupling.report
+    before, after = report.accuracy
+    assert before == 1.0
+    assert after >= 0.95 - 1e-9
+    assert report.macs < report.macs_before
+    if kind == "pair":
+        agreed = (classes_of(new, fresh).numpy() == labels).mean()
+        assert agreed == pytest.approx(after)
+
+
+def test_labels_that_are_not_classes_are_refused(module: Any, x: Any):
+    """Their number and type."""
+    for labels in (np.zeros(7, np.int64), np.zeros(40)):
+        with pytest.raises(CalibrationError, match="40 integers"):
+            netdecouple.decouple(module, x, max_drop=1.0, labels=(x, labels), settings=ND)
+
+
+def test_the_result_behind_a_module(half: Any, x: Any, tmp_path: Any):
+    """It times, writes and reports as that of an ONNX model does; loaded modules have none."""
+    result = netdecouple.Result.of(half)
+    assert result.model is half
+    assert result.plan == half.decoupling.plan
+    timed = result.timed(["torch"], seconds=0)
+    assert [row.runtime for row in timed.report.benchmark.models] == ["torch", "torch"]
+    timed.save_report(tmp_path / "report.html")
+    assert "torch" in (tmp_path / "report.html").read_text()
+    result.save(tmp_path / "half.onnx")
+    np.testing.assert_allclose(ran(onnx.load(tmp_path / "half.onnx"), x), output(half, x), atol=1e-4)
+    result.save(tmp_path / "half")
+    loaded = netdecouple.load(settled(Residual()), tmp_path / "half")
+    with pytest.raises(ModelError, match="was not made by"):
+        netdecouple.Result.of(loaded)
+
+
+def test_copies_and_pickles_do_not_hold_the_original(half: Any):
+    """Only the plan and the report go with a module."""
+    assert copy.deepcopy(half).decoupling is half.decoupling
+    again = pickle.loads(pickle.dumps(half))
+    assert again.decoupling == half.decoupling
+    assert again.decoupling.result is None
+
+
+def test_modules_are_inspected_and_evaluated(module: Any, half: Any, x: Any):
+    """As ONNX models are."""
+    inspection = netdecouple.inspect(module, (6, 6))
+    assert inspection.model == "Residual"
+    assert sum(layer.macs for layer in inspection.layers) == half.decoupling.report.macs_before
+    labels = classes_of(module, x).numpy()
+    first, second = netdecouple.evaluate([module, half], (x, labels))
+    assert first.top1 == 1.0
+    assert second.same_class == second.top1
+    assert second.kl > 0
+
+
+def test_modules_of_earlier_runs_are_compared(module: Any, half: Any, x: Any, tmp_path: Any):
+    """Given as modules or as folders."""
+    netdecouple.save(half, tmp_path / "half")
+    swept = netdecouple.sweep(module, x, compare=[half, tmp_path / "half"], settings=ND)
+    for compared in swept.compared:
+        assert compared.point.macs == half.decoupling.report.macs
+        agreement = half.decoupling.report.agreement
+        assert compared.point.agreement.divergence == pytest.approx(agreement.divergence, rel=1e-3)
+        assert [c.family for c in compared.layers] == [row.family for row in half.decoupling.plan.layers]
+
+
+def test_calibration_by_name(module: Any, tmp_path: Any):
+    """A file of arrays, as for ONNX models; without any, data-free, the size has to be said."""
+    np.save(tmp_path / "x.npy", noise(20, 3, 6, 6).numpy())
+    new = netdecouple.decouple(module, tmp_path / "x.npy", macs=0.5, settings=ND)
+    assert new.decoupling.report.provenance.calibration == str(tmp_path / "x.npy")
+    free = replace(ND, data_free=True)
+    with pytest.raises(CalibrationError, match="input_size="):
+        netdecouple.decouple(module, macs=0.5, settings=free)
+    new = netdecouple.decouple(
+        module, macs=0.5, settings=free, preprocessing=netdecouple.Preprocessing((6, 6))
+    )
+    assert new.decoupling.report.agreement is None
+
+
+@pytest.mark.parametrize("package", ["torch", "torch._C", "safetensors.torch"])
+def test_a_package_that_is_missing_is_named_with_its_remedy(package: str, monkeypatch: pytest.MonkeyPatch):
+    """Those that the extra installs."""
+    hide(monkeypatch, package)
+    with pytest.raises(UnavailableError, match=rf"{package}.*pip install 'netdecouple\[torch\]'"):
+        netdecouple.open_model("torchvision:resnet18")
+
+
+@pytest.mark.parametrize("package", ["netdecouple.named", "numpy.core"])
+def test_another_import_that_fails_is_not_blamed_on_them(package: str, monkeypatch: pytest.MonkeyPatch):
+    hide(monkeypatch, package)
+    with pytest.raises(ModuleNotFoundError, match=package):
+        netdecouple.open_model("torchvision:resnet18")
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Let the import of the frontend fail for want of a package."""
+    for name in [name for name in sys.modules if name.startswith("netdecouple.frontends.torch")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Missing:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            if name.startswith("netdecouple.frontends.torch"):
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])

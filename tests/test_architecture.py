@@ -1,4 +1,4 @@
-"""Imports go one way: cli → api → pipeline → {fitting, planning, report} → families → {moments, convolution}."""
+"""Imports go one way: cli → api → pipeline → fitting, planning, report → families → moments, convolution."""
 
 from __future__ import annotations
 

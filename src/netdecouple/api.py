@@ -437,7 +437,8 @@ def sweep(
     if not goals and not compare:
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5), or networks to compare=")
     emission = Emission(emit)
-    source = open_model(model, device=device, filter=filter, arguments=arguments)
+    is_exported = output is not None and isinstance(model, str | os.PathLike)
+    source = open_model(model, device=device, filter=filter, arguments=arguments, is_exported=is_exported)
     files = None if output is None else _Files(Path(output), source, goals, (model, *compare))
     others = [(_name(other), _similar(source, other)) for other in compare]
     request = Request(
@@ -703,10 +704,9 @@ class _Files:
             raise OutputError(
                 f"{folder}: is a file; give the name of a folder, which gets one network per budget"
             )
-        name = source.name.rpartition(":")[2]
-        is_onnx = source.framework == "onnxruntime" or ":" in source.name
-        self._suffix = ".onnx" if is_onnx else ""
-        self._folder, self._stem = folder, name.removesuffix(".onnx").replace("/", "_") or "model"
+        self._folder, self._suffix = folder, source.suffix
+        name = source.name.rpartition(":")[2].removesuffix(".onnx")
+        self._stem = name.replace("/", "_") or "model"
         check_writable(
             (folder if os.path.isdir(folder) else folder.resolve().parent) / f"{self._stem}{self._suffix}"
         )

@@ -90,96 +90,56 @@ class Walk(Protocol):
 
         ``outputs`` is empty there: the layer has not run yet.
         """
-        ...
 
     def advance(self, layer: str) -> None:
         """Go as far as ``layer``, without a look at it."""
-        ...
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
-        ...
 
     def outputs(self) -> list[Array]:
         """Run to the end and return the decoupled network's outputs on every image."""
-        ...
 
 
 class Timer(Protocol):
     """Measures, in one runtime and with one number of threads, what layers and networks take."""
 
-    @property
-    def name(self) -> str:
-        """The runtime, its version and the threads: "onnxruntime 1.22.0, 1 thread"."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Inputs per call."""
-        ...
+    name: str  # the runtime, its version and the threads: "onnxruntime 1.22.0, 1 thread"
+    batch: int  # inputs per call
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """Name the forms that a decoupled layer may be written in."""
-        ...
 
     def layer_times(self, layer: Layer, kinds: Sequence[tuple[Structure, str]]) -> list[float]:
         """Measure one layer in several structures and forms, with placeholder weights; milliseconds."""
-        ...
 
     def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
         """Measure whole networks: milliseconds (rounds, 1 + models), the original first."""
-        ...
 
 
 class Network(Protocol):
     """A pretrained network, opened for calibration inputs of some size."""
 
-    @property
-    def name(self) -> str:
-        """What reports and messages call it."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of its operators and weights as they were read."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[Layer]:
-        """Every layer that costs MACs, in the order they run."""
-        ...
-
-    @property
-    def norms(self) -> Mapping[str, str]:
-        """By layer, the module of the BatchNorm that is part of its numbers, where that stands apart."""
-        ...
-
-    @property
-    def tolerance(self) -> float:
-        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
-        ...
-
-    @property
-    def example(self) -> Any:
-        """A few inputs, to time or to export a network with."""
-        ...
+    name: str  # for reports and messages
+    fingerprint: str  # hash of its operators and weights as they were read
+    layers: tuple[Layer, ...]  # every layer that costs MACs, in the order they run
+    norms: Mapping[str, str]  # by layer, the BatchNorm module that is part of its numbers
+    tolerance: float  # relative difference that rounding explains between a built network and its plan
+    example: Any  # a few inputs, to time or export a network with
 
     def run(self, images: Images, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return the network's outputs, with some layers' weight and bias replaced."""
-        ...
 
     def observe(
         self, images: Images, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
         """Yield, batch by batch, outputs and, if asked for, patches of the layers in ``positions``."""
-        ...
 
     def walk(self, images: Images, scratch: Path | None = None) -> Walk:
         """Start a sequential refit at the network's input.
 
         Tensors that do not fit in memory go to ``scratch``, or to the folder of temporary files.
         """
-        ...
 
     def recipe(self) -> Callable[[], Network]:
         """Return a function, to be pickled, that opens the same network in another process.
@@ -187,7 +147,6 @@ class Network(Protocol):
         Raises:
             ModelError: the network cannot be sent to another process.
         """
-        ...
 
     def build(
         self,
@@ -196,19 +155,15 @@ class Network(Protocol):
         metadata: Mapping[str, str],
     ) -> Any:
         """Build a model in which some layers are chains of stages; everything else stays as it was read."""
-        ...
 
     def run_built(self, model: Any, images: Images) -> list[Array]:
         """Return the outputs of a model that `build` made."""
-        ...
 
     def layers_of(self, model: Any, factorizations: Mapping[str, Factorization]) -> Sequence[Layer]:
         """List the layers of a model that `build` made, with what they cost now."""
-        ...
 
     def size_of(self, model: Any = None) -> int:
-        """Bytes of a model that `build` made, or of the original."""
-        ...
+        """Return the bytes of a model that `build` made, or of the original."""
 
     def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> Timer:
         """Measure layers and networks of this one in a runtime.
@@ -217,15 +172,12 @@ class Network(Protocol):
             UnavailableError: the runtime is not installed.
             ModelError: it cannot run this kind of network.
         """
-        ...
 
     def pictures(self, images: Images) -> list[Array]:
         """Return inputs that are pictures (c, h, w); empty if they are something else."""
-        ...
 
     def close(self) -> None:
         """End what still runs, and free memory."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,44 +204,23 @@ class Executable:
 class Source(Protocol):
     """A network that was read, and how inputs for it are loaded; nothing has been run yet."""
 
-    @property
-    def name(self) -> str:
-        """What reports and messages call it."""
-        ...
-
-    @property
-    def framework(self) -> str:
-        """The package that runs it: its version is part of what a result depends on."""
-        ...
-
-    @property
-    def runtimes(self) -> tuple[str, ...]:
-        """The runtimes in which it is timed unless others are named; the first is its own."""
-        ...
+    name: str  # for reports and messages
+    framework: str  # the package that runs it: its version is part of what a result depends on
+    runtimes: tuple[str, ...]  # in which it is timed unless others are named; the first is its own
+    suffix: str  # of the files that its results are written as; empty: folders
+    preprocessing: Preprocessing  # of pictures, unless the user says otherwise
+    about: Mapping[str, str]  # what a result depends on besides the network, its inputs and the settings
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        ...
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How pictures become its inputs, unless the user says otherwise."""
-        ...
-
-    @property
-    def about(self) -> Mapping[str, str]:
-        """What a result depends on besides the network, its inputs and the settings."""
-        ...
 
     @property
     def plan_text(self) -> str | None:
         """The plan, as JSON, that an earlier run wrote into it."""
-        ...
 
     def session(self) -> AbstractContextManager[object]:
         """Return the context in which the network is opened and run."""
-        ...
 
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
@@ -299,7 +230,6 @@ class Source(Protocol):
         Raises:
             CalibrationError: they cannot be read, or do not fit the network.
         """
-        ...
 
     def labelled(
         self, labels: Any, preprocessing: Preprocessing | None, seed: int
@@ -309,7 +239,6 @@ class Source(Protocol):
         Raises:
             CalibrationError: they cannot be read, or do not fit the network.
         """
-        ...
 
     def open(self, inputs: Images, resources: Any) -> Network:
         """Open the network for such inputs.
@@ -317,7 +246,6 @@ class Source(Protocol):
         Raises:
             ModelError: it fails on them, or has nothing to decouple.
         """
-        ...
 
     def outputs(self, inputs: Images) -> list[Array]:
         """Run the network as it was read.
@@ -325,7 +253,6 @@ class Source(Protocol):
         Raises:
             ModelError: it fails on them.
         """
-        ...
 
     def executable(self, model: Any, example: Any, runtime: str) -> Executable:
         """Turn a model (None: the original) into what a runtime opens.
@@ -333,7 +260,6 @@ class Source(Protocol):
         Raises:
             ModelError: it cannot be run there.
         """
-        ...
 
     def check_form(self, form: str) -> None:
         """Refuse a form that the network cannot be written in.
@@ -341,7 +267,6 @@ class Source(Protocol):
         Raises:
             ModelError: the form needs another type of numbers.
         """
-        ...
 
     def save(self, result: Any, path: str | PathLike[str]) -> None:
         """Write a result's model, all of it or nothing.
@@ -350,4 +275,3 @@ class Source(Protocol):
             OutputError: the place is not writable.
             ModelError: the model cannot be written so.
         """
-        ...

@@ -46,11 +46,11 @@ class OnnxNetwork:
         self._sample = self.padded(sample, slice(0, model.batch or 2))
         self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the operators and weights as they were read."""
-        return self.model.fingerprint
+        self.name, self.fingerprint = model.origin, model.fingerprint
+        self.norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
+        self.example: Any = self._sample[: model.batch or 1]
+        halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
+        self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
 
     def layers_of(
         self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
@@ -256,13 +256,6 @@ class OnnxNetwork:
         return OnnxWalk(self, images, scratch)
 
     @property
-    def name(self) -> str:
-        """The name of the model's file."""
-        return self.model.origin
-
-    norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
-
-    @property
     def counts_everything(self) -> bool:
         """Whether all its operators are known, so that no MACs are missing from the layers'."""
         counted = {node.output[0] for node in self.nodes.values()}
@@ -270,17 +263,6 @@ class OnnxNetwork:
             node.domain in ("", "ai.onnx") or node.output[0] in counted
             for node in nodes_of(self.model.proto.graph)
         )
-
-    @property
-    def tolerance(self) -> float:
-        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
-        halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
-        return HALF_TOLERANCE if halves else TOLERANCE
-
-    @property
-    def example(self) -> Array:
-        """One batch (n, c, h, w), to time networks with."""
-        return self._sample[: self.model.batch or 1]
 
     def size_of(self, model: onnx.ModelProto | None = None) -> int:
         """Bytes of a model; of the original as it was read, external data included."""

@@ -28,18 +28,15 @@ class OnnxSource:
     """
 
     framework = "onnxruntime"
-    runtimes = ("onnxruntime",)
-    preprocessing = Preprocessing()
-    about: Mapping[str, str] = {}
+    runtimes: tuple[str, ...] = ("onnxruntime",)
+    suffix = ".onnx"
 
     def __init__(self, model: ModelSource) -> None:
         self.origin = model
         self.model = read_model(model)
-
-    @property
-    def name(self) -> str:
-        """The name of the model's file."""
-        return self.model.origin
+        self.name = self.model.origin
+        self.preprocessing = Preprocessing()
+        self.about: Mapping[str, str] = {}
 
     @property
     def nbytes(self) -> int:

@@ -41,17 +41,8 @@ class OnnxTimer:
             kernels.check_available()
         self._network, self._runtime, self._threads, self._forms = network, runtime, threads, forms
         self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(network.example)}
-
-    @property
-    def name(self) -> str:
-        """The runtime, its version and the threads."""
-        plural = "s" if self._threads > 1 else ""
-        return f"{self._runtime.name} {self._runtime.version}, {self._threads} thread{plural}"
-
-    @property
-    def batch(self) -> int:
-        """Inputs per call."""
-        return len(self._network.example)
+        self.batch = len(network.example)
+        self.name = f"{runtime.name} {runtime.version}, {threads} thread{'s' * (threads > 1)}"
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """Name the forms that a layer may be written in; for matrix products all forms are one."""

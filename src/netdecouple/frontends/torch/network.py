@@ -92,6 +92,8 @@ class TorchNetwork:
             self.module, bound = self._fold(samples[:2])
         for name in bound:
             del self.found[name]
+        self.norms = {name: found.norm for name, found in self.found.items() if found.norm}
+        self.tolerance = TOLERANCE if self.exact <= TOLERANCE else HALF_TOLERANCE
         self.layers = tuple(
             replace(la, geometry=None, reason=BOUND) if la.name in bound else la for la in layers
         )
@@ -247,7 +249,7 @@ class TorchNetwork:
             self.forward(self.module, sample)
         return made
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the module's structure and numbers."""
         shown = re.sub(r" at 0x[0-9a-f]+", "", repr(self.original))  # places in memory
@@ -446,16 +448,6 @@ class TorchNetwork:
         """End the walks that are under way; their passes hold threads and memory."""
         for walk in list(self._walks):
             walk.close()
-
-    @property
-    def norms(self) -> dict[str, str]:
-        """The BatchNorms that are part of a layer's numbers, by layer."""
-        return {name: found.norm for name, found in self.found.items() if found.norm}
-
-    @property
-    def tolerance(self) -> float:
-        """Relative difference that rounding explains between a built network and its plan's arithmetic."""
-        return TOLERANCE if self.exact <= TOLERANCE else HALF_TOLERANCE
 
     def run_built(self, model: nn.Module, images: Samples) -> list[Array]:
         """Return the compared outputs of a module that `build` made."""

@@ -54,7 +54,7 @@ class TorchSource:
     """
 
     framework = "torch"
-    runtimes = ("torch", "onnxruntime")
+    runtimes: tuple[str, ...] = ("torch", "onnxruntime")
 
     def __init__(
         self,
@@ -78,16 +78,13 @@ class TorchSource:
         self.name = name or type(module).__name__
         self._device, self._filter, self._arguments = device, filter, arguments
         self._is_exported = is_exported
+        self.suffix = ".onnx" if is_exported else ""
+        self.about: Mapping[str, str] = {"device": str(device)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters and buffers."""
         return state_bytes(self.module)
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What a result depends on besides the network, its inputs and the settings."""
-        return {"device": str(self._device)}
 
     @property
     def plan_text(self) -> str | None:
