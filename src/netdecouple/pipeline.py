@@ -194,7 +194,7 @@ def apply_plan(work: Work, plan: Plan) -> Outcome:
         raise PlanError(f"{network.name}: {error}") from error
     if work.inputs.fingerprint != plan.images:
         raise PlanError(
-            "the plan was made with other calibration inputs; give the same calib= and preprocessing="
+            "the plan was made with other calibration inputs; give the same calib= and preprocessing"
         )
     applied = apply(network, work.inputs, plan, work.request.progress, resources=work.run)
     return finish(work, applied, is_saved=True)

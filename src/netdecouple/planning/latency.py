@@ -103,7 +103,8 @@ class Latency:
             self._time_layer(layer, candidates[layer.name])
             progress("Timing layers", index + 1, len(layers))
         self.total = float(np.median(timer.network_times([])))
-        self.fixed = self.total - sum(self._dense.values())
+        # layers timed alone may take longer than within the network, and than all of it on a busy machine
+        self.fixed = max(self.total - sum(self._dense.values()), 0.0)
 
     def dense(self, layer: Layer) -> float:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
