@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from netdecouple import records
 from netdecouple.api import TOLERANCE
+from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.execution.run import Resources
+from netdecouple.families.chain import method
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.fitting.sequential import targets_for
 from netdecouple.frontends.torch import folder as files
-from netdecouple.frontends.torch.folder import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork, check
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.network import Array, Layer
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, budgets_of
-from netdecouple.planning.plan import Plan
+from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
 from netdecouple.report.inspection import energies
 from netdecouple.report.pictures import pictures
@@ -37,6 +40,15 @@ from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.version import __version__
+
+
+@dataclass(frozen=True)
+class Decoupling:
+    """What was done to a module, and what it gained and lost; its ``decoupling`` attribute."""
+
+    plan: Plan
+    report: Report | None  # None: it was saved by another version of netdecouple
+    norms: dict[str, str]  # BatchNorms that changed layers have taken in
 
 
 def decouple(
@@ -203,7 +215,15 @@ def save(module: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"this {type(module).__name__} was not made by netdecouple.decouple; "
             "of a compiled or distributed module, give the one inside"
         )
-    files.write(module, decoupling, folder)
+    plan, report = decoupling.plan, decoupling.report
+    files.write(
+        module,
+        folder,
+        plan=asdict(plan),
+        report=None if report is None else asdict(report.without_pictures),
+        norms=decoupling.norms,
+        changed=[row.name for row in plan.layers if row.changed],
+    )
 
 
 def load(module: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -221,10 +241,29 @@ def load(module: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
     check(module)
+    origin = str(Path(folder) / files.DESCRIPTION)
     with torch.inference_mode(False):  # what is made then can be trained
-        new, decoupling = files.read(module, folder)
-    new.decoupling = decoupling
+        saved = files.read(module, folder, lambda plan: _structures(_read_plan(plan, origin)))
+    try:
+        report = None if saved.report is None else records.read(Report, saved.report, signed=True)
+    except ValueError as error:
+        raise PlanError(f"{origin}: {error}; save the module again") from error
+    new = saved.module
+    new.decoupling = Decoupling(_read_plan(saved.plan, origin), report, saved.norms)
     return new
+
+
+def _read_plan(data: dict[str, Any], origin: str) -> Plan:
+    return Plan.from_json(json.dumps(data), origin)
+
+
+def _structures(plan: Plan) -> dict[str, Callable[[ConvGeometry], Structure]]:
+    """Every changed layer's structure, as a function of its geometry."""
+    return {row.name: partial(_structure, row) for row in plan.layers if row.changed}
+
+
+def _structure(row: LayerPlan, geometry: ConvGeometry) -> Structure:
+    return method(row.family).structure(geometry, row.steps)
 
 
 @contextmanager
@@ -268,7 +307,7 @@ def _result(
     evaluated = network.evaluated(module)
     original, new = original or network.run(shown), network.run_module(evaluated, shown)
     few = shown[:32]
-    tolerance = TOLERANCE if network.exact <= TOLERANCE else 0.1  # half precision, somewhere
+    tolerance = TOLERANCE if network.rounding <= TOLERANCE else 0.1  # half precision, somewhere
     worst = difference(network, applied, few, network.run_module(evaluated, few), tolerance)
     plan = applied.plan
     quality = quality_of(plan, len(shown), original, new)
@@ -291,7 +330,7 @@ def _result(
         provenance=provenance(plan, inputs, "batches", settings),
         pictures=drawn(inputs.held_back, places.tolist(), found, Preprocessing()),
     )
-    norms = {name: network.found[name].norm for name in applied.factorizations if network.found[name].norm}
+    norms = {name: norm for name in applied.factorizations if (norm := network.torch_layers[name].norm)}
     module.decoupling = Decoupling(plan, report, norms)
     return module
 
