@@ -21,11 +21,12 @@ from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.sampling import shuffled
 from netdecouple.frontends.onnx.model import write_model
-from netdecouple.frontends.torch.export import export
+from netdecouple.frontends.torch.export import export, image_tensor
 from netdecouple.frontends.torch.folder import check_replaceable
 from netdecouple.frontends.torch.network import TorchNetwork
-from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
+from netdecouple.frontends.torch.samples import Samples, collect
 from netdecouple.frontends.torch.sources import Model, build
+from netdecouple.frontends.torch.timing import first_feeds
 from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
@@ -49,7 +50,6 @@ __all__ = [
 ]
 
 BATCH = 32  # labelled images that are run at once
-TRIED = 3  # samples that an exported model is tried with
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Result:
             shape, feeds = None, None
             try:
                 if name.startswith("torch"):
-                    feeds = _feeds(self.samples)
+                    feeds = first_feeds(self.samples)
                 else:
-                    few = _picture_tensor(self.samples)
+                    few = image_tensor(self.samples)
                     networks, shape = [export(n, few, {}) for n in networks], (1, *few.shape[1:])
             except ModelError as error:
                 report = replace(report, not_timed=(*report.not_timed, f"{name}: {error}"))
@@ -120,7 +120,7 @@ class Result:
                 "netdecouple.version": __version__,
                 "netdecouple.plan": self.plan.to_json(indent=None),
             }
-            write_model(export(self.module, _picture_tensor(self.samples), metadata), path)
+            write_model(export(self.module, image_tensor(self.samples), metadata), path)
         else:
             modules.save(self.module, path)
 
@@ -155,7 +155,7 @@ def decouple(
     labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
     collected = collect(calibrated.batches, model.module, samples, None)
     if to_onnx:
-        export(model.module, _picture_tensor(collected), {})
+        export(model.module, image_tensor(collected), {})
     before = None if labelled is None else _accuracy(model.module, *labelled)
     module = modules.decouple(
         model.module,
@@ -201,7 +201,7 @@ def sweep(
     labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
     collected = collect(calibrated.batches, model.module, samples, None)
     if files is not None:
-        export(model.module, _picture_tensor(collected), {})
+        export(model.module, image_tensor(collected), {})
     before = None if labelled is None else _accuracy(model.module, *labelled)
 
     def point(budget: Budget, module: nn.Module) -> SweepPoint:
@@ -261,7 +261,7 @@ def apply_plan(
     calibrated = calibrate(model, calib, preprocessing, plan.samples, settings)
     collected = collect(calibrated.batches, model.module, plan.samples, None)
     if to_onnx:
-        export(model.module, _picture_tensor(collected), {})
+        export(model.module, image_tensor(collected), {})
     module = modules.apply_plan(
         model.module, plan, _batches(collected), resources=resources, progress=progress
     )
@@ -355,23 +355,6 @@ def _batches(samples: Samples) -> Iterable[Any]:
     """The same samples again, one by one, as a calibration set."""
     for args, kwargs in samples:
         yield kwargs or args
-
-
-def _feeds(samples: Samples) -> dict[str, Any]:
-    """The first sample, as what a module is timed with."""
-    args, kwargs = samples.units[0]
-    if kwargs or not all(isinstance(a, torch.Tensor) for a in args):
-        raise ModelError("only models that take tensors by position are timed")
-    return {str(index): to_numpy(a) for index, a in enumerate(args)}
-
-
-def _picture_tensor(samples: Samples) -> torch.Tensor:
-    """A few samples as the one tensor that an exported model is to take."""
-    few: Sequence[Any] = samples[:TRIED].units
-    shapes = {tuple(a.shape) if isinstance(a, torch.Tensor) else None for args, _ in few for a in args}
-    if any(kwargs or len(args) != 1 for args, kwargs in few) or len(shapes) != 1 or None in shapes:
-        raise ModelError("only models that take one tensor are written as ONNX; write a folder: -o FOLDER")
-    return torch.cat([args[0] for args, _ in few])
 
 
 def _accuracy(module: nn.Module, images: Any, labels: Any) -> float:
