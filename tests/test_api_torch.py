@@ -379,7 +379,7 @@ def test_a_detector_is_decoupled(detector: Any):
 def test_a_detector_loses_nothing_at_full_rank(detector: Any):
     """Scores and boxes; ties may be sorted otherwise."""
     network = TorchNetwork(detector, collect([photographs(4)], detector, None, None))
-    assert len(network.found) == len(network.layers) == 7
+    assert len(network.torch_layers) == len(network.layers) == 7
     made = {}
     for layer in network.layers:
         chosen = method("nd-dp", rounds=0)

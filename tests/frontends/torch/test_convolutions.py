@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from netdecouple.convolution import Factorization  # noqa: E402
+from netdecouple import kernels  # noqa: E402
+from netdecouple.convolution import ConvGeometry, Factorization, Structure  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.convolutions import LAYERS, Convolution, Factorized  # noqa: E402
@@ -194,3 +196,19 @@ def test_linear_layers_are_1x1_convolutions():
 )
 def test_what_cannot_be_decoupled_says_why(module: Any, reason: str):
     assert Convolution.of(module).refusal == reason
+
+
+def test_weights_are_packed_once_in_inference_mode(monkeypatch: pytest.MonkeyPatch):
+    """Also if the first call is made there, by layers whose filters read all channels in order."""
+    if not kernels.available():
+        pytest.skip("the fused operator was not built")
+    packed = []
+    pack = kernels.DecoupledConv
+    monkeypatch.setattr(kernels, "DecoupledConv", lambda *args: packed.append(1) or pack(*args))
+    g = ConvGeometry(8, 8, 3, 3, pads=(1, 1, 1, 1))
+    structure = Structure.of(g, replace(g, n_o=16, groups=8), ConvGeometry(8, 16, 1, 1))
+    module = Factorized(Convolution.of(nn.Conv2d(8, 8, 3, padding=1)), structure)
+    with torch.inference_mode():
+        for _ in range(3):
+            module(torch.zeros(1, 8, 16, 16))
+    assert len(packed) == 1

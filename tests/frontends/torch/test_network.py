@@ -61,7 +61,7 @@ def opened(module: Any, x: Any = None, **options: Any) -> TorchNetwork:
 
 
 def norms(network: TorchNetwork) -> dict[str, str]:
-    return {name: found.norm for name, found in network.found.items() if found.norm}
+    return {name: layer.norm for name, layer in network.torch_layers.items() if layer.norm}
 
 
 def reasons(network: TorchNetwork) -> dict[str, str]:
@@ -92,7 +92,7 @@ def flat(output: Any) -> list[Any]:
 def check_lossless(network: TorchNetwork, tolerance: float = 1e-5) -> None:
     """At full rank the module computes what it did, and the one given is as it was."""
     new = exact(network)
-    assert sum(isinstance(part, Factorized) for part in new.modules()) == len(network.found)
+    assert sum(isinstance(part, Factorized) for part in new.modules()) == len(network.torch_layers)
     x = pictures().to(network.dtype)
     with torch.no_grad():
         before, after = network.original.eval()(x), new.eval()(x)
@@ -308,7 +308,7 @@ def shared() -> dict[str, nn.Module]:
 def test_nothing_is_lost_at_full_rank(make: Any):
     """However the module holds its layers, and whatever it gives back."""
     network = opened(make())
-    assert network.found
+    assert network.torch_layers
     assert not reasons(network)
     check_lossless(network)
 
@@ -362,7 +362,7 @@ def test_scripted_parts_stay_as_they_are():
     """Nobody sees what runs inside."""
     part = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()))
     network = opened(parts(lambda m, x: m.c(m.part(m.b(m.a(x)))), part=part))
-    assert list(network.found) == ["a", "b", "c"]
+    assert list(network.torch_layers) == ["a", "b", "c"]
     check_lossless(network)
     assert all(p.requires_grad for p in exact(network).parameters())
 
@@ -441,7 +441,7 @@ SUMS: dict[str, tuple[Any, bool]] = {
 def test_shortcuts_are_found_where_they_are_added(add: Any, found: bool):
     """What is added to a branch's last layer, if it is known before that layer runs."""
     network = opened(block(add))
-    assert network.found["b"].shortcut == (("b", "x") if found else None)
+    assert network.torch_layers["b"].shortcut == (("b", "x") if found else None)
     positions = {"b": np.tile(np.arange(64), (3, 1))}
     samples = collect(pictures(), network.original, None, None)
     (seen,) = network.observe(samples, positions)
@@ -471,8 +471,8 @@ def test_a_shortcut_that_is_computed_later_is_none():
         return m.c(m.b(F.relu(x)) + short)
 
     down = nn.Conv2d(8, 8, 1)
-    assert opened(parts(after, down=down)).found["b"].shortcut is None
-    assert opened(parts(before, down=down)).found["b"].shortcut == ("down", "y")
+    assert opened(parts(after, down=down)).torch_layers["b"].shortcut is None
+    assert opened(parts(before, down=down)).torch_layers["b"].shortcut == ("down", "y")
 
 
 def test_pre_activation_blocks():
@@ -484,8 +484,8 @@ def test_pre_activation_blocks():
         return m.c(y + x)
 
     network = opened(parts(forward))
-    assert network.found["b"].shortcut == ("a", "y")
-    assert not network.found["a"].norm
+    assert network.torch_layers["b"].shortcut == ("a", "y")
+    assert not network.torch_layers["a"].norm
 
 
 def test_samples_of_other_sizes_than_the_first():
@@ -510,7 +510,7 @@ def test_running_ends_where_nothing_more_is_looked_at():
         return scores[scores > scores.mean()]  # as many as there happen to be
 
     network = opened(parts(forward))
-    assert network.watched == {"a": 1, "b": 1, "c": 2}
+    assert network.captured == {"a": 1, "b": 1, "c": 2}
     ends.clear()
     samples = collect(pictures(), network.original, None, None)
     _, b, c = network.run(samples)
@@ -556,7 +556,7 @@ def test_a_filter_leaves_layers_alone():
     """By name and module."""
     network = opened(parts(chain), chosen=lambda name, m: name != "b" and m.out_channels != 4)
     assert reasons(network) == {"b": "excluded by the filter", "c": "excluded by the filter"}
-    assert list(network.found) == ["a"]
+    assert list(network.torch_layers) == ["a"]
 
 
 def dropped(m: Any, x: Any) -> Any:

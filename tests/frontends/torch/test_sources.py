@@ -91,7 +91,7 @@ def test_random_weights_have_a_seed_and_download_nothing():
 @pytest.mark.parametrize("weights", [None, "default"])
 def test_weights_that_cannot_be_downloaded(weights: str | None):
     """One line, with what to do instead."""
-    with pytest.raises(ModelError, match=r"cannot be had \(OSError: no network\); give --weights FILE"):
+    with pytest.raises(ModelError, match=r"cannot be downloaded \(OSError: no network\); give weights="):
         sources.build("torchvision:tiny", weights)
 
 

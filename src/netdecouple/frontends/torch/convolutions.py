@@ -1,8 +1,8 @@
-"""PyTorch's convolutions as the 2-D convolutions the engine knows, and factorizations of them as modules.
+"""PyTorch's convolutions as the engine's 2-D convolutions, and factorizations of them as modules.
 
 One dimension is two with a height of one. Of three, the last two are folded into one: a kernel
 (kt, kh, kw) is (kt, kh·kw) and reads every output pixel's own kh·kw inputs, side by side. A transposed
-convolution is a plain one of the input with zeros between its pixels, its kernel turned round
+convolution is a plain one of the input with zeros between its pixels, with a flipped kernel
 (Dumoulin and Visin 2016, section 4).
 """
 
@@ -42,14 +42,12 @@ MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circul
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 LAYERS = (*KINDS, nn.Linear)
-PIXELS = (
-    14 * 14
-)  # of the maps from which on the fused operator is faster in one thread and in two; on 7×7 in two
+PIXELS = 14 * 14  # of the smallest maps on which the fused operator is faster in one thread, and in two
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One of PyTorch's convolutions, or a linear layer: everything about it but its numbers."""
+    """One of PyTorch's convolutions, or a linear layer, without its weights."""
 
     n_o: int
     n_i: int
@@ -76,7 +74,7 @@ class Convolution:
             before = after = [0] * len(reach)
         else:
             before = after = list(conv.padding)
-        if transposed:  # of the plain convolution that it is
+        if transposed:  # padding of the plain convolution that it equals
             before = [r - p for r, p in zip(reach, before, strict=True)]
             after = [b + extra for b, extra in zip(before, conv.output_padding, strict=True)]
         return cls(
@@ -121,7 +119,7 @@ class Convolution:
 
     @property
     def geometry(self) -> ConvGeometry:
-        """The 2-D convolution that the engine takes it for."""
+        """The 2-D convolution that stands for it in the engine."""
         rank = len(self.kernel)
         if not rank:
             return ConvGeometry(self.n_o, self.n_i, 1, 1)
@@ -135,47 +133,40 @@ class Convolution:
             taps = kernel[1] * kernel[2]
             kernel, strides, dilations = (kernel[0], taps), (strides[0], taps), (dilations[0], 1)
             before, after = (before[0], 0), (after[0], 0)
-        (kh, kw), (sh, sw), (dh, dw), (top, left), (bottom, right) = (
-            kernel,
-            strides,
-            dilations,
-            before,
-            after,
-        )
-        return ConvGeometry(
-            self.n_o, self.n_i, kh, kw, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups
-        )
+        (kh, kw), (sh, sw), (dh, dw) = kernel, strides, dilations
+        pads = (before[0], before[1], after[0], after[1])
+        return ConvGeometry(self.n_o, self.n_i, kh, kw, (sh, sw), pads, (dh, dw), self.groups)
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Size of the output map for an input map."""
         steps = (1,) * len(size) if self.transposed else self.strides
-        stuffed = self._stuffed(size)
         return tuple(
             (n + b + a - d * (k - 1) - 1) // s + 1
             for n, b, a, d, k, s in zip(
-                stuffed, self.before, self.after, self.dilations, self.kernel, steps, strict=True
+                self._dilated(size), self.before, self.after, self.dilations, self.kernel, steps, strict=True
             )
         )
 
-    def _stuffed(self, size: Sequence[int]) -> Ints:
+    def _dilated(self, size: Sequence[int]) -> Ints:
+        """Size of an input map with the zeros that a transposed convolution puts between its pixels."""
         if not self.transposed:
             return tuple(size)
         return tuple((n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True))
 
     def size(self, size: Sequence[int]) -> tuple[int, int]:
-        """Size of the input map in the engine's 2-D picture."""
+        """Size of the input map of the engine's 2-D convolution."""
         rank = len(self.kernel)
         if not rank:
             return (1, 1)
-        seen = self._stuffed(size)
+        padded = self._dilated(size)
         if self.mode != "zeros":
-            seen = tuple(n + b + a for n, b, a in zip(seen, self.before, self.after, strict=True))
+            padded = tuple(n + b + a for n, b, a in zip(padded, self.before, self.after, strict=True))
         if rank == 1:
-            return (1, seen[0])
+            return (1, padded[0])
         if rank == 3:
             out = self.output_size(size)
-            return (seen[0], out[1] * out[2] * self.kernel[1] * self.kernel[2])
-        return (seen[0], seen[1])
+            return (padded[0], out[1] * out[2] * self.kernel[1] * self.kernel[2])
+        return (padded[0], padded[1])
 
     def macs(self, size: Sequence[int]) -> int:
         """MACs for one input map."""
@@ -205,9 +196,9 @@ class Convolution:
         if not rank:
             return x.reshape(n, 1, -1).repeat(p, axis=0)
         if self.transposed:
-            stuffed = np.zeros((*x.shape[:2], *self._stuffed(x.shape[2:])), x.dtype)
-            stuffed[(..., *_every(self.strides))] = x
-            x = stuffed
+            dilated = np.zeros((*x.shape[:2], *self._dilated(x.shape[2:])), x.dtype)
+            dilated[(..., *_every(self.strides))] = x
+            x = dilated
         if any((*self.before, *self.after)):
             ends = ((0, 0), (0, 0), *zip(self.before, self.after, strict=True))
             mode: Any = MODES[self.mode]
@@ -221,7 +212,7 @@ class Convolution:
         return picked.reshape(n * p, self.groups, -1)
 
     def modules(self, structure: Structure) -> Iterator[nn.Module]:
-        """Make the modules of a factorization's stages, with numbers yet to be filled in."""
+        """Make the modules of a structure's stages, with weights that are not set yet."""
         if self.mode != "zeros" and any((*self.before, *self.after)):
             yield Padding(self.before, self.after, self.mode)
         pending = set(range(len(self.kernel)))  # dimensions whose stride no stage has taken yet
@@ -239,7 +230,7 @@ class Convolution:
         kernel = [1] * rank
         taken = []
         for axis in sorted(pending):
-            side = 0 if axis == 0 and rank > 1 else 1  # of the 2-D picture; folded dimensions go together
+            side = 0 if axis == 0 and rank > 1 else 1  # of the 2-D convolution; folded dimensions go together
             if _along(stage, side) == _along(whole, side):
                 kernel[axis] = self.kernel[axis]
                 taken.append(axis)
@@ -271,12 +262,12 @@ class Convolution:
         yield PLAIN[rank](stage.n_i, stage.n_o, tuple(kernel), padding=before, **options)
 
     def with_stage(self, stage: ConvGeometry, module: nn.Module) -> Convolution:
-        """One stage as a convolution of its own."""
+        """Describe one stage as a convolution."""
         return replace(Convolution.of(module), n_o=stage.n_o, n_i=stage.n_i, groups=stage.groups)
 
 
 def _along(g: ConvGeometry, side: int) -> Ints:
-    """All that a convolution does along one side, or does not: a 1×1 may have a stride, or pads."""
+    """Kernel size, stride, pads and dilation along one side; a kernel of size 1 may have a stride or pads."""
     kernel = (g.kh, g.kw)[side]
     return (kernel, g.strides[side], g.pads[side], g.pads[side + 2], g.dilations[side] if kernel > 1 else 1)
 
@@ -290,7 +281,7 @@ def _kind(module: nn.Module) -> tuple[int, bool]:
 
 
 def _turned(weight: Array, groups: int) -> Array:
-    """(a, b / groups, *k) → (b, a / groups, *k), every kernel turned round."""
+    """Convert (a, b / groups, *k) → (b, a / groups, *k), and flip every kernel."""
     flipped = np.flip(weight, tuple(range(2, weight.ndim)))
     blocks = flipped.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(blocks).reshape(-1, *blocks.shape[2:])
@@ -332,8 +323,8 @@ class Padding(nn.Module):
 class Factorized(nn.Sequential):
     """A chain of plain convolutions in the place of one.
 
-    On the CPU, in float32 and without gradients, a depthwise convolution and the pointwise one behind it
-    are computed as one operator; everywhere else, and in exported or compiled programs, as what they are.
+    On the CPU, in float32 and without gradients, a depthwise convolution and the pointwise one after it are
+    computed by the fused operator; otherwise, and in exported or compiled programs, one after the other.
     """
 
     def __init__(self, convolution: Convolution, structure: Structure) -> None:
@@ -344,14 +335,14 @@ class Factorized(nn.Sequential):
 
     @classmethod
     def of(cls, convolution: Convolution, factorization: Factorization) -> Factorized:
-        """Make the modules of a factorization, with its numbers."""
+        """Make the modules of a factorization, with its weights."""
         module = cls(convolution, factorization.structure)
         module.fill(convolution, factorization)
         return module
 
     @torch.no_grad()
     def fill(self, convolution: Convolution, factorization: Factorization) -> None:
-        """Copy a factorization's numbers."""
+        """Copy a factorization's weights."""
         gathers = (m for m in self if isinstance(m, Gather))
         stages = (m for m in self if isinstance(m, LAYERS))
         stage: ConvStage
@@ -359,16 +350,16 @@ class Factorized(nn.Sequential):
         for stage, last in zip(factorization.stages, stages, strict=True):
             if stage.channels is not None:
                 next(gathers).channels.copy_(torch.from_numpy(stage.channels))
-            own = convolution.with_stage(stage.geometry, last)
-            last.weight.copy_(torch.from_numpy(own.weight_of(stage.weight)))
+            plain = convolution.with_stage(stage.geometry, last)
+            last.weight.copy_(torch.from_numpy(plain.weight_of(stage.weight)))
         if factorization.bias is None:
             last.bias.zero_()
         else:
             last.bias.copy_(torch.from_numpy(factorization.bias))
 
     def _pairs(self) -> dict[int, ConvGeometry]:
-        """The separable pairs that the fused operator takes: where each begins, and what it stands for."""
-        found = {}
+        """The separable pairs that the fused operator computes: index of the first module → geometry."""
+        pairs = {}
         modules: list[Any] = list(self)
         for at, (first, second) in enumerate(pairwise(modules)):
             if not (type(first) is type(second) is nn.Conv2d):
@@ -377,10 +368,10 @@ class Factorized(nn.Sequential):
             is_pair = first.groups == first.in_channels and second.bias is not None
             if is_pair and second.kernel_size == (1, 1) == second.stride and not any(second.padding):
                 gathered = at > 0 and isinstance(modules[at - 1], Gather)
-                found[at - gathered] = replace(
+                pairs[at - gathered] = replace(
                     Convolution.of(first).geometry, n_o=second.out_channels, groups=second.groups
                 )
-        return found
+        return pairs
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as PyTorch's layers name it
         x = input
@@ -415,26 +406,27 @@ def _all_channels(depthwise: Any) -> torch.Tensor:
     channels = getattr(depthwise, "_reads", None)
     if channels is None:
         times = depthwise.out_channels // depthwise.in_channels
-        channels = depthwise._reads = torch.arange(depthwise.in_channels).repeat_interleave(times)
+        with torch.inference_mode(False):  # else the operator would pack the weights at every call
+            channels = depthwise._reads = torch.arange(depthwise.in_channels).repeat_interleave(times)
     return channels
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a module does what its weights say: no hooks, no parametrization, no adapter in its place."""
+    """Whether a module's weights say all: it has no hooks, no parametrization, and no adapter around it."""
     if type(module) not in (Gather, Padding, nn.Conv2d) or module._forward_hooks or module._forward_pre_hooks:
         return False
     return not isinstance(module, nn.Conv2d) or type(module.weight) is nn.Parameter
 
 
 def _fusable(x: torch.Tensor) -> bool:
-    """Whether the fused operator computes the same."""
+    """Whether the fused operator computes the same on such an input."""
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.ndim == 4
         and not torch.is_grad_enabled()
-        and getattr(forward_ad, "_current_level", -1) < 0  # derivatives are carried along
+        and getattr(forward_ad, "_current_level", -1) < 0  # forward-mode derivatives
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
@@ -444,7 +436,7 @@ def _fusable(x: torch.Tensor) -> bool:
 
 
 def _pays(x: torch.Tensor) -> bool:
-    """Whether the fused operator is no slower, as benchmarks/torch_latency.py has it.
+    """Whether the fused operator is no slower, as measured by benchmarks/torch_latency.py.
 
     It computes whole vectors of pixels.
     """

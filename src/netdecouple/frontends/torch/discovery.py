@@ -1,4 +1,4 @@
-"""Finding layers in what a module did when it ran, and what each of them computes."""
+"""Find the layers of a module, and what each of them computes, in traces of its forward passes."""
 
 # mypy: disable-error-code="no-any-return"
 
@@ -12,75 +12,114 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from netdecouple.errors import ModelError
+from netdecouple.frontends.common import pick
 from netdecouple.frontends.torch.convolutions import LAYERS, PLAIN, TRANSPOSED, Convolution, Padding
 from netdecouple.frontends.torch.samples import to_numpy
 from netdecouple.frontends.torch.trace import ADDITIONS, Call, Trace, tensors
-from netdecouple.network import Layer
+from netdecouple.network import Array, Layer, Observation
 
-EXACT = 1e-3  # relative difference up to which two ways to compute the same are taken for equal
+ROUNDING = 1e-3  # relative difference up to which two computations count as the same
 
 
-@dataclass(frozen=True)
-class Found:
-    """A layer as running it showed it to be."""
+@dataclass(frozen=True, kw_only=True)
+class TorchLayer:
+    """A layer that can be replaced, as it ran."""
 
+    layer: Layer
     convolution: Convolution
-    weight: torch.Tensor  # that it computes with, BatchNorm folded in
+    weight: torch.Tensor  # BatchNorm folded in
     bias: torch.Tensor
-    norm: str  # the BatchNorm behind it, which is folded; empty if there is none
-    steady: bool  # it makes exactly one map of the same size for every sample
-    shortcut: tuple[str, str] | None  # the module whose "x" or "y" is added to its output
+    norm: str  # the BatchNorm that is folded in; empty if there is none
+    input_shape: tuple[int, ...]  # of its first call for one sample
+    single_map: bool  # it makes exactly one map, of the same size for every sample
+    shortcut: tuple[str, str] | None  # the module whose input "x" or output "y" is added to its output
+
+    def observation(
+        self,
+        batch: slice,
+        calls: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        positions: NDArray[np.int64],
+        shortcut: torch.Tensor | None,
+    ) -> Observation:
+        """Gather inputs, and outputs where they exist, at some of the layer's output positions.
+
+        Args:
+            batch: the samples that were run.
+            calls: the input and the output of every call.
+            positions: (n, p), in a map of the layer's nominal size. A layer that is called several times, or
+                makes several maps, has them spread evenly over all of its maps.
+            shortcut: is added to the output.
+        """
+        name, convolution = self.layer.name, self.convolution
+        xs = [to_numpy(x) for x, _ in calls]
+        ys = [None if y is None else to_numpy(y) for _, y in calls]
+        if self.single_map:
+            outputs = np.zeros((0, 0), np.float32) if ys[0] is None else pick(ys[0], positions)
+            added = None if shortcut is None else pick(to_numpy(shortcut), positions)
+            return Observation(name, batch, lambda: convolution.patches(xs[0], positions), outputs, added)
+        n_maps = [len(x) for x in xs]
+        pixels = [math.prod(convolution.output_size(x.shape[2:])) for x in xs]
+        bounds = np.cumsum([0, *(m * p for m, p in zip(n_maps, pixels, strict=True))])
+        spread = positions.reshape(-1) * bounds[-1] // math.prod(self.layer.output_size)
+        patches, picked = [], []
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            inside = spread[(bounds[i] <= spread) & (spread < bounds[i + 1])] - bounds[i]
+            maps, at = np.divmod(inside, pixels[i])
+            for index in np.unique(maps):
+                chosen = at[maps == index][None]
+                patches.append(convolution.patches(x[index : index + 1], chosen))
+                picked.append(pick(y[index : index + 1], chosen) if y is not None else np.zeros((0, 0)))
+        gathered: Array = np.concatenate(patches)
+        return Observation(name, batch, lambda: gathered, np.concatenate(picked), None)
 
 
-def find(
+def find_layers(
     root: nn.Module,
     traces: Sequence[tuple[Trace, Any]],
     chosen: Callable[[str, nn.Module], bool] | None,
-) -> tuple[dict[str, Found], list[Layer]]:
-    """List every layer that costs MACs, in the order they run, and what is known of those that may change.
+) -> tuple[dict[str, TorchLayer], list[Layer]]:
+    """Return the layers that can be replaced, by name, and all layers that cost MACs, in the order they run.
 
     Args:
-        root: what was run.
-        traces: of two samples, and the outputs.
-        chosen: tells by name and module whether a layer may be decoupled; None: all may.
+        root: the module that ran.
+        traces: of two samples, with the outputs.
+        chosen: decides by name and module whether a layer may be decoupled; None: all may.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there are no layers.
     """
     first, output = traces[0]
-    outside = {id(tensor) for tensor in tensors(output)}
+    returned = {id(tensor) for tensor in tensors(output)}
     modules = dict(root.named_modules())
-    calls: dict[str, list[Call]] = {}
+    calls_of: dict[str, list[Call]] = {}
     for call in sorted(first.calls, key=lambda call: call.start):
         if isinstance(modules[call.name], LAYERS):
-            calls.setdefault(call.name, []).append(call)
-    other = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls}
-    # held, so that none takes the place of another: parametrized ones are made whenever they are asked for
-    weights = {name: modules[name].weight for name in calls}
-    tied = Counter(map(id, weights.values()))
-    found: dict[str, Found] = {}
+            calls_of.setdefault(call.name, []).append(call)
+    others = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls_of}
+    # all held at once, so that ids differ: parametrized weights are computed at every access
+    weights = {name: modules[name].weight for name in calls_of}
+    uses_of_weight = Counter(map(id, weights.values()))
+    replaceable: dict[str, TorchLayer] = {}
     layers = []
-    for name, own in calls.items():
-        module = modules[name]
-        rank = len(Convolution.of(module).kernel)
-        sizes = [_size(call, rank) for call in own]
-        steady = len(own) == len(other[name]) == 1 and maps_in(own[0].x) == 1 == maps_in(other[name][0].x)
-        steady &= [_size(call, rank) for call in other[name]] == sizes
-        convolution, weight, bias, reason = _read(module, [*own, *other[name]])
-        maps = [math.prod(call.x.shape[: -1 - len(convolution.kernel)]) for call in own]
-        if not convolution.kernel and own[0].x.ndim != 2:
+    for name, calls in calls_of.items():
+        module, other = modules[name], others[name]
+        convolution, weight, bias, reason = _read(module, [*calls, *other])
+        rank = len(convolution.kernel)
+        maps = [math.prod(call.x.shape[: -1 - rank]) for call in calls]
+        if not rank and calls[0].x.ndim != 2:
             reason = reason or "it is applied to more than one row per sample"
-            maps = [math.prod(call.x.shape[:-1]) for call in own]
-        if tied[id(weights[name])] > 1:
+        if uses_of_weight[id(weights[name])] > 1:
             reason = reason or "its weights are another layer's as well"
         if chosen is not None and not chosen(name, module):
             reason = "excluded by the filter"
+        sizes = [_size(call, rank) for call in calls]
         macs = sum(
-            m * (convolution.macs(size) if convolution.kernel else convolution.n_o * convolution.n_i)
+            m * (convolution.macs(size) if rank else convolution.n_o * convolution.n_i)
             for m, size in zip(maps, sizes, strict=True)
         )
         has_bias = getattr(module, "bias", None) is not None
@@ -88,12 +127,13 @@ def find(
         if reason:
             layers.append(Layer(name, convolution.operator, macs, parameters, reason=reason))
             continue
-        is_seen = any(id(call.y) in outside for call in own)  # as it is, before any BatchNorm
-        norm = "" if is_seen else _norm_behind(first, own, modules)
+        is_returned = any(id(call.y) in returned for call in calls)  # as it is, before any BatchNorm
+        norm = "" if is_returned else _norm_behind(first, calls, modules)
         if norm:
             weight, bias = _folded(modules[norm], weight, bias, convolution)
-        ends = [_output_of(norm, first) if norm else own[0].y]
-        shortcut = _shortcut(ends[0], own[0], first) if steady else None
+        single_map = len(calls) == len(other) == 1 and maps_in(calls[0].x) == 1 == maps_in(other[0].x)
+        single_map = single_map and _size(other[0], rank) == sizes[0]
+        y = _output_of(norm, first) if norm else calls[0].y
         size = convolution.size(sizes[0])
         priced = convolution.geometry.macs(*size)
         layers.append(
@@ -110,14 +150,23 @@ def find(
                 methods=convolution.methods,
             )
         )
-        found[name] = Found(convolution, weight, bias, norm, steady, shortcut)
+        replaceable[name] = TorchLayer(
+            layer=layers[-1],
+            convolution=convolution,
+            weight=weight,
+            bias=bias,
+            norm=norm,
+            input_shape=tuple(calls[0].x.shape),
+            single_map=single_map,
+            shortcut=_shortcut(y, calls[0], first) if single_map else None,
+        )
     if not layers:
         raise ModelError("the module runs no convolutions; there is nothing to decouple")
-    return found, layers
+    return replaceable, layers
 
 
 def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor, torch.Tensor, str]:
-    """Find out what a layer computes, and check it by computing it: subclasses may do more."""
+    """Read what a layer computes, and check it by computing it: subclasses may do more."""
     convolution = Convolution.of(module)
     weight, bias = calls[0].weights or (module.weight, module.bias)
     if bias is None:
@@ -132,17 +181,17 @@ def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor
         reason = "its input has no batch dimension"
     if not reason:
         tries = [convolution, _same_padded(convolution, calls[0].x.shape[2:])]
-        for tried in filter(None, tries):
-            own = plain(tried, weight, bias)
-            made = ((own(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
-            if all(same(z.to(y.dtype), y, exactness(y)) for z, y in made):
-                return tried, weight, bias, ""
+        for candidate in filter(None, tries):
+            module = plain(candidate, weight, bias)
+            pairs = ((module(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
+            if all(same(z.to(y.dtype), y, rounding(y)) for z, y in pairs):
+                return candidate, weight, bias, ""
         reason = "its forward is more than one convolution, or not always the same"
     return convolution, weight, bias, reason
 
 
 def _norm_behind(trace: Trace, calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> str:
-    """The BatchNorm that alone reads what a layer makes, every time it makes something."""
+    """The BatchNorm that is the only reader of a layer's output, in every call; empty if there is none."""
     names = set()
     for call in calls:
         uses = trace.uses(call.y)
@@ -159,7 +208,7 @@ def _norm_behind(trace: Trace, calls: Sequence[Call], modules: Mapping[str, nn.M
 
 
 def _shortcut(y: torch.Tensor, call: Call, trace: Trace) -> tuple[str, str] | None:
-    """Where what is added to a layer's output comes from, if that is there before the layer runs."""
+    """The source of the tensor that is added to a layer's output, if it exists before the layer runs."""
     uses = trace.uses(y)
     if len(uses) != 1 or uses[0].name not in ADDITIONS or len(uses[0].arguments) != 2:
         return None
@@ -167,24 +216,22 @@ def _shortcut(y: torch.Tensor, call: Call, trace: Trace) -> tuple[str, str] | No
     other = two if one is y else one
     if not isinstance(other, torch.Tensor) or other.shape != y.shape or other is y:
         return None
-    counts: dict[str, int] = {}
-    for made in trace.calls:
-        counts[made.name] = counts.get(made.name, 0) + 1
-    for made in trace.calls:
-        if counts[made.name] == 1 and made.y is other and made.end < call.start:
-            return made.name, "y"
-        if counts[made.name] == 1 and made.x is other and made.start <= call.start:
-            return made.name, "x"
+    counts = Counter(call.name for call in trace.calls)
+    for source in (c for c in trace.calls if counts[c.name] == 1):
+        if source.y is other and source.end < call.start:
+            return source.name, "y"
+        if source.x is other and source.start <= call.start:
+            return source.name, "x"
     return None
 
 
-def exactness(tensor: torch.Tensor) -> float:
-    """The relative difference that rounding may make to such a tensor, layer after layer."""
+def rounding(tensor: torch.Tensor) -> float:
+    """The relative difference that rounding in several layers may make to a tensor of this type."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return 8 * torch.finfo(tensor.dtype).eps if half else EXACT
+    return 8 * torch.finfo(tensor.dtype).eps if half else ROUNDING
 
 
-def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = EXACT) -> bool:
+def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = ROUNDING) -> bool:
     """Whether two tensors are equal but for rounding."""
     if one.shape != other.shape:
         return False
@@ -199,7 +246,7 @@ def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = EXACT) -> bo
 
 
 def maps_in(x: Any) -> int:
-    """How many maps a module was given; 0 if that cannot be said."""
+    """Count the maps in a module's input; 0 if it is not a tensor of maps."""
     return len(x) if isinstance(x, torch.Tensor) and x.ndim > 1 else 0
 
 
@@ -213,9 +260,9 @@ def _output_of(name: str, trace: Trace) -> Any:
 
 
 def plain(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> nn.Sequential:
-    """The layer as a plain module of PyTorch's own, behind a padding if it needs one.
+    """The layer as one of PyTorch's plain modules, after a padding if it needs one.
 
-    Always a chain, as what it may become: whoever reads a layer's attributes is found out by that.
+    Always in a chain, as its factorization will be: modules that read a layer's attributes then fail.
     """
     c, rank = convolution, len(convolution.kernel)
     if not rank:

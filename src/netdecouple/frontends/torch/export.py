@@ -1,4 +1,4 @@
-"""Write a PyTorch module as ONNX, and make sure that it still computes the same."""
+"""Export a PyTorch module to ONNX, and check that it still computes the same."""
 
 # mypy: disable-error-code="no-any-return"
 
@@ -8,22 +8,24 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
-from netdecouple.frontends.torch.replacement import first_line
-from netdecouple.frontends.torch.samples import to_numpy
+from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
 
-TOLERANCE = 1e-4  # relative difference between what ONNX Runtime and PyTorch compute
+TOLERANCE = 1e-4  # relative difference between the outputs in ONNX Runtime and in PyTorch
+TRIED = 3  # samples that an exported model is checked with
+REMEDY = "save it as a folder instead of an .onnx file"
 
 
 def export(module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -35,54 +37,67 @@ def export(module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str])
         metadata: to be written into the model.
 
     Raises:
-        ModelError: PyTorch cannot export it, or what it writes computes something else.
+        ModelError: PyTorch cannot export it, or the exported model computes something else.
     """
     with torch.inference_mode():
         outputs = list(tensors(module(images)))
-    inside = ["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
+    names = ["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
     axes = {
         name: {0: "batch"}
-        for name, tensor in zip(["image", *inside], [images, *outputs], strict=True)
+        for name, tensor in zip(["image", *names], [images, *outputs], strict=True)
         if tensor.ndim and len(tensor) == len(images)
     }
     with Scratch() as folder:
         path = Path(folder) / "model.onnx"
         try:
-            with _hushed(), torch.no_grad():
+            with _silent(), torch.no_grad():
                 # the exporter that traces: it needs no other package
                 torch.onnx.export(
                     module, (images[:2],), str(path), dynamo=False,
-                    input_names=["image"], output_names=inside, dynamic_axes=axes,
+                    input_names=["image"], output_names=names, dynamic_axes=axes,
                 )  # fmt: skip
             proto = onnx.load(path)
-        except Exception as error:  # whatever the module's forward comes upon
+        except Exception as error:  # of any type: the module's forward runs
             raise ModelError(
                 f"PyTorch cannot export the {type(module).__name__} to ONNX "
-                f"({type(error).__name__}: {first_line(error)}); write a folder: -o FOLDER"
+                f"({type(error).__name__}: {first_line(error)}); {REMEDY}"
             ) from error
     onnx.helper.set_model_props(proto, dict(metadata))
     session = open_session(proto)
-    found = run(session, None, {"image": to_numpy(images)})
-    for name, expected, array in zip(inside, outputs, found, strict=True):
+    exported = run(session, None, {"image": to_numpy(images)})
+    for name, expected, array in zip(names, outputs, exported, strict=True):
         difference = _difference(to_numpy(expected), array)
         if not difference <= TOLERANCE:
             raise ModelError(
                 f"the {type(module).__name__}'s {name} differs in ONNX Runtime by {difference:.1e} "
-                "(relative): its forward depends on more than its inputs' shapes; write a folder: -o FOLDER"
+                f"(relative): its forward depends on more than its inputs' shapes; {REMEDY}"
             )
     return proto
 
 
-def _difference(expected: np.ndarray, found: np.ndarray) -> float:
-    if expected.shape != found.shape:
+def image_tensor(samples: Samples) -> torch.Tensor:
+    """The first three samples as the one tensor (n, …) that an exported model takes.
+
+    Raises:
+        ModelError: the module takes something else.
+    """
+    few: Sequence[Any] = samples[:TRIED].units
+    shapes = {tuple(a.shape) if isinstance(a, torch.Tensor) else None for args, _ in few for a in args}
+    if any(kwargs or len(args) != 1 for args, kwargs in few) or len(shapes) != 1 or None in shapes:
+        raise ModelError(f"only models that take one tensor are written as ONNX; {REMEDY}")
+    return torch.cat([args[0] for args, _ in few])
+
+
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    if expected.shape != actual.shape:
         return np.inf
     size = float(np.linalg.norm(expected.astype(np.float64)))
-    return float(np.linalg.norm(found.astype(np.float64) - expected)) / max(size, 1e-30)
+    return float(np.linalg.norm(actual.astype(np.float64) - expected)) / max(size, 1e-30)
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter talks, on every channel there is, of what is checked afterwards."""
+def _silent() -> Iterator[None]:
+    """Suppress the exporter's warnings, log and printed text: its result is checked."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

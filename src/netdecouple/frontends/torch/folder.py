@@ -1,6 +1,7 @@
 """A decoupled module in a folder: its weights, and how to rebuild it around them. Nothing is pickled.
 
-The layout is Hugging Face's: ``model.safetensors`` beside a description in JSON.
+The layout is Hugging Face's: ``model.safetensors`` next to a description in JSON. The plan and the report in
+the description are plain JSON values; callers convert them.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -9,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,75 +23,87 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from netdecouple import records
-from netdecouple.convolution import Structure
-from netdecouple.errors import ModelError, OutputError, PlanError
+from netdecouple.convolution import ConvGeometry, Structure
+from netdecouple.errors import ModelError, OutputError, PlanError, first_line
 from netdecouple.execution.scratch import Scratch, publishing
-from netdecouple.families.chain import method
 from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
-from netdecouple.frontends.torch.replacement import duplicate, first_line, install
-from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.report.report import Report
+from netdecouple.frontends.torch.replacement import duplicate, install
 from netdecouple.version import __version__
 
 VERSION = 1
 DESCRIPTION, WEIGHTS, SHARDS = "netdecouple.json", "model.safetensors", "model.safetensors.index.json"
 State = dict[str, torch.Tensor]
+Json = dict[str, Any]
+# From a plan: the layers that it changes, in order, and each one's structure by its geometry
+Structures = Callable[[Json], Mapping[str, Callable[[ConvGeometry], Structure]]]
 
 
-@dataclass(frozen=True)
-class Decoupling:
-    """What was done to a module, and what it gained and lost; its ``decoupling`` attribute."""
+class Saved(NamedTuple):
+    """What a folder holds, with the module rebuilt."""
 
-    plan: Plan
-    report: Report | None  # None: it was saved by another version of netdecouple
-    norms: dict[str, str]  # BatchNorms that changed layers have taken in
+    module: nn.Module
+    plan: Json
+    report: Json | None  # None: it was written by another version of netdecouple, or there was none
+    norms: dict[str, str]  # layer → the BatchNorm folded into it
 
 
 @dataclass(frozen=True)
 class Change:
-    """What the plan does not say about a layer that it changes."""
+    """What the plan does not contain about a layer that it changes."""
 
     name: str
-    convolution: Convolution  # as running it showed it to be
+    convolution: Convolution  # as it ran
     selects: tuple[int, ...]  # the stages that read a selection of channels
-    norm: str  # the BatchNorm that the layer has taken in; empty if there was none
+    norm: str  # the BatchNorm folded into the layer; empty if there was none
 
 
 @dataclass(frozen=True)
 class Description:
-    """What netdecouple.json holds, besides the plan."""
+    """What netdecouple.json holds, apart from the plan and the report."""
 
     version: int
     netdecouple: str
     changes: tuple[Change, ...]
-    tied: tuple[tuple[str, str], ...]  # names in the state that mean a tensor written under another one
-    report: Report | None
+    tied: tuple[tuple[str, str], ...]  # names in the state for a tensor that is written under another name
 
 
-def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[str]) -> None:
-    """Write a decoupled module into a folder of its own, all at once or not at all.
+def write(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    plan: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    norms: Mapping[str, str],
+    changed: Sequence[str],
+) -> None:
+    """Write a decoupled module into a new folder, completely or not at all.
+
+    Args:
+        module: in which every changed layer is a `Factorized`.
+        folder: may hold what an earlier call wrote, which is replaced.
+        plan: a JSON value.
+        report: a JSON value.
+        norms: by layer, the BatchNorm folded into it.
+        changed: the layers that the plan changes, in its order.
 
     Raises:
-        OutputError: the folder cannot be written, or holds something else.
-        ModelError: the module was changed since, or its state is more than tensors.
+        OutputError: the folder cannot be written, or holds other files.
+        ModelError: the module was changed after decoupling, or its state is more than tensors.
     """
     target = Path(folder).resolve()
     state, tied = _written(module.state_dict())
-    changes = tuple(_changes(module, decoupling))
-    report = None if decoupling.report is None else decoupling.report.without_pictures
-    description = Description(VERSION, __version__, changes, tied, report)
-    text = json.dumps(asdict(description) | {"plan": asdict(decoupling.plan)}, indent=1, ensure_ascii=False)
+    changes = tuple(_change(module, name, norms.get(name, "")) for name in changed)
+    data = asdict(Description(VERSION, __version__, changes, tied)) | {"report": report, "plan": plan}
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:
         check_replaceable(target)
         with Scratch(beside=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            (new / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+            (new / DESCRIPTION).write_text(text, encoding="utf-8")
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
-            if _described(new / DESCRIPTION) != (decoupling.plan, description) or not _equal(
-                _weights(new), state
-            ):
-                raise ModelError(f"{target}: something else once written; choose another place")
+            if records.read_text(new / DESCRIPTION) != text or not _equal(_weights(new), state):
+                raise ModelError(f"{target}: reading back gave other data than written; choose another place")
             with publishing(folder):
                 _put(new, target, Path(scratch) / "old")
     except (OSError, SafetensorError) as error:
@@ -98,56 +111,59 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
         raise OutputError(f"{target}: cannot write there ({reason}); choose another place") from error
 
 
-def read(module: nn.Module, folder: str | os.PathLike[str]) -> tuple[nn.Module, Decoupling]:
-    """Decouple a copy of the original module as the one in a folder was, and give it that one's numbers.
+def read(module: nn.Module, folder: str | os.PathLike[str], structures: Structures) -> Saved:
+    """Decouple a copy of the original module as the one in a folder was, and load its weights.
 
-    Modes, types, devices and whether gradients are wanted are those of the module given.
+    Modes, types, devices and ``requires_grad`` are those of ``module``.
+
+    Args:
+        module: built as the original was; its weights do not matter.
+        folder: that `write` wrote.
+        structures: makes the layers' structures out of the plan; may raise PlanError. The functions in its
+            result raise ValueError for a geometry that they do not fit.
 
     Raises:
         PlanError: the description is missing, damaged, or of another version.
-        ModelError: the weights are missing or damaged, or of another module than the one given.
+        ModelError: the weights are missing or damaged, or of another module than ``module``.
     """
     folder = Path(folder)
-    plan, description = _described(folder / DESCRIPTION)
-    rows = {row.name: row for row in plan.layers if row.changed}
-    if list(rows) != [change.name for change in description.changes]:
+    plan, report, description = _described(folder / DESCRIPTION)
+    by_layer = structures(plan)
+    if list(by_layer) != [change.name for change in description.changes]:
         raise PlanError(f"{folder / DESCRIPTION}: its plan and its changes differ; save the module again")
     state = _weights(folder)
     state |= {name: state[other] for name, other in description.tied if other in state}
     new = duplicate(module)
     for change in description.changes:
-        new = _rebuilt(new, change, _structure(change, rows[change.name], folder))
+        new = _rebuilt(new, change, _structure(change, by_layer[change.name], folder))
     _fill(new, state, folder)
     for change in description.changes:
         _check_channels(new.get_submodule(change.name), change.name)
     norms = {change.name: change.norm for change in description.changes if change.norm}
-    return new, Decoupling(plan, description.report, norms)
+    return Saved(new, plan, report, norms)
 
 
-def _changes(module: nn.Module, decoupling: Decoupling) -> Iterator[Change]:
-    for row in decoupling.plan.layers:
-        if not row.changed:
-            continue
-        try:
-            layer = module.get_submodule(row.name)
-        except AttributeError:
-            layer = None
-        if not isinstance(layer, Factorized):
-            raise ModelError(f"layer {row.name!r} is not what decoupling made of it; it cannot be saved")
-        yield Change(row.name, layer.convolution, layer.selects, decoupling.norms.get(row.name, ""))
+def _change(module: nn.Module, name: str, norm: str) -> Change:
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, Factorized):
+        raise ModelError(f"layer {name!r} is not what decoupling made of it; it cannot be saved")
+    return Change(name, layer.convolution, layer.selects, norm)
 
 
 def _written(state: Mapping[str, Any]) -> tuple[State, tuple[tuple[str, str], ...]]:
-    """Every tensor once, by itself in memory; and the names that mean the same as one of them."""
+    """Copy every tensor once; return the other names of tensors that have several, too."""
     kept: State = {}
     tied = []
-    first: dict[Any, str] = {}
+    names: dict[Any, str] = {}  # a tensor's first name
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided:
             kind = "not a tensor" if not isinstance(value, torch.Tensor) else "a tensor without plain numbers"
             raise ModelError(f"{name!r} in the module's state is {kind}; it cannot be saved")
         place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        same = first.setdefault(place, name) if value.numel() else name
+        same = names.setdefault(place, name) if value.numel() else name
         if same != name:
             tied.append((name, same))
         else:
@@ -156,14 +172,14 @@ def _written(state: Mapping[str, Any]) -> tuple[State, tuple[tuple[str, str], ..
 
 
 def check_replaceable(target: Path) -> None:
-    """Nothing but what an earlier call wrote is ever removed.
+    """Check that a folder holds nothing but what `write` wrote there earlier; only that is ever replaced.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: it is a file, the current folder, or holds other files.
     """
     if os.path.exists(target) and not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
-    if os.path.exists(target) and os.path.samefile(target, os.curdir):  # who works there would lose it
+    if os.path.exists(target) and os.path.samefile(target, os.curdir):
         raise OutputError(f"{target}: is the current folder; give the name of a new folder")
     names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
     others = names - {DESCRIPTION, WEIGHTS} if DESCRIPTION in names else names
@@ -194,22 +210,23 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _described(path: Path) -> tuple[Plan, Description]:
+def _described(path: Path) -> tuple[Json, Json | None, Description]:
+    """The plan, the report and the rest of a description."""
     try:
         data = json.loads(records.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: cannot read it ({first_line(error)}); save the module again") from error
-    if not isinstance(data, dict) or not {"version", "plan", "netdecouple"} <= data.keys():
+    if not isinstance(data, dict) or not {"version", "plan", "report", "netdecouple"} <= data.keys():
         raise PlanError(f"{path}: does not describe a decoupled module; save the module again")
     if data["version"] != VERSION:
         raise PlanError(f"{path}: version {data['version']!r:.20}, this netdecouple reads {VERSION}")
-    plan = Plan.from_json(json.dumps(data.pop("plan")), str(path))
-    if data["netdecouple"] != __version__:  # reports are to be read by people, and change
-        data["report"] = None
+    plan, report = data.pop("plan"), data.pop("report")
     try:
-        return plan, records.read(Description, data, signed=True)
+        description = records.read(Description, data, signed=True)
     except ValueError as error:
         raise PlanError(f"{path}: {error}; save the module again") from error
+    # the format of reports differs between versions
+    return plan, report if description.netdecouple == __version__ else None, description
 
 
 def _weights(folder: Path) -> State:
@@ -228,15 +245,15 @@ def _weights(folder: Path) -> State:
     return state
 
 
-def _structure(change: Change, row: LayerPlan, folder: Path) -> Structure:
+def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: Path) -> Structure:
     c = change.convolution
     try:
         if c.mode not in MODES or len({len(v) for v in _per_dimension(c)}) != 1:
-            raise ValueError("its convolution is none")
-        structure = method(row.family).structure(c.geometry, row.steps)
+            raise ValueError("its convolution is not a valid one")
+        structure = of(c.geometry)
     except ValueError as error:
-        raise PlanError(f"{folder}: layer {row.name!r}: {error}; save the module again") from error
-    # which channels they are is with the weights
+        raise PlanError(f"{folder}: layer {change.name!r}: {error}; save the module again") from error
+    # the weights file holds which channels they are
     channels = (
         np.zeros(stage.n_i, np.int64) if index in change.selects else None
         for index, stage in enumerate(structure.stages)
@@ -249,12 +266,12 @@ def _per_dimension(c: Convolution) -> Iterable[tuple[int, ...]]:
 
 
 def _rebuilt(root: nn.Module, change: Change, structure: Structure) -> nn.Module:
-    """Put the stages in the layer's place, and take the BatchNorm out that is in their numbers."""
+    """Put the stages in the layer's place, and remove the BatchNorm that is folded into them."""
     old = _part(root, change.name)
     if not isinstance(old, LAYERS) or not _fits(old, change.convolution):
-        found = _shown(Convolution.of(old)) if isinstance(old, LAYERS) else type(old).__name__
+        kind = _shown(Convolution.of(old)) if isinstance(old, LAYERS) else type(old).__name__
         raise ModelError(
-            f"layer {change.name!r} is {found}, not the {_shown(change.convolution)} that was decoupled; "
+            f"layer {change.name!r} is {kind}, not the {_shown(change.convolution)} that was decoupled; "
             "give the original module"
         )
     if change.norm and not isinstance(_part(root, change.norm), _BatchNorm):
@@ -270,11 +287,11 @@ def _part(root: nn.Module, name: str) -> nn.Module:
 
 
 def _fits(module: nn.Module, convolution: Convolution) -> bool:
-    """Whether a layer is what it was; how a subclass pads, only running it shows."""
-    own = Convolution.of(module)
+    """Whether a layer is what it was; a subclass may pad otherwise than its attributes say."""
+    actual = Convolution.of(module)
     if type(module) not in KINDS:
-        own = replace(own, before=convolution.before, after=convolution.after, mode=convolution.mode)
-    return own == convolution
+        actual = replace(actual, before=convolution.before, after=convolution.after, mode=convolution.mode)
+    return actual == convolution
 
 
 def _shown(c: Convolution) -> str:
@@ -283,28 +300,28 @@ def _shown(c: Convolution) -> str:
 
 
 def _fill(module: nn.Module, state: State, folder: Path) -> None:
-    wanted = module.state_dict()
-    differences = [f"it has no {name!r}" for name in wanted if name not in state]
-    differences += [f"it has {name!r} as well" for name in state if name not in wanted]
+    expected = module.state_dict()
+    differences = [f"it has no {name!r}" for name in expected if name not in state]
+    differences += [f"it has {name!r} as well" for name in state if name not in expected]
     differences += [
         f"its {name!r} is {_kind(state[name])}, not {_kind(value)}"
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name in state and _kind(value) != _kind(state[name])
     ]
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise ModelError(f"{folder} is of another module: {differences[0]}{more}; give the original module")
-    wanted.update(state)  # the same names; it carries the versions that some modules ask for
-    module.load_state_dict(wanted)
+    expected.update(state)  # the same names; it carries the versions that some modules check
+    module.load_state_dict(expected)
 
 
 def _kind(tensor: torch.Tensor) -> str:
-    """What may not differ: the shape, and whether the numbers are whole."""
+    """What must be equal: the shape, and whether the numbers are whole."""
     return f"{list(tensor.shape)} {'floating' if tensor.is_floating_point() else 'whole'}"
 
 
 def _check_channels(module: Any, name: str) -> None:
-    """Refuse channels that are not there: on some devices that would go unnoticed."""
+    """Refuse channels that do not exist: on some devices that would go unnoticed."""
     count = module.geometry.n_i
     for part in module:
         if isinstance(part, Gather):

@@ -1,6 +1,6 @@
-"""A PyTorch module at work: run it, watch its layers, walk it while it is being decoupled.
+"""A PyTorch module, opened: run it, observe its layers, and decouple copies of it.
 
-All work is done on copies; the module given is only read.
+Everything runs on copies; the module given is only read.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -26,23 +26,24 @@ from torch import nn
 from torch.utils import _pytree as tree
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import threads
 from netdecouple.execution.run import Resources
-from netdecouple.frontends.torch.convolutions import (
-    Factorized,
-)
-from netdecouple.frontends.torch.discovery import EXACT, exactness, find, maps_in, plain, same
-from netdecouple.frontends.torch.replacement import duplicate, failures, first_line, install
+from netdecouple.frontends.common import batch_slices
+from netdecouple.frontends.torch.convolutions import Factorized
+from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
+from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
-from netdecouple.frontends.torch.shortcuts import Enough, Shortcuts
+from netdecouple.frontends.torch.shortcuts import Shortcuts, StopForward
 from netdecouple.frontends.torch.timing import TorchTimer
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
+from netdecouple.frontends.torch.walk import TorchWalk
 from netdecouple.network import Array, Layer, Observation, Positions
 
-VALUES = 4096  # of a sample's outputs looked at, where they differ in size from sample to sample
+VALUES = 4096  # taken of a sample's outputs, where these differ in size from sample to sample
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # relative differences that rounding explains, the second to 16 bits
 BOUND = "the module does more with it than call it"  # why a layer is kept
+NO_PATCHES: Array = np.zeros((0, 0, 0), np.float32)
 
 
 class TorchNetwork:
@@ -52,7 +53,7 @@ class TorchNetwork:
         module: is not changed.
         samples: at least two.
         device: where to run.
-        chosen: tells by name and module whether a layer may be decoupled; None: all may.
+        chosen: decides by name and module whether a layer may be decoupled; None: all may.
         resources: how much memory it may take.
 
     Raises:
@@ -78,22 +79,23 @@ class TorchNetwork:
         self.original = module
         self._chosen = chosen
         self.example = samples[:3]
+        self._two = samples[:2]
         self.module = self.evaluated(module)
-        self._walks: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._walks: weakref.WeakSet[TorchWalk] = weakref.WeakSet()
         with torch.no_grad():
             self.dtype = self._input_type(samples[:1])
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
-            made = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
-            self.exact = max(map(exactness, made), default=EXACT)
-            self.batchable = samples.alike and self._batched(samples[:2], traces)
-            self.found, layers = find(self.module, traces, chosen)
+            outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
+            self.rounding = max(map(rounding, outputs), default=ROUNDING)
+            self.batchable = samples.alike and self._is_batchable(traces)
+            self.torch_layers, layers = find_layers(self.module, traces, chosen)
             self.layers = tuple(layers)
-            self.watched = self._watch(samples[:1])
-            self.module, bound = self._fold(samples[:2])
+            self.captured = self._choose_outputs(samples[:1])
+            self.module, bound = self._fold()
         for name in bound:
-            del self.found[name]
-        self.norms = {name: found.norm for name, found in self.found.items() if found.norm}
-        self.tolerance = TOLERANCE if self.exact <= TOLERANCE else HALF_TOLERANCE
+            del self.torch_layers[name]
+        self.norms = {name: found.norm for name, found in self.torch_layers.items() if found.norm}
+        self.tolerance = TOLERANCE if self.rounding <= TOLERANCE else HALF_TOLERANCE
         self.layers = tuple(
             replace(la, geometry=None, reason=BOUND) if la.name in bound else la for la in layers
         )
@@ -102,11 +104,11 @@ class TorchNetwork:
         """The first of its parameters' types in which the module takes a sample."""
         floating = (p.dtype for p in self.original.parameters() if p.is_floating_point())
         types = list(dict.fromkeys(floating)) or [torch.float32]
-        for kind in types if len(types) > 1 else ():
-            self.dtype = kind
+        for dtype in types if len(types) > 1 else ():
+            self.dtype = dtype
             with suppress(ModelError):
                 self.forward(self.module, sample)
-                return kind
+                return dtype
         return types[0]
 
     def _traced(self, sample: Samples) -> tuple[Trace, Any]:
@@ -115,7 +117,7 @@ class TorchNetwork:
             return Trace.of(self.module, args, kwargs)
 
     def forward(self, module: nn.Module, samples: Samples) -> Any:
-        """Run this module, or one made of it, on some samples at once.
+        """Run this module, or one made of it, on some samples as one batch.
 
         Raises:
             ModelError: it fails.
@@ -125,7 +127,7 @@ class TorchNetwork:
             return module(*args, **kwargs)
 
     def placed(self, samples: Samples) -> Arguments:
-        """The arguments of a forward pass, where and of the type the module wants them."""
+        """The arguments of a forward pass on the module's device and in its input type."""
 
         def place(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -134,59 +136,60 @@ class TorchNetwork:
 
         return tree.tree_map(place, samples.arguments)
 
-    def _batched(self, samples: Samples, single: Sequence[tuple[Trace, Any]]) -> bool:
-        """Whether running two samples at once is what running them one by one is."""
-        calls: list[tuple[str, int]] = []  # no trace, which would hold all that is made
+    def _is_batchable(self, single: Sequence[tuple[Trace, Any]]) -> bool:
+        """Whether running two samples at once gives what running them one by one gave."""
+        calls: list[tuple[str, int]] = []  # not a trace, which would hold every output
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             calls.append((name, maps_in(arguments[0] if arguments else None)))
 
         try:
             with hooked(self.module, after=after):
-                args, kwargs = self.placed(samples)
+                args, kwargs = self.placed(self._two)
                 output = self.module(*args, **kwargs)
-        except Exception:  # whatever it is, one by one they have run
+        except Exception:  # one by one they have run
             return False
         parts = zip(*(list(tensors(out)) for out in (output, single[0][1], single[1][1])), strict=False)
         for both, *each in parts:
             if each[0].ndim == 0 or each[0].shape[1:] != each[1].shape[1:]:
                 return False
-            if not same(both, torch.cat(each), self.exact):
+            if not same(both, torch.cat(each), self.rounding):
                 return False
         return calls == [(call.name, 2 * maps_in(call.x)) for call in single[0][0].calls]
 
-    def _fold(self, few: Samples) -> tuple[nn.Module, set[str]]:
-        """Put plain convolutions, BatchNorm folded in, in the place of the layers that may change.
+    def _fold(self) -> tuple[nn.Module, set[str]]:
+        """Replace the layers that can be decoupled by plain convolutions with BatchNorm folded in.
 
-        The module must compute what it did. Where it does not, each layer is tried by itself, and those that
-        cannot be replaced are named: the module may read their attributes, or hooks may hang on them.
+        The module must compute what it did. If it does not, each layer is tried alone, and the names of those
+        that cannot be replaced are returned: the module may read their attributes, or they may have hooks.
 
         Raises:
             ModelError: no layer can be replaced.
         """
 
-        def heard(module: nn.Module) -> tuple[list[Array], set[str]]:
-            """What a module makes, and the layers that are called for it."""
+        def run(module: nn.Module) -> tuple[list[Array], set[str]]:
+            """The captured outputs, and the names of the layers that are called."""
             called: set[str] = set()
-            with hooked(module, lambda name, arguments: called.add(name), names=self.found.__contains__):
-                return self.run_module(module, few), called
+            is_layer = self.torch_layers.__contains__
+            with hooked(module, lambda name, arguments: called.add(name), names=is_layer):
+                return self.run_module(module, self._two), called
 
-        expected, called = heard(self.module)
+        expected, called_before = run(self.module)
 
         def folded(names: Iterable[str]) -> nn.Module:
             module = self.evaluated(self.original)
             for name in names:
-                found = self.found[name]
-                chain = plain(found.convolution, found.weight, found.bias)
-                module = install(module, name, chain, found.norm)
-            made, called_now = heard(module)
-            if called & set(names) - called_now:
+                layer = self.torch_layers[name]
+                chain = plain(layer.convolution, layer.weight, layer.bias)
+                module = install(module, name, chain, layer.norm)
+            outputs, called = run(module)
+            if called_before & set(names) - called:
                 raise ModelError(
                     "the module calls its layers from a list or dict of its own, where they cannot be "
                     "replaced; hold them in an nn.ModuleList or nn.ModuleDict"
                 )
-            for one, other in zip(expected, made, strict=True):
-                if not same(torch.from_numpy(other), torch.from_numpy(one), self.exact):
+            for one, other in zip(expected, outputs, strict=True):
+                if not same(torch.from_numpy(other), torch.from_numpy(one), self.rounding):
                     raise ModelError(
                         "the module computes something else with plain convolutions in the place of its "
                         "layers; its outputs must not depend on anything but its inputs and weights"
@@ -201,53 +204,50 @@ class TorchNetwork:
             return False
 
         try:
-            return folded(self.found), set()
+            return folded(self.torch_layers), set()
         except ModelError:
-            failing = set(filter(fails, self.found))
-            if len(failing) == len(self.found):
+            failing = set(filter(fails, self.torch_layers))
+            if len(failing) == len(self.torch_layers):
                 raise
-        return folded([name for name in self.found if name not in failing]), failing
+        return folded([name for name in self.torch_layers if name not in failing]), failing
 
-    def _watch(self, sample: Samples) -> Counter[str]:
-        """The modules whose outputs tell what decoupling does: the whole, else the largest that can.
+    def _choose_outputs(self, sample: Samples) -> Counter[str]:
+        """Choose the modules whose outputs are compared, and count the calls of each.
 
-        With every name comes how often the module is called.
-
-        Detectors end in sorting and suppressing boxes; how these change says little about the layers.
+        That is the whole module if its output's shape does not depend on the input's values, else the largest
+        parts of which this is true: detectors end in sorting and suppressing boxes, which would hide what
+        decoupling changes.
         """
-        noisy = Samples(tree.tree_map(_disturbed, list(sample.units)))
+        noisy = Samples(tree.tree_map(_with_noise, list(sample.units)))
+        shapes, calls = self._output_shapes(sample)
+        shapes_of_noisy, _ = self._output_shapes(noisy)
+        captured: Counter[str] = Counter()
+        for name, kinds in shapes.items():  # from the outside in
+            is_inside = "" in captured or any(name.startswith(f"{other}.") for other in captured)
+            prefix = f"{name}." if name else ""
+            has_layers = any(f"{layer}.".startswith(prefix) for layer in self.torch_layers)
+            is_static = bool(kinds) and kinds == shapes_of_noisy.get(name) and all(real for _, real in kinds)
+            if has_layers and is_static and not is_inside:
+                captured[name] = calls[name]
+        return captured
+
+    def _output_shapes(
+        self, sample: Samples
+    ) -> tuple[dict[str, list[tuple[torch.Size, bool]]], Counter[str]]:
+        """By module: the shapes of its output's tensors and whether they are floating point; its calls."""
+        shapes: dict[str, list[tuple[torch.Size, bool]]] = {}
         calls: Counter[str] = Counter()
-        made = [self._made(sample, calls), self._made(noisy, Counter())]
-
-        def is_static(name: str) -> bool:
-            shapes = made[0][name]
-            return bool(shapes) and shapes == made[1].get(name) and all(real for _, real in shapes)
-
-        watched: Counter[str] = Counter()
-        for name in made[0]:  # from the outside in
-            inside = any(name.startswith(f"{w}.") for w in watched) or "" in watched
-            holds = any(f"{layer}.".startswith(f"{name}." if name else "") for layer in self.found)
-            if not inside and holds and is_static(name):
-                watched[name] = calls[name]
-        return watched
-
-    def _made(self, sample: Samples, calls: Counter[str]) -> dict[str, list[tuple[torch.Size, bool]]]:
-        """What every module makes of a sample: its tensors' shapes, and whether they hold real numbers.
-
-        How often it is called is counted in ``calls``.
-        """
-        made: dict[str, list[tuple[torch.Size, bool]]] = {}
 
         def before(name: str, arguments: tuple[Any, ...]) -> None:
-            made.setdefault(name, [])
+            shapes.setdefault(name, [])
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            made[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
+            shapes[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
             calls[name] += 1
 
         with hooked(self.module, before, after):
             self.forward(self.module, sample)
-        return made
+        return shapes, calls
 
     @cached_property
     def fingerprint(self) -> str:
@@ -266,59 +266,50 @@ class TorchNetwork:
 
     def batches(self, count: int, bytes_per_sample: int = 0) -> list[slice]:
         """Cut ``count`` samples into batches whose activations fit in memory."""
-        largest = max(
-            (4 * la.geometry.n_i * math.prod(la.size) for la in self.layers if la.geometry), default=1
-        )
-        step = (
-            int(np.clip(self.resources.batch_bytes // max(bytes_per_sample, 4 * largest), 1, 128))
-            if self.batchable
-            else 1
-        )
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+        fixed = None if self.batchable else 1
+        return batch_slices(count, self.layers, self.resources.batch_bytes, bytes_per_sample, fixed)
 
     def run(self, images: Samples, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
-        """Return the watched outputs on some samples, with some layers' weight and bias replaced."""
-        held = {}
+        """Return the captured outputs on some samples, with some layers' weight and bias replaced."""
+        replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, (kernel, bias) in (kernels or {}).items():
-            module: Any = self._convolution(name)
-            held[name] = (module.weight.data, module.bias.data)
-            weight = torch.from_numpy(self.found[name].convolution.weight_of(np.asarray(kernel, np.float32)))
-            module.weight.data = weight.to(module.weight)
-            module.bias.data = torch.from_numpy(np.asarray(bias, np.float32)).to(module.bias)
+            module: Any = self.module.get_submodule(name)[-1]
+            weight = self.torch_layers[name].convolution.weight_of(np.asarray(kernel, np.float32))
+            for parameter, value in ((module.weight, weight), (module.bias, np.asarray(bias, np.float32))):
+                replaced.append((parameter, parameter.data))
+                parameter.data = torch.from_numpy(value).to(parameter)
         try:
             return self.run_module(self.module, images)
         finally:
-            for name, (own_weight, own_bias) in held.items():
-                module = self._convolution(name)
-                module.weight.data, module.bias.data = own_weight, own_bias
-
-    def _convolution(self, name: str) -> nn.Module:
-        return self.module.get_submodule(name)[-1]
+            for parameter, data in replaced:
+                parameter.data = data
 
     def run_module(self, module: nn.Module, images: Samples) -> list[Array]:
-        """Return the watched outputs of another module with this one's names."""
+        """Return the captured outputs of another module with this one's names."""
         parts: list[list[Array]] = []
-        seen: dict[str, Any] = {}
-        awaited: Counter[str] = Counter()
+        outputs: dict[str, Any] = {}
+        remaining: Counter[str] = Counter()  # calls
 
-        def keep(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            seen[name] = output
-            awaited[name] -= 1
-            if max(awaited.values()) < 1:
-                raise Enough  # what a detector makes of it takes long and is not looked at
+        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
+            outputs[name] = output
+            remaining[name] -= 1
+            if max(remaining.values()) < 1:
+                raise StopForward  # the rest, a detector's boxes for instance, takes long and is not used
 
-        with torch.no_grad(), hooked(module, after=keep, names=self.watched.__contains__):
+        with torch.no_grad(), hooked(module, after=after, names=self.captured.__contains__):
             for batch in self.batches(len(images)):
-                awaited.update(self.watched)
-                with suppress(Enough):
+                remaining.update(self.captured)
+                with suppress(StopForward):
                     self.forward(module, images[batch])
-                parts.append([to_numpy(t).astype(np.float32) for n in self.watched for t in tensors(seen[n])])
-                seen.clear()
-                awaited.clear()
-        return [_joined(list(own)) for own in zip(*parts, strict=True)]
+                parts.append(
+                    [to_numpy(t).astype(np.float32) for n in self.captured for t in tensors(outputs[n])]
+                )
+                outputs.clear()
+                remaining.clear()
+        return [_joined(list(outputs_of)) for outputs_of in zip(*parts, strict=True)]
 
     def evaluated(self, module: nn.Module) -> nn.Module:
-        """Copy a module that was made of this one, ready to be run as it is."""
+        """Copy this module, or one made of it, in evaluation mode, onto the device."""
         copied = duplicate(module)
         try:
             return copied.eval().requires_grad_(False).to(self.device)
@@ -328,124 +319,87 @@ class TorchNetwork:
     def observe(
         self, images: Samples, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` see, if that is wanted, and produce.
+        """Yield, batch by batch, outputs and inputs of the layers named in ``positions``.
 
-        What was sampled is gathered when a layer is called: whole maps are held for no more than one. A
-        forward pass ends where the last of them has been called.
+        Positions are gathered when a layer is called, so that no more than one layer's maps are held. A
+        forward pass ends after the last of the layers. Without ``with_patches`` inputs are empty.
         """
         if not positions:
             return
-        shortcuts = Shortcuts(self.found, positions)
+        shortcuts = Shortcuts(self.torch_layers, positions)
         gathered: dict[str, Observation] = {}
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of layers called several times
-        unseen: set[str | None] = set()
+        remaining: set[str | None] = set()
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            if name in positions and self.found[name].steady:
-                where = positions[name][batch]
-                seen = self.observation(name, batch, [(arguments[0], output)], where, shortcuts.of(name))
-                gathered[name] = replace(seen, look=partial(_as_is, seen.patches if with_patches else None))
-            elif name in positions:  # copied: what comes later may change it in place
+            if name in positions and self.torch_layers[name].single_map:
+                observation = self.torch_layers[name].observation(
+                    batch, [(arguments[0], output)], positions[name][batch], shortcuts.of(name)
+                )
+                patches = observation.patches if with_patches else NO_PATCHES
+                gathered[name] = replace(observation, look=lambda: patches)
+            elif name in positions:  # copied: later operations may change them in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
-            unseen.discard(name)
-            if not unseen:
-                raise Enough
+            remaining.discard(name)
+            if not remaining:
+                raise StopForward
 
-        steady = all(self.found[name].steady for name in positions)
-        names = set(positions) | shortcuts.names
-        held = sum(self._sampled_bytes(name, where) for name, where in positions.items())
-        for batch in self.batches(len(images), held if with_patches else 0):
-            unseen |= positions.keys() if steady else {None}  # which never comes: run to the end
-            listening = hooked(self.module, shortcuts.before, after, names.__contains__)
-            with torch.no_grad(), listening, suppress(Enough):
+        may_stop = all(self.torch_layers[name].single_map for name in positions)
+        names = set(positions) | shortcuts.modules
+        bytes_per_sample = sum(self._sampled_bytes(name, where) for name, where in positions.items())
+        for batch in self.batches(len(images), bytes_per_sample if with_patches else 0):
+            remaining |= positions.keys() if may_stop else {None}  # None is never called: run to the end
+            hooks = hooked(self.module, shortcuts.before, after, names.__contains__)
+            with torch.no_grad(), hooks, suppress(StopForward):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
                 if name in gathered:
                     yield gathered.pop(name)
                 elif name in calls:
-                    yield self.observation(name, batch, calls.pop(name), where[batch], None)
+                    yield self.torch_layers[name].observation(batch, calls.pop(name), where[batch], None)
 
-    def _sampled_bytes(self, name: str, where: NDArray[np.int64]) -> int:
-        """What is gathered of a layer for one sample, its maps too if these are kept until the end."""
+    def _sampled_bytes(self, name: str, positions: NDArray[np.int64]) -> int:
+        """Bytes gathered of a layer for one sample; its whole maps if these are kept until the end."""
         layer = self.layer[name]
         g = layer.geometry
         assert g is not None
-        taken = where.shape[1] * (g.unknowns * g.groups + g.n_o)
+        taken = positions.shape[1] * (g.unknowns * g.groups + g.n_o)
         maps = g.n_i * math.prod(layer.size) + g.n_o * math.prod(layer.output_size)
-        return 4 * (taken if self.found[name].steady else int(layer.maps * maps))
-
-    def observation(
-        self,
-        name: str,
-        batch: slice,
-        calls: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-        where: NDArray[np.int64],
-        shortcut: torch.Tensor | None,
-    ) -> Observation:
-        """Gather what a layer saw, and made if that is known, at some of its output positions.
-
-        ``where`` (n, p) are positions in a map of the layer's nominal size. A layer that is called several
-        times, or makes several maps, has them spread over all its maps alike.
-        """
-        found = self.found[name]
-        convolution = found.convolution
-        nominal = math.prod(self.layer[name].output_size)
-        xs = [to_numpy(x) for x, _ in calls]
-        ys = [None if y is None else to_numpy(y) for _, y in calls]
-        if not found.steady:
-            n_maps = [len(x) for x in xs]
-            pixels = [math.prod(convolution.output_size(x.shape[2:])) for x in xs]
-            bounds = np.cumsum([0, *(m * p for m, p in zip(n_maps, pixels, strict=True))])
-            spread = where.reshape(-1) * bounds[-1] // nominal
-            patches, outputs = [], []
-            for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-                own = spread[(bounds[i] <= spread) & (spread < bounds[i + 1])] - bounds[i]
-                maps, at = np.divmod(own, pixels[i])
-                for index in np.unique(maps):
-                    here = at[maps == index][None]
-                    patches.append(convolution.patches(x[index : index + 1], here))
-                    outputs.append(pick(y[index : index + 1], here) if y is not None else np.zeros((0, 0)))
-            seen, made = np.concatenate(patches), np.concatenate(outputs)
-        else:
-            seen = None
-            made = np.zeros((0, 0), np.float32) if ys[0] is None else pick(ys[0], where)
-
-        def look() -> Array:
-            return convolution.patches(xs[0], where) if seen is None else seen
-
-        other = None if shortcut is None else pick(to_numpy(shortcut), where)
-        return Observation(name, batch, look, made, other)
+        return 4 * (taken if self.torch_layers[name].single_map else int(layer.maps * maps))
 
     def recipe(self) -> Callable[[], TorchNetwork]:
-        """Make the same network in another process."""
-        left_alone = (
-            frozenset()
-            if self._chosen is None
-            else frozenset(
-                name for name, module in self.original.named_modules() if not self._chosen(name, module)
-            )
-        )
+        """Return a function, to be pickled, that opens the same network in another process."""
+        excluded: frozenset[str] = frozenset()
+        if self._chosen is not None:
+            modules = self.original.named_modules()
+            excluded = frozenset(name for name, module in modules if not self._chosen(name, module))
         return partial(
             _reopened,
             self.original,
             self.example,
             str(self.device),
-            left_alone,
+            excluded,
             self.batchable,
             self.resources.elsewhere,
         )
 
     def walk(self, images: Samples, scratch: Path | None = None) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
-        from netdecouple.frontends.torch.walk import TorchWalk
-
-        walk = TorchWalk(self, images)
+        walk = TorchWalk(
+            duplicate(self.module),
+            self.torch_layers,
+            images,
+            self.batches(len(images)),
+            forward=self.forward,
+            observe=self.observe,
+            store_bytes=self.resources.store_bytes,
+        )
         self._walks.add(walk)
         return walk
 
     def close(self) -> None:
-        """End the walks that are under way; their passes hold threads and memory."""
+        """End the walks that are under way, with their threads."""
         for walk in list(self._walks):
             walk.close()
 
@@ -485,14 +439,14 @@ class TorchNetwork:
     ) -> nn.Module:
         """Copy the module as it was given, with some layers as chains of stages.
 
-        BatchNorm behind a changed layer is part of its numbers, and an Identity now. Modes, types, devices
-        and whether gradients are wanted stay as they were. Modules have no forms and no metadata.
+        A BatchNorm that is folded into a changed layer becomes an Identity. Modes, types, devices and
+        ``requires_grad`` stay as they were. Modules have no forms and no metadata.
         """
         module = duplicate(self.original)
         for name, factorization in factorizations.items():
-            found = self.found[name]
-            new = Factorized.of(found.convolution, factorization)
-            module = install(module, name, new, found.norm)
+            layer = self.torch_layers[name]
+            new = Factorized.of(layer.convolution, factorization)
+            module = install(module, name, new, layer.norm)
         return module
 
 
@@ -503,10 +457,10 @@ def state_bytes(module: nn.Module) -> int:
 
 
 def check(module: nn.Module) -> None:
-    """Refuse modules that cannot be changed, before anything is made of them.
+    """Refuse modules that cannot be changed.
 
     Raises:
-        ModelError: it is compiled or scripted, or has weights that are not there yet.
+        ModelError: it is compiled or scripted, or has weights without values.
     """
     compiled = any("_orig_mod" in part._modules for part in module.modules())
     if compiled or isinstance(module, torch.jit.ScriptModule):
@@ -521,25 +475,20 @@ def check(module: nn.Module) -> None:
 
 def _reopened(
     module: nn.Module,
-    few: Samples,
+    two: Samples,
     device: str,
-    left_alone: frozenset[str],
+    excluded: frozenset[str],
     batchable: bool,
     resources: Resources,
 ) -> TorchNetwork:
-    """Open a network in another process; whether all its samples are alike has been seen before."""
+    """Open a network in another process; ``batchable`` depends on samples that it does not get."""
     torch.set_num_threads(threads.available())
-    network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, resources)
+    network = TorchNetwork(module, two, device, lambda name, _: name not in excluded, resources)
     network.batchable = batchable
     return network
 
 
-def _as_is(patches: Array | None) -> Array:
-    assert patches is not None, "patches were not asked for"
-    return patches
-
-
-def _disturbed(value: Any) -> Any:
+def _with_noise(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(value.shape, generator=generator).to(value)
@@ -548,15 +497,9 @@ def _disturbed(value: Any) -> Any:
 
 
 def _joined(parts: list[Array]) -> Array:
-    """Join one output of all batches; of samples whose outputs differ in size, take as much of each."""
+    """Join one output of all batches; if its size differs between samples, take `VALUES` of each."""
     parts = [np.atleast_1d(part) for part in parts]
     if len({part.shape[1:] for part in parts}) == 1:
         return np.concatenate(parts)
     flat = [part.reshape(-1) for part in parts]
     return np.stack([part[np.arange(VALUES) * part.size // VALUES] for part in flat])
-
-
-def pick(values: Array, positions: NDArray[np.int64]) -> Array:
-    """Take (n, p) flat positions out of maps (n, c, *size): (n·p, c)."""
-    flat = values.reshape(*values.shape[:2], -1)
-    return flat[np.arange(len(positions))[:, None], :, positions].reshape(-1, values.shape[1])

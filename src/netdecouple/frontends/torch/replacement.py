@@ -1,4 +1,4 @@
-"""Copying modules, and putting others in the place of their parts."""
+"""Copy modules, and replace their parts."""
 
 # mypy: disable-error-code="no-any-return"
 
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from netdecouple.errors import ModelError, NetDecoupleError
+from netdecouple.errors import ModelError, NetDecoupleError, first_line
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Say in one line what others' code raises while it runs.
+    """Turn whatever a module raises while it runs into an error of one line.
 
     Raises:
-        ModelError: it raised something.
+        ModelError: the module raised an error.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def failures() -> Iterator[None]:
 
 
 def duplicate(module: nn.Module) -> nn.Module:
-    """Copy a module; computed tensors that hang on it (weight normalisation) are copied as they are.
+    """Copy a module; computed tensors among its attributes (weight normalisation) are copied as values.
 
     Raises:
         ModelError: it cannot be copied.
@@ -55,16 +55,16 @@ def duplicate(module: nn.Module) -> nn.Module:
             f"the module cannot be copied ({type(error).__name__}: {first_line(error)}); "
             "it must survive copy.deepcopy"
         ) from error
-    for own, other in zip(copied.parameters(), module.parameters(), strict=False):
-        if own.requires_grad != other.requires_grad:
-            own.requires_grad_(other.requires_grad)
+    for new, old in zip(copied.parameters(), module.parameters(), strict=False):
+        if new.requires_grad != old.requires_grad:
+            new.requires_grad_(old.requires_grad)
     return copied
 
 
 def install(root: nn.Module, name: str, new: nn.Module, norm: str) -> nn.Module:
-    """Put ``new`` where a layer stands, and take out the BatchNorm that is in its numbers, if one is.
+    """Replace a layer by ``new``, and remove the BatchNorm that is folded into it, if ``norm`` names one.
 
-    Modes, type, device and whether gradients are wanted are those of the layer. The root comes back.
+    Mode, type, device and ``requires_grad`` are those of the layer. Returns the root, which may be ``new``.
     """
     old = root.get_submodule(name)
     like = next(chain(old.parameters(), old.buffers()))
@@ -74,7 +74,7 @@ def install(root: nn.Module, name: str, new: nn.Module, norm: str) -> nn.Module:
 
 
 def substitute(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put ``new`` in every place where the module ``name`` stands; return the root, which may be it."""
+    """Replace the module ``name`` by ``new`` under all its names; return the root, which may be ``new``."""
     old = root.get_submodule(name)
     if old is root:
         return new
@@ -86,10 +86,10 @@ def substitute(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def _bypass(root: nn.Module, name: str) -> nn.Module:
-    """Take a BatchNorm out; one that does more than that stays, and changes nothing more.
+    """Remove a BatchNorm; a subclass, which may do more, stays as a BatchNorm that changes nothing.
 
-    It stands behind what it has made already, so that its scale and shift are that one's own variance and
-    mean, in training too.
+    It then follows its own normalised output, so its scale and shift become that output's standard deviation
+    and mean, in training too.
     """
     norm: Any = root.get_submodule(name)
     if type(norm) in NORMS:
@@ -103,8 +103,3 @@ def _bypass(root: nn.Module, name: str) -> nn.Module:
             norm.running_var.copy_((norm.weight.square() - norm.eps).clamp_min(0))
             norm.weight.copy_((norm.running_var + norm.eps).sqrt())
     return root
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as tree
 
-from netdecouple.errors import CalibrationError
+from netdecouple.errors import CalibrationError, first_line
 from netdecouple.network import Array
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one forward pass
@@ -37,7 +37,7 @@ class Samples:
 
     @property
     def arguments(self) -> Arguments:
-        """The arguments of one forward pass for all samples together; there may be but one of some kinds."""
+        """The arguments of one forward pass on all samples; only samples that are `alike` can be joined."""
         if len(self.units) == 1:
             return self.units[0]
         flat = [tree.tree_flatten(unit) for unit in self.units]
@@ -68,16 +68,13 @@ class Samples:
         """Hash of the numbers; that of plain image tensors is the one their array has."""
         leaves = [tree.tree_leaves(unit) for unit in self.units]
         first = leaves[0][0]
-        alike = all(len(own) == 1 and _shape(own[0]) == _shape(first) for own in leaves)
+        alike = all(len(sample) == 1 and _shape(sample[0]) == _shape(first) for sample in leaves)
         shape = (len(leaves), *_shape(first)[1:])
         digest = hashlib.sha256(
-            str(shape if alike else [[_shape(v) for v in own] for own in leaves]).encode()
+            str(shape if alike else [[_shape(v) for v in sample] for sample in leaves]).encode()
         )
-        for own in leaves:
-            for leaf in own:
-                digest.update(
-                    to_numpy(leaf).tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode()
-                )
+        for leaf in (leaf for sample in leaves for leaf in sample):
+            digest.update(to_numpy(leaf).tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
         return digest.hexdigest()
 
 
@@ -89,12 +86,12 @@ def collect(
 ) -> Samples:
     """Take samples out of batches: tensors, arrays, tuples or lists of arguments, mappings of named ones.
 
-    Of what a DataLoader yields, as many leading entries are taken as ``module.forward`` asks for, so that
-    labels are left out; a tuple that ``arguments`` makes of it is taken as it is. Batches are cut along
+    Of a DataLoader's batches, as many leading entries are taken as ``module.forward`` has parameters, so that
+    labels are left out; a tuple that ``arguments`` returns is taken as it is. Batches are cut along
     their first dimension; a list of 3-D tensors is a detector's, one image each.
 
     Raises:
-        CalibrationError: there is nothing, or something no forward pass can take.
+        CalibrationError: there are no samples, or some that no forward pass can take.
     """
     if isinstance(calib, str | bytes) or not isinstance(calib, Iterable):
         raise CalibrationError(f"calib is a {type(calib).__name__}; give tensors, batches or a DataLoader")
@@ -105,7 +102,7 @@ def collect(
     flat = any(isinstance(part, nn.Conv1d | nn.ConvTranspose1d) for part in module.modules())
     units: list[Arguments] = []
     count = 0
-    try:  # these are others' functions, and may do anything
+    try:  # iterating and ``arguments`` run the caller's code
         for batch in [calib] if alone else calib:
             taken = arguments(batch) if arguments else batch
             is_whole = arguments is not None and isinstance(taken, tuple)
@@ -115,29 +112,28 @@ def collect(
                 break
             count += 1
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
-        raise CalibrationError(f"batch {count} of calib: {kind}{reason}") from error
+        raise CalibrationError(f"batch {count} of calib: {kind}{first_line(error)}") from error
     if not units:
         raise CalibrationError("calib is empty; give a few hundred samples")
     return Samples(units)
 
 
 def _positional(module: nn.Module) -> int:
-    """How many arguments a forward pass asks for; one at least."""
+    """Count the arguments that a forward pass must have; at least one."""
     inner: Any = module.module if isinstance(module, nn.DataParallel) else module
     try:
         parameters = inspect.signature(inner.forward).parameters.values()
-    except ValueError:  # traced ones do not say
+    except ValueError:  # traced modules have no signature
         return 1
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return max(sum(p.kind in kinds and p.default is p.empty for p in parameters), 1)
 
 
 def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
-    """Cut a batch, of whose entries so many are ``accepted``, or all.
+    """Cut a batch into samples, of its first ``accepted`` entries or of all.
 
-    To networks that are ``flat``, three dimensions are a batch and not a picture.
+    For networks that are ``flat``, a tensor of three dimensions is a batch and not a picture.
     """
     batch = tree.tree_map(_tensor, batch)
     if isinstance(batch, Mapping):
@@ -154,9 +150,7 @@ def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
             batch = batch[:accepted] if all(isinstance(e, torch.Tensor) for e in batch[1:]) else batch[:1]
         yield from _cut((tuple(batch), {}))
     else:
-        raise TypeError(
-            f"a {type(batch).__name__} is nothing to run; give tensors, tuples or mappings of them"
-        )
+        raise TypeError(f"a {type(batch).__name__} cannot be run; give tensors, tuples or mappings of them")
 
 
 def _tensor(leaf: Any) -> Any:
@@ -174,16 +168,16 @@ def _cut(batch: Arguments) -> Iterator[Arguments]:
         raise TypeError("there is no tensor in it")
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensors}
     if len(sizes) > 1 or 0 in sizes:
-        yield batch  # what is the same for all samples and what is not cannot be told apart
+        yield batch  # which tensors hold one entry per sample is not clear
         return
     for index in range(sizes.pop()):
-        own = [v[index : index + 1] if isinstance(v, torch.Tensor) else v for v in leaves]
-        arguments: Arguments = tree.tree_unflatten(own, structure)
+        sample = [v[index : index + 1] if isinstance(v, torch.Tensor) else v for v in leaves]
+        arguments: Arguments = tree.tree_unflatten(sample, structure)
         yield arguments
 
 
 def _kind(leaf: Any) -> Any:
-    """What must not differ from sample to sample for several to be run at once."""
+    """What must be equal in all samples for several to be run at once."""
     return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
@@ -192,7 +186,7 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 
 def to_numpy(tensor: torch.Tensor) -> Any:
-    """Copy a tensor of any type and place to an array that NumPy knows."""
+    """Convert a tensor of any type, on any device, to a contiguous array."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()

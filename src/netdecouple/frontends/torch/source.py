@@ -24,10 +24,11 @@ from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch import folder
-from netdecouple.frontends.torch.export import export
+from netdecouple.frontends.torch.export import export, image_tensor
 from netdecouple.frontends.torch.network import TorchNetwork, check, state_bytes
 from netdecouple.frontends.torch.replacement import duplicate, failures
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
+from netdecouple.frontends.torch.timing import first_feeds
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.kernels import check_available
 from netdecouple.network import Array, Calibration, Executable
@@ -141,7 +142,7 @@ class TorchSource:
                 batches, arguments = loaded.images, None
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
-            export(self.module, picture_tensor(collected), {})
+            export(self.module, image_tensor(collected), {})
         return Calibration(
             inputs=collected,
             origin=origin,
@@ -201,8 +202,8 @@ class TorchSource:
         """PyTorch runs the module itself; all others run what it is exported to."""
         module = self.module if model is None else model
         if runtime.startswith("torch"):
-            return Executable(module, None, feeds(example))
-        few = picture_tensor(example)
+            return Executable(module, None, first_feeds(example))
+        few = image_tensor(example)
         return Executable(export(module, few, {}), (1, *few.shape[1:]))
 
     def save(self, result: Any, path: str | os.PathLike[str]) -> None:
@@ -210,7 +211,7 @@ class TorchSource:
         if Path(path).suffix == ".onnx":
             plan = result.plan.to_json(indent=None)
             metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan}
-            write_model(export(result.model, picture_tensor(result.example), metadata), path)
+            write_model(export(result.model, image_tensor(result.example), metadata), path)
         else:
             write_folder(result.model, result.model.decoupling, path)
 
@@ -226,31 +227,6 @@ def write_folder(module: nn.Module, decoupling: Any, path: str | os.PathLike[str
         norms=decoupling.norms,
         changed=[row.name for row in plan.layers if row.changed],
     )
-
-
-def feeds(samples: Samples) -> dict[str, Any]:
-    """Return the first sample as what a runtime is fed with.
-
-    Raises:
-        ModelError: the module takes something else than tensors by position.
-    """
-    args, kwargs = samples.units[0]
-    if kwargs or not all(isinstance(a, torch.Tensor) for a in args):
-        raise ModelError("only models that take tensors by position are timed")
-    return {str(index): to_numpy(a) for index, a in enumerate(args)}
-
-
-def picture_tensor(samples: Samples) -> torch.Tensor:
-    """Join a few samples to the one tensor that an exported model takes.
-
-    Raises:
-        ModelError: they are something else than one tensor each, all of one shape.
-    """
-    few: Any = samples[:3].units
-    shapes = {tuple(a.shape) if isinstance(a, torch.Tensor) else None for args, _ in few for a in args}
-    if any(kwargs or len(args) != 1 for args, kwargs in few) or len(shapes) != 1 or None in shapes:
-        raise ModelError("only models that take one tensor are written as ONNX; write a folder instead")
-    return torch.cat([args[0] for args, _ in few])
 
 
 def _peeked(batches: Any) -> tuple[Any, bool]:

@@ -21,16 +21,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from netdecouple.data import calibration
 from netdecouple.data.calibration import Preprocessing
-from netdecouple.errors import CalibrationError, ModelError, UnavailableError
-from netdecouple.frontends.torch.replacement import first_line
+from netdecouple.errors import CalibrationError, ModelError, UnavailableError, first_line
 
-INSTEAD = "give --weights FILE.safetensors (or .pt, .pth), or --weights random to try things"
-CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights want what ``transform_input`` does
+INSTEAD = "give weights= a .safetensors, .pt or .pth file, or weights='random' to try things"
+CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights need ``transform_input``
 
 
 @dataclass(frozen=True)
 class Model:
-    """A module that was built, what its weights are, and how pictures become its inputs."""
+    """A module that was built, the origin of its weights, and how pictures become its inputs."""
 
     name: str
     module: nn.Module
@@ -49,13 +48,13 @@ def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
 
     Raises:
         UnavailableError: the library is not installed, or cannot be imported.
-        ModelError: there is no such model, or its weights cannot be had or are another network's.
+        ModelError: there is no such model, or its weights cannot be read or are another network's.
     """
     library, _, name = source.partition(":")
     make = {"torchvision": _torchvision, "timm": _timm}.get(library)
     pretrained = make is not None and weights in (None, "default")
     if make is None and weights == "default":
-        raise ModelError(f"{source} has no default weights; leave out --weights, or give a file")
+        raise ModelError(f"{source} has no default weights; leave out weights=, or give a file")
     state = {} if weights in (None, "default", "random") else _read_weights(Path(str(weights)))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -70,12 +69,12 @@ def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
     return Model(source, module.eval(), origin, preprocessing, channels)
 
 
-Made = tuple[nn.Module, Preprocessing, str]
+Built = tuple[nn.Module, Preprocessing, str]  # with the origin of the weights
 
 
-def _torchvision(name: str, pretrained: bool) -> Made:
+def _torchvision(name: str, pretrained: bool) -> Built:
     models = _imported("torchvision").models
-    _check_known("torchvision", name.lower(), models.list_models(), "models.list_models()")
+    _check_name("torchvision", name.lower(), models.list_models(), "models.list_models()")
     builder = models.get_model_builder(name)
     weights = models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {"weights": weights if pretrained else None}
@@ -83,35 +82,33 @@ def _torchvision(name: str, pretrained: bool) -> Made:
         options["weights_backbone"] = None  # they would be downloaded
     if not pretrained and name.lower() in CHANGED_INPUTS:
         options |= {"transform_input": True, "init_weights": False}
-    module = _made(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **options))
-    shown = weights.transforms()
-    size, resize = (list(getattr(shown, key, None) or ()) for key in ("crop_size", "resize_size"))
+    module = _built(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **options))
+    transforms = weights.transforms()
+    size, resize = (list(getattr(transforms, key, None) or ()) for key in ("crop_size", "resize_size"))
     preprocessing = Preprocessing(
         (size[0], size[-1]) if size else None,
-        tuple(getattr(shown, "mean", None) or (0.0,)),
-        tuple(getattr(shown, "std", None) or (1.0,)),
+        tuple(getattr(transforms, "mean", None) or (0.0,)),
+        tuple(getattr(transforms, "std", None) or (1.0,)),
         resize[0] if size and len(resize) == 1 else None,
     )
     return module, preprocessing, f"{weights} from {weights.url}"
 
 
-def _timm(name: str, pretrained: bool) -> Made:
+def _timm(name: str, pretrained: bool) -> Built:
     timm = _imported("timm")
     if ":" not in name and not timm.is_model(name):
-        _check_known("timm", name, timm.list_models(), "list_models()")
-    module = _made(f"timm:{name}", pretrained, lambda: timm.create_model(name, pretrained=pretrained))
-    wanted = timm.data.resolve_model_data_config(module)
-    size = tuple(wanted["input_size"][1:])
+        _check_name("timm", name, timm.list_models(), "list_models()")
+    module = _built(f"timm:{name}", pretrained, lambda: timm.create_model(name, pretrained=pretrained))
+    config = timm.data.resolve_model_data_config(module)
+    size = tuple(config["input_size"][1:])
     # the shorter side before a centre crop; other ways to crop keep no ratio
-    resize = math.floor(min(size) / wanted["crop_pct"]) if wanted["crop_mode"] == "center" else None
-    known = module.pretrained_cfg
-    origin = (
-        f"{known.get('architecture')}.{known.get('tag')} from {known.get('hf_hub_id') or known.get('url')}"
-    )
-    return module, Preprocessing(size, tuple(wanted["mean"]), tuple(wanted["std"]), resize), origin
+    resize = math.floor(min(size) / config["crop_pct"]) if config["crop_mode"] == "center" else None
+    cfg = module.pretrained_cfg
+    origin = f"{cfg.get('architecture')}.{cfg.get('tag')} from {cfg.get('hf_hub_id') or cfg.get('url')}"
+    return module, Preprocessing(size, tuple(config["mean"]), tuple(config["std"]), resize), origin
 
 
-def _function(source: str) -> Made:
+def _function(source: str) -> Built:
     try:
         module = calibration.call(source)
     except CalibrationError as error:
@@ -135,11 +132,11 @@ def _imported(library: str) -> Any:
         ) from error
 
 
-def _check_known(library: str, name: str, known: Iterable[str], listing: str) -> None:
-    known = list(known)
-    if name in known:
+def _check_name(library: str, name: str, names: Iterable[str], listing: str) -> None:
+    names = list(names)
+    if name in names:
         return
-    close = difflib.get_close_matches(name, known, 3)
+    close = difflib.get_close_matches(name, names, 3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ModelError(
         f"{library} has no model {name!r}; {hint}"
@@ -147,12 +144,12 @@ def _check_known(library: str, name: str, known: Iterable[str], listing: str) ->
     )
 
 
-def _made(source: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Module:
-    """Have a library build a model; it raises whatever its downloads do."""
+def _built(source: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a library's model; downloads may raise errors of any type."""
     try:
         return make()
     except (Exception, SystemExit) as error:
-        problem = "its pretrained weights cannot be had" if pretrained else "cannot be built"
+        problem = "its pretrained weights cannot be downloaded" if pretrained else "cannot be built"
         hint = INSTEAD if pretrained else "choose another model"
         raise ModelError(
             f"{source}: {problem} ({type(error).__name__}: {first_line(error)}); {hint}"
@@ -162,16 +159,16 @@ def _made(source: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Mo
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise ModelError(
-            f"--weights {path}: no such file; give FILE.safetensors, .pt or .pth, default or random"
+            f"weights={path}: no such file; give a .safetensors, .pt or .pth file, 'default' or 'random'"
         )
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling comes upon
+    except Exception as error:  # of any type, when a file is damaged
         raise ModelError(
-            f"--weights {path}: cannot read it ({first_line(error)}); save the module's state_dict() alone"
+            f"weights={path}: cannot read it ({first_line(error)}); save the module's state_dict() alone"
         ) from error
     while isinstance(state, Mapping) and (inner := {"state_dict", "model"} & state.keys()):
         key = inner.pop()
@@ -179,29 +176,29 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             break
         state = state[key]
     if not isinstance(state, Mapping) or not state:
-        raise ModelError(f"--weights {path}: holds no state_dict; save the module's state_dict() alone")
+        raise ModelError(f"weights={path}: holds no state_dict; save the module's state_dict() alone")
     wrapped = all(str(name).startswith("module.") for name in state)  # by DataParallel
     return {str(name).removeprefix("module.") if wrapped else str(name): v for name, v in state.items()}
 
 
 def _fill(module: nn.Module, state: dict[str, Any], origin: str) -> None:
-    wanted = module.state_dict()
+    expected = module.state_dict()
     differences = [
-        f"{name} is {_shape(value)}, not {_shape(wanted[name])}"
+        f"{name} is {_shape(value)}, not {_shape(expected[name])}"
         for name, value in state.items()
-        if name in wanted and _shape(value) != _shape(wanted[name])
+        if name in expected and _shape(value) != _shape(expected[name])
     ]
     if not differences:
         try:
-            found = module.load_state_dict(state, strict=False)
+            keys = module.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise ModelError(f"--weights {origin}: {first_line(error)}") from error
-        differences = [f"it has no {name}" for name in found.missing_keys]
-        differences += [f"it has {name} as well" for name in found.unexpected_keys]
+            raise ModelError(f"weights={origin}: {first_line(error)}") from error
+        differences = [f"it has no {name}" for name in keys.missing_keys]
+        differences += [f"it has {name} as well" for name in keys.unexpected_keys]
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise ModelError(
-            f"--weights {origin}: of another network: {', '.join(differences[:3])}{more}; "
+            f"weights={origin}: of another network: {', '.join(differences[:3])}{more}; "
             "name the one it is of, or give MODULE:FUNCTION that builds it"
         )
 

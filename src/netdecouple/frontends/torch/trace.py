@@ -1,6 +1,6 @@
-"""What a module does when it runs, found out by running it: no graph is made, so any code may run.
+"""Record what a module does when it runs. No graph is built, so its forward may be any Python code.
 
-Hooks see what modules read and make; a function mode sees which functions read those tensors in between.
+Hooks record the inputs and outputs of modules; a function mode records which functions read those tensors.
 """
 
 # mypy: allow-subclassing-any
@@ -28,13 +28,13 @@ class Call:
     """One call of a module."""
 
     name: str
-    start: int  # when, in calls and functions
+    start: int  # counts calls and functions
     end: int = -1
-    x: Any = None  # the first argument …
-    alone: bool = True  # … and whether there were no others
+    x: Any = None  # the first argument
+    alone: bool = True  # whether there were no other arguments
     y: Any = None
-    weights: tuple[Any, ...] = ()  # weight and bias that it convolved with, if it did so once …
-    convolved: Any = None  # … and then what it was given and made, safe from changes in place
+    weights: tuple[Any, ...] = ()  # weight and bias of the one convolution in it, if there was one
+    convolved: Any = None  # copies of input and output, which later operations cannot change, if there was
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Use:
 
 
 class Trace(TorchFunctionMode):
-    """One forward pass: every module's calls, and who read what the modules made."""
+    """One forward pass: every module's calls, and the functions that read the modules' outputs."""
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class Trace(TorchFunctionMode):
 
     @classmethod
     def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Any]:
-        """Run ``root`` and watch; the output comes too."""
+        """Trace a forward pass of ``root``; return its output, too."""
         trace = cls(root)
         with hooked(root, before=trace._enter, after=trace._leave), trace:
             output = root(*args, **kwargs)
         return trace, output
 
     def uses(self, tensor: torch.Tensor) -> list[Use]:
-        """The functions that read a tensor which a module made."""
+        """The functions that read a module's output."""
         return self._uses.get(id(tensor), [])
 
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
@@ -97,13 +97,13 @@ class Trace(TorchFunctionMode):
             numbers = (*args[1:3], *(named.get(name) for name in ("weight", "bias")[max(len(args) - 1, 0) :]))
             self._convolved.setdefault(id(self._open[-1]), []).append(numbers)
         if not any(True for _ in tensors(output)):
-            return output  # it looked at a shape or the like
+            return output  # it read a shape or the like
         for tensor in tensors((args, kwargs)):
             if id(tensor) in self._uses and id(tensor) not in self._changed:
                 self._uses[id(tensor)].append(
                     Use(self._now, getattr(func, "__name__", ""), (*args, *named.values()))
                 )
-                if tensor is output:  # in place: from here on it is another value
+                if tensor is output:  # in place: the values are others now
                     self._changed.add(id(tensor))
         return output
 
@@ -115,13 +115,17 @@ def hooked(
     after: Callable[[str, tuple[Any, ...], Any], Any] | None = None,
     names: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
-    """Have functions called before and after some modules' forward passes; no hook stays behind.
+    """Call functions before and after some modules' forward passes; the hooks are removed at the end.
 
-    They are told the module's name and its arguments, named ones at the end.
+    Args:
+        root: the module with its parts.
+        before: takes the module's name and its arguments, named ones at the end.
+        after: takes the output as well.
+        names: selects modules by name.
     """
     with ExitStack() as stack:
         for name, module in root.named_modules():
-            if not names(name) or isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+            if not names(name) or isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
             if before is not None:
                 handle = module.register_forward_pre_hook(
