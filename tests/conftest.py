@@ -108,7 +108,7 @@ def _nms(boxes: Any, scores: Any, threshold: float) -> Any:
     shared = overlap.prod(dim=2)
     clashes = shared / (area[:, None] + area[None] - shared) > threshold
     kept, dropped = [], torch.zeros(len(boxes), dtype=torch.bool)
-    for index in scores.argsort(descending=True).tolist():
+    for index in scores.argsort(descending=True, stable=True).tolist():
         if not dropped[index]:
             kept.append(index)
             dropped |= clashes[index]

@@ -497,7 +497,7 @@ def evaluate(
         top1, labels = accuracy(outputs, labels), labels[: len(outputs)]
         top5 = None
         if outputs.shape[1] > 5:
-            best = np.argpartition(-outputs, 5, axis=1)[:, :5]
+            best = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
             top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
         if first is not None and first.shape != outputs.shape:
             raise ModelError(f"{model.origin} has outputs {outputs.shape}, the first model {first.shape}")
