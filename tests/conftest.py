@@ -24,6 +24,18 @@ settings.load_profile("fixed")
 SHARED = Path(os.environ.get("NETDECOUPLE_SHARED") or Path(__file__).parents[2] / "shared")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--level", help="instruction set of the fused operator, if the processor has it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if level := config.getoption("--level"):
+        from tests.kernels.cases import kernels, use_level  # not before coverage is measured
+
+        if kernels.available():
+            use_level(level)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if SHARED.is_dir():
         return
