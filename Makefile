@@ -11,7 +11,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hash
 COMPILE := $(TOOLS)/bin/uv pip compile --universal --generate-hashes --no-annotate --no-strip-extras --quiet \
     --custom-compile-command 'make lock' $(UPGRADE)
 
-.PHONY: demo test quick lint docs benchmark extras lock release audit mutants clean
+# tests that compute, for other processors than this one
+COMPUTE := tests/families tests/planning tests/fitting tests/kernels tests/test_api.py tests/test_moments.py tests/test_convolution.py
+
+.PHONY: demo test quick processors lint docs benchmark extras lock release audit mutants clean
 
 $(READY): pyproject.toml requirements/develop.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "netdecouple needs Python 3.11 or newer; set PYTHON=…")'
@@ -38,6 +41,10 @@ test: $(READY)  ## every test, quick ones first, which must run 95% of the engin
 
 quick: $(READY)  ## the tests that need no pretrained networks
 	$(BIN)/python -m pytest -q -m 'not shared and not slow'
+
+processors: $(READY)  ## the tests that compute, as processors without AVX-512 (one thread) and without AVX2 (two) run them
+	$(BIN)/python -m tests.another_processor avx2 1 -m 'not shared and not slow' $(COMPUTE)
+	$(BIN)/python -m tests.another_processor baseline 2 -m 'not shared and not slow' $(COMPUTE)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks examples docs

@@ -24,6 +24,18 @@ settings.load_profile("fixed")
 SHARED = Path(os.environ.get("NETDECOUPLE_SHARED") or Path(__file__).parents[2] / "shared")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--level", help="instruction set of the fused operator, if the processor has it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if level := config.getoption("--level"):
+        from tests.kernels.cases import kernels, use_level  # not before coverage is measured
+
+        if kernels.available():
+            use_level(level)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if SHARED.is_dir():
         return
@@ -108,7 +120,7 @@ def _nms(boxes: Any, scores: Any, threshold: float) -> Any:
     shared = overlap.prod(dim=2)
     clashes = shared / (area[:, None] + area[None] - shared) > threshold
     kept, dropped = [], torch.zeros(len(boxes), dtype=torch.bool)
-    for index in scores.argsort(descending=True).tolist():
+    for index in scores.argsort(descending=True, stable=True).tolist():
         if not dropped[index]:
             kept.append(index)
             dropped |= clashes[index]

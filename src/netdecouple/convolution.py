@@ -47,7 +47,11 @@ class ConvGeometry:
 
     @property
     def unknowns(self) -> int:
-        """Weights behind one output."""
+        """Weights behind one output.
+
+        >>> ConvGeometry(64, 32, 3, 3).unknowns
+        288
+        """
         return self.n_i // self.groups * self.kh * self.kw
 
     @property
@@ -59,7 +63,11 @@ class ConvGeometry:
         return self.kh == self.kw == 1
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width of the output for an h × w input."""
+        """Height and width of the output for an h × w input.
+
+        >>> ConvGeometry(64, 32, 3, 3, strides=(2, 2), pads=(1, 1, 1, 1)).output_size(32, 48)
+        (16, 24)
+        """
         top, left, bottom, right = self.pads
         return (
             (h + top + bottom - self.dilations[0] * (self.kh - 1) - 1) // self.strides[0] + 1,
@@ -67,12 +75,20 @@ class ConvGeometry:
         )
 
     def macs(self, h: int, w: int) -> int:
-        """MACs for one image of h × w input pixels."""
+        """MACs for one image of h × w input pixels.
+
+        >>> ConvGeometry(64, 32, 3, 3, pads=(1, 1, 1, 1)).macs(10, 10)
+        1843200
+        """
         out_h, out_w = self.output_size(h, w)
         return int(np.prod(self.weight_shape)) * out_h * out_w
 
     def windows(self, x: Array) -> Array:
-        """View every receptive field: (n, c, h, w) → (n, c, h_o, w_o, kh, kw)."""
+        """View every receptive field: (n, c, h, w) → (n, c, h_o, w_o, kh, kw).
+
+        >>> ConvGeometry(1, 1, 1, 2).windows(np.array([[[[1, 2, 3]]]])).tolist()
+        [[[[[[1, 2]], [[2, 3]]]]]]
+        """
         top, left, bottom, right = self.pads
         if any(self.pads):
             x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -111,7 +127,11 @@ class ConvStage:
 
     @property
     def reads(self) -> IntArray:
-        """The one input channel that each filter of a depthwise stage reads, (n_o,)."""
+        """The one input channel that each filter of a depthwise stage reads, (n_o,).
+
+        >>> ConvStage(ConvGeometry(4, 2, 1, 1, groups=2), np.ones((4, 1, 1, 1))).reads.tolist()
+        [0, 0, 1, 1]
+        """
         channels = np.arange(self.geometry.n_i) if self.channels is None else self.channels
         return channels.repeat(self.geometry.n_o // self.geometry.n_i)
 
@@ -191,7 +211,12 @@ class Structure:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, and of biases at the end."""
+        """Number of weights, and of biases at the end.
+
+        >>> conv = ConvGeometry(64, 32, 3, 3)
+        >>> Structure.of(conv, ConvGeometry(32, 32, 3, 3, groups=32), ConvGeometry(64, 32, 1, 1)).parameters
+        2400
+        """
         return sum(int(np.prod(stage.weight_shape)) for stage in self.stages) + self.geometry.n_o
 
 
@@ -277,6 +302,11 @@ def spread(geometry: ConvGeometry, weight: Array, bias: Array | None) -> Factori
     """Write a convolution (n_o, n_i / groups, kh, kw) as a separable one: full rank, no arithmetic.
 
     Each depthwise filter picks one pixel, and the pointwise stage holds the weights.
+
+    >>> weight = np.arange(8.0).reshape(1, 2, 2, 2)
+    >>> separable = spread(ConvGeometry(1, 2, 2, 2), weight, None)
+    >>> separable.is_separable, np.array_equal(separable.dense(), weight)
+    (True, True)
     """
     g = geometry
     taps = g.kh * g.kw

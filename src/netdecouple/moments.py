@@ -64,7 +64,14 @@ class Moments:
         return both
 
     def absorb(self, other: Moments) -> None:
-        """Add other samples' moments in place, by Chan, Golub and LeVeque's (1979) pairwise update."""
+        """Add other samples' moments in place, by Chan, Golub and LeVeque's (1979) pairwise update.
+
+        >>> x = np.array([1.0, 2.0, 6.0]).reshape(3, 1, 1)
+        >>> first, rest = Moments.of(x[:1], x[:1]), Moments.of(x[1:], x[1:])
+        >>> first.absorb(rest)
+        >>> first.count, first.mean_x.item(), first.gram.item()
+        (3, 3.0, 14.0)
+        """
         if not other.count:
             return
         count = self.count + other.count
@@ -131,5 +138,9 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """tr Cov(y): mean squared deviation of the targets, over all groups."""
+        """tr Cov(y): mean squared deviation of the targets, over all groups.
+
+        >>> Moments.of(np.zeros((2, 1, 3)), np.array([[[0.0, 1.0]], [[4.0, 1.0]]])).variance
+        4.0
+        """
         return float(self.power.sum()) / max(self.count, 1)

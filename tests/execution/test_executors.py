@@ -28,6 +28,8 @@ from tests import networks
 from tests.networks import images_for
 
 SETTINGS = Settings(families=("nd",))
+# of processes that import the functions of this file
+PYTHONPATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 
 def times(factor: int, number: int) -> int:
@@ -151,8 +153,7 @@ def test_workers_end_with_whoever_began_them(tmp_path: Path):
         "        print(*set(workers.each(process, (common(),), [(n,) for n in range(20)])), flush=True)\n"
         "        time.sleep(60)\n"
     )
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     begun = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -303,7 +304,7 @@ def test_a_killed_run_with_workers_goes_on_from_the_last_shard(two: Workers, tmp
 def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """A Dask scheduler and workers, on loopback, each a process."""
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": PYTHONPATH,
         "DASK_DISTRIBUTED__DASHBOARD__LINK": "",
         "OMP_NUM_THREADS": "1",
     }

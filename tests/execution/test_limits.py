@@ -20,7 +20,7 @@ from netdecouple.planning.plan import Plan
 from tests import networks
 from tests.fuzz.samples import png
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def images(folder: Path, source: str) -> np.ndarray:

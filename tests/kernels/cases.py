@@ -1,15 +1,14 @@
-"""Random layers for the fused operator, and what they compute, in float64.
-
-Run as a program it holds the compiled operator against them, at the level that the environment asks for.
-"""
+"""Random layers for the fused operator, and what they compute, in float64."""
 
 from __future__ import annotations
 
-import json
+import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from netdecouple import kernels
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
@@ -98,6 +97,22 @@ def case(seed: int) -> Case:
     return Case(factorization, x, slope, (low, high), residual)
 
 
+def use_level(level: str) -> bool:
+    """Let the operator use an instruction set; False if this processor does not have it."""
+    return bool(ctypes.CDLL(str(kernels.library_path())).netdecouple_use_level(level.encode()))
+
+
+@contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """Use an instruction set for a while; the test is skipped where the processor does not have it."""
+    before = kernels.level()
+    if not use_level(level):
+        pytest.skip(f"this processor has no {level}")
+    assert kernels.level() == level
+    yield
+    use_level(before)
+
+
 def check() -> Iterator[tuple[int, float]]:
     """Run the operator on every case and yield its number and relative error."""
     for seed in range(COUNT):
@@ -107,8 +122,3 @@ def check() -> Iterator[tuple[int, float]]:
         assert y.shape == expected.shape
         error = np.abs(y - expected).max(initial=0) / scale
         yield seed, float("inf") if np.isnan(error) else float(error)
-
-
-if __name__ == "__main__":
-    errors = dict(check())
-    print(json.dumps({"level": kernels.level(), "errors": errors}))

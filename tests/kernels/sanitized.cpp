@@ -1,5 +1,5 @@
 // Runs the fused operator on random layers, in buffers of exactly the size they need, and compares the results with
-// plain float64 loops. Built with the sanitizers by test_fused.py:  sanitized CASES
+// plain float64 loops. Built with the sanitizers by test_fused.py:  sanitized CASES LEVEL
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -166,6 +166,7 @@ bool refuses_what_is_wrong() {
 
 int main(int count, char** arguments) {
     const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
+    if (count > 2 && !netdecouple_use_level(arguments[2])) return std::printf("no %s\n", arguments[2]), 0;
     if (!refuses_what_is_wrong()) return 1;
     double worst = 0;
     for (int index = 0; index < cases; ++index) {

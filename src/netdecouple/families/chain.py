@@ -20,6 +20,7 @@ from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.families.cp import ChannelPruning
 from netdecouple.families.nd import DepthwisePointwise, PointwiseDepthwise
 from netdecouple.families.sd import SpatialDecomposition
+from netdecouple.families.ties import comparable
 
 # outermost first: the order in which families can follow each other
 ORDER = ("cd", "sd", "cp", "nd-dp", "nd-pd")
@@ -307,8 +308,10 @@ def _joined(trials: Sequence[Trial]) -> Trial:
 
 def worthwhile(trials: Iterable[Trial]) -> list[Trial]:
     """Those that lose less than every other that costs no more, most expensive first."""
-    kept: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: (t.macs, t.error)):
-        if not kept or trial.error < kept[-1].error:
-            kept.append(trial)
-    return kept[::-1]
+    found = list(trials)
+    losses = comparable(np.array([t.error for t in found]))
+    kept: list[int] = []
+    for i in sorted(range(len(found)), key=lambda i: (found[i].macs, losses[i])):
+        if not kept or losses[i] < losses[kept[-1]]:
+            kept.append(i)
+    return [found[i] for i in reversed(kept)]

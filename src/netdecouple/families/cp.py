@@ -15,6 +15,7 @@ import numpy as np
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.families import TINY, Array, Family, Problem, solve, with_best_bias
+from netdecouple.families.ties import comparable
 
 AT_ONCE = 0.03  # of the channels that are left go in one step
 
@@ -96,7 +97,7 @@ def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:
     gram, weight = problem.moments.gram[group], problem.target[group]
     if problem.white:  # nobody can take over from anybody
         norms = np.square(weight).reshape(len(weight), -1, size).sum(axis=(0, 2))
-        weakest = np.argsort(norms, kind="stable")
+        weakest = np.argsort(comparable(norms), kind="stable")
         return weakest, norms[weakest]
     gram = gram + (1e-10 * np.trace(gram) / len(gram) + TINY**0.5) * np.eye(len(gram))
     inverse = np.linalg.inv(gram)
@@ -107,7 +108,7 @@ def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:
         blocks = np.einsum("iaib->iab", inverse.reshape(len(left), size, len(left), size))
         own = weight.reshape(len(weight), len(left), size).transpose(1, 2, 0)  # (n, k², m)
         costs = np.einsum("nkm,nkm->n", own, np.linalg.solve(blocks, own))
-        going = np.argsort(costs, kind="stable")[: max(1, int(AT_ONCE * len(left)))]
+        going = np.argsort(comparable(costs), kind="stable")[: max(1, int(AT_ONCE * len(left)))]
         taps = _taps(going, g)
         stay = np.setdiff1d(np.arange(len(inverse)), taps)
         share = np.linalg.solve(inverse[np.ix_(taps, taps)], inverse[taps])

@@ -24,6 +24,7 @@ import scipy.linalg
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.families import TINY, Array, Family, Problem, root, solve, with_best_bias
+from netdecouple.families.ties import comparable
 
 SWEEPS = 5
 ROUNDS = 2  # of filters, rows, in the PD form
@@ -235,7 +236,7 @@ class Spectrum:
 
     def order(self) -> IntArray:
         """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²)."""
-        return np.argsort(-self.energy.reshape(len(self.energy), -1), axis=1, kind="stable")
+        return np.argsort(-comparable(self.energy.reshape(len(self.energy), -1)), axis=1, kind="stable")
 
     def uniform_order(self) -> IntArray:
         """The first term of every channel, then the second, …: (groups, n · k²)."""

@@ -10,6 +10,7 @@ from netdecouple.moments import Moments
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 START = 3
+EXACT = 1e-12  # of the variance: a smaller error is rounding, and no other ridge can be better
 WORTH = 0.99  # a step must bring the error below this share, or it follows noise
 
 
@@ -40,7 +41,7 @@ def best_ridge(
     for step in (1, -1):
         while 0 <= at + step < len(RIDGES):
             error, regular = tried(at + step)
-            if not error < WORTH * least:
+            if not error < WORTH * least or least <= EXACT * held_back.variance:
                 break
             at, least, best = at + step, error, regular
         if at != START:

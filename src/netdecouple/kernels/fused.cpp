@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -32,19 +31,24 @@ constexpr int64_t ROWS = 16;         // of the output in a tile, where they are 
 constexpr int64_t MANY = 256;        // output channels, beside which the filters take little time
 constexpr int64_t MOST = int64_t(1) << 40;
 
-const Level* best_level() {
-    const char* asked = std::getenv("NETDECOUPLE_LEVEL");  // to test the lower ones
-    const std::string wanted = asked ? asked : "";
+// The level of this name; NULL if this processor does not have it.
+const Level* level_named(const std::string& name) {
 #if defined(NETDECOUPLE_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && (wanted.empty() || wanted == "avx512")) return level_avx512();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wanted != "baseline") return level_avx2();
+    if (name == "avx512" && __builtin_cpu_supports("avx512f")) return level_avx512();
+    if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return level_avx2();
 #endif
+    return name == "baseline" ? level_baseline() : nullptr;
+}
+
+const Level* best_level() {
+    for (const char* name : {"avx512", "avx2"})
+        if (const Level* level = level_named(name)) return level;
     return level_baseline();
 }
 
-const Level* level() {
-    static const Level* chosen = best_level();
+std::atomic<const Level*>& level() {
+    static std::atomic<const Level*> chosen{best_level()};
     return chosen;
 }
 
@@ -263,4 +267,10 @@ void netdecouple_openmp_for(void* to, void (*work)(void*, size_t), size_t count,
 
 void netdecouple_destroy(netdecouple_layer* layer) { delete layer; }
 
-const char* netdecouple_level(void) { return level()->name; }
+const char* netdecouple_level(void) { return level().load()->name; }
+
+int netdecouple_use_level(const char* name) {
+    const Level* wanted = level_named(name);
+    if (wanted) level() = wanted;
+    return wanted != nullptr;
+}

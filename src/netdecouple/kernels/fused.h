@@ -63,4 +63,8 @@ NETDECOUPLE_EXPORT void netdecouple_destroy(netdecouple_layer* layer);
 // The instruction set in use: "avx512", "avx2", "neon" or "baseline".
 NETDECOUPLE_EXPORT const char* netdecouple_level(void);
 
+// For tests: the instruction set of layers that are created from now on. Returns 0, and changes nothing, if this
+// processor does not have it.
+NETDECOUPLE_EXPORT int netdecouple_use_level(const char* name);
+
 }  // extern "C"

@@ -200,7 +200,7 @@ def candidates(
 def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool) -> dict[str, list[Trial]]:
     """The trials of every method, short chains first; hopeless ones are left out as early as can be seen."""
     g = problem.geometry
-    large = problem.geometry.unknowns > LARGE
+    large, rounding = problem.geometry.unknowns > LARGE, FLOOR * problem.power
     quick = ("cd",) if g.is_pointwise else FOR_LARGE
     found: dict[str, list[Trial]] = {}
     for name in methods:
@@ -215,7 +215,9 @@ def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bo
         found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
         envelope = worthwhile(t for of_method in found.values() for t in of_method)
         for other in found:
-            found[other] = [t for t in found[other] if t.error <= HOPELESS * _least(envelope, t.macs)]
+            found[other] = [
+                t for t in found[other] if t.error <= HOPELESS * max(_least(envelope, t.macs), rounding)
+            ]
     return {name: trials for name, trials in found.items() if trials}
 
 
