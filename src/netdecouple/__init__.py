@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from netdecouple.doors import apply_plan, decouple, load, save, sweep
     from netdecouple.errors import NetDecoupleError
     from netdecouple.execution.run import Resources
-    from netdecouple.planning.analysis import Settings
     from netdecouple.planning.plan import Plan
+    from netdecouple.planning.settings import Settings
     from netdecouple.report.sweep import Sweep
 
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "Preprocessing": "data.calibration",
     "Resources": "execution.run",
     "Result": "api",
-    "Settings": "planning.analysis",
+    "Settings": "planning.settings",
     "Sweep": "report.sweep",
     "apply_plan": "doors",
     "decouple": "doors",

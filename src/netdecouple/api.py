@@ -14,6 +14,7 @@ from netdecouple import kernels, runtimes
 from netdecouple.data import calibration
 from netdecouple.data.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
@@ -21,12 +22,12 @@ from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, OnnxModel, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Array
-from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
+from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
 from netdecouple.planning.divergence import agreement, divergence
 from netdecouple.planning.latency import FUSED, STANDARD, Latency, Place, plan_for_latency, with_kept
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import (
+from netdecouple.planning.planner import (
     BudgetRow,
     FormOf,
     budget_rows,
@@ -35,6 +36,7 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
+from netdecouple.planning.settings import Settings
 from netdecouple.report.inspection import Inspection, energies, inspection
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance

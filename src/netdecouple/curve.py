@@ -10,17 +10,19 @@ from netdecouple import api
 from netdecouple.api import Calibration, Judge
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sequential import targets_for
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
+from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs, parse_share
 from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import plan_within
+from netdecouple.planning.planner import plan_within
+from netdecouple.planning.settings import Settings
 from netdecouple.report.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint

@@ -18,6 +18,7 @@ from netdecouple.api import TOLERANCE
 from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, PlanError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
@@ -27,10 +28,11 @@ from netdecouple.frontends.torch.folder import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork, check
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.network import Array, Layer
-from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
+from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
+from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, ruled_plan
+from netdecouple.planning.settings import Settings
 from netdecouple.report.inspection import energies
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance

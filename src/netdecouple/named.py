@@ -18,6 +18,7 @@ from netdecouple.curve import Files, Show, budgets_in, unseen
 from netdecouple.data import calibration
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.sampling import shuffled
 from netdecouple.frontends.onnx.model import write_model
@@ -26,10 +27,10 @@ from netdecouple.frontends.torch.folder import check_replaceable
 from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.sources import Model, build
-from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
+from netdecouple.planning.settings import Settings
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.report import Report
 from netdecouple.report.sweep import Sweep, SweepPoint

@@ -15,7 +15,7 @@ from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import OutputError
 from netdecouple.frontends.onnx.lowering import lower
 from netdecouple.frontends.onnx.model import write_model
-from netdecouple.planning.analysis import Settings
+from netdecouple.planning.settings import Settings
 from netdecouple.report.text import budget_table, scores_table, timing_tables
 from netdecouple.runtimes.benchmark import benchmark
 

@@ -15,9 +15,9 @@ from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_mod
 from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.execution import executors as distribution
 from netdecouple.execution.run import Resources
-from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
+from netdecouple.planning.settings import Settings
 from netdecouple.report.text import budget_table
 
 
@@ -96,7 +96,13 @@ def run(
     reports = check_reports(report)
     rule = None if method is None else Rule.parse(method)
     settings = Settings(
-        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule, loss
+        exclude=tuple(exclude or ()),
+        data_free=data_free,
+        uniform_rank=uniform_rank,
+        seed=seed,
+        families=parse_families(families),
+        rule=rule,
+        loss=loss,
     )
 
     resources = Resources(work, memory, shards=shards)

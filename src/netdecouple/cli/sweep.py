@@ -17,8 +17,8 @@ from netdecouple.cli.sources import check_onnx_only, check_torch_only, torch_mod
 from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.execution import executors as distribution
 from netdecouple.execution.run import Resources
-from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import parse_families
+from netdecouple.planning.settings import Settings
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.report.html import sweep_html
 from netdecouple.report.sweep import Sweep
@@ -91,7 +91,12 @@ def sweep(
     rendered = {path: RENDERED[report_ending(path)] for path in reports or ()}
     check_outputs([model, *(compare or ())], csv, *rendered)
     settings = Settings(
-        tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), loss=loss
+        exclude=tuple(exclude or ()),
+        data_free=data_free,
+        uniform_rank=uniform_rank,
+        seed=seed,
+        families=parse_families(families),
+        loss=loss,
     )
     resources = Resources(work, memory, shards=shards)
     if doors.is_named(model):

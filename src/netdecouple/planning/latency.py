@@ -23,15 +23,17 @@ from onnx import TensorProto, helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvStage, Factorization, Structure, spread
 from netdecouple.errors import BudgetError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import ONE_CHANNEL, Array, Layer
-from netdecouple.planning.analysis import EXCLUDED, Analysis, Progress, quiet
+from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate, LayerCandidates
-from netdecouple.planning.cost import Budget
+from netdecouple.planning.cost import Budget, Replacement
+from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.solve import make_plan, reachable
+from netdecouple.planning.planner import make_plan, objective_of, reachable
 from netdecouple.report.report import Speed
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.timing import Timing, measure
@@ -148,16 +150,16 @@ class Latency:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
         return self._dense.get(layer.name, 0.0)
 
-    def decoupled(self, layer: Layer, candidate: Candidate) -> float:
+    def decoupled(self, layer: Layer, candidate: Replacement) -> float:
         """Milliseconds in the form that is fastest for such a candidate."""
         return min(self._at(layer, candidate).values())
 
-    def form(self, layer: Layer, candidate: Candidate) -> Form:
+    def form(self, layer: Layer, candidate: Replacement) -> Form:
         """The form that is fastest for such a candidate."""
         times = self._at(layer, candidate)
         return min(times, key=lambda form: times[form])
 
-    def _at(self, layer: Layer, candidate: Candidate) -> dict[Form, float]:
+    def _at(self, layer: Layer, candidate: Replacement) -> dict[Form, float]:
         macs = candidate.structure.macs(*layer.size)
         return {
             form: float(np.interp(macs, *self._times[layer.name, candidate.method, form]))
@@ -274,14 +276,15 @@ def plan_for_latency(analysis: Analysis, budgets: Sequence[Budget], latency: Lat
     total = latency.fixed + sum(latency.dense(la) for la in layers)
     least = (latency.fixed + reachable(analysis, [Budget(latency, 1.0)])[0]) / total * (1 + 1e-9) + 1e-9
     best: Plan | None = None
+    least_objective = float("inf")
     asked, seen = share, [(1.0, 1.0)]  # shares asked for, and measured
     for _ in range(TRIES):
         asked = float(np.clip(asked, least, 1.0))
         plan = make_plan(analysis, [Budget(latency, asked), *budgets], latency.form)
         plan = latency.with_neighbours(plan)
         found = latency.speed(latency.sketch(plan), plan).share
-        if found <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
-            best = plan
+        if found <= share * (1 + CLOSE) and objective_of(analysis, plan) < least_objective:
+            best, least_objective = plan, objective_of(analysis, plan)
         stuck = (asked <= least and found > share) or (asked >= 1 and found < share)
         if abs(found / share - 1) <= CLOSE or stuck:
             break

@@ -17,7 +17,7 @@ from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
 from netdecouple.report.benchmark import Benchmark
 from netdecouple.report.files import report_ending, write_text
 from netdecouple.runtimes.timing import Timing
