@@ -139,16 +139,9 @@ def _evaluate(
     probes: int,
     loss: Loss,
 ) -> EvaluatedLayer:
-    """Fit one layer's candidates and run a few of them in the network; a task for a worker.
+    """Fit one layer's candidates and run ``probes`` of them in the network; a task for a worker.
 
-    Args:
-        network: the original network.
-        shown: inputs, and the original's outputs on them.
-        name: the layer.
-        moments: of the layer; None: fit from the weights alone.
-        settings: the families to choose from, or the rule.
-        probes: number of candidates to run.
-        loss: how outputs are compared.
+    ``shown`` is inputs and the original's outputs on them. Without ``moments`` the weights are all there is.
     """
     layer = next(la for la in network.layers if la.name == name)
     assert layer.geometry is not None

@@ -42,7 +42,9 @@ def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) ->
     with np.errstate(over="ignore", invalid="ignore"):
         mean = np.mean(
             [
-                _mean_kl(a, b) if loss == "kl" and a.shape == b.shape else relative_error(a, b)
+                max(float(np.mean(_kl(a, b))), 0.0)
+                if loss == "kl" and a.shape == b.shape
+                else relative_error(a, b)
                 for a, b in zip(original, other, strict=True)
             ]
         )
@@ -65,10 +67,6 @@ def _kl(original: Array, other: Array) -> Array:
     """KL(p ‖ q) of every sample in nats, but for rounding, from logits or probabilities (n, classes)."""
     p, q = log_probabilities(original), log_probabilities(other)
     return np.sum(np.exp(p) * (p - q), axis=-1)  # type: ignore[no-any-return]
-
-
-def _mean_kl(original: Array, other: Array) -> float:
-    return max(float(np.mean(_kl(original, other))), 0.0)
 
 
 def log_probabilities(outputs: Array) -> Array:

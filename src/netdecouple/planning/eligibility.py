@@ -52,9 +52,10 @@ def _reason(layer: Layer, settings: Settings, resources: Resources) -> str:
         return "too small: nothing costs less than the layer itself"
     if layer.methods and not suitable(layer, settings.methods, settings.rule):
         return f"only {' or '.join(layer.methods)} would do, which is not asked for"
-    if not settings.data_free and _is_too_wide(layer, resources.row_bytes):
-        size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
-        return f"too wide: the moments of its inputs take {size}, more than {limit}"
+    size, limit = SplitMoments.nbytes(layer), resources.row_bytes
+    # one sample per input does not justify the memory; convolutions of the same width have many
+    if not settings.data_free and layer.output_size == (1, 1) and size > limit:
+        return f"too wide: the moments of its inputs take {size / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB"
     return ""
 
 
@@ -72,14 +73,6 @@ def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict
             percent = f"{100 * effort:.0f} % of all, for {100 * share:.1g} % of the network"
             reasons[layer.name] = f"not worth the work: {percent}"
     return reasons
-
-
-def _is_too_wide(layer: Layer, limit: int) -> bool:
-    """Return whether a layer with one sample per input takes more memory than it is worth.
-
-    Convolutions of the same width have many samples per input, which justify the memory.
-    """
-    return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > limit
 
 
 def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:

@@ -29,9 +29,8 @@ class LayerPlan:
     reason: str = ""  # why the layer is kept
     sizes: tuple[int, ...] = ()  # of every family, as in `families.chain`
     channels: tuple[tuple[int, ...], ...] = ()  # the channels that every family reads; empty until applied
-    ridge: float = (
-        0.0  # chosen on held-out inputs: by the analysis for wide layers, else when applied; 0 until then
-    )
+    ridge: float = 0.0  # chosen on held-out inputs when the plan is applied, 0 until then; of wide layers by
+    #   the analysis
     macs_before: int
     macs: int
     parameters_before: int
@@ -92,8 +91,8 @@ class Plan:
     @property
     def before(self) -> Costs:
         """Costs of the original network."""
-        rows = self.layers
-        return Costs(sum(row.macs_before for row in rows), sum(row.parameters_before for row in rows))
+        macs = sum(row.macs_before for row in self.layers)
+        return Costs(macs, sum(row.parameters_before for row in self.layers))
 
     @property
     def after(self) -> Costs:

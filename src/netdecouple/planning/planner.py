@@ -53,12 +53,9 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
     layers = analysis.network.layers
     _check_reachable(analysis, budgets)
     options = [_options(analysis, layer, budgets) for layer in layers]
-    chosen = choose(options, [b.limit(layers) for b in budgets])
-    rows = [
-        _layer_plan(analysis, la, pick - 1, reason=_not_cheaper(analysis, la, budgets), form=form)
-        for la, pick in zip(layers, chosen, strict=True)
-    ]
-    return _plan(analysis, rows, _text(budgets))
+    picks = choose(options, [b.limit(layers) for b in budgets])
+    reasons = [_not_cheaper(analysis, layer, budgets) for layer in layers]
+    return _plan(analysis, picks, reasons, _text(budgets), form)
 
 
 def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[float]:
@@ -86,20 +83,16 @@ def _check_reachable(analysis: Analysis, budgets: Sequence[Budget]) -> None:
 
 
 def _options(analysis: Analysis, layer: Layer, budgets: Sequence[Budget]) -> list[Option]:
-    """Return what can be done to a layer: keep it, or replace it by one of its candidates."""
-    kept = Option(0.0, tuple(b.cost.dense(layer) for b in budgets))
+    """Return what can be done to a layer: first to keep it, then its candidates."""
     objectives = analysis.objectives.get(layer.name, ())
     if not np.isfinite(objectives).all():
         raise ModelError(
             f"layer {layer.name!r}: its predicted loss is NaN or Inf, because the network makes too large "
             "numbers; check the preprocessing, or exclude the layer with exclude="
         )
-    return [
-        kept,
-        *(
-            Option(objective, tuple(b.cost.decoupled(layer, c) for b in budgets))
-            for objective, c in zip(objectives, _candidates(analysis, layer), strict=True)
-        ),
+    return [Option(0.0, tuple(b.cost.dense(layer) for b in budgets))] + [
+        Option(objective, tuple(b.cost.decoupled(layer, c) for b in budgets))
+        for objective, c in zip(objectives, _candidates(analysis, layer), strict=True)
     ]
 
 
@@ -129,18 +122,17 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
         BudgetError: not even T = 1 meets the budgets.
     """
     layers = analysis.network.layers
-    first = first_convolution(layers)
-    ranks = {la.name: [_common_rank(la, c) for c in _candidates(analysis, la)] for la in layers}
-    for rank in range(max((r for of_layer in ranks.values() for r in of_layer), default=0), 0, -1):
-        chosen = [
-            ranks[la.name].index(rank) if rank in ranks[la.name] and la is not first else -1 for la in layers
+    first = _first_convolution(layers)
+    options = [_options(analysis, layer, budgets) for layer in layers]
+    ranks = [[0, *(_common_rank(la, c) for c in _candidates(analysis, la))] for la in layers]
+    for rank in range(max(map(max, ranks)), 0, -1):
+        picks = [
+            r.index(rank) if rank in r and la is not first else 0 for la, r in zip(layers, ranks, strict=True)
         ]
-        if all(_cost(analysis, chosen, budget) <= budget.limit(layers) for budget in budgets):
-            rows = [
-                _layer_plan(analysis, la, index, FIRST if la is first else "", form)
-                for la, index in zip(layers, chosen, strict=True)
-            ]
-            return _plan(analysis, rows, _text(budgets))
+        costs = np.sum([o[pick].costs for o, pick in zip(options, picks, strict=True)], axis=0)
+        if all(cost <= budget.limit(layers) for cost, budget in zip(costs, budgets, strict=True)):
+            reasons = [FIRST if layer is first else "" for layer in layers]
+            return _plan(analysis, picks, reasons, _text(budgets), form)
     raise BudgetError(f"not even T = 1 meets {_text(budgets)}; leave out uniform_rank=")
 
 
@@ -152,15 +144,17 @@ def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
     """
     layers, rule = analysis.network.layers, analysis.settings.rule
     assert rule is not None
-    first = first_convolution(layers)
-    rows = []
-    for layer in layers:
-        reason = FIRST if layer is first else NO_CONVOLUTION if layer.operator in FULLY_CONNECTED else ""
-        index = 0 if _candidates(analysis, layer) and not reason else -1
-        rows.append(_layer_plan(analysis, layer, index, reason, form))
-    if not any(row.changed for row in rows):
+    first = _first_convolution(layers)
+    reasons = [
+        FIRST if la is first else NO_CONVOLUTION if la.operator in FULLY_CONNECTED else "" for la in layers
+    ]
+    picks = [
+        1 if _candidates(analysis, la) and not reason else 0
+        for la, reason in zip(layers, reasons, strict=True)
+    ]
+    if not any(picks):
         raise BudgetError(f"rule={rule}: no layer becomes cheaper by it; give a smaller size")
-    return _plan(analysis, rows, str(rule))
+    return _plan(analysis, picks, reasons, str(rule), form)
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,7 @@ def budget_rows(analysis: Analysis) -> list[BudgetRow]:
     return rows
 
 
-def first_convolution(layers: Sequence[Layer]) -> Layer | None:
+def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
     """Return the layer that published procedures keep."""
     return next((la for la in layers if la.operator.startswith("Conv")), None)
 
@@ -201,19 +195,32 @@ def _common_rank(layer: Layer, candidate: Candidate) -> int:
     return candidate.sizes[0] // layer.geometry.weight_shape[1]
 
 
-def _cost(analysis: Analysis, chosen: Sequence[int], budget: Budget) -> float:
-    """Return the total cost of the layers with the chosen candidates; -1 keeps a layer."""
-    total = 0.0
-    for layer, index in zip(analysis.network.layers, chosen, strict=True):
-        candidate = _candidates(analysis, layer)[index] if index >= 0 else None
-        total += budget.cost.decoupled(layer, candidate) if candidate else budget.cost.dense(layer)
-    return total
+def _plan(
+    analysis: Analysis, picks: Sequence[int], reasons: Sequence[str], budget: str, form: FormOf
+) -> Plan:
+    """Return the plan of one pick per layer: 0 keeps it, for a reason; n takes its candidate n - 1."""
+    network, settings, inputs = analysis.network, analysis.settings, analysis.inputs
+    choices = zip(network.layers, picks, reasons, strict=True)
+    return Plan(
+        model=network.fingerprint,
+        images=inputs.fingerprint,
+        samples=len(inputs.images),
+        seed=settings.seed,
+        loss=analysis.loss,
+        data_free=settings.data_free,
+        uniform_rank=settings.uniform_rank or (settings.rule is not None and settings.rule.is_uniform),
+        budget=budget,
+        layers=tuple(
+            _changed(analysis, layer, pick - 1, form)
+            if pick
+            else LayerPlan.kept(layer, reason or analysis.reasons.get(layer.name, "worth its cost"))
+            for layer, pick, reason in choices
+        ),
+    )
 
 
-def _layer_plan(analysis: Analysis, layer: Layer, index: int, reason: str, form: FormOf) -> LayerPlan:
-    """Return the plan for one layer: its candidate number ``index``, or -1 to keep it."""
-    if index < 0:
-        return LayerPlan.kept(layer, reason or analysis.reasons.get(layer.name, "worth its cost"))
+def _changed(analysis: Analysis, layer: Layer, index: int, form: FormOf) -> LayerPlan:
+    """Return the plan for one layer that becomes its candidate number ``index``."""
     found = analysis.candidates[layer.name]
     candidate = found.candidates[index]
     return LayerPlan(
@@ -230,21 +237,6 @@ def _layer_plan(analysis: Analysis, layer: Layer, index: int, reason: str, form:
         predicted_loss=analysis.losses[layer.name][index],
         form=form(layer, candidate),
         data_free=found.data_free,
-    )
-
-
-def _plan(analysis: Analysis, rows: Sequence[LayerPlan], budget: str) -> Plan:
-    settings, inputs = analysis.settings, analysis.inputs
-    return Plan(
-        model=analysis.network.fingerprint,
-        images=inputs.fingerprint,
-        samples=len(inputs.images),
-        seed=settings.seed,
-        loss=analysis.loss,
-        data_free=settings.data_free,
-        uniform_rank=settings.uniform_rank or (settings.rule is not None and settings.rule.is_uniform),
-        budget=budget,
-        layers=tuple(rows),
     )
 
 
