@@ -35,7 +35,7 @@ from netdecouple.pipeline import accuracy
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import agreement
-from netdecouple.planning.solve import make_plan, published_plan
+from netdecouple.planning.planner import plan_within
 
 CIFAR10 = Preprocessing(
     (32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,11 +99,7 @@ def rows(
                 start = time.perf_counter()
                 budget = [Budget(Macs(), 1 / ratio)]
                 try:
-                    plan = (
-                        published_plan(analysis, budget)
-                        if settings.data_free
-                        else make_plan(analysis, budget)
-                    )
+                    plan = plan_within(analysis, budget)
                 except BudgetError:
                     continue
                 decoupled = network.build(apply(network, inputs, plan).factorizations)
@@ -114,7 +110,15 @@ def rows(
                 )
                 used = 0 if settings.data_free else count
                 yield Row(
-                    name, used, method, ratio, plan.macs_before / plan.macs, before, after, same, seconds
+                    name,
+                    used,
+                    method,
+                    ratio,
+                    plan.before.macs / plan.after.macs,
+                    before,
+                    after,
+                    same,
+                    seconds,
                 )
 
 

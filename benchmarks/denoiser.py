@@ -231,7 +231,7 @@ def rows(
             method,
             0 if METHODS[method].data_free else images,
             ratio,
-            result.plan.macs_before / result.plan.macs,
+            result.plan.before.macs / result.plan.after.macs,
             before,
             after,
             agreement.divergence if agreement else math.nan,

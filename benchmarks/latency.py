@@ -36,10 +36,11 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
 from netdecouple.frontends.onnx.model import read_model, up_to
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.planning.analysis import Settings, analyze
+from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.latency import machine, placeholder
-from netdecouple.planning.solve import make_plan
+from netdecouple.planning.planner import make_plan
+from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
 from netdecouple.runtimes.timing import measure

@@ -39,7 +39,7 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.solve import make_plan, ruled_plan
+from netdecouple.planning.planner import make_plan, ruled_plan
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.timing import measure
 
@@ -153,7 +153,7 @@ class Bench:
             "same",
             self.before,
             self.right(told),
-            free.plan.macs_before / free.plan.macs,
+            free.plan.before.macs / free.plan.after.macs,
             free=self.right(told_free),
             noise=float(gained.std() / np.sqrt(gained.size)),
             kept=float(np.mean(told == self.told)),
@@ -180,7 +180,7 @@ class Bench:
                 high = ratio
                 continue
             low = ratio
-            reached = applied.plan.macs_before / applied.plan.macs
+            reached = applied.plan.before.macs / applied.plan.after.macs
             best = Cell(self.name, method, way, self.before, after, reached, *self.faster(applied))
         return best
 

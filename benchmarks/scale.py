@@ -44,8 +44,10 @@ from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
-from netdecouple.planning.analysis import PROBE_MACS, TRIALS, groups_of, kept_reasons
 from netdecouple.planning.candidates import candidates
+from netdecouple.planning.collection import groups_of
+from netdecouple.planning.eligibility import kept_reasons
+from netdecouple.planning.sensitivity import LEAST_SAMPLES, PROBE_MACS
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 IMAGENET = 1_281_167  # training images
@@ -377,7 +379,7 @@ def imagenet(workers: int, gigabits: float) -> Table:
         gram = gram_seconds(layers)
         weighing, fitting = linear_algebra(layers)
     depth, total = len(layers), sum(la.macs for la in network.layers)
-    trials = max(PROBE_MACS / (depth * total), TRIALS["kl"])
+    trials = max(PROBE_MACS / (depth * total), LEAST_SAMPLES["kl"])
     moments = sum(16 * la.geometry.groups * _d(la) * (_d(la) + _m(la)) for la in layers if la.geometry)
     share = IMAGENET / workers
     seconds_per_byte = 8 / (gigabits * 1e9)

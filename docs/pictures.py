@@ -30,10 +30,11 @@ from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Layer
-from netdecouple.planning.analysis import Analysis, Settings, analyze
+from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
-from netdecouple.planning.solve import budget_rows, make_plan
+from netdecouple.planning.planner import budget_rows, make_plan
+from netdecouple.planning.settings import Settings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -321,7 +322,7 @@ def budgets(demo: Demo) -> Figure:
         found = divergence(
             original, demo.network.run_built(demo.network.build(applied.factorizations), shown), "kl"
         )
-        points.append((total / applied.plan.macs, found))
+        points.append((total / applied.plan.after.macs, found))
     figure, axes = panels(2)
     left, right = axes
     left.semilogy(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from netdecouple.data.calibration import Preprocessing
     from netdecouple.errors import NetDecoupleError
     from netdecouple.execution.run import Resources
-    from netdecouple.planning.analysis import Settings
     from netdecouple.planning.plan import Plan
+    from netdecouple.planning.settings import Settings
     from netdecouple.report.sweep import Sweep
 
 __all__ = [
@@ -56,7 +56,7 @@ _MODULES = {
     "Plan": "planning.plan",
     "Preprocessing": "data.calibration",
     "Resources": "execution.run",
-    "Settings": "planning.analysis",
+    "Settings": "planning.settings",
     "Sweep": "report.sweep",
 }
 

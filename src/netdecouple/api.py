@@ -19,6 +19,7 @@ from netdecouple import pipeline
 from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.data.calibration import Preprocessing, names_function
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.families.chain import method
@@ -29,10 +30,10 @@ from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
 from netdecouple.goal import Budgets, Emission, Share, parse_goal, parse_sweep
 from netdecouple.network import Array, Source
 from netdecouple.pipeline import Outcome, Request, accuracy
-from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.divergence import agreement, divergence
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
+from netdecouple.planning.settings import Settings
 from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.report import Report, Score

@@ -17,11 +17,11 @@ class CalibrationError(NetDecoupleError):
     """The calibration or evaluation data cannot be read or do not fit the network."""
 
 
-class BudgetError(NetDecoupleError):
+class BudgetError(NetDecoupleError, ValueError):
     """The budget cannot be parsed or cannot be met; the message says what can."""
 
 
-class PlanError(NetDecoupleError):
+class PlanError(NetDecoupleError, ValueError):
     """The plan file is malformed or was made for another network."""
 
 

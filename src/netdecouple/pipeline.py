@@ -13,19 +13,21 @@ from numpy.typing import NDArray
 
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, PlanError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.fitting.sequential import targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
-from netdecouple.planning.analysis import Analysis, Progress, Settings, analyze, quiet
+from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.solve import BudgetRow, budget_rows, make_plan, plan_within, reachable, ruled_plan
+from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
+from netdecouple.planning.settings import Settings
 from netdecouple.report.inspection import energies
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
@@ -226,11 +228,7 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
         if emission.form == "standard" and work.request.source.runtimes[0] == "onnxruntime":
             advice = "emit='fused' goes further, or ask for less"
         return plan_for_latency(analysis, goal.budgets, latency, goal.share, advice)
-    if isinstance(goal, Rule):
-        plan = ruled_plan(analysis, form)
-    else:
-        assert isinstance(goal, Budgets)
-        plan = plan_within(analysis, goal.budgets, form)
+    plan = plan_within(analysis, goal.budgets if isinstance(goal, Budgets) else (), form)
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
 

@@ -164,7 +164,7 @@ def test_on_a_terminal(long_run: Path):
     )
     os.close(slave)
     shown = b""
-    while b"Weighing" not in shown:
+    while b"Evaluating" not in shown:
         shown += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(OSError):  # that is how a terminal says that nobody writes any more
@@ -172,7 +172,7 @@ def test_on_a_terminal(long_run: Path):
             shown += part
     os.close(master)
     assert process.wait(timeout=60) == 130
-    assert b"\x1b[?25h" in shown.rpartition(b"Weighing")[2]
+    assert b"\x1b[?25h" in shown.rpartition(b"Evaluating")[2]
     assert shown.endswith(b"nothing was written\r\n")
 
 

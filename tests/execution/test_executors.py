@@ -357,7 +357,7 @@ def test_a_dask_cluster_does_the_work_and_may_lose_a_worker(tmp_path: Path):
 
         def progress(step: str, done: int, total: int) -> None:
             steps.append(step)
-            if (step, len(steps)) == ("Watching the network", 2):
+            if (step, len(steps)) == ("Collecting moments", 2):
                 hands[0].kill()
             if step == "Decoupling layers" and steps.count(step) == 2:
                 hands[1].kill()

@@ -21,7 +21,7 @@ from netdecouple.frontends.onnx.network import OnnxNetwork, OnnxWalk
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
-from netdecouple.planning.solve import make_plan
+from netdecouple.planning.planner import make_plan
 from tests.test_api import DEMO, MODEL
 
 

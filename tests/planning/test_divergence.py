@@ -7,7 +7,7 @@ import pytest
 
 from netdecouple.errors import ModelError
 from netdecouple.planning.divergence import (
-    LOST,
+    WORST,
     Loss,
     agreement,
     divergence,
@@ -79,7 +79,7 @@ def test_outputs_that_are_no_numbers_are_the_worst_there_is(loss: Loss) -> None:
     """And so is what overflows; outputs of another shape count as in `relative_error`."""
     a = np.arange(6.0).reshape(2, 3)
     for broken in (np.full((2, 3), np.nan), np.full((2, 3), np.inf), 1e300 * np.eye(2, 3)):
-        assert divergence([a], [broken], loss) == LOST
+        assert divergence([a], [broken], loss) == WORST
     assert divergence([a], [a[:1]], loss) == 1.0
 
 
@@ -87,5 +87,5 @@ def test_scores_may_be_said_to_be_numbers_and_maps_not_to_be_scores() -> None:
     scores, maps = np.zeros((4, 10)), np.zeros((4, 21, 8, 8))
     assert loss_kind([scores], 4, "relative") == "relative"
     assert loss_kind([scores], 4, "kl") == "kl"
-    with pytest.raises(ModelError, match=r"--loss kl is for a single output .*\(4, 21, 8, 8\)"):
+    with pytest.raises(ModelError, match=r"loss=kl is for a single output .*\(4, 21, 8, 8\)"):
         loss_kind([maps], 4, "kl")

@@ -21,10 +21,11 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.goal import FORMS
 from netdecouple.network import Layer
 from netdecouple.planning import latency
-from netdecouple.planning.analysis import Analysis, Settings, analyze
+from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.cost import Budget, Parameters
 from netdecouple.planning.latency import Cache, Latency, plan_for_latency
-from netdecouple.planning.solve import make_plan
+from netdecouple.planning.planner import make_plan
+from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import Feeds
 from netdecouple.runtimes.onnxruntime import open_session
 from tests.networks import images_for, perceptron

@@ -9,13 +9,36 @@ from pathlib import Path
 import pytest
 
 from netdecouple.errors import PlanError
-from netdecouple.planning.plan import VERSION, LayerPlan, Plan
+from netdecouple.network import Layer
+from netdecouple.planning.cost import Costs
+from netdecouple.planning.plan import LayerPlan, Plan
 
 LAYER = LayerPlan(
-    "a/b", "Conv", "cd+nd-dp", "", (3, 4), ((), (0, 0, 2, 2)), 0.01, 900, 300, 90, 30, 0.05, 0.002
+    name="a/b",
+    operator="Conv",
+    family="cd+nd-dp",
+    sizes=(3, 4),
+    channels=((), (0, 0, 2, 2)),
+    ridge=0.01,
+    macs_before=900,
+    macs=300,
+    parameters_before=90,
+    parameters=30,
+    predicted_error=0.05,
+    predicted_loss=0.002,
 )
-KEPT = LayerPlan("fc", "Gemm", "kept", "fully connected layer", (), (), 0.0, 100, 100, 110, 110, 0.0, 0.0)
-PLAN = Plan(VERSION, "ab12", "cd34", 100, 0, "kl", False, False, "50% MACs", (LAYER, KEPT))
+KEPT = LayerPlan.kept(Layer("fc", "Gemm", 100, 110), "fully connected layer")
+PLAN = Plan(
+    model="ab12",
+    images="cd34",
+    samples=100,
+    seed=0,
+    loss="kl",
+    data_free=False,
+    uniform_rank=False,
+    budget="50% MACs",
+    layers=(LAYER, KEPT),
+)
 
 
 def test_a_plan_comes_back_equal_and_as_the_same_text() -> None:
@@ -25,8 +48,7 @@ def test_a_plan_comes_back_equal_and_as_the_same_text() -> None:
 
 
 def test_a_plan_adds_its_layers_up() -> None:
-    assert (PLAN.macs_before, PLAN.macs) == (1000, 400)
-    assert (PLAN.parameters_before, PLAN.parameters) == (200, 140)
+    assert (PLAN.before, PLAN.after) == (Costs(1000, 200), Costs(400, 140))
     assert PLAN.predicted_loss == 0.002
     assert [la.changed for la in PLAN.layers] == [True, False]
 

@@ -13,7 +13,7 @@ import pytest
 
 from netdecouple import api
 from netdecouple.errors import OutputError, PlanError
-from netdecouple.planning.analysis import Settings
+from netdecouple.planning.settings import Settings
 from netdecouple.report.html import gains, inspect_html, losses, report_html, sweep_html, verdict
 from netdecouple.report.report import Agreement, Report
 from netdecouple.report.sweep import Sweep

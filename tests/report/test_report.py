@@ -11,10 +11,44 @@ import pytest
 from rich.console import Console
 
 from netdecouple.fitting.apply import Applied
+from netdecouple.network import Layer
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.report import Agreement, Report, describe, layer_reports
 from netdecouple.report.text import count, report_table, short_name, times
 from tests.planning.layers import conv, linear
+
+
+def plan_of(*rows: LayerPlan) -> Plan:
+    return Plan(
+        model="",
+        images="",
+        samples=50,
+        seed=0,
+        loss="kl",
+        data_free=False,
+        uniform_rank=False,
+        budget="50% MACs",
+        layers=rows,
+    )
+
+
+def changed(
+    layer: Layer, family: str, sizes: tuple[int, ...], channels: tuple[tuple[int, ...], ...]
+) -> LayerPlan:
+    return LayerPlan(
+        name=layer.name,
+        operator="Conv",
+        family=family,
+        sizes=sizes,
+        channels=channels,
+        ridge=0.01,
+        macs_before=layer.macs,
+        macs=50_000,
+        parameters_before=layer.parameters,
+        parameters=516,
+        predicted_error=0.05,
+        predicted_loss=0.1,
+    )
 
 
 @pytest.fixture
@@ -22,12 +56,10 @@ def report() -> Report:
     layers = {la.name: la for la in (conv("/net/conv1/Conv", 8, 16, 10), linear("fc", 16, 10))}
     first = layers["/net/conv1/Conv"]
     channels = np.arange(8).repeat([2] * 4 + [3] * 4)
-    costs = (first.macs, 50_000, first.parameters, 516, 0.05, 0.1)
-    rows = (
-        LayerPlan(first.name, "Conv", "nd-dp", "", (20,), (tuple(channels.tolist()),), 0.01, *costs),
-        LayerPlan("fc", "Gemm", "kept", "worth its cost", (), (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
+    plan = plan_of(
+        changed(first, "nd-dp", (20,), (tuple(channels.tolist()),)),
+        LayerPlan.kept(layers["fc"], "worth its cost"),
     )
-    plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
     applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
     agreement = Agreement(10, "kl", 0.012, 0.1, 0.9)
     written = [  # the last filters of the convolution are read by nobody
@@ -76,11 +108,7 @@ def test_costs_are_those_of_what_was_written(report: Report) -> None:
 def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
     """A layer may be named like the folder of another one's stages, and like another one's beginning."""
     layers = {name: conv(name, 8, 16, 10) for name in ("block", "block/conv", "block/conv1")}
-    rows = tuple(
-        LayerPlan(name, "Conv", "kept", "", (), (), 0.0, la.macs, la.macs, 1, 1, 0.0, 0.0)
-        for name, la in layers.items()
-    )
-    plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
+    plan = plan_of(*(LayerPlan.kept(layer, "") for layer in layers.values()))
     written = [
         replace(conv(name, 8, 8, 10), macs=macs)
         for name, macs in {
@@ -107,9 +135,7 @@ def test_sizes_of_every_family_in_turn_are_shown(
     report: Report, family: str, sizes: tuple[int, ...], channels: tuple[tuple[int, ...], ...], shown: str
 ) -> None:
     layer = conv("c", 8, 16, 10)
-    costs = (layer.macs, 50_000, layer.parameters, 516, 0.05, 0.1)
-    row = LayerPlan("c", "Conv", family, "", sizes, channels, 0.01, *costs)
-    plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", (row,))
+    plan = plan_of(changed(layer, family, sizes, channels))
     rows = layer_reports({"c": layer}, Applied(plan, {}, {}, {}), [replace(layer, name="c/conv0")])
     assert rows[0].sizes == sizes
     lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]

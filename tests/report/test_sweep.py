@@ -1,4 +1,4 @@
-"""The curve as data, and where its knee is."""
+"""The curve as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import pytest
 
 from netdecouple.report.report import Agreement
-from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint, knee
+from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 
 
 def point(macs: int, loss: float, measured: bool = True, **more: object) -> SweepPoint:
@@ -19,58 +19,12 @@ def point(macs: int, loss: float, measured: bool = True, **more: object) -> Swee
     return SweepPoint(f"{macs / 10:g}% MACs", 1000, macs, 100, 50, loss, agreement, **values)
 
 
-def curve(*pairs: tuple[int, float]) -> list[SweepPoint]:
-    return [point(macs, loss) for macs, loss in pairs]
-
-
-def test_the_knee_of_a_curve_that_bends():
-    """Little is lost down to a third of the MACs, and much beyond."""
-    assert knee(curve((800, 0.002), (500, 0.01), (333, 0.02), (250, 0.2), (200, 0.4))) == 2
-
-
-def test_the_order_of_the_points_does_not_matter():
-    """The same network is found."""
-    assert knee(curve((200, 0.4), (333, 0.02), (500, 0.01), (250, 0.2), (800, 0.002))) == 1
-
-
-def test_a_flat_curve_recommends_the_smallest():
-    """Nothing that shows is lost anywhere."""
-    assert knee(curve((800, 0.001), (500, 0.002), (333, 0.009))) == 2
-
-
-def test_a_straight_line_has_no_knee():
-    """Every halving of the MACs costs the same: it is the user's to choose."""
-    assert knee(curve((500, 0.1), (250, 0.2), (125, 0.3))) is None
-
-
-def test_a_curve_that_is_saturated_has_no_knee():
-    """All is lost at once, or the loss rises less and less."""
-    assert knee(curve((800, 2.0), (500, 2.2), (250, 2.3))) is None
-    assert knee(curve((800, 0.2), (500, 0.3), (250, 0.35))) is None
-
-
-def test_ruined_networks_do_not_hide_the_knee():
-    """However much is lost where all is lost, the knee stays: up to 10 nats it would move."""
-    some = [(800, 0.002), (500, 0.01), (400, 0.03), (250, 0.3)]
-    assert knee(curve(*some, (200, 0.6), (150, 10.0))) == knee(curve(*some, (200, 3.0))) == 2
-
-
-def test_a_point_that_another_beats_is_not_the_knee():
-    """It has more MACs and loses more."""
-    assert knee(curve((500, 0.05), (480, 0.01), (300, 0.3))) == 1
-
-
-def test_few_points():
-    """The original and one network make no curve, unless that network loses nothing."""
-    assert knee([]) is None
-    assert knee(curve((500, 0.1))) is None
-    assert knee(curve((500, 0.001))) == 0
-
-
 def test_without_calibration_images_the_predicted_loss_counts():
     """It is all there is."""
     pairs = [(800, 0.002), (500, 0.01), (333, 0.02), (250, 0.2), (200, 0.4)]
-    assert knee([point(macs, loss, measured=False) for macs, loss in pairs]) == 2
+    for measured in (True, False):
+        points = [point(macs, loss, measured=measured) for macs, loss in pairs]
+        assert Sweep.of("net.onnx", "kl", points).knee == 2
 
 
 @pytest.fixture

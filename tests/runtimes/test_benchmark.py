@@ -14,7 +14,7 @@ from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.source import open_for_shapes
-from netdecouple.planning.analysis import Settings
+from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import benchmark as module
 from netdecouple.runtimes.benchmark import benchmark, model_names
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL

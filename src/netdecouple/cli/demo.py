@@ -13,7 +13,7 @@ from netdecouple.cli import options
 from netdecouple.cli.results import write_result
 from netdecouple.cli.terminal import Output, Terminal
 from netdecouple.errors import OutputError
-from netdecouple.planning.analysis import Settings
+from netdecouple.planning.settings import Settings
 from netdecouple.report.text import budget_table, scores_table, timing_tables
 
 

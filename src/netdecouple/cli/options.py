@@ -20,9 +20,9 @@ from netdecouple.execution.run import Resources
 from netdecouple.families.chain import methods
 from netdecouple.goal import FORMS
 from netdecouple.network import Source
-from netdecouple.planning.analysis import Settings
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.divergence import Loss
+from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import NAMES
 
 FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))

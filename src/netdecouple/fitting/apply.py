@@ -10,6 +10,7 @@ import numpy as np
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, PlanError
 from netdecouple.execution import threads
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
@@ -18,8 +19,8 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.fitting.sequential import Targets, Walkers, walkers_for
 from netdecouple.moments import Moments
 from netdecouple.network import Array, Images, Layer, Network
-from netdecouple.planning.analysis import Progress, is_too_wide_to_fit, quiet
 from netdecouple.planning.divergence import rounding
+from netdecouple.planning.eligibility import is_too_wide_to_fit
 from netdecouple.planning.plan import LayerPlan, Plan
 
 JUMPY = 0.5  # relative difference beyond which no rounding is blamed

@@ -17,10 +17,12 @@ import numpy as np
 from netdecouple.convolution import Factorization
 from netdecouple.execution.executors import Workers
 from netdecouple.execution.memory import ArrayStore
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Network
-from netdecouple.planning.analysis import EXCLUDED, Progress, common_network, quiet
+from netdecouple.planning.collection import common_network
+from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import Plan
 
 Made = tuple[str, Factorization]

@@ -23,11 +23,6 @@ FEWEST = 0.04  # of the layer's own MACs: the smallest candidate, lest losses be
 INNER, OUTER = 10, 6  # levels of the innermost family of a combination, and of every other
 PROBES = (0.5, 0.2, 0.07)  # of the layer's own MACs: where errors and losses are measured, not predicted
 HOPELESS = 1.3  # times the least error at the same MACs: not worth timing or combining further
-# Times the error of all but plain ND, where that competes: other methods lean on how a layer's inputs hang
-# together, and the errors of the layers before it wash that out. On 1,690 images that no fit had seen, the
-# logits' relative error is 1 to 3 % lower than at 1.0 (ResNet-20 twice at 2.8× and 3.5×, ResNet-56 at 2.8×);
-# KL does not tell the two apart.
-DOUBT = 1.25
 LARGE = 1500  # unknowns per output beyond which only some methods are tried, those that pay soonest
 FOR_LARGE = ("sd", "nd-dp", "sd+nd-dp")
 
@@ -186,12 +181,7 @@ def candidates(
     found = [
         Candidate(name, t.steps, t.structure(problem.geometry), error)
         for name, of_method in trials.items()
-        for t, error in zip(
-            of_method,
-            _corrected(of_method, fitting.power, errors[name])
-            * (DOUBT if name != "nd-dp" and "nd-dp" in trials else 1.0),
-            strict=True,
-        )
+        for t, error in zip(of_method, _corrected(of_method, fitting.power, errors[name]), strict=True)
     ]
     ridge = ridge if problem.geometry.unknowns > LARGE else 0.0
     return LayerCandidates(layer.name, tuple(found), tuple(shown), held_back is None, ridge)

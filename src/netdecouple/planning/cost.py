@@ -1,4 +1,4 @@
-"""What a layer costs, before and after: one protocol, several counters.
+"""What layers cost, and budgets for it.
 
 A MAC is one multiply-add and counts as 1. Convolutions and fully connected layers count; bias,
 BatchNorm, activations and additions do not.
@@ -8,32 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from netdecouple.convolution import Structure
 from netdecouple.errors import BudgetError
 from netdecouple.network import Layer
 
-if TYPE_CHECKING:
-    from netdecouple.planning.candidates import Candidate
+
+@dataclass(frozen=True)
+class Costs:
+    """What a network's layers cost for one input."""
+
+    macs: int
+    parameters: int
+
+
+class Replacement(Protocol):
+    """What may replace a layer: a `planning.candidates.Candidate`."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def structure(self) -> Structure: ...
 
 
 class Cost(Protocol):
-    """A counter: what one layer costs as it is, and as one of its candidates."""
+    """A counter of what layers cost, in one unit."""
 
     unit: str
-    fixed: float  # what the network costs besides its layers
+    fixed: float  # cost of the network outside its layers
 
     def dense(self, layer: Layer) -> float:
-        """Cost of the layer as it is."""
+        """Return the cost of the layer as it is."""
         ...
 
-    def decoupled(self, layer: Layer, candidate: Candidate) -> float:
-        """Cost of what would take the layer's place."""
+    def decoupled(self, layer: Layer, candidate: Replacement) -> float:
+        """Return the cost of a candidate in the place of the layer."""
         ...
 
 
 class Macs:
-    """MACs for one image of the calibration images' size."""
+    """MACs for one input of the calibration inputs' size."""
 
     unit = "MACs"
     fixed = 0.0
@@ -41,7 +56,7 @@ class Macs:
     def dense(self, layer: Layer) -> int:
         return layer.macs
 
-    def decoupled(self, layer: Layer, candidate: Candidate) -> int:
+    def decoupled(self, layer: Layer, candidate: Replacement) -> int:
         return round(candidate.structure.macs(*layer.size) * layer.maps)
 
 
@@ -54,7 +69,7 @@ class Parameters:
     def dense(self, layer: Layer) -> int:
         return layer.parameters
 
-    def decoupled(self, layer: Layer, candidate: Candidate) -> int:
+    def decoupled(self, layer: Layer, candidate: Replacement) -> int:
         return candidate.structure.parameters
 
 
@@ -66,7 +81,7 @@ class Budget:
     share: float
 
     def limit(self, layers: Iterable[Layer]) -> float:
-        """The most that the layers may cost, all together."""
+        """Return the most that all layers together may cost."""
         total = self.cost.fixed + sum(self.cost.dense(layer) for layer in layers)
         return self.share * total - self.cost.fixed
 
@@ -78,7 +93,7 @@ def parse_share(text: str | float) -> float:
     """Read a budget: 0.5, "50%" and "2x" (two times fewer) all mean one half.
 
     Raises:
-        BudgetError: not a budget, or not between nothing and everything.
+        BudgetError: ``text`` is none of these, or the share is not above 0 and at most 1.
     """
     try:
         if not isinstance(text, str):
@@ -97,10 +112,10 @@ def parse_share(text: str | float) -> float:
 
 
 def budgets_of(macs: str | float | None, parameters: str | float | None) -> list[Budget]:
-    """The budgets that were given, of those two; see `parse_share`.
+    """Return the budgets that are given, of these two, in the notations of `parse_share`.
 
     Raises:
-        BudgetError: one of them is none.
+        BudgetError: one of them cannot be read.
     """
     given = ((Macs(), macs), (Parameters(), parameters))
     return [Budget(cost, parse_share(share)) for cost, share in given if share is not None]

@@ -1,4 +1,4 @@
-"""How much the network's output changes when one layer is approximated. No labels are needed."""
+"""How far a network's outputs are from the original's. No labels are needed."""
 
 from __future__ import annotations
 
@@ -6,76 +6,71 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
+from netdecouple.network import Array
 
-Array = NDArray[np.floating]
 Loss = Literal["kl", "relative"]
-LOST = 1e9  # the divergence of outputs that are no numbers any more: more than any that are
+WORST = 1e9  # the divergence of outputs that are NaN or Inf: more than any finite outputs have
+TINY = float(np.finfo(float).tiny)
 
 
-def loss_kind(outputs: Sequence[Array], count: int, wanted: Loss | None = None) -> Loss:
-    """KL for a classifier (one output (n, classes) for n inputs), relative squared error for all else.
+def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = None) -> Loss:
+    """Return KL for a classifier (one output (n, classes) for n inputs), relative squared error otherwise.
+
+    Args:
+        outputs: of the original network.
+        count: number of inputs they belong to.
+        requested: what the user asks for, if anything.
 
     Raises:
-        ModelError: KL is wanted, and the network is no classifier.
+        ModelError: KL is requested, and the network is not a classifier.
     """
     first = outputs[0]
     scores = first.ndim == 2 and first.dtype.kind == "f" and len(first) == count and first.shape[1] > 1
     is_classifier = len(outputs) == 1 and scores
-    if wanted == "kl" and not is_classifier:
+    if requested == "kl" and not is_classifier:
         shapes = ", ".join(str(output.shape) for output in outputs)
         raise ModelError(
-            f"--loss kl is for a single output (N, classes), and {count} inputs gave {shapes}; leave it out"
+            f"loss=kl is for a single output (N, classes), and {count} inputs gave {shapes}; leave it out"
         )
-    return wanted or ("kl" if is_classifier else "relative")
+    return requested or ("kl" if is_classifier else "relative")
 
 
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
-    """Mean divergence of a network's outputs from the original's, at most `LOST`."""
+    """Return the mean divergence of a network's outputs from the original's, at most `WORST`."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = np.mean(
+        mean = np.mean(
             [
-                _mean_kl(a, b) if loss == "kl" and a.shape == b.shape else relative_error(a, b)
+                max(float(np.mean(_kl(a, b))), 0.0)
+                if loss == "kl" and a.shape == b.shape
+                else relative_error(a, b)
                 for a, b in zip(original, other, strict=True)
             ]
         )
-    return min(float(found), LOST) if np.isfinite(found) else LOST
+    return min(float(mean), WORST) if np.isfinite(mean) else WORST
 
 
 def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> Array | None:
-    """The divergence on every sample (n,), of which `divergence` is about the mean.
+    """Return the divergence of every sample (n,), whose mean is about `divergence`.
 
-    None where it cannot be told apart: outputs whose first axes are not the same samples.
+    None if the outputs' first axes are not the same samples.
     """
     pairs = list(zip(original, other, strict=True))
     if any(a.shape != b.shape or not (a.ndim and a.size) or len(a) != len(original[0]) for a, b in pairs):
         return None
-    found = [_kl(a, b) if loss == "kl" else _relative(a, b) for a, b in pairs]
-    return np.mean(found, axis=0)  # type: ignore[no-any-return]
+    per_output = [np.maximum(_kl(a, b), 0.0) if loss == "kl" else _relative(a, b) for a, b in pairs]
+    return np.mean(per_output, axis=0)  # type: ignore[no-any-return]
 
 
 def _kl(original: Array, other: Array) -> Array:
-    """KL(p ‖ q) of every sample in nats, from logits or probabilities (n, classes)."""
+    """KL(p ‖ q) of every sample in nats, but for rounding, from logits or probabilities (n, classes)."""
     p, q = log_probabilities(original), log_probabilities(other)
-    return np.maximum(np.sum(np.exp(p) * (p - q), axis=-1), 0.0)  # type: ignore[no-any-return]
-
-
-def _relative(original: Array, other: Array) -> Array:
-    """Every sample's share in `relative_error`, times their number."""
-    a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (original, other))
-    return np.square(a - b).mean(axis=1) / max(a.var(), 1e-12 * np.square(a).mean(), np.finfo(float).tiny)  # type: ignore[no-any-return]
-
-
-def _mean_kl(original: Array, other: Array) -> float:
-    """Mean KL(p ‖ q) in nats, from logits or probabilities (n, classes)."""
-    p, q = log_probabilities(original), log_probabilities(other)
-    return max(float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))), 0.0)
+    return np.sum(np.exp(p) * (p - q), axis=-1)  # type: ignore[no-any-return]
 
 
 def log_probabilities(outputs: Array) -> Array:
-    """Log-softmax of logits (n, classes); outputs that are probabilities already are only logged."""
+    """Return the log-softmax of logits (n, classes), or the logarithm of outputs that are probabilities."""
     outputs = np.asarray(outputs, np.float64)
     if outputs.min(initial=0.0) >= 0 and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3):
         return np.log(np.maximum(outputs, 1e-12))
@@ -85,23 +80,34 @@ def log_probabilities(outputs: Array) -> Array:
 
 
 def relative_error(original: Array, other: Array) -> float:
-    """|other − original|² relative to the original's variance.
+    """Return the mean of |other − original|², relative to the original's variance.
 
-    Outputs of differing shapes (a detector that found more or fewer boxes) count as 1, all lost.
+    Outputs of different shapes (a detector that finds more or fewer boxes) have a relative error of 1.
     """
     if original.shape != other.shape:
         return 1.0
     if not original.size:
         return 0.0
     a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
-    return float(np.square(a - b).mean() / max(a.var(), 1e-12 * np.square(a).mean(), np.finfo(float).tiny))
+    return float(np.square(a - b).mean() / _variance(a))
+
+
+def _relative(original: Array, other: Array) -> Array:
+    """Every sample's squared error, relative to the variance over all samples."""
+    a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (original, other))
+    return np.square(a - b).mean(axis=1) / _variance(a)  # type: ignore[no-any-return]
+
+
+def _variance(a: Array) -> float:
+    """The variance of an output, or of its rounding where it is constant."""
+    return max(float(a.var()), 1e-12 * float(np.square(a).mean()), TINY)
 
 
 def rounding(original: Sequence[Array], other: Sequence[Array]) -> float:
-    """The largest RMS difference of an output, relative to its own RMS: 1e-6 where only rounding differs.
+    """Return the largest RMS difference of an output, relative to its own RMS: 1e-6 is float32 rounding.
 
-    Whole numbers (classes, indices), and outputs whose sizes depend on the numbers, can change by more with
-    any rounding; they are looked at only if there are no others.
+    Integers (classes, indices) and outputs whose shape depends on the values can change by more if anything
+    is rounded otherwise; they count only if there are no other outputs.
     """
     pairs = list(zip(original, other, strict=True))
     steady = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.shape == b.shape]
@@ -112,10 +118,10 @@ def _rounding(original: Array, other: Array) -> float:
     if original.shape != other.shape:
         return np.inf
     a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
-    found = np.sqrt(np.square(a - b).mean() / max(np.square(a).mean(), np.finfo(float).tiny))
-    return float(found) if np.isfinite(found) else np.inf
+    rms = np.sqrt(np.square(a - b).mean() / max(np.square(a).mean(), TINY))
+    return float(rms) if np.isfinite(rms) else np.inf
 
 
 def agreement(original: Array, other: Array) -> float:
-    """Share of samples on which two classifiers choose the same class."""
+    """Return the share of samples for which two classifiers choose the same class."""
     return float(np.mean(original.argmax(axis=-1) == other.argmax(axis=-1)))

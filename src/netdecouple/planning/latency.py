@@ -19,13 +19,15 @@ import numpy as np
 from netdecouple.convolution import Factorization, Structure, placeholder, spread
 from netdecouple.errors import BudgetError
 from netdecouple.execution.machine import machine
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
 from netdecouple.network import ONE_CHANNEL, Layer, Network, Timer
-from netdecouple.planning.analysis import EXCLUDED, Analysis, Progress, quiet
+from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate, LayerCandidates
-from netdecouple.planning.cost import Budget
+from netdecouple.planning.cost import Budget, Replacement
+from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.solve import make_plan, reachable
+from netdecouple.planning.planner import make_plan, objective_of, reachable
 from netdecouple.version import __version__
 
 ANCHORS = 6  # sizes that are timed per layer and family; times of sizes between them are interpolated
@@ -110,16 +112,16 @@ class Latency:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
         return self._dense.get(layer.name, 0.0)
 
-    def decoupled(self, layer: Layer, candidate: Candidate) -> float:
+    def decoupled(self, layer: Layer, candidate: Replacement) -> float:
         """Milliseconds of a candidate in its fastest form."""
         return min(self._by_form(layer, candidate).values())
 
-    def form(self, layer: Layer, candidate: Candidate) -> str:
+    def form(self, layer: Layer, candidate: Replacement) -> str:
         """The fastest form of a candidate."""
         times = self._by_form(layer, candidate)
         return min(times, key=lambda form: times[form])
 
-    def _by_form(self, layer: Layer, candidate: Candidate) -> dict[str, float]:
+    def _by_form(self, layer: Layer, candidate: Replacement) -> dict[str, float]:
         macs = candidate.structure.macs(*layer.size)
         return {
             form: float(np.interp(macs, *self._times[layer.name, candidate.method, form]))
@@ -225,14 +227,16 @@ def plan_for_latency(
     total = latency.fixed + sum(latency.dense(la) for la in layers)
     least = (latency.fixed + reachable(analysis, [Budget(latency, 1.0)])[0]) / total * (1 + 1e-9) + 1e-9
     best: Plan | None = None
+    least_objective = float("inf")
     asked, tried = share, [(1.0, 1.0)]  # shares asked for, and measured
     for _ in range(TRIES):
         asked = float(np.clip(asked, least, 1.0))
         plan = make_plan(analysis, [Budget(latency, asked), *budgets], latency.form)
         plan = latency.with_fused_neighbours(plan)
         measured = latency.share(plan)
-        if measured <= share * (1 + CLOSE) and (best is None or plan.predicted_loss < best.predicted_loss):
-            best = plan
+        objective = objective_of(analysis, plan)
+        if measured <= share * (1 + CLOSE) and objective < least_objective:
+            best, least_objective = plan, objective
         stuck = (asked <= least and measured > share) or (asked >= 1 and measured < share)
         if abs(measured / share - 1) <= CLOSE or stuck:
             break

@@ -13,57 +13,74 @@ from netdecouple import records
 from netdecouple.errors import PlanError
 from netdecouple.families.chain import Step
 from netdecouple.network import Layer
+from netdecouple.planning.cost import Costs
 
 VERSION = 4
+KEPT = "kept"  # the family of layers that are not changed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What is done to one layer, and what that was predicted to cost and lose."""
+    """What is done to one layer, and the predicted cost and loss of that."""
 
     name: str
     operator: str
     family: str  # families joined by "+", outermost first: "sd+nd-dp"; or "kept"
-    reason: str  # why it is kept, if it is
-    sizes: tuple[int, ...]  # of every application of a family, as in `families.combined`
-    channels: tuple[tuple[int, ...], ...]  # what each of them reads; empty until the plan has been applied
-    ridge: float  # chosen on held-back inputs: of wide layers when they were weighed, of all others
-    #   when the plan was applied; 0 until then
+    reason: str = ""  # why the layer is kept
+    sizes: tuple[int, ...] = ()  # of every family, as in `families.chain`
+    channels: tuple[tuple[int, ...], ...] = ()  # the channels that every family reads; empty until applied
+    ridge: float = 0.0  # chosen on held-out inputs when the plan is applied, 0 until then; of wide layers by
+    #   the analysis
     macs_before: int
     macs: int
     parameters_before: int
     parameters: int
-    predicted_error: float  # relative to the variance of the layer's output
-    predicted_loss: float
-    form: str = ""  # how it is written, if it is changed or run by the fused operator as it is
-    data_free: bool = False  # fitted from its weights alone: asked for, or for want of memory or samples
+    predicted_error: float = 0.0  # on held-out inputs, relative to the variance of the layer's output
+    predicted_loss: float = 0.0  # divergence of the network's outputs if only this layer changes
+    form: str = ""  # how the layer is written, if it is changed, or if the fused operator runs it as it is
+    data_free: bool = False  # fitted from the weights alone: as requested, or for lack of memory or samples
+
+    @classmethod
+    def kept(cls, layer: Layer, reason: str) -> LayerPlan:
+        """Return the plan for a layer that is not changed."""
+        return cls(
+            name=layer.name,
+            operator=layer.operator,
+            family=KEPT,
+            reason=reason,
+            macs_before=layer.macs,
+            macs=layer.macs,
+            parameters_before=layer.parameters,
+            parameters=layer.parameters,
+        )
 
     @property
     def changed(self) -> bool:
-        return self.family != "kept"
+        return self.family != KEPT
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The sizes with their channels, as far as these are known."""
-        known = self.channels or ((),) * len(self.sizes)
+        """The sizes with their channels, as far as they are known."""
+        channels = self.channels or ((),) * len(self.sizes)
         return tuple(
-            Step(size, np.array(read) if read else None) for size, read in zip(self.sizes, known, strict=True)
+            Step(size, np.array(read) if read else None)
+            for size, read in zip(self.sizes, channels, strict=True)
         )
 
     def with_steps(self, steps: Iterable[Step]) -> LayerPlan:
-        """The same with the channels that fitting has chosen."""
+        """Return a copy with the channels of fitted steps."""
         read = [() if s.channels is None else tuple(int(c) for c in s.channels) for s in steps]
         return replace(self, channels=tuple(read))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is done to a network."""
 
-    version: int
-    model: str  # fingerprint of the network it was made for
-    images: str  # fingerprint of the calibration images
-    samples: int
+    version: int = VERSION
+    model: str  # fingerprint of the network
+    images: str  # fingerprint of the calibration inputs
+    samples: int  # number of calibration inputs
     seed: int
     loss: str  # "kl" or "relative"
     data_free: bool
@@ -72,30 +89,25 @@ class Plan:
     layers: tuple[LayerPlan, ...]
 
     @property
-    def macs(self) -> int:
-        return sum(layer.macs for layer in self.layers)
+    def before(self) -> Costs:
+        """Costs of the original network."""
+        macs = sum(row.macs_before for row in self.layers)
+        return Costs(macs, sum(row.parameters_before for row in self.layers))
 
     @property
-    def macs_before(self) -> int:
-        return sum(layer.macs_before for layer in self.layers)
-
-    @property
-    def parameters(self) -> int:
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def parameters_before(self) -> int:
-        return sum(layer.parameters_before for layer in self.layers)
+    def after(self) -> Costs:
+        """Costs of the decoupled network."""
+        return Costs(sum(row.macs for row in self.layers), sum(row.parameters for row in self.layers))
 
     @property
     def predicted_loss(self) -> float:
         return sum(layer.predicted_loss for layer in self.layers)
 
     def adopted(self, fingerprint: str, layers: Sequence[Layer]) -> Plan:
-        """The same plan for one network that another front door has read; its layers have other names there.
+        """Return the plan for a network as this frontend reads it; another frontend gives layers other names.
 
         Raises:
-            PlanError: it is not the network that the plan was made for.
+            PlanError: the plan was made for another network.
         """
         if fingerprint == self.model:
             return self
@@ -113,7 +125,7 @@ class Plan:
         return replace(self, model=fingerprint, layers=tuple(rows))
 
     def to_json(self, indent: int | None = 1) -> str:
-        """The plan as text; equal plans give equal text."""
+        """Return the plan as text; equal plans give equal text."""
         return json.dumps(asdict(self), indent=indent, ensure_ascii=False)
 
     @classmethod
@@ -121,14 +133,14 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            PlanError: not a plan, of another version, or with a field missing or of the wrong type.
+            PlanError: it is not a plan, or one of another version, or a field is missing or of a wrong type.
         """
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"{origin}: not a plan file ({error}); write one with --plan-out") from error
+            raise PlanError(f"{origin}: not a plan file ({error}); write one with Plan.to_json") from error
         if not isinstance(data, dict) or "version" not in data:
-            raise PlanError(f"{origin}: not a plan file; write one with --plan-out")
+            raise PlanError(f"{origin}: not a plan file; write one with Plan.to_json")
         if data["version"] != VERSION:
             raise PlanError(
                 f"{origin}: plan version {data['version']!r}, this netdecouple reads {VERSION}; make it again"
@@ -136,17 +148,19 @@ class Plan:
         try:
             return records.read(cls, data)
         except ValueError as error:
-            raise PlanError(f"{origin}: {error}; write the plan again with --plan-out") from error
+            raise PlanError(f"{origin}: {error}; write the plan again with Plan.to_json") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan file.
 
         Raises:
-            PlanError: it cannot be read.
+            PlanError: the file cannot be read, or `from_json` refuses its text.
         """
         try:
             text = records.read_text(path)
+        except PlanError:  # it is too large
+            raise
         except (OSError, ValueError) as error:
-            raise PlanError(f"{path}: cannot read the plan ({error}); write one with --plan-out") from error
+            raise PlanError(f"{path}: cannot read the plan ({error}); write one with Plan.to_json") from error
         return cls.from_json(text, str(path))

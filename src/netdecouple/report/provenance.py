@@ -14,8 +14,8 @@ from netdecouple.execution.machine import machine
 from netdecouple.execution.threads import available
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.network import Network
-from netdecouple.planning.analysis import Settings
 from netdecouple.planning.plan import Plan
+from netdecouple.planning.settings import Settings
 from netdecouple.report.report import Provenance
 from netdecouple.version import __version__
 

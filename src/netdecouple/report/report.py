@@ -16,7 +16,7 @@ from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
 from netdecouple.runtimes.benchmark import Benchmark
 from netdecouple.runtimes.timing import Timing
 

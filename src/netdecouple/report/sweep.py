@@ -8,15 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
+from netdecouple.planning import tradeoff
 from netdecouple.planning.plan import Plan
 from netdecouple.report.report import Agreement, Report
 from netdecouple.version import __version__
-
-NEGLIGIBLE = 0.01  # a loss below, of either kind, does not show
-RUINED = 0.5  # a loss beyond, of either kind: how much more makes no difference to anyone
-BEND = 0.05  # of the curve's height: how far below its chord a knee must lie
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,8 @@ class Sweep:
         cls, model: str, loss: str, points: Sequence[SweepPoint], compared: Sequence[Compared] = ()
     ) -> Sweep:
         """Put the curve together and find its knee."""
-        return cls(model, __version__, loss, tuple(points), knee(points), tuple(compared))
+        knee = tradeoff.knee([p.macs_before / p.macs for p in points], losses_of(points))
+        return cls(model, __version__, loss, tuple(points), knee, tuple(compared))
 
     def side_by_side(self) -> dict[str, list[LayerChoice | None]]:
         """By layer, what the plans of compared networks did to it; ``None``: a plan has no such layer."""
@@ -156,37 +152,4 @@ def losses_of(points: Sequence[SweepPoint]) -> list[float]:
 
 def is_flat(points: Sequence[SweepPoint]) -> bool:
     """Whether no point loses anything that shows."""
-    return max(losses_of(points), default=0.0) < NEGLIGIBLE
-
-
-def knee(points: Sequence[SweepPoint]) -> int | None:
-    """Find the point beyond which every further saving costs more than the savings before it did.
-
-    The curve starts at the original network, which loses nothing, and goes through the points in the plane of
-    log MACs and loss: what was measured on held-back inputs, or predicted where nothing was. Points that
-    another beats in both are left out; a loss beyond 0.5 counts as 0.5, and the first such point ends the
-    curve. Both axes are scaled to 1. The knee is the point farthest below the chord from the curve's start to
-    its end (Satopää et al. 2011, "Kneedle").
-
-    If no point loses 0.01 the curve is flat and the network with the fewest MACs is recommended. If none lies
-    0.05 below the chord (a straight line; or all is lost at once) there is no knee: None.
-    """
-    losses = losses_of(points)
-    if not losses:
-        return None
-    if is_flat(points):
-        return min(range(len(points)), key=lambda i: points[i].macs)
-    front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: (points[i].macs, losses[i])):
-        if not front or losses[i] < losses[front[-1]]:
-            front.append(i)
-    front.reverse()  # most MACs first
-    ruined = next((n for n, i in enumerate(front) if losses[i] >= RUINED), len(front))
-    front = front[: ruined + 1]
-    saved = np.log([points[i].macs_before / points[i].macs for i in front])
-    lost = np.minimum([losses[i] for i in front], RUINED)
-    if saved[-1] <= 0 or lost[-1] <= 0:
-        return None
-    below = saved / saved[-1] - lost / lost[-1]
-    best = int(np.argmax(below))
-    return front[best] if below[best] >= BEND else None
+    return tradeoff.is_flat(losses_of(points))

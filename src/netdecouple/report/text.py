@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from netdecouple.network import Layer
-from netdecouple.planning.solve import BudgetRow
+from netdecouple.planning.planner import BudgetRow
 from netdecouple.report.report import LayerReport, Report, Score, describe
 from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.benchmark import Benchmark, LayerTimes, TimedModel

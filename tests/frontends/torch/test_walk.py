@@ -193,7 +193,7 @@ def test_an_error_in_a_pass_is_raised_where_it_is_waited_for(module: Any, x: Any
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("step", ["Watching the network", "Weighing layers", "Decoupling layers"])
+@pytest.mark.parametrize("step", ["Collecting moments", "Evaluating candidates", "Decoupling layers"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interruption_leaves_nothing_behind(module: Any, x: Any, step: str, error: type[BaseException]):
     """No thread, no hook, no changed number or mode."""

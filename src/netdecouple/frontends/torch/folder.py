@@ -214,6 +214,8 @@ def _described(path: Path) -> tuple[Json, Json | None, Description]:
     """The plan, the report and the rest of a description."""
     try:
         data = json.loads(records.read_text(path))
+    except PlanError:  # it is too large
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: cannot read it ({first_line(error)}); save the module again") from error
     if not isinstance(data, dict) or not {"version", "plan", "report", "netdecouple"} <= data.keys():
@@ -239,6 +241,8 @@ def _weights(folder: Path) -> State:
         for name in names:
             path = folder / Path(name).name  # never outside the folder
             state |= load_file(path)
+    except PlanError:  # it is too large
+        raise
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ModelError(f"{path}: cannot read the weights ({reason}); save the module again") from error

@@ -1,4 +1,4 @@
-"""The knapsack, held against trying everything."""
+"""Plans: what they hold, and by which procedure they are made."""
 
 from __future__ import annotations
 
@@ -8,123 +8,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from netdecouple.errors import BudgetError, ModelError
 from netdecouple.families.chain import Step, method
 from netdecouple.network import Layer
-from netdecouple.planning.analysis import Analysis, Settings
+from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate, LayerCandidates, Rule
 from netdecouple.planning.cost import Budget, Macs, Parameters
 from netdecouple.planning.plan import VERSION, LayerPlan
-from netdecouple.planning.solve import (
+from netdecouple.planning.planner import (
     RATIOS,
-    Option,
     budget_rows,
-    choose,
     make_plan,
+    objective_of,
     parallel,
     plan_within,
     published_plan,
     reachable,
     ruled_plan,
 )
+from netdecouple.planning.settings import Settings
 from tests.planning.layers import conv, linear
-
-
-@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 2), st.floats(0.2, 1))
-@settings(max_examples=60, deadline=None)
-def test_the_choice_is_the_best_of_all(seed: int, depth: int, budgets: int, share: float) -> None:
-    rng = np.random.default_rng(seed)
-    layers = []
-    for _ in range(depth):
-        costs = [tuple(rng.uniform(1, 100, budgets)) for _ in range(4)]
-        layers.append(
-            [Option(0.0, (100.0,) * budgets), *(Option(float(10 ** rng.uniform(-4, 1)), c) for c in costs)]
-        )
-    limits = [share * 100 * depth] * budgets
-    best = None
-    for picks in itertools.product(*layers):
-        if all(sum(o.costs[b] for o in picks) <= limits[b] for b in range(budgets)):
-            loss = sum(o.loss for o in picks)
-            best = loss if best is None else min(best, loss)
-    if best is None:
-        with pytest.raises(BudgetError):
-            choose(layers, limits)
-        return
-    chosen = [options[i] for options, i in zip(layers, choose(layers, limits), strict=True)]
-    for b in range(budgets):
-        assert sum(o.costs[b] for o in chosen) <= limits[b] * (1 + 1e-12)
-    worst = max(o.loss for options in layers for o in options)
-    assert sum(o.loss for o in chosen) <= best + 1e-4 * worst
-
-
-def test_nothing_is_changed_when_the_budget_allows_everything() -> None:
-    layers = [[Option(0.0, (10.0,)), Option(1.0, (1.0,))]] * 3
-    assert choose(layers, [30.0]) == [0, 0, 0]
-
-
-@pytest.mark.parametrize("seed", [2, 3, 6, 8, 11, 17, 20, 23])
-def test_a_limit_is_never_overshot_by_the_solvers_tolerance(seed: int) -> None:
-    """A choice that costs half a millionth more than the limit is none; the best of the others is taken."""
-    rng = np.random.default_rng(seed)
-    layers = [
-        [Option(0.0, (100.0,)), *(Option(rng.uniform(1, 10), (rng.uniform(10, 90),)) for _ in range(5))]
-        for _ in range(6)
-    ]
-    sums = {"loss": np.zeros(1), "cost": np.zeros(1)}
-    for options in layers:
-        sums["loss"] = np.add.outer(sums["loss"], [o.loss for o in options]).ravel()
-        sums["cost"] = np.add.outer(sums["cost"], [o.costs[0] for o in options]).ravel()
-    within = sums["cost"] <= 300
-    tempting = sums["cost"][within][np.argmin(sums["loss"][within])]
-    limit = tempting * (1 - 4e-7)
-    chosen = [options[i] for options, i in zip(layers, choose(layers, [limit]), strict=True)]
-    assert sum(o.costs[0] for o in chosen) <= limit
-    best = sums["loss"][sums["cost"] <= limit].min()
-    assert sum(o.loss for o in chosen) == pytest.approx(best, rel=2e-5)
-
-
-@pytest.mark.parametrize("beyond", [1.0, 1 + 1e-9, 1 + 1e-7, 1 + 1e-5])
-def test_the_least_can_be_had_where_layers_differ_a_millionfold(beyond: float) -> None:
-    """The solver's tolerance, a millionth of the limit, is more than all that the small layers cost."""
-    small = [Option(0.0, (512.0,)), Option(0.01, (340.0,)), Option(5.0, (272.0,))]
-    layers = [[Option(0.0, (1.6e9,)), Option(1.0, (4e8,))], *[small] * 4]
-    limit = (4e8 + 4 * 272) * beyond
-    picks = choose(layers, [limit])
-    assert sum(options[i].costs[0] for options, i in zip(layers, picks, strict=True)) <= limit
-    assert (picks[1:] == [2, 2, 2, 2]) == (beyond < 1 + 1e-6)
-
-
-def test_no_choice_at_all_is_an_error() -> None:
-    with pytest.raises(BudgetError, match="cannot be met together; let more stay"):
-        choose([[Option(0.0, (2.0,)), Option(1.0, (1.0,))]], [0.5])
-
-
-def test_budgets_far_apart_in_size_are_all_kept() -> None:
-    """MACs run into billions where milliseconds are fractions."""
-    layers = [
-        [Option(0.0, (4e9, 0.4)), Option(1.0, (1e9, 0.4)), Option(3.0, (4e9, 0.1)), Option(9.0, (1e9, 0.1))]
-    ]
-    assert [choose(layers, limits)[0] for limits in ((4e9, 0.4), (2e9, 0.4), (4e9, 0.2), (2e9, 0.2))] == [
-        0,
-        1,
-        2,
-        3,
-    ]
-
-
-def test_losses_of_any_size_are_weighed() -> None:
-    """Sums of losses of 1e-30 are compared like those of 1e30."""
-    for unit in (1e-30, 1.0, 1e30):
-        layers = [
-            [Option(0.0, (2.0,)), Option(2 * unit, (1.0,))],
-            [Option(0.0, (2.0,)), Option(unit, (1.0,))],
-        ]
-        assert choose(layers, [3.0]) == [0, 1]
-    assert choose([[Option(0.0, (2.0,)), Option(0.0, (1.0,))]], [1.0]) == [1]
-
 
 FIRST, WIDE, OTHER, LAST = (
     conv("first", 3, 16, 8),
@@ -145,14 +49,24 @@ def candidate(layer: Layer, rank: int) -> Candidate:
 
 def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] | None = None) -> Analysis:
     """Two convolutions in the middle that may be changed, a first one that may, and a layer that may not."""
-    found, losses = {}, {}
+    found, losses, objectives = {}, {}, {}
     for layer in LAYERS[:3]:
         options = tuple(candidate(layer, rank) for rank in (ranks or {}).get(layer.name, RANKS))
         found[layer.name] = LayerCandidates(layer.name, options, (), ridge=RIDGE)
         losses[layer.name] = tuple(10 * c.error for c in options)
+        objectives[layer.name] = tuple(20 * c.error for c in options)
     inputs = SimpleNamespace(fingerprint="images", images=range(50))
     network = SimpleNamespace(layers=LAYERS, fingerprint="network")
-    return Analysis(network, settings, inputs, "kl", {"fc": "too small"}, found, losses)  # type: ignore[arg-type]
+    return Analysis(
+        network=network,  # type: ignore[arg-type]
+        settings=settings,
+        inputs=inputs,  # type: ignore[arg-type]
+        loss="kl",
+        reasons={"fc": "too small"},
+        candidates=found,
+        losses=losses,
+        objectives=objectives,
+    )
 
 
 def least(counter: Macs | Parameters) -> float:
@@ -179,8 +93,8 @@ def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
     )
     assert (plan.loss, plan.data_free, plan.uniform_rank, plan.budget) == ("kl", False, False, "60% MACs")
     assert [row.name for row in plan.layers] == [la.name for la in LAYERS]
-    assert plan.macs_before == sum(la.macs for la in LAYERS)
-    assert plan.macs <= 0.6 * plan.macs_before
+    assert plan.before.macs == sum(la.macs for la in LAYERS)
+    assert plan.after.macs <= 0.6 * plan.before.macs
     for layer, row in zip(LAYERS, plan.layers, strict=True):
         assert (row.operator, row.macs_before, row.parameters_before) == (
             layer.operator,
@@ -198,9 +112,7 @@ def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
             # channels are known when the plan has been applied
             assert (row.channels, row.ridge) == ((), RIDGE)
         else:
-            costs = (layer.macs, layer.macs, layer.parameters, layer.parameters)
-            kept = LayerPlan(layer.name, layer.operator, "kept", row.reason, (), (), 0.0, *costs, 0.0, 0.0)
-            assert row == kept
+            assert row == LayerPlan.kept(layer, row.reason)
     assert any(row.changed for row in plan.layers)
 
 
@@ -221,6 +133,21 @@ def test_of_all_plans_the_one_with_the_least_predicted_loss_is_made() -> None:
             if sum(macs for macs, _ in picks) <= limit
         )
         assert make_plan(seen, [Budget(Macs(), share)]).predicted_loss == pytest.approx(best)
+
+
+def test_the_choice_minimises_the_objective_and_the_plan_predicts_the_loss() -> None:
+    """The margin decides between layers that would lose the same, and is in no predicted number."""
+    seen = analysis(ranks=dict.fromkeys(("first", "wide", "other"), (2,)))
+    limit = sum(la.macs for la in LAYERS) - min(
+        la.macs - Macs().decoupled(la, candidate(la, 2)) for la in (WIDE, OTHER)
+    )
+    for dear in ("wide", "other"):
+        one = {name: (3.0 if name == dear else 1.0,) for name in ("first", "wide", "other")}
+        equal = replace(seen, losses=dict.fromkeys(one, (0.5,)), objectives=one | {"first": (9.0,)})
+        plan = make_plan(equal, [Budget(Macs(), limit / sum(la.macs for la in LAYERS))])
+        assert [row.name for row in plan.layers if row.changed] == [{"wide": "other", "other": "wide"}[dear]]
+        assert plan.predicted_loss == 0.5
+        assert objective_of(equal, plan) == 1.0
 
 
 def test_kept_layers_say_why() -> None:
@@ -248,13 +175,14 @@ def test_a_candidate_that_costs_the_same_is_none() -> None:
         network=SimpleNamespace(layers=(layer,), fingerprint=""),
         candidates={"even": LayerCandidates("even", (option,), ())},
         losses={"even": (1.0,)},
+        objectives={"even": (1.0,)},
     )
     (row,) = make_plan(seen, [Budget(Macs(), 1.0)]).layers
     assert row.reason == "no candidate has less MACs"
 
 
 def test_a_network_of_which_nothing_can_be_changed_meets_a_budget_of_everything() -> None:
-    seen = replace(analysis(), candidates={})
+    seen = replace(analysis(), candidates={}, objectives={})
     plan = make_plan(seen, [Budget(Macs(), 1.0)])
     assert not any(row.changed for row in plan.layers)
     with pytest.raises(BudgetError, match="not even T = 1 meets 100% MACs and 100% parameters;"):
@@ -268,14 +196,15 @@ def test_a_budget_out_of_reach_says_what_can_be_had() -> None:
             make_plan(analysis(), budgets)
         assert f"is {100 * share:.1f}% ({1 / share:.2f} times fewer parameters)" in str(raised.value)
         assert str(raised.value).startswith("5% parameters")
-    assert make_plan(analysis(), [Budget(Parameters(), share * (1 + 1e-9))]).parameters == least(Parameters())
+    plan = make_plan(analysis(), [Budget(Parameters(), share * (1 + 1e-9))])
+    assert plan.after.parameters == least(Parameters())
 
 
-def test_losses_that_are_not_finite_are_told() -> None:
+def test_losses_that_are_not_finite_are_refused() -> None:
     seen = analysis()
-    name = next(iter(seen.losses))
-    broken = replace(seen, losses=seen.losses | {name: tuple(np.inf for _ in seen.losses[name])})
-    with pytest.raises(ModelError, match=f"layer '{name}': what it would lose is no finite number"):
+    name = next(iter(seen.objectives))
+    broken = replace(seen, objectives=seen.objectives | {name: tuple(np.inf for _ in seen.losses[name])})
+    with pytest.raises(ModelError, match=f"layer '{name}': its predicted loss is NaN or Inf.* exclude="):
         make_plan(broken, [Budget(Macs(), 0.5)])
 
 
@@ -293,7 +222,7 @@ def test_the_table_of_budgets_ends_at_the_least_that_can_be_reached(
     for ratio, row in zip(labels, rows, strict=False):
         plan = make_plan(seen, [Budget(Macs(), 1 / ratio)])
         assert row.macs <= total / ratio
-        assert (row.macs, row.parameters) == (plan.macs, plan.parameters)
+        assert (row.macs, row.parameters) == (plan.after.macs, plan.after.parameters)
         assert row.predicted_loss == plan.predicted_loss
 
 
@@ -308,7 +237,7 @@ def test_the_published_procedure_keeps_the_first_convolution_and_gives_all_other
     total = sum(la.macs for la in LAYERS)
     for rank in RANKS:
         plan = published_plan(analysis(PAPER), [Budget(Macs(), macs[rank] / total)], form=lambda *_: "fused")
-        assert plan.macs == macs[rank]
+        assert plan.after.macs == macs[rank]
         assert [row.sizes for row in plan.layers] == [(), (16 * rank,), (32 * rank,), ()]
         assert [row.reason for row in plan.layers] == ["first convolution", "", "", "too small"]
         assert [row.form for row in plan.layers] == ["", "fused", "fused", ""]
@@ -318,7 +247,7 @@ def test_the_published_procedure_keeps_the_first_convolution_and_gives_all_other
     form = "fused".format
     assert plan_within(analysis(PAPER), budgets, form) == published_plan(analysis(PAPER), budgets, form)
     assert plan_within(analysis(PAPER), budgets) == published_plan(analysis(PAPER), budgets, parallel)
-    with pytest.raises(BudgetError, match=r"not even T = 1 meets .*; leave --uniform-rank away"):
+    with pytest.raises(BudgetError, match=r"not even T = 1 meets .*; leave out uniform_rank="):
         published_plan(analysis(PAPER), [Budget(Macs(), 0.99 * macs[1] / total)])
 
 
@@ -327,7 +256,7 @@ def test_the_published_procedure_meets_every_budget() -> None:
     parameters += sum(Parameters().decoupled(la, candidate(la, 1)) for la in (WIDE, OTHER))
     share = parameters / sum(la.parameters for la in LAYERS)
     plan = published_plan(analysis(PAPER), [Budget(Macs(), 1.0), Budget(Parameters(), share)])
-    assert plan.parameters == parameters
+    assert plan.after.parameters == parameters
     assert plan.budget == f"100% MACs and {Budget(Parameters(), share)}"
 
 
@@ -348,9 +277,9 @@ def test_only_both_settings_together_mean_the_published_procedure(settings: Sett
 
 def test_a_rule_is_followed_by_every_convolution_but_the_first() -> None:
     rule = Rule.parse("nd-dp:T=2")
-    plan = ruled_plan(
-        analysis(Settings(rule=rule), dict.fromkeys(("first", "wide", "other"), (2,))), "fused".format
-    )
+    ruled = analysis(Settings(rule=rule), dict.fromkeys(("first", "wide", "other"), (2,)))
+    plan = ruled_plan(ruled, "fused".format)
+    assert plan_within(ruled, [], "fused".format) == plan
     assert [row.form for row in plan.layers] == ["", "fused", "fused", ""]
     assert [row.sizes for row in plan.layers] == [(), (32,), (64,), ()]
     assert [row.reason for row in plan.layers] == [
@@ -366,5 +295,5 @@ def test_a_rule_is_followed_by_every_convolution_but_the_first() -> None:
 
 def test_a_rule_that_no_layer_can_follow_is_refused() -> None:
     seen = analysis(Settings(rule=Rule.parse("nd-dp:T=9")), dict.fromkeys(("wide", "other"), ()))
-    with pytest.raises(BudgetError, match=r"--method nd-dp, size 9 in every layer: no layer becomes cheaper"):
+    with pytest.raises(BudgetError, match=r"rule=nd-dp, size 9 in every layer: no layer becomes cheaper"):
         ruled_plan(seen)

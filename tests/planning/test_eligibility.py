@@ -1,18 +1,13 @@
-"""Which layers are left alone before any work, and why."""
+"""Which layers are kept before any work, and why."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
-from netdecouple.fitting.sampling import Inputs
-from netdecouple.frontends.onnx.model import read_model
-from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.planning.analysis import EXCLUDED, Original, Settings, _losses, kept_reasons
-from netdecouple.planning.candidates import Candidate, LayerCandidates, Probe, Rule
-from tests import networks
+from netdecouple.planning.candidates import Rule
+from netdecouple.planning.eligibility import EXCLUDED, kept_reasons
+from netdecouple.planning.settings import Settings
 from tests.planning.layers import conv, linear, vgg16
 
 LAYERS = [conv("c", 8, 16, 10), linear("fc", 16, 10)]
@@ -59,24 +54,6 @@ def test_a_wide_layer_that_is_little_of_the_network_is_not_worth_the_work() -> N
     assert kept_reasons([*layers[:2], conv("narrow", 128, 2, 19)], Settings()) == {}
 
 
-def test_what_is_compared_with_probes_is_of_the_same_samples() -> None:
-    """Boxes of all samples in one list, and a constant, cannot be cut by the number of samples."""
-    model = networks.detector()
-    images = networks.images_for(model, 20)
-    network, inputs = OnnxNetwork(read_model(model), images), Inputs(images, 10, "")
-    shown, outputs = Original(network, inputs, network.layers).trials(4)
-    for expected, found in zip(network.run(shown), outputs, strict=True):
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_losses_rise_within_bounds() -> None:
-    """Two probes of nearly the same error, one twice as bad by chance, say little of larger errors."""
-    weight = np.zeros((1, 1, 1, 1), np.float32)
-    probes = tuple(Probe(weight, weight[:, 0, 0, 0], error) for error in (0.05, 0.3, 0.3003))
-    layer = conv("c", 8, 16, 10)
-    assert layer.geometry is not None
-    candidates = tuple(
-        Candidate("nd-dp", (), Structure.of(layer.geometry), error) for error in (0.3, 0.6, 0.9)
-    )
-    losses = _losses(LayerCandidates("c", candidates, probes), (1e-4, 1e-3, 2e-3))
-    assert losses[0] < losses[1] < losses[2] < 30
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ModelError, match="exclude='head' matches no layer"):
+        kept_reasons(LAYERS, Settings(exclude="head"))  # type: ignore[arg-type]

@@ -1,0 +1,11 @@
+"""How long computations report their progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]  # name of the step, what is done, what there is to do
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    """Report no progress."""

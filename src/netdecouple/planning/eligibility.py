@@ -1,0 +1,80 @@
+"""Which layers are kept before any planning, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from netdecouple.errors import ModelError
+from netdecouple.execution.run import Resources
+from netdecouple.fitting.sampling import SplitMoments
+from netdecouple.network import Layer
+from netdecouple.planning.candidates import LARGE, smallest, suitable
+from netdecouple.planning.cost import Macs
+from netdecouple.planning.settings import Settings
+
+EXCLUDED = "excluded"  # the reason of layers that the user names
+LEAST_RETURN = 0.1  # least ratio of a wide layer's share of the network to its share of the fitting work
+
+
+def kept_reasons(
+    layers: Sequence[Layer], settings: Settings, resources: Resources = Resources()
+) -> dict[str, str]:
+    """Return the reason for every layer that is kept before any planning, by the layer's name.
+
+    Raises:
+        ModelError: a pattern of ``settings.exclude`` matches nothing, or no layer is left.
+    """
+    for pattern in settings.exclude:
+        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
+            raise ModelError(
+                f"exclude={pattern!r} matches no layer; `netdecouple inspect` lists the names of all layers"
+            )
+    reasons = {layer.name: _reason(layer, settings, resources) for layer in layers}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if settings.procedure != "rule" and not settings.data_free:
+        reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
+    if len(reasons) == len(layers):
+        why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
+        raise ModelError(
+            f"none of the {len(layers)} layers can be decoupled ({why}{', …' if len(reasons) > 3 else ''})"
+        )
+    return reasons
+
+
+def _reason(layer: Layer, settings: Settings, resources: Resources) -> str:
+    """Return why a layer is kept, or an empty string."""
+    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in settings.exclude):
+        return EXCLUDED
+    if layer.reason:
+        return layer.reason
+    if all(Macs().decoupled(layer, candidate) >= layer.macs for candidate in smallest(layer)):
+        return "too small: nothing costs less than the layer itself"
+    if layer.methods and not suitable(layer, settings.methods, settings.rule):
+        return f"only {' or '.join(layer.methods)} would do, which is not asked for"
+    size, limit = SplitMoments.nbytes(layer), resources.row_bytes
+    # one sample per input does not justify the memory; convolutions of the same width have many
+    if not settings.data_free and layer.output_size == (1, 1) and size > limit:
+        return f"too wide: the moments of its inputs take {size / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB"
+    return ""
+
+
+def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict[str, str]:
+    """Find wide layers that would take much of the work and are a small share of the network."""
+    shapes = {la.name: la.geometry for la in open_layers if la.geometry is not None}
+    work = {name: g.groups * g.unknowns**3 for name, g in shapes.items()}  # of a Cholesky factorization
+    macs, parameters = (max(sum(getattr(la, cost) for la in layers), 1) for cost in ("macs", "parameters"))
+    all_work = sum(work.values())
+    reasons = {}
+    for layer in open_layers:
+        effort = work[layer.name] / all_work
+        share = max(layer.macs / macs, layer.parameters / parameters)
+        if shapes[layer.name].unknowns > LARGE and share < LEAST_RETURN * effort:
+            percent = f"{100 * effort:.0f} % of all, for {100 * share:.1g} % of the network"
+            reasons[layer.name] = f"not worth the work: {percent}"
+    return reasons
+
+
+def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:
+    """Return whether a layer is fitted from its weights alone because memory does not suffice."""
+    return SplitMoments.fit_bytes(layer) > resources.fit_bytes

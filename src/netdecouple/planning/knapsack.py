@@ -1,0 +1,66 @@
+"""The choice of one option per layer: least total loss, every total cost within its limit.
+
+A multiple-choice knapsack, solved exactly by HiGHS through scipy.optimize.milp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from netdecouple.errors import BudgetError
+
+GAP = 1e-5  # relative to the best total loss: closer solutions count as equal
+SECONDS = 60.0  # for one solution
+# The solver may overshoot a limit by its tolerance of 1e-6, the choice may not: then it is solved again for
+# limits that are smaller by these shares.
+SLACKS = (0.0, 2e-6, 1e-5)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done to a layer: its loss, and its cost in the unit of every budget."""
+
+    loss: float
+    costs: tuple[float, ...]
+
+
+def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[int]:
+    """Return the index of one option per layer: minimal total loss with every total cost at most its limit.
+
+    Raises:
+        BudgetError: no choice meets the limits.
+    """
+    sizes = [len(options) for options in layers]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    starts = ends - sizes
+    losses = np.array([o.loss for options in layers for o in options])
+    costs = np.array([o.costs for options in layers for o in options], float).T  # (budgets, options)
+    least = np.minimum.reduceat(costs, starts, axis=1)  # (budgets, layers)
+    room = np.asarray(limits, float) - least.sum(axis=1)  # (budgets,) to spend beyond the least
+    above = costs - np.repeat(least, sizes, axis=1)
+    possible = np.all(above <= room[:, None], axis=0)
+    scale = np.where(room > 0, room, 1.0)
+    one_each = np.zeros((len(layers), len(losses)))
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        one_each[row, start:end] = 1
+    for slack in SLACKS:
+        solution = milp(
+            losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(above / scale[:, None], -np.inf, room / scale * (1 - slack)),
+            ],
+            integrality=np.ones(len(losses)),
+            bounds=Bounds(0, possible.astype(float)),
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+        if solution.x is None:
+            break
+        picks = [int(np.argmax(solution.x[start:end])) for start, end in zip(starts, ends, strict=True)]
+        if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limits):
+            return picks
+    raise BudgetError("the budgets cannot be met together; let more stay of one of them")
