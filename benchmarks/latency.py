@@ -31,6 +31,7 @@ from netdecouple import kernels
 from netdecouple.convolution import Factorization
 from netdecouple.data.calibration import load
 from netdecouple.errors import UnavailableError
+from netdecouple.execution.machine import machine
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
@@ -38,7 +39,7 @@ from netdecouple.frontends.onnx.model import read_model, up_to
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import Settings, analyze
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.latency import machine, placeholder
+from netdecouple.planning.latency import placeholder
 from netdecouple.planning.solve import make_plan
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.onnxruntime import OnnxRuntime

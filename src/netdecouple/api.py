@@ -35,17 +35,12 @@ from netdecouple.planning.solve import (
     reachable,
     ruled_plan,
 )
+from netdecouple.report.build import disagreements_of, layer_reports, quality_of
+from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, energies, inspection
+from netdecouple.report.model import Disagreement, Report, Score
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
-from netdecouple.report.report import (
-    Disagreement,
-    Report,
-    Score,
-    disagreements_of,
-    layer_reports,
-    quality_of,
-)
 from netdecouple.runtimes import benchmark
 from netdecouple.runtimes.onnxruntime import size_of
 from netdecouple.version import __version__
@@ -94,7 +89,7 @@ class Result:
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        self.report.save(path, lambda: self.timed().report)
+        save_report(self.report, path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; whatever happens, there is never half a file under ``path``.
@@ -449,20 +444,20 @@ class Judge:
         if self.is_calibrated:
             found = disagreements_of(plan, places, self.original, new)
         report = Report(
-            network.model.origin,
-            __version__,
-            plan.budget,
-            rows,
-            quality if self.is_calibrated else None,
-            off,
-            both,
-            None if clock is None else clock.speed(model, plan),
-            images.skipped,
-            network.model.bytes,
-            size_of(model),
-            self.curve,
-            found,
-            provenance(plan, self.inputs, images.origin, self.settings),
+            model=network.model.origin,
+            netdecouple=__version__,
+            budget=plan.budget,
+            layers=rows,
+            agreement=quality if self.is_calibrated else None,
+            difference=off,
+            accuracy=both,
+            speed=None if clock is None else clock.speed(model, plan),
+            skipped=images.skipped,
+            bytes_before=network.model.bytes,
+            bytes=size_of(model),
+            curve=self.curve,
+            disagreements=found,
+            provenance=provenance(plan, self.inputs, images.origin, self.settings),
             pictures=pictures([shown[places.index(d.sample)] for d in found], self.preprocessing),
         )
         source = network.model.proto if self.source is None else self.source
@@ -504,5 +499,7 @@ def evaluate(
         same = None if first is None else agreement(first, outputs)
         kl = None if first is None else divergence([first], [outputs], "kl")
         first = outputs if first is None else first
-        scores.append(Score(model.origin, len(outputs), top1, top5, same, kl))
+        scores.append(
+            Score(model=model.origin, images=len(outputs), top1=top1, top5=top5, same_class=same, kl=kl)
+        )
     return scores

@@ -21,8 +21,8 @@ from netdecouple.planning.cost import Budget, Macs, parse_share
 from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import plan_within
+from netdecouple.report.model import Agreement
 from netdecouple.report.provenance import identity
-from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 from netdecouple.runtimes.onnxruntime import size_of
 
@@ -213,14 +213,30 @@ def _compared(judge: Judge, source: ModelSource, other: OnnxNetwork, loss: Loss)
     quality = None
     if judge.is_calibrated:
         same = agreement(judge.original[0], new[0]) if loss == "kl" else None
-        quality = Agreement(len(shown), loss, divergence(judge.original, new, loss), predicted, same)
+        quality = Agreement(
+            images=len(shown),
+            loss=loss,
+            divergence=divergence(judge.original, new, loss),
+            predicted=predicted,
+            same_class=same,
+        )
     both = None
     if judge.labelled is not None:
         pictures, labels = judge.labelled
         both = judge.original_accuracy, api.accuracy(other.run(pictures)[0], labels)
     macs_before, macs = (sum(la.macs for la in net.layers) for net in (network, other))
     parameters_before, parameters = (sum(la.parameters for la in net.layers) for net in (network, other))
-    point = SweepPoint(name, macs_before, macs, parameters_before, parameters, predicted, quality, both, name)
+    point = SweepPoint(
+        budget=name,
+        macs_before=macs_before,
+        macs=macs,
+        parameters_before=parameters_before,
+        parameters=parameters,
+        predicted_loss=predicted,
+        agreement=quality,
+        accuracy=both,
+        file=name,
+    )
     rows = () if plan is None else plan.layers
     return Compared(point, tuple(LayerChoice(row.name, row.family, row.sizes) for row in rows))
 

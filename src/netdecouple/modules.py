@@ -31,10 +31,11 @@ from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
 from netdecouple.planning.cost import Budget, budgets_of
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow, budget_rows, plan_within, ruled_plan
+from netdecouple.report.build import disagreements_of, layer_reports, quality_of
 from netdecouple.report.inspection import energies
+from netdecouple.report.model import Disagreement, Report
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
-from netdecouple.report.report import Disagreement, Report, disagreements_of, layer_reports, quality_of
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.version import __version__
 
@@ -278,12 +279,12 @@ def _result(
     places = shuffled(len(inputs.images), plan.seed)[inputs.fitted :]
     found = disagreements_of(plan, places.tolist(), original, new)
     report = Report(
-        type(network.original).__name__,
-        __version__,
-        plan.budget,
-        rows,
-        quality,
-        worst,
+        model=type(network.original).__name__,
+        netdecouple=__version__,
+        budget=plan.budget,
+        layers=rows,
+        agreement=quality,
+        difference=worst,
         bytes_before=state_bytes(network.original),
         bytes=state_bytes(module),
         curve=tuple(curve),

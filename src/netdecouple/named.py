@@ -30,8 +30,9 @@ from netdecouple.planning.analysis import Progress, Settings, quiet
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.solve import BudgetRow
+from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.runtimes import benchmark
 from netdecouple.version import __version__
@@ -106,7 +107,7 @@ class Result:
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        self.report.save(path, lambda: self.timed().report)
+        save_report(self.report, path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file, or else a folder for `netdecouple.load`; never half of either.

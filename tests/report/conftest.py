@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from netdecouple import api
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.sweep import Compared, Sweep, SweepPoint
 from tests import networks
 
@@ -57,15 +57,15 @@ def sweep(told: Report) -> Sweep:
         costs = [int(share * n) for n in (told.macs_before, told.parameters_before)]
         kept = replace(a, divergence=loss, predicted=0.8 * loss)
         return SweepPoint(
-            budget,
-            told.macs_before,
-            costs[0],
-            told.parameters_before,
-            costs[1],
-            0.8 * loss,
-            kept,
-            accuracy,
-            None,
+            budget=budget,
+            macs_before=told.macs_before,
+            macs=costs[0],
+            parameters_before=told.parameters_before,
+            parameters=costs[1],
+            predicted_loss=0.8 * loss,
+            agreement=kept,
+            accuracy=accuracy,
+            file=None,
         )
 
     points = (
@@ -74,7 +74,12 @@ def sweep(told: Report) -> Sweep:
         point("25% MACs", 0.25, 0.4, None),
     )
     return Sweep(
-        HOSTILE, told.netdecouple, a.loss, points, 1, (Compared(point(HOSTILE, 0.4, 0.2, None), ()),)
+        model=HOSTILE,
+        netdecouple=told.netdecouple,
+        loss=a.loss,
+        points=points,
+        knee=1,
+        compared=(Compared(point(HOSTILE, 0.4, 0.2, None), ()),),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from netdecouple.report.charts import Point, Series, plot, spectrum, structure
-from netdecouple.report.report import Report, Stage
+from netdecouple.report.model import Report, Stage
 
 
 def chart(*losses: float, points: tuple[Point, ...] = ()):  # type: ignore[no-untyped-def]
@@ -102,7 +102,7 @@ def test_a_spectrum_shows_shares_that_fall() -> None:
 
 def test_grouped_stages_are_bands_of_their_own(told: Report) -> None:
     layer = next(layer for layer in told.layers if layer.stages)
-    grouped = Stage("convolution", 8, 8, 8, (3, 3), 2, 100)
+    grouped = Stage(kind="convolution", reads=8, n_i=8, n_o=8, kernel=(3, 3), groups=2, macs=100)
     drawn = structure(replace(layer, before=grouped, stages=(grouped,)))
     assert drawn is not None
     assert drawn.rows[0].flows[0].path.count("Z") == 2

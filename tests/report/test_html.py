@@ -14,8 +14,9 @@ import pytest
 from netdecouple import api
 from netdecouple.errors import OutputError, PlanError
 from netdecouple.planning.analysis import Settings
+from netdecouple.report.files import save_report
 from netdecouple.report.html import gains, inspect_html, losses, report_html, sweep_html, verdict
-from netdecouple.report.report import Agreement, Report
+from netdecouple.report.model import Agreement, Report
 from netdecouple.report.sweep import Sweep
 from netdecouple.runtimes.timing import Ratio
 from tests import networks
@@ -161,19 +162,19 @@ def test_what_is_no_report_is_refused(text: str) -> None:
 
 def test_the_ending_decides(told: Report, tmp_path: Path) -> None:
     """A page or data; anything else is refused, and nothing is left behind."""
-    told.save(tmp_path / "a.html")
-    told.save(tmp_path / "a.json")
+    save_report(told, tmp_path / "a.html")
+    save_report(told, tmp_path / "a.json")
     assert (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["model"] == HOSTILE
     with pytest.raises(OutputError, match=r"written as \.html or \.json"):
-        told.save(tmp_path / "a.pdf")
+        save_report(told, tmp_path / "a.pdf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
 
 
 def test_names_that_are_not_unicode_can_be_written(told: Report, tmp_path: Path) -> None:
     """File names may hold bytes that are no text."""
-    replace(told, model="a\udcff.onnx").save(tmp_path / "a.html")
-    replace(told, model="a\udcff.onnx").save(tmp_path / "a.json")
+    save_report(replace(told, model="a\udcff.onnx"), tmp_path / "a.html")
+    save_report(replace(told, model="a\udcff.onnx"), tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["model"] == "a\udcff.onnx"
 
 
@@ -220,7 +221,7 @@ def test_no_times_are_told_as_such(told: Report) -> None:
 
 
 def test_what_was_lost(told: Report) -> None:
-    agreement = Agreement(200, "kl", 0.0123, 0.0105, 0.985)
+    agreement = Agreement(images=200, loss="kl", divergence=0.0123, predicted=0.0105, same_class=0.985)
     report = replace(told, agreement=agreement)
     accuracy, classes, kl = losses(report)
     assert (accuracy.value, accuracy.detail) == ("−1.0", "91.5% → 90.5% top-1, labelled images")
@@ -366,7 +367,7 @@ def test_pytorch_modules_report_the_same(tmp_path: Path) -> None:
     assert report.curve
     assert len(report.pictures) == len(report.disagreements) > 0
     assert dict(report.provenance.versions)["torch"]
-    text = Page(report.to_html()).text
+    text = Page(report_html(report)).text
     assert "Sequential" in text
     assert "time not measured" in text
     netdecouple.save(faster, tmp_path / "faster")

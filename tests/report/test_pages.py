@@ -15,7 +15,7 @@ from PIL import Image
 
 from netdecouple import api
 from netdecouple.report.html import inspect_html, report_html, sweep_html
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.sweep import Sweep
 from tests import networks
 from tests.browser import NARROW, WIDE, Browser, served

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from netdecouple.fitting.apply import Applied
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.report.report import Agreement, Report, describe, layer_reports
+from netdecouple.report.build import describe, layer_reports
+from netdecouple.report.model import Agreement, Report
 from netdecouple.report.text import count, report_table, short_name, times
 from tests.planning.layers import conv, linear
 
@@ -29,14 +30,21 @@ def report() -> Report:
     )
     plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
     applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
-    agreement = Agreement(10, "kl", 0.012, 0.1, 0.9)
+    agreement = Agreement(images=10, loss="kl", divergence=0.012, predicted=0.1, same_class=0.9)
     written = [  # the last filters of the convolution are read by nobody
         replace(conv(f"{first.name}/depthwise0", 20, 20, 10, groups=20), macs=18_000, parameters=180),
         replace(conv(f"{first.name}/pointwise1", 20, 15, 10, k=1), macs=30_000, parameters=315),
         replace(linear("fc", 15, 10), macs=150, parameters=160),
     ]
     rows_told = layer_reports(layers, applied, written)
-    return Report("net.onnx", "0.1.0", plan.budget, rows_told, agreement, 1e-7, None, ())
+    return Report(
+        model="net.onnx",
+        netdecouple="0.1.0",
+        budget=plan.budget,
+        layers=rows_told,
+        agreement=agreement,
+        difference=1e-7,
+    )
 
 
 def text(report: Report) -> str:

@@ -17,8 +17,8 @@ from netdecouple import doors
 from netdecouple.cli import options
 from netdecouple.errors import OutputError
 from netdecouple.execution.scratch import check_writable
-from netdecouple.report.files import report_ending, write_text
-from netdecouple.report.report import Report
+from netdecouple.report.files import rendered, report_ending, write_text
+from netdecouple.report.model import Report
 from netdecouple.report.text import report_table
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
@@ -73,7 +73,7 @@ def write_result(
 ) -> dict[str, Any]:
     """Write the network and what was asked for beside it, and print the report; return it for programs."""
     told = told_report(result.report)
-    texts = {path: told.rendered(path) for path in reports}  # before anything is written
+    texts = {path: rendered(told, path) for path in reports}  # before anything is written
     for output in outputs:
         result.save(output)
     if plan is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from onnx import TensorProto, helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvStage, Factorization, Structure, spread
 from netdecouple.errors import BudgetError
+from netdecouple.execution.machine import machine
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
 from netdecouple.frontends.onnx.network import OnnxNetwork
@@ -32,7 +32,7 @@ from netdecouple.planning.candidates import Candidate, LayerCandidates
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.solve import make_plan, reachable
-from netdecouple.report.report import Speed
+from netdecouple.report.model import Speed
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.timing import Timing, measure
 from netdecouple.version import __version__
@@ -92,16 +92,6 @@ def _cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir())
-
-
-def machine() -> str:
-    """This machine's processor, as it calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return f"{platform.machine()} {model}, {os.cpu_count()} cores"
 
 
 class Latency:
@@ -218,7 +208,9 @@ class Latency:
         times = measure([partial(s.run, self._feeds) for s in (self._original, session)], 1.0)
         before, after = (Timing.of(column) for column in times.T)
         share = float(np.median(times[:, 1] / times[:, 0]))
-        return Speed(str(self.place), before, after, share, self._foreseen(plan))
+        return Speed(
+            place=str(self.place), before=before, after=after, share=share, foreseen=self._foreseen(plan)
+        )
 
     def sketch(self, plan: Plan) -> onnx.ModelProto:
         """A plan's whole network, with weights made up."""

@@ -1,4 +1,4 @@
-"""Times as data; JSON out. `report.text` prints them."""
+"""Measured times as data; JSON out. `report.text` and `report.html` print them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from netdecouple.runtimes.timing import Ratio, Timing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimedModel:
     """One network in one runtime. Milliseconds are per call, of the whole batch; MACs are per image."""
 
@@ -17,23 +17,28 @@ class TimedModel:
     version: str
     threads: int
     shapes: tuple[tuple[int, ...], ...]  # of the inputs
-    macs: int | None  # None: not counted, the network has operators or inputs that are not known here
+    macs: int | None  # None if the network has operators or inputs that are not counted
     timing: Timing
-    faster: Ratio | None  # than the first network in this runtime with so many threads; None for that one
+    faster: Ratio | None  # than the first network of the same group; None for the first network
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Runtime, version, threads and shapes: networks with the same group are compared with each other."""
+        return self.runtime, self.version, self.threads, self.shapes
 
 
 @dataclass(frozen=True)
 class TimedLayer:
-    """One layer of the original network, and what each network spends on it (``None``: it has it not)."""
+    """One layer of the original network, and its time in every network (None: it has no such layer)."""
 
     name: str
     timings: tuple[Timing | None, ...]
-    faster: tuple[Ratio | None, ...]  # than in the first network; None for that one
+    faster: tuple[Ratio | None, ...]  # than in the first network; None for that network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerTimes:
-    """Where the time goes, by ONNX Runtime's profiler, which itself takes a little."""
+    """Time per layer by ONNX Runtime's profiler, which adds a little to every layer."""
 
     models: tuple[str, ...]
     version: str
@@ -50,5 +55,5 @@ class Benchmark:
     layers: tuple[LayerTimes, ...] = ()
 
     def to_json(self) -> str:
-        """The times as text."""
+        """Return the times as JSON text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 
-from netdecouple.report.report import LayerReport, Stage
+from netdecouple.report.model import LayerReport, Stage
 from netdecouple.report.text import count
 
 SPEEDUPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100)

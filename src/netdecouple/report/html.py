@@ -14,9 +14,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from netdecouple.report.benchmark import TimedModel
+from netdecouple.report.build import describe
 from netdecouple.report.charts import Chart, Point, Series, Spectrum, Structure, plot, spectrum, structure
 from netdecouple.report.inspection import Inspection
-from netdecouple.report.report import Agreement, LayerReport, Report, describe
+from netdecouple.report.model import Agreement, LayerReport, Report
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.report.text import count, faster, layer_sizes, sample_note, threads, times
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL

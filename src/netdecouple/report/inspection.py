@@ -11,7 +11,7 @@ from netdecouple.families.chain import method
 from netdecouple.network import Array, Layer
 from netdecouple.planning.candidates import least_cost
 from netdecouple.planning.cost import Macs, Parameters
-from netdecouple.report.report import describe
+from netdecouple.report.build import describe
 
 
 @dataclass(frozen=True)

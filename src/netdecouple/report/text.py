@@ -16,7 +16,8 @@ from rich.text import Text
 from netdecouple.network import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
-from netdecouple.report.report import LayerReport, Report, Score, describe
+from netdecouple.report.build import describe
+from netdecouple.report.model import LayerReport, Report, Score
 from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST

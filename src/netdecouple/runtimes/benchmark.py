@@ -17,7 +17,7 @@ from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.onnx.model import nodes_of, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedLayer, TimedModel
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.runtimes import Feeds, Runtime, runtime
 from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
@@ -145,14 +145,14 @@ def _timed(
     times = measure(calls, seconds)  # (rounds, models)
     return [
         TimedModel(
-            name,
-            runtime.name,
-            runtime.version,
-            threads,
-            shapes[index],
-            None,
-            Timing.of(times[:, index]),
-            Ratio.of(times[:, 0], times[:, index]) if index else None,
+            model=name,
+            runtime=runtime.name,
+            version=runtime.version,
+            threads=threads,
+            shapes=shapes[index],
+            macs=None,
+            timing=Timing.of(times[:, index]),
+            faster=Ratio.of(times[:, 0], times[:, index]) if index else None,
         )
         for index, name in enumerate(names)
     ]
@@ -225,7 +225,7 @@ def _profiled(
         ]
     rows = [_layer(name, runs) for name in (*layers, REORDER, REST, TOTAL)]
     shown = tuple(row for row in rows if any(row.timings))
-    return LayerTimes(tuple(names), OnnxRuntime.version, threads, shown)
+    return LayerTimes(models=tuple(names), version=OnnxRuntime.version, threads=threads, layers=shown)
 
 
 def _layer(name: str, runs: Sequence[Sequence[dict[str, float]]]) -> TimedLayer:

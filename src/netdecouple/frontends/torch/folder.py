@@ -29,7 +29,7 @@ from netdecouple.families.chain import method
 from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
 from netdecouple.frontends.torch.replacement import duplicate, first_line, install
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.version import __version__
 
 VERSION = 1
