@@ -14,7 +14,7 @@ from netdecouple.report.model import Report, Stage
 
 def chart(*losses: float, points: tuple[Point, ...] = ()):  # type: ignore[no-untyped-def]
     series = Series("predicted", tuple((1 + i, loss) for i, loss in enumerate(losses)))
-    return plot("title", "words", "x", "y", [series], points)
+    return plot("title", "words", "y", [series], points)
 
 
 def test_more_loss_is_higher_and_fewer_macs_further_right() -> None:

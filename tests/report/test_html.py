@@ -119,7 +119,7 @@ def test_a_report_answers_in_order(told: Report) -> None:
         p.command,
     ):
         assert part in text
-    assert "1 calibration files could not be read" in text
+    assert "1 unreadable image" in text
     assert "cannot be opened" in text
 
 
@@ -225,8 +225,8 @@ def test_what_was_lost(told: Report) -> None:
     report = replace(told, agreement=agreement)
     accuracy, classes, kl = losses(report)
     assert (accuracy.value, accuracy.detail) == ("−1.0", "91.5% → 90.5% top-1, labelled images")
-    assert (classes.value, classes.detail) == ("1.5%", "3 of 200 held-back inputs; 98.5% keep theirs")
-    assert (kl.value, kl.detail) == ("0.012", "0.0105 predicted; 200 held-back inputs")
+    assert (classes.value, classes.detail) == ("1.5%", "3 of 200 held-out inputs")
+    assert (kl.value, kl.detail) == ("0.012", "0.0105 predicted; 200 held-out inputs")
     assert "stays at 91.5%" in verdict(replace(report, accuracy=(0.915, 0.915)))
 
 
@@ -265,7 +265,7 @@ def test_runs_without_inputs_claim_nothing() -> None:
     report = api.decouple(networks.classifier(), macs=0.6, settings=Settings(data_free=True)).report
     assert (report.agreement, report.disagreements, report.pictures) == (None, (), ())
     text = Page(report_html(report)).text
-    assert "without inputs to compare the two on" in text
+    assert "without inputs to compare the two networks on" in text
     assert "no calibration inputs" in text
     assert "Where the two networks differ most" not in text
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from netdecouple.fitting.apply import Applied
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.build import describe, layer_reports
+from netdecouple.report.formatting import count, times
 from netdecouple.report.model import Agreement, Report
-from netdecouple.report.text import count, report_table, short_name, times
+from netdecouple.report.text import report_table, short_name
 from tests.planning.layers import conv, linear
 
 
@@ -71,7 +72,7 @@ def test_text_says_gain_loss_and_why(report: Report) -> None:
     assert "kept: worth its cost" in shown
     assert "2.40× fewer" in shown
     assert "same class on 90.0%" in shown
-    assert "on 10 held-back images" in shown
+    assert "on 10 held-out inputs" in shown
 
 
 def test_costs_are_those_of_what_was_written(report: Report) -> None:
@@ -141,7 +142,7 @@ def test_a_layer_with_dependent_inputs_is_pointed_out(report: Report) -> None:
 
 def test_skipped_images_and_accuracy_are_told(report: Report) -> None:
     shown = text(replace(report, skipped=("bad.png",), accuracy=(0.915, 0.905)))
-    assert "1 unreadable images: bad.png" in shown
+    assert "1 unreadable image: bad.png" in shown
     assert "91.5% → 90.5% top-1" in shown
 
 
