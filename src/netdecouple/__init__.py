@@ -10,7 +10,7 @@ from netdecouple.version import __version__
 if TYPE_CHECKING:
     from netdecouple import kernels, runtimes
     from netdecouple.api import Result
-    from netdecouple.data.calibration import Preprocessing
+    from netdecouple.data.preprocessing import Preprocessing
     from netdecouple.doors import apply_plan, decouple, load, save, sweep
     from netdecouple.errors import NetDecoupleError
     from netdecouple.execution.run import Resources
@@ -40,7 +40,7 @@ __all__ = [
 _HOMES = {
     "NetDecoupleError": "errors",
     "Plan": "planning.plan",
-    "Preprocessing": "data.calibration",
+    "Preprocessing": "data.preprocessing",
     "Resources": "execution.run",
     "Result": "api",
     "Settings": "planning.analysis",

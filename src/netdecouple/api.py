@@ -12,7 +12,8 @@ import onnx
 
 from netdecouple import kernels, runtimes
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing, Samples
+from netdecouple.data.calibration import Samples
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.apply import Applied, apply, difference
@@ -306,16 +307,14 @@ def load_images(
         # without inputs, noise tells the shapes of things
         noise = np.random.default_rng(settings.seed).standard_normal((10, channels, *size))
         return Samples(noise.astype(np.float32), calibration.NOISE)
-    options = {
-        "channels": channels,
-        "size": model.size,
-        "preprocessing": preprocessing,
-        "samples": samples,
-        "seed": settings.seed,
-    }
-    if isinstance(calib, str | os.PathLike):
-        return calibration.load(calib, **options)  # type: ignore[arg-type]
-    return calibration.from_arrays(calib, **options)  # type: ignore[arg-type]
+    return calibration.load(
+        calib,
+        channels=channels,
+        size=model.size,
+        preprocessing=preprocessing,
+        samples=samples,
+        seed=settings.seed,
+    )
 
 
 def split(images: Samples, seed: int) -> tuple[Inputs, Samples]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from netdecouple import api
 from netdecouple.api import Calibration, Judge
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable

@@ -16,7 +16,7 @@ from torch import nn
 
 from netdecouple.api import TOLERANCE
 from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, PlanError
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.apply import Applied, apply, difference

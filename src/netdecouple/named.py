@@ -16,7 +16,7 @@ from torch import nn
 from netdecouple import api, modules
 from netdecouple.curve import Files, Show, budgets_in, unseen
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.sampling import shuffled
@@ -301,12 +301,11 @@ def calibrate(
             raise CalibrationError(f"{calib}: {error}") from error
         if not plain:
             return Calibrated(made)
-        load: Callable[..., calibration.Samples] = calibration.from_arrays
     else:
-        made, load = calib, calibration.load
+        made = calib
         if os.path.isdir(calib):
             _sized(model, preprocessing)
-    loaded = load(
+    loaded = calibration.load(
         made,
         channels=_channels(model),
         size=None,

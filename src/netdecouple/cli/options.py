@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from netdecouple.data.calibration import PRESETS, Preprocessing
+from netdecouple.data.preprocessing import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.families.chain import methods
 from netdecouple.planning.divergence import Loss
@@ -65,7 +65,7 @@ Preset = Annotated[
         help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the weights "
         "of a PyTorch model say, else none.",
         show_default=False,
-        autocompletion=among(PRESETS),
+        autocompletion=among(list(PRESETS)),
     ),
 ]
 InputSize = Annotated[

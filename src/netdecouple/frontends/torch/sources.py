@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, UnavailableError
 from netdecouple.frontends.torch.replacement import first_line
 
@@ -87,10 +87,10 @@ def _torchvision(name: str, pretrained: bool) -> Made:
     shown = weights.transforms()
     size, resize = (list(getattr(shown, key, None) or ()) for key in ("crop_size", "resize_size"))
     preprocessing = Preprocessing(
-        (size[0], size[-1]) if size else None,
-        tuple(getattr(shown, "mean", None) or (0.0,)),
-        tuple(getattr(shown, "std", None) or (1.0,)),
-        resize[0] if size and len(resize) == 1 else None,
+        size=(size[0], size[-1]) if size else None,
+        mean=tuple(getattr(shown, "mean", None) or (0.0,)),
+        std=tuple(getattr(shown, "std", None) or (1.0,)),
+        resize=resize[0] if size and len(resize) == 1 else None,
     )
     return module, preprocessing, f"{weights} from {weights.url}"
 
@@ -108,7 +108,8 @@ def _timm(name: str, pretrained: bool) -> Made:
     origin = (
         f"{known.get('architecture')}.{known.get('tag')} from {known.get('hf_hub_id') or known.get('url')}"
     )
-    return module, Preprocessing(size, tuple(wanted["mean"]), tuple(wanted["std"]), resize), origin
+    mean, std = tuple(wanted["mean"]), tuple(wanted["std"])
+    return module, Preprocessing(size=size, mean=mean, std=std, resize=resize), origin
 
 
 def _function(source: str) -> Made:
