@@ -162,7 +162,7 @@ def decouple(
     opened = read_model(model)
     check_emit(opened, emit)
     images = load_images(opened, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
+    labelled = None if labels is None else load_labelled(opened, labels, preprocessing)
     resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     check_classifier(network, labelled)
@@ -324,22 +324,16 @@ def split(images: Samples, seed: int) -> tuple[Inputs, Samples]:
 
 
 def load_labelled(
-    model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
+    model: OnnxModel, source: str | os.PathLike[str], preprocessing: Preprocessing
 ) -> tuple[Array, np.ndarray]:
     """Load images and their labels for a model.
 
     Raises:
         CalibrationError: they cannot be read, or do not fit.
     """
-    images, labels = calibration.load_labelled(
-        source,
-        channels=model.channels or 3,
-        size=model.size,
-        preprocessing=preprocessing,
-        samples=None,
-        seed=seed,
+    return calibration.load_labelled(
+        source, channels=model.channels or 3, size=model.size, preprocessing=preprocessing
     )
-    return images.images, labels
 
 
 def accuracy(outputs: Array, labels: np.ndarray) -> float:
@@ -485,7 +479,7 @@ def evaluate(
     first: Array | None = None
     for source in models:
         model = read_model(source)
-        images, labels = load_labelled(model, data, preprocessing, 0)
+        images, labels = load_labelled(model, data, preprocessing)
         network = OnnxNetwork(model, images)
         outputs = network.run(images)[0]
         top1, labels = accuracy(outputs, labels), labels[: len(outputs)]

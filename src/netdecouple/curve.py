@@ -77,7 +77,7 @@ def sweep(
         files.check(budgets, (model, *compare))
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
+    labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing)
     resources = resources.beside(size_of(opened.proto), images.images.nbytes)
     network = OnnxNetwork(opened, images.images, resources)
     api.check_classifier(network, labelled)

@@ -153,7 +153,7 @@ def decouple(
         raise BudgetError("give one of: a budget (--macs 50%, --params 2x), or --method")
     preprocessing = preprocessing or model.preprocessing
     calibrated = calibrate(model, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
+    labelled = None if labels is None else _labelled(model, labels, preprocessing)
     collected = collect(calibrated.batches, model.module, samples, None)
     if to_onnx:
         export(model.module, _picture_tensor(collected), {})
@@ -199,7 +199,7 @@ def sweep(
     files = None if output is None else Files(Path(output), model.name.rpartition(":")[2], ".onnx")
     preprocessing = preprocessing or model.preprocessing
     calibrated = calibrate(model, calib, preprocessing, samples, settings)
-    labelled = None if labels is None else _labelled(model, labels, preprocessing, settings.seed)
+    labelled = None if labels is None else _labelled(model, labels, preprocessing)
     collected = collect(calibrated.batches, model.module, samples, None)
     if files is not None:
         export(model.module, _picture_tensor(collected), {})
@@ -227,18 +227,10 @@ def sweep(
     return Sweep.of(model.name, *made)
 
 
-def _labelled(
-    model: Model, labels: str | os.PathLike[str], preprocessing: Preprocessing, seed: int
-) -> tuple[Any, Any]:
-    pictures, classes = calibration.load_labelled(
-        labels,
-        channels=_channels(model),
-        size=None,
-        preprocessing=preprocessing,
-        samples=None,
-        seed=seed,
+def _labelled(model: Model, labels: str | os.PathLike[str], preprocessing: Preprocessing) -> tuple[Any, Any]:
+    return calibration.load_labelled(
+        labels, channels=_channels(model), size=None, preprocessing=preprocessing
     )
-    return pictures.images, classes
 
 
 def apply_plan(

@@ -1,4 +1,4 @@
-"""Calibration data: what a user gives, what the network receives, and what is said when they do not fit."""
+"""Calibration data: sources, the inputs read from them, and the errors for sources that do not fit."""
 
 import os
 import sys
@@ -20,7 +20,8 @@ NONE = Preprocessing()
 RNG = np.random.default_rng(0)
 FLOATS = RNG.normal(size=(10, 3, 4, 5)).astype(np.float32)  # (N, C, H, W)
 PICTURES = RNG.integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)  # (N, H, W, C)
-DEFAULTS = {"channels": 3, "size": (4, 5), "preprocessing": NONE, "samples": None, "seed": 0}
+LABELLED = {"channels": 3, "size": (4, 5), "preprocessing": NONE}
+DEFAULTS = {**LABELLED, "samples": None, "seed": 0}
 
 
 def read(source, **changes) -> Samples:
@@ -329,7 +330,7 @@ def test_an_existing_path_is_not_a_function(module, folder):
     ],
 )
 def test_a_function_is_refused(module, code, parts):
-    """What the user's code raises is told in one line that names it."""
+    """The error names what the user's code raised, in one line."""
     module(code)
     with pytest.raises(CalibrationError) as error:
         read("calib_module:inputs")
@@ -363,11 +364,10 @@ def test_arrays_of_different_sizes_are_refused():
 
 
 def test_labels_stay_with_their_images(tmp_path):
-    """Also in a subset, which is that of the same images without labels."""
     np.savez(tmp_path / "d.npz", x=FLOATS, y=np.arange(10, dtype=np.uint8))
-    samples, labels = load_labelled(f"{tmp_path}/d.npz:x,y", **{**DEFAULTS, "samples": 5})
-    np.testing.assert_array_equal(samples.images, FLOATS[labels])
-    np.testing.assert_array_equal(samples.images, read(f"{tmp_path}/d.npz:x", samples=5).images)
+    images, labels = load_labelled(f"{tmp_path}/d.npz:x,y", **LABELLED)
+    np.testing.assert_array_equal(images, FLOATS)
+    np.testing.assert_array_equal(labels, np.arange(10))
     assert labels.dtype == np.int64
 
 
@@ -388,7 +388,7 @@ def test_labels_are_refused(tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     np.savez("d.npz", x=FLOATS, short=np.arange(9), floats=np.ones(10), square=np.ones((10, 1), np.int64))
     with pytest.raises(CalibrationError) as error:
-        load_labelled(source, **DEFAULTS)
+        load_labelled(source, **LABELLED)
     assert_error(str(error.value), f"{source}: ", *parts)
 
 

@@ -39,7 +39,7 @@ def result() -> api.Result:
 
 
 @pytest.fixture(scope="session")
-def told(result: api.Result) -> Report:
+def full_report(result: api.Result) -> Report:
     """Its report, whose every name is markup, with everything that a report may hold."""
     report = replace(result.report, model=HOSTILE, accuracy=(0.915, 0.905), skipped=(f"{HOSTILE}.png",))
     assert report.provenance is not None
@@ -48,19 +48,19 @@ def told(result: api.Result) -> Report:
 
 
 @pytest.fixture(scope="session")
-def sweep(told: Report) -> Sweep:
+def sweep(full_report: Report) -> Sweep:
     """Three budgets, the second at the knee, and an earlier result."""
-    a = told.agreement
+    a = full_report.agreement
     assert a is not None
 
     def point(budget: str, share: float, loss: float, accuracy: tuple[float, float] | None) -> SweepPoint:
-        costs = [int(share * n) for n in (told.macs_before, told.parameters_before)]
+        costs = [int(share * n) for n in (full_report.macs_before, full_report.parameters_before)]
         kept = replace(a, divergence=loss, predicted=0.8 * loss)
         return SweepPoint(
             budget=budget,
-            macs_before=told.macs_before,
+            macs_before=full_report.macs_before,
             macs=costs[0],
-            parameters_before=told.parameters_before,
+            parameters_before=full_report.parameters_before,
             parameters=costs[1],
             predicted_loss=0.8 * loss,
             agreement=kept,
@@ -75,7 +75,7 @@ def sweep(told: Report) -> Sweep:
     )
     return Sweep(
         model=HOSTILE,
-        netdecouple=told.netdecouple,
+        netdecouple=full_report.netdecouple,
         loss=a.loss,
         points=points,
         knee=1,

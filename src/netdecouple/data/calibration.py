@@ -98,13 +98,11 @@ def load_labelled(
     channels: int,
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
-    samples: int | None,
-    seed: int,
-) -> tuple[Samples, npt.NDArray[np.int64]]:
-    """Load FILE.npz:IMAGES,LABELS; return the inputs, as `load` does, and their labels (N,), int64."""
+) -> tuple[F32, npt.NDArray[np.int64]]:
+    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their labels (N,)."""
     text = os.fspath(source)
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size), samples, seed)
+        loader = _Loader(channels, size, preprocessing.resized_for(size), None, 0)
         path, key = _split_key(text)
         keys = (key or "").split(",")
         if len(keys) != 2 or not os.path.isfile(path):
@@ -114,8 +112,7 @@ def load_labelled(
         if labels.dtype.kind not in "iu" or labels.shape != (len(batch),):
             found = f"{labels.dtype} {labels.shape}"
             raise CalibrationError(f"labels are {found}, expected integers ({len(batch)},)")
-        chosen = loader.chosen(len(batch))
-        return Samples(loader.converted(batch, chosen), text), labels[chosen].astype(np.int64)
+        return loader.converted(batch, np.arange(len(batch))), labels.astype(np.int64)
 
 
 @dataclass(frozen=True)

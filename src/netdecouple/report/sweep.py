@@ -116,21 +116,9 @@ class Sweep:
 
 
 COLUMNS = (
-    "budget",
-    "macs_before",
-    "macs",
-    "parameters_before",
-    "parameters",
-    "predicted_loss",
-    "loss",
-    "divergence",
-    "same_class",
-    "images",
-    "accuracy_before",
-    "accuracy",
-    "file",
-    "knee",
-)
+    "budget", "macs_before", "macs", "parameters_before", "parameters", "predicted_loss", "loss",
+    "divergence", "same_class", "images", "accuracy_before", "accuracy", "file", "knee",
+)  # fmt: skip
 
 
 def _csv_row(point: SweepPoint, at_knee: bool) -> dict[str, object]:

@@ -147,9 +147,8 @@ def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray
 
 def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int) -> Table:
     """Return the range of budgets that can be met."""
-    table = Table(title="Budgets that can be met (`netdecouple run` measures the loss)", title_justify="left")
-    for column in ("", "now", "least", "at most"):
-        table.add_column(column, justify="right")
+    columns = ("", "now", "least", "at most")
+    table = _table("Budgets that can be met (`netdecouple run` measures the loss)", columns, right=columns)
     for name, now, least in (
         ("MACs", sum(layer.macs for layer in layers), least_macs),
         ("parameters", sum(layer.parameters for layer in layers), least_parameters),
