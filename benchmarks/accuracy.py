@@ -37,9 +37,9 @@ from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import agreement
 from netdecouple.planning.planner import plan_within
 
-CIFAR10 = Preprocessing(
-    (32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-)  # as these networks were trained
+CIFAR10 = Preprocessing(  # as these networks were trained
+    size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
 METHODS = {
     "paper: data-free, one T": Settings(data_free=True, uniform_rank=True),
     "data-aware ND, T per layer": Settings(uniform_rank=True, families=("nd-dp",)),

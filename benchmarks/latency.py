@@ -28,9 +28,10 @@ from accuracy import CIFAR10, shared
 from conversion import vgg16
 from kernel import with_terms
 from netdecouple import kernels
-from netdecouple.convolution import Factorization
+from netdecouple.convolution import Factorization, placeholder
 from netdecouple.data.calibration import load
 from netdecouple.errors import UnavailableError
+from netdecouple.execution.machine import machine
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
@@ -38,7 +39,6 @@ from netdecouple.frontends.onnx.model import read_model, up_to
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.latency import machine, placeholder
 from netdecouple.planning.planner import make_plan
 from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import runtime

@@ -20,7 +20,8 @@ import numpy as np
 
 import netdecouple
 from netdecouple.convolution import Factorization
-from netdecouple.data.calibration import Preprocessing, load
+from netdecouple.data.calibration import load
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.families import Problem
 from netdecouple.families.chain import Step, method
 from netdecouple.families.nd import full_rank

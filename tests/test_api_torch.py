@@ -563,7 +563,7 @@ def test_calibration_by_name(module: Any, tmp_path: Any):
     with pytest.raises(CalibrationError, match="input_size="):
         netdecouple.decouple(module, macs=0.5, settings=free)
     new = netdecouple.decouple(
-        module, macs=0.5, settings=free, preprocessing=netdecouple.Preprocessing((6, 6))
+        module, macs=0.5, settings=free, preprocessing=netdecouple.Preprocessing(size=(6, 6))
     )
     assert new.decoupling.report.agreement is None
 

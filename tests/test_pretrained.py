@@ -11,7 +11,7 @@ import netdecouple
 from netdecouple import Preprocessing, Settings
 from netdecouple.api import evaluate, inspect
 
-CIFAR10 = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = Preprocessing(size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 pytestmark = pytest.mark.shared
 

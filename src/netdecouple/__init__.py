@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         save,
         sweep,
     )
-    from netdecouple.data.calibration import Preprocessing
+    from netdecouple.data.preprocessing import Preprocessing
     from netdecouple.errors import NetDecoupleError
     from netdecouple.execution.run import Resources
     from netdecouple.planning.plan import Plan
@@ -54,7 +54,7 @@ __all__ = [
 _MODULES = {
     "NetDecoupleError": "errors",
     "Plan": "planning.plan",
-    "Preprocessing": "data.calibration",
+    "Preprocessing": "data.preprocessing",
     "Resources": "execution.run",
     "Settings": "planning.settings",
     "Sweep": "report.sweep",

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from netdecouple import pipeline
 from netdecouple.convolution import ConvGeometry, Structure
-from netdecouple.data.calibration import Preprocessing, names_function
+from netdecouple.data.calibration import names_function
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
@@ -36,7 +37,7 @@ from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.settings import Settings
 from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
-from netdecouple.report.report import Report, Score
+from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.runtimes import runtime
 from netdecouple.runtimes.benchmark import (
@@ -128,9 +129,7 @@ class Result:
         Raises:
             OutputError: the ending is another one, or the place is not writable.
         """
-        is_timed = self.report.benchmark or self.report.not_timed
-        wants = Path(path).suffix.lower() == ".html" and not is_timed
-        save_report((self.timed() if wants else self).report, path)
+        save_report(self.report, path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, all of it or nothing: an .onnx file; a PyTorch module also as a folder for `load`.
@@ -502,7 +501,7 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
     for model in models:
         source = open_model(model)
         with source.session():
-            inputs, labels = source.labelled(data, preprocessing, 0)
+            inputs, labels = source.labelled(data, preprocessing)
             outputs = source.outputs(inputs)[0]
         top1, labels = accuracy([outputs], labels), labels[: len(outputs)]
         top5 = None
@@ -514,7 +513,9 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
         same = None if first is None else agreement(first, outputs)
         kl = None if first is None else divergence([first], [outputs], "kl")
         first = outputs if first is None else first
-        scores.append(Score(source.name, len(outputs), top1, top5, same, kl))
+        scores.append(
+            Score(model=source.name, images=len(outputs), top1=top1, top5=top5, same_class=same, kl=kl)
+        )
     return scores
 
 

@@ -20,7 +20,7 @@ from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.errors import ModelError
 
 if TYPE_CHECKING:
-    from netdecouple.data.calibration import Preprocessing
+    from netdecouple.data.preprocessing import Preprocessing
 
 Array = NDArray[np.floating]
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
@@ -231,9 +231,7 @@ class Source(Protocol):
             CalibrationError: they cannot be read, or do not fit the network.
         """
 
-    def labelled(
-        self, labels: Any, preprocessing: Preprocessing | None, seed: int
-    ) -> tuple[Images, NDArray[np.int64]]:
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Images, NDArray[np.int64]]:
         """Load inputs and their class labels: FILE.npz:IMAGES,LABELS or a pair of arrays.
 
         Raises:

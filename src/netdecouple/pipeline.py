@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, PlanError
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
@@ -28,17 +28,11 @@ from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_l
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
 from netdecouple.planning.settings import Settings
+from netdecouple.report.build import disagreements_of, layer_reports, quality_of
 from netdecouple.report.inspection import energies
+from netdecouple.report.model import Agreement, Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
-from netdecouple.report.report import (
-    Agreement,
-    Report,
-    Speed,
-    disagreements_of,
-    layer_reports,
-    quality_of,
-)
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
 from netdecouple.runtimes.timing import Timing
 from netdecouple.version import __version__
@@ -122,7 +116,7 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
         calibration = source.calibration(request.calib, request.preprocessing, request.samples, settings.seed)
         labelled = None
         if request.labels is not None:
-            labelled = source.labelled(request.labels, request.preprocessing, settings.seed)
+            labelled = source.labelled(request.labels, request.preprocessing)
         resources = request.resources.beside(source.nbytes, calibration.nbytes)
         with closing(source.open(calibration.inputs, resources)) as network:
             if labelled is not None:  # a network without classes is refused before the work
@@ -340,7 +334,13 @@ def _speed(latency: Latency, model: Any, plan: Plan) -> Speed:
     times = latency.timer.network_times([model])
     before, after = (Timing.of(column) for column in times.T)
     share = float(np.median(times[:, 1] / times[:, 0]))
-    return Speed(latency.timer.name, before, after, share, latency.predicted_share(plan))
+    return Speed(
+        place=latency.timer.name,
+        before=before,
+        after=after,
+        share=share,
+        foreseen=latency.predicted_share(plan),
+    )
 
 
 def compared(work: Work, name: str, other: Source) -> Compared:
@@ -370,7 +370,9 @@ def compared(work: Work, name: str, other: Source) -> Compared:
         loss = original_loss(work)
         same = agreement(work.outputs[0], new[0]) if loss == "kl" else None
         lost = divergence(work.outputs, new, loss)
-        quality = Agreement(len(held_out), loss, lost, predicted, same)
+        quality = Agreement(
+            images=len(held_out), loss=loss, divergence=lost, predicted=predicted, same_class=same
+        )
     before = [sum(getattr(la, cost) for la in network.layers) for cost in ("macs", "parameters")]
     point = SweepPoint(
         budget=name,

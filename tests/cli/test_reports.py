@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from tests import networks
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]

@@ -1,7 +1,5 @@
-"""Calibration data: what a user gives, what the network receives, and what is said when they do not fit."""
+"""Calibration data: sources, the inputs read from them, and the errors for sources that do not fit."""
 
-import dataclasses
-import hashlib
 import os
 import sys
 import warnings
@@ -12,17 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import EpsImagePlugin, Image
 
-from netdecouple.data.calibration import Preprocessing, Samples, from_arrays, load, load_labelled
+from netdecouple.data.calibration import Samples, load, load_labelled
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError
 
 NONE = Preprocessing()
 RNG = np.random.default_rng(0)
 FLOATS = RNG.normal(size=(10, 3, 4, 5)).astype(np.float32)  # (N, C, H, W)
 PICTURES = RNG.integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)  # (N, H, W, C)
-DEFAULTS = {"channels": 3, "size": (4, 5), "preprocessing": NONE, "samples": None, "seed": 0}
+LABELLED = {"channels": 3, "size": (4, 5), "preprocessing": NONE}
+DEFAULTS = {**LABELLED, "samples": None, "seed": 0}
 
 
 def read(source, **changes) -> Samples:
@@ -30,7 +29,7 @@ def read(source, **changes) -> Samples:
 
 
 def take(arrays, **changes) -> np.ndarray:
-    return from_arrays(arrays, **{**DEFAULTS, **changes}).images
+    return load(arrays, **{**DEFAULTS, **changes}).images
 
 
 def scaled(pictures: np.ndarray) -> np.ndarray:
@@ -65,106 +64,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def assert_error(found: str, *parts: str) -> None:
     assert "\n" not in found
     assert [part for part in parts if part not in found] == [], found
-
-
-# --- preprocessing
-
-
-def test_imagenet_scales_centres_and_normalises():
-    """Shorter side to 256, centre crop 224, as torchvision: offsets round half to even."""
-    picture = Image.fromarray(RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8))
-    resized = np.asarray(picture.resize((341, 256), Image.Resampling.BILINEAR), np.float64)
-    crop = resized[16:240, 58:282] / 255
-    expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    actual = Preprocessing.preset("imagenet").picture(picture, 3)
-    np.testing.assert_allclose(actual, expected.transpose(2, 0, 1)[None], atol=1e-5)
-
-
-def test_cifar10_resizes_with_an_antialiased_triangle_filter():
-    """Halving weighs four pixels 1:3:3:1, whatever the aspect ratio."""
-    values = RNG.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    half = np.zeros((32, 64))
-    for row in range(32):
-        for offset, weight in zip(range(-1, 3), (1, 3, 3, 1), strict=True):
-            if 0 <= 2 * row + offset < 64:
-                half[row, 2 * row + offset] = weight
-    half /= half.sum(1, keepdims=True)
-    resized = np.einsum("ah,nhwc,bw->ncab", half, values, half)
-    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
-    actual = Preprocessing.preset("cifar10")(values) * std[:, None, None] + mean[:, None, None]
-    np.testing.assert_allclose(actual * 255, resized, atol=1.01)  # Pillow rounds twice
-    assert Preprocessing.preset("cifar10").picture(Image.new("RGB", (50, 20)), 3).shape == (1, 3, 32, 32)
-
-
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=4, max_dims=4, max_side=5)))
-def test_pictures_come_back_from_network_inputs(pictures):
-    """Normalisation loses nothing: undoing it gives the bytes again."""
-    inputs = Preprocessing(mean=(0.4,), std=(0.3,))(pictures)
-    back = np.rint((inputs * 0.3 + 0.4) * 255).astype(np.uint8)
-    np.testing.assert_array_equal(back.transpose(0, 2, 3, 1), pictures)
-    assert inputs.dtype == np.float32
-
-
-def test_arrays_of_the_right_size_are_only_normalised():
-    """A 224 pixel array is not enlarged to 256 and cropped again; a picture file is, as in torchvision."""
-    values = RNG.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    preprocessing = Preprocessing((8, 8), resize=10)
-    np.testing.assert_array_equal(preprocessing(values), scaled(values))
-    assert not np.array_equal(preprocessing.picture(Image.fromarray(values[0]), 3), scaled(values))
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8), (4, 9)])
-def test_a_crop_is_covered_not_padded(shape):
-    """A white picture stays white for every aspect ratio, also where the crop is not square."""
-    white = Image.new("L", shape, 255)
-    actual = Preprocessing((12, 30), resize=14).picture(white, 1)
-    np.testing.assert_array_equal(actual, np.ones((1, 1, 12, 30)))
-
-
-def test_a_covered_crop_keeps_the_aspect_ratio():
-    """Of a square picture a wide or tall crop shows the middle only."""
-    picture = Image.new("L", (9, 9))
-    picture.paste(255, (0, 3, 9, 6))
-    assert Preprocessing((10, 30), resize=14).picture(picture, 1).min() > 0.6
-    assert Preprocessing((30, 10), resize=14).picture(picture.rotate(90), 1).min() > 0.6
-
-
-def test_resize_without_a_crop_keeps_the_aspect_ratio():
-    assert Preprocessing(resize=10)(np.zeros((2, 20, 30, 1), np.uint8)).shape == (2, 1, 10, 15)
-
-
-def test_a_preset_adapts_to_the_network():
-    """The shorter side keeps its ratio 256:224 to the crop; a plain size is replaced."""
-    imagenet = Preprocessing.preset("imagenet")
-    assert imagenet.resized_for((299, 299)) == dataclasses.replace(imagenet, size=(299, 299), resize=342)
-    assert imagenet.resized_for(None) == imagenet
-    assert Preprocessing.preset("none") == NONE
-    assert NONE.resized_for((4, 5)) == Preprocessing(size=(4, 5))
-
-
-@pytest.mark.parametrize(
-    ("make", "part"),
-    [
-        (lambda: Preprocessing(mean=()), "mean"),
-        (lambda: Preprocessing(mean=(float("nan"),)), "mean"),
-        (lambda: Preprocessing(std=()), "std"),
-        (lambda: Preprocessing(std=(0.0,)), "std"),
-        (lambda: Preprocessing(size=(0, 4)), "size"),
-        (lambda: Preprocessing(size=(8, 8), resize=7), "resize 7"),
-        (lambda: Preprocessing(resize=0), "resize 0"),
-        (lambda: Preprocessing.preset("cifar"), "imagenet, cifar10, none"),
-        (lambda: Preprocessing.preset("cifar10")(np.zeros((1, 32, 32, 1), np.uint8)), "mean has 3 values"),
-        (lambda: Preprocessing(std=(1.0, 2.0))(PICTURES), "std has 2 values"),
-        (lambda: Preprocessing()(FLOATS), "float32 (10, 3, 4, 5)"),
-        (lambda: Preprocessing((9, 9))(np.zeros((1, 8, 8, 4), np.uint8)), "1 or 3 channels, not 4"),
-        (lambda: Preprocessing().picture(Image.new("F", (4, 4)), 1), "mode F"),
-    ],
-)
-def test_preprocessing_refuses(make, part):
-    """Numbers that make no sense, and pictures they do not fit."""
-    with pytest.raises(CalibrationError) as error:
-        make()
-    assert_error(str(error.value), part)
 
 
 # --- folders of images
@@ -431,7 +330,7 @@ def test_an_existing_path_is_not_a_function(module, folder):
     ],
 )
 def test_a_function_is_refused(module, code, parts):
-    """What the user's code raises is told in one line that names it."""
+    """The error names what the user's code raised, in one line."""
     module(code)
     with pytest.raises(CalibrationError) as error:
         read("calib_module:inputs")
@@ -457,19 +356,18 @@ def test_samples_do_not_share_memory_with_the_arrays():
 
 def test_arrays_of_different_sizes_are_refused():
     """Also where the network would take either."""
-    with pytest.raises(CalibrationError, match=r"mine: .*\(3, 4, 4\) and \(3, 4, 5\)"):
-        from_arrays([FLOATS, FLOATS[..., :4]], **{**DEFAULTS, "size": None}, origin="mine")
+    with pytest.raises(CalibrationError, match=r"arrays: .*\(3, 4, 4\) and \(3, 4, 5\)"):
+        take([FLOATS, FLOATS[..., :4]], size=None)
 
 
-# --- labels and fingerprints
+# --- labels
 
 
 def test_labels_stay_with_their_images(tmp_path):
-    """Also in a subset, which is that of the same images without labels."""
     np.savez(tmp_path / "d.npz", x=FLOATS, y=np.arange(10, dtype=np.uint8))
-    samples, labels = load_labelled(f"{tmp_path}/d.npz:x,y", **{**DEFAULTS, "samples": 5})
-    np.testing.assert_array_equal(samples.images, FLOATS[labels])
-    np.testing.assert_array_equal(samples.images, read(f"{tmp_path}/d.npz:x", samples=5).images)
+    images, labels = load_labelled(f"{tmp_path}/d.npz:x,y", **LABELLED)
+    np.testing.assert_array_equal(images, FLOATS)
+    np.testing.assert_array_equal(labels, np.arange(10))
     assert labels.dtype == np.int64
 
 
@@ -490,16 +388,8 @@ def test_labels_are_refused(tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     np.savez("d.npz", x=FLOATS, short=np.arange(9), floats=np.ones(10), square=np.ones((10, 1), np.int64))
     with pytest.raises(CalibrationError) as error:
-        load_labelled(source, **DEFAULTS)
+        load_labelled(source, **LABELLED)
     assert_error(str(error.value), f"{source}: ", *parts)
-
-
-def test_a_fingerprint_is_of_shape_and_values():
-    """Equal inputs have one, whatever their source or layout in memory; the shape counts."""
-    expected = hashlib.sha256(b"(10, 3, 4, 5)" + FLOATS.tobytes()).hexdigest()
-    assert Samples(FLOATS, "a").fingerprint() == expected
-    assert Samples(np.asfortranarray(FLOATS), "b", ("x.png",)).fingerprint() == expected
-    assert Samples(FLOATS.reshape(10, 3, 5, 4), "a").fingerprint() != expected
 
 
 @given(st.integers(1, 12), st.integers(0, 2**32))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, NetDecoupleError, PlanError
 from netdecouple.execution import limits
 from netdecouple.execution.limits import Limit

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from netdecouple import api
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.sweep import Compared, Sweep, SweepPoint
 from tests import networks
 
@@ -39,7 +39,7 @@ def result() -> api.Result:
 
 
 @pytest.fixture(scope="session")
-def told(result: api.Result) -> Report:
+def full_report(result: api.Result) -> Report:
     """Its report, whose every name is markup, with everything that a report may hold."""
     report = replace(result.report, model=HOSTILE, accuracy=(0.915, 0.905), skipped=(f"{HOSTILE}.png",))
     assert report.provenance is not None
@@ -48,24 +48,24 @@ def told(result: api.Result) -> Report:
 
 
 @pytest.fixture(scope="session")
-def sweep(told: Report) -> Sweep:
+def sweep(full_report: Report) -> Sweep:
     """Three budgets, the second at the knee, and an earlier result."""
-    a = told.agreement
+    a = full_report.agreement
     assert a is not None
 
     def point(budget: str, share: float, loss: float, accuracy: tuple[float, float] | None) -> SweepPoint:
-        costs = [int(share * n) for n in (told.macs_before, told.parameters_before)]
+        costs = [int(share * n) for n in (full_report.macs_before, full_report.parameters_before)]
         kept = replace(a, divergence=loss, predicted=0.8 * loss)
         return SweepPoint(
-            budget,
-            told.macs_before,
-            costs[0],
-            told.parameters_before,
-            costs[1],
-            0.8 * loss,
-            kept,
-            accuracy,
-            None,
+            budget=budget,
+            macs_before=full_report.macs_before,
+            macs=costs[0],
+            parameters_before=full_report.parameters_before,
+            parameters=costs[1],
+            predicted_loss=0.8 * loss,
+            agreement=kept,
+            accuracy=accuracy,
+            file=None,
         )
 
     points = (
@@ -74,7 +74,12 @@ def sweep(told: Report) -> Sweep:
         point("25% MACs", 0.25, 0.4, None),
     )
     return Sweep(
-        HOSTILE, told.netdecouple, a.loss, points, 1, (Compared(point(HOSTILE, 0.4, 0.2, None), ()),)
+        model=HOSTILE,
+        netdecouple=full_report.netdecouple,
+        loss=a.loss,
+        points=points,
+        knee=1,
+        compared=(Compared(point(HOSTILE, 0.4, 0.2, None), ()),),
     )
 
 

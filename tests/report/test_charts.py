@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from netdecouple.report.charts import Point, Series, plot, spectrum, structure
-from netdecouple.report.report import Report, Stage
+from netdecouple.report.model import Report, Stage
 
 
 def chart(*losses: float, points: tuple[Point, ...] = ()):  # type: ignore[no-untyped-def]
     series = Series("predicted", tuple((1 + i, loss) for i, loss in enumerate(losses)))
-    return plot("title", "words", "x", "y", [series], points)
+    return plot("title", "words", "y", [series], points)
 
 
 def test_more_loss_is_higher_and_fewer_macs_further_right() -> None:
@@ -54,9 +54,9 @@ def test_labels_do_not_lie_on_each_other() -> None:
     assert chart(0.001, 0.01, 0.1, points=far).marks[-1].kind == "run"  # above all others
 
 
-def test_a_structure_has_the_stages_of_the_layer(told: Report) -> None:
+def test_a_structure_has_the_stages_of_the_layer(full_report: Report) -> None:
     """Two chains to one scale, with the channels between the stages and the MACs of each."""
-    changed = [layer for layer in told.layers if layer.stages]
+    changed = [layer for layer in full_report.layers if layer.stages]
     assert changed
     for layer in changed:
         drawn = structure(layer)
@@ -75,17 +75,17 @@ def test_a_structure_has_the_stages_of_the_layer(told: Report) -> None:
         assert str(layer.stages[0].n_o) in drawn.description
 
 
-def test_stages_cost_what_the_layer_costs(told: Report) -> None:
+def test_stages_cost_what_the_layer_costs(full_report: Report) -> None:
     """Unless filters have gone that nobody reads: then the layer costs less."""
-    for layer in told.layers:
+    for layer in full_report.layers:
         if layer.before is not None:
             assert layer.before.macs == layer.macs_before
         if layer.stages:
             assert sum(stage.macs for stage in layer.stages) >= layer.macs
 
 
-def test_kept_layers_are_not_drawn(told: Report) -> None:
-    kept = next(layer for layer in told.layers if layer.family == "kept")
+def test_kept_layers_are_not_drawn(full_report: Report) -> None:
+    kept = next(layer for layer in full_report.layers if layer.family == "kept")
     assert structure(kept) is None
 
 
@@ -100,9 +100,9 @@ def test_a_spectrum_shows_shares_that_fall() -> None:
     assert spectrum("conv", []) is None
 
 
-def test_grouped_stages_are_bands_of_their_own(told: Report) -> None:
-    layer = next(layer for layer in told.layers if layer.stages)
-    grouped = Stage("convolution", 8, 8, 8, (3, 3), 2, 100)
+def test_grouped_stages_are_bands_of_their_own(full_report: Report) -> None:
+    layer = next(layer for layer in full_report.layers if layer.stages)
+    grouped = Stage(kind="convolution", reads=8, n_i=8, n_o=8, kernel=(3, 3), groups=2, macs=100)
     drawn = structure(replace(layer, before=grouped, stages=(grouped,)))
     assert drawn is not None
     assert drawn.rows[0].flows[0].path.count("Z") == 2

@@ -15,7 +15,7 @@ from PIL import Image
 
 from netdecouple import api
 from netdecouple.report.html import inspect_html, report_html, sweep_html
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.sweep import Sweep
 from tests import networks
 from tests.browser import NARROW, WIDE, Browser, served
@@ -37,11 +37,11 @@ return [...arguments[0]].sort(order.compare);
 
 @pytest.fixture(scope="session", params=["report", "inspect", "sweep"])
 def page(
-    request: pytest.FixtureRequest, told: Report, sweep: Sweep, write_page: Callable[[str], Path]
+    request: pytest.FixtureRequest, full_report: Report, sweep: Sweep, write_page: Callable[[str], Path]
 ) -> Path:
     """Every kind of page, full of names that are markup."""
     made = {
-        "report": lambda: report_html(told),
+        "report": lambda: report_html(full_report),
         "inspect": lambda: inspect_html(api.inspect(hostile(networks.classifier()))),
         "sweep": lambda: sweep_html(sweep),
     }
@@ -49,8 +49,8 @@ def page(
 
 
 @pytest.fixture(scope="session")
-def report_page(told: Report, write_page: Callable[[str], Path]) -> Path:
-    return write_page(report_html(told))
+def report_page(full_report: Report, write_page: Callable[[str], Path]) -> Path:
+    return write_page(report_html(full_report))
 
 
 @pytest.fixture(scope="session")
@@ -103,10 +103,10 @@ def test_every_drawing_has_words(browser: Browser, page: Path) -> None:
     for drawing in drawings:
         assert drawing.get_attribute("role") == "img"
         assert drawing.accessible_name.strip()
-        title, told = (browser.run("return arguments[0].querySelector(arguments[1]).textContent", drawing, t)
-                       for t in ("title", "desc"))  # fmt: skip
+        text = "return arguments[0].querySelector(arguments[1]).textContent"
+        title, description = (browser.run(text, drawing, part) for part in ("title", "desc"))
         assert title.strip()
-        assert any(c.isdigit() for c in told)
+        assert any(c.isdigit() for c in description)
     assert browser.run(
         "return [...document.querySelectorAll('img')].every(i => i.alt && i.complete && i.naturalWidth > 0)"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.report.pictures import LARGEST, pictures
 
 
@@ -20,7 +20,7 @@ def seen(png: bytes) -> np.ndarray:
 @pytest.mark.parametrize("preset", ["imagenet", "none"])
 def test_normalisation_is_taken_back(channels: int, preset: str) -> None:
     if (channels, preset) == (1, "imagenet"):
-        preprocessing = Preprocessing(None, (0.4,), (0.2,))
+        preprocessing = Preprocessing(mean=(0.4,), std=(0.2,))
     else:
         preprocessing = Preprocessing.preset(preset)
     originals = np.random.default_rng(0).integers(0, 256, (2, 9, 7, channels), np.uint8)

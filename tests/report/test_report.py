@@ -13,8 +13,10 @@ from rich.console import Console
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Layer
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.report.report import Agreement, Report, describe, layer_reports
-from netdecouple.report.text import count, report_table, short_name, times
+from netdecouple.report.build import describe, layer_reports
+from netdecouple.report.formatting import count, times
+from netdecouple.report.model import Agreement, Report
+from netdecouple.report.text import report_table, short_name
 from tests.planning.layers import conv, linear
 
 
@@ -61,14 +63,21 @@ def report() -> Report:
         LayerPlan.kept(layers["fc"], "worth its cost"),
     )
     applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
-    agreement = Agreement(10, "kl", 0.012, 0.1, 0.9)
+    agreement = Agreement(images=10, loss="kl", divergence=0.012, predicted=0.1, same_class=0.9)
     written = [  # the last filters of the convolution are read by nobody
         replace(conv(f"{first.name}/depthwise0", 20, 20, 10, groups=20), macs=18_000, parameters=180),
         replace(conv(f"{first.name}/pointwise1", 20, 15, 10, k=1), macs=30_000, parameters=315),
         replace(linear("fc", 15, 10), macs=150, parameters=160),
     ]
     rows_told = layer_reports(layers, applied, written)
-    return Report("net.onnx", "0.1.0", plan.budget, rows_told, agreement, 1e-7, None, ())
+    return Report(
+        model="net.onnx",
+        netdecouple="0.1.0",
+        budget=plan.budget,
+        layers=rows_told,
+        agreement=agreement,
+        difference=1e-7,
+    )
 
 
 def text(report: Report) -> str:
@@ -95,7 +104,7 @@ def test_text_says_gain_loss_and_why(report: Report) -> None:
     assert "kept: worth its cost" in shown
     assert "2.40× fewer" in shown
     assert "same class on 90.0%" in shown
-    assert "on 10 held-back images" in shown
+    assert "on 10 held-out inputs" in shown
 
 
 def test_costs_are_those_of_what_was_written(report: Report) -> None:
@@ -159,7 +168,7 @@ def test_a_layer_with_dependent_inputs_is_pointed_out(report: Report) -> None:
 
 def test_skipped_images_and_accuracy_are_told(report: Report) -> None:
     shown = text(replace(report, skipped=("bad.png",), accuracy=(0.915, 0.905)))
-    assert "1 unreadable images: bad.png" in shown
+    assert "1 unreadable image: bad.png" in shown
     assert "91.5% → 90.5% top-1" in shown
 
 

@@ -8,15 +8,24 @@ import json
 
 import pytest
 
-from netdecouple.report.report import Agreement
+from netdecouple.report.model import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
 
 
 def point(macs: int, loss: float, measured: bool = True, **more: object) -> SweepPoint:
     """A network of so many MACs in a thousand."""
-    agreement = Agreement(20, "kl", loss, loss, 0.9) if measured else None
+    agreement = Agreement(images=20, loss="kl", divergence=loss, predicted=loss, same_class=0.9)
     values: dict = {"accuracy": None, "file": None} | more
-    return SweepPoint(f"{macs / 10:g}% MACs", 1000, macs, 100, 50, loss, agreement, **values)
+    return SweepPoint(
+        budget=f"{macs / 10:g}% MACs",
+        macs_before=1000,
+        macs=macs,
+        parameters_before=100,
+        parameters=50,
+        predicted_loss=loss,
+        agreement=agreement if measured else None,
+        **values,
+    )
 
 
 def test_without_calibration_images_the_predicted_loss_counts():

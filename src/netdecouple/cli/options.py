@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from netdecouple import api
-from netdecouple.data.calibration import PRESETS, Preprocessing
+from netdecouple.data.preprocessing import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.execution import executors
 from netdecouple.execution.run import Resources
@@ -136,7 +136,7 @@ class Pictures:
         option(
             help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the "
             "weights of a PyTorch model say, else none.",
-            autocompletion=among(PRESETS),
+            autocompletion=among(list(PRESETS)),
         ),
     ] = None
     input_size: Annotated[

@@ -18,7 +18,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.scratch import check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 from netdecouple.report.text import report_table
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")

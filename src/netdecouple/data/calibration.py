@@ -1,11 +1,12 @@
-"""Turn what a user has (a folder of images, a file of arrays, a function) into float32 NCHW arrays.
+"""Load calibration inputs from a folder of images, a file of arrays or a function: float32, NCHW.
 
-uint8 means pictures: NHWC, 0..255, to be preprocessed. Floating point means network inputs: NCHW,
-taken as they are. Low-level errors say what is wrong; the source is named once, at the top.
+Arrays of uint8 are pictures, NHWC with values in 0..255, and are preprocessed. Arrays of floating point are
+network inputs, NCHW, and are not changed. Every error starts with the name of the source.
 """
 
+from __future__ import annotations
+
 import contextlib
-import hashlib
 import importlib
 import math
 import os
@@ -15,159 +16,41 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, Self
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
+from netdecouple.data.preprocessing import F32, U8, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.execution import limits
 
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
 AnyArray = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
-PRESETS = ("imagenet", "cifar10", "none")
-NOISE = "noise"  # where samples come from that nobody gave
+NOISE = "noise"  # origin of samples that are random because no calibration inputs were given
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAY_EXTENSIONS = (".npy", ".npz")
 
-_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not EPS: it would start a program
-_MODES = {1: "L", 3: "RGB"}
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not EPS: it starts Ghostscript
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _SOURCES = "a folder of images, FILE.npy, FILE.npz[:KEY] or MODULE:FUNCTION"
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes a network input: resize, centre crop, (value / 255 - mean) / std.
-
-    `size` is (H, W) in pixels; None keeps the size of the picture. `resize` is the shorter side before
-    the centre crop, as in torchvision; None resizes straight to `size`. A picture that the crop would
-    overlap is enlarged to cover it, never padded. `mean` and `std` are per channel, of values in 0..1;
-    one value serves all channels. Raises CalibrationError for numbers that make no sense.
-    """
-
-    size: tuple[int, int] | None = None
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    resize: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.mean or not all(map(math.isfinite, self.mean)):
-            raise CalibrationError(f"mean {self.mean}: give one finite number, or one per channel")
-        if not self.std or not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise CalibrationError(f"std {self.std}: give one positive number, or one per channel")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise CalibrationError(f"size {self.size}: give height and width, both positive")
-        if self.resize is not None and self.resize < min(self.size or (1,)):
-            raise CalibrationError(f"resize {self.resize}: give at least the shorter side of the crop")
-
-    @classmethod
-    def preset(cls, name: str) -> Self:
-        """Return the preprocessing known as `name`, one of PRESETS; dataclasses.replace changes parts."""
-        if name == "imagenet":
-            return cls((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)
-        if name == "cifar10":
-            return cls((32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-        if name == "none":
-            return cls()
-        raise CalibrationError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-
-    def resized_for(self, size: tuple[int, int] | None) -> Self:
-        """Return the same preprocessing for another crop (H, W); `resize` keeps its ratio to the crop."""
-        if size is None or size == self.size:
-            return self
-        if self.resize is None or self.size is None:
-            return replace(self, size=size)
-        return replace(self, size=size, resize=round(self.resize * min(size) / min(self.size)))
-
-    def __call__(self, images: U8) -> F32:
-        """Preprocess pictures (N, H, W, C), uint8, to (N, C, H', W'); those of `size` are only normalised."""
-        if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-            raise CalibrationError(f"found {_describe(images)}, expected uint8 (N, H, W, C)")
-        channels = images.shape[3]
-        if images.shape[1:3] == self.size or (self.size is None and self.resize is None):
-            return self.normalise(images)
-        self.check(channels)
-        pictures = (Image.fromarray(image.squeeze(2) if channels == 1 else image) for image in images)
-        return self.normalise([self.crop(picture, channels) for picture in pictures])
-
-    def picture(self, picture: Image.Image, channels: int) -> F32:
-        """Preprocess one Pillow image to (1, channels, H, W)."""
-        self.check(channels)
-        return self.normalise([self.crop(picture, channels)])
-
-    def crop(self, picture: Image.Image, channels: int) -> U8:
-        """Turn a Pillow image upright as its EXIF data say, resize and crop it, to (H, W, channels)."""
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith(("I", "F")):  # convert() would clip, silently
-            raise CalibrationError(f"mode {upright.mode} has more than 8 bits: save 8 bits, or give arrays")
-        fitted = self._fit(upright.convert(_MODES[channels]))
-        return np.asarray(fitted).reshape(fitted.height, fitted.width, channels)
-
-    def normalise(self, crops: Sequence[U8] | U8) -> F32:
-        """Turn crops (H, W, C) of one size into (N, C, H, W)."""
-        shapes = sorted({crop.shape for crop in crops})
-        if len(shapes) > 1:
-            raise CalibrationError(f"pictures differ in shape, {shapes[0]} and {shapes[-1]}: give a size")
-        height, width, channels = shapes[0]
-        mean, std = self._scale(channels)
-        images = np.empty((len(crops), channels, height, width), np.float32)
-        for image, crop in zip(images, crops, strict=True):
-            image[...] = crop.transpose(2, 0, 1)
-            image /= np.float32(255)
-            image -= mean
-            image /= std
-        return images
-
-    def check(self, channels: int) -> None:
-        """Raise CalibrationError unless pictures can become inputs of that many channels."""
-        if channels not in _MODES:
-            raise CalibrationError(f"pictures have 1 or 3 channels, not {channels}: give arrays (N, C, H, W)")
-        self._scale(channels)
-
-    def _fit(self, picture: Image.Image) -> Image.Image:
-        if self.resize is None:
-            return picture if self.size is None else _resample(picture, self.size[::-1])
-        shorter = min(picture.size)
-        width, height = (self.resize * side // shorter for side in picture.size)
-        if self.size is None:
-            return _resample(picture, (width, height))
-        crop_height, crop_width = self.size
-        enlarge = max(1.0, crop_width / width, crop_height / height)
-        width, height = max(crop_width, round(width * enlarge)), max(crop_height, round(height * enlarge))
-        left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)
-        return _resample(picture, (width, height)).crop((left, top, left + crop_width, top + crop_height))
-
-    def _scale(self, channels: int) -> list[F32]:  # two of (C, 1, 1)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
-                raise CalibrationError(f"{name} has {len(values)} values: give one, or {channels} (channels)")
-        return [np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std)]
-
-
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Network inputs, `images` (N, C, H, W) float32, their source, and the names of unreadable files."""
+    """Network inputs (N, C, H, W), float32, their source, and the names of unreadable files."""
 
     images: F32
     origin: str
     skipped: tuple[str, ...] = ()
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of shape and values, in hexadecimal."""
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        digest.update(np.ascontiguousarray(self.images, dtype="<f4").data)
-        return digest.hexdigest()
-
 
 def load(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | AnyArray | Iterable[AnyArray],
     *,
     channels: int,
     size: tuple[int, int] | None,
@@ -175,25 +58,37 @@ def load(
     samples: int | None,
     seed: int,
 ) -> Samples:
-    """Load inputs for a network that takes (N, channels, *size); `size` is None when it is dynamic.
+    """Load inputs for a network.
 
-    `source` is a folder of images (searched recursively, without hidden files and linked folders),
-    FILE.npy, FILE.npz[:KEY] or MODULE:FUNCTION; an existing path always wins. A fixed network size
-    replaces that of `preprocessing`. Of more than `samples` inputs a seeded random subset is taken, in
-    their order; of a generator, the first. Raises CalibrationError, naming the source.
+    Args:
+        source: a folder of images (searched recursively, without hidden files and linked folders), FILE.npy,
+            FILE.npz[:KEY] or MODULE:FUNCTION, where an existing path comes first; or an array or an iterable
+            of arrays, each float (N, C, H, W) or (C, H, W), or uint8 (N, H, W, C), or (N, H, W) for one
+            channel. The result is a copy.
+        channels: of the network's input (N, C, H, W).
+        size: (H, W) of the network's input; None if it is not fixed. Replaces the size of ``preprocessing``.
+        preprocessing: applied to pictures, not to floating-point arrays.
+        samples: how many inputs to take, at most; None takes all. Of more inputs a random subset is taken, in
+            the order of the source; of a generator, the first.
+        seed: of the random subset.
+
+    Raises:
+        CalibrationError: the source cannot be read, or its inputs do not fit the network.
     """
-    text = os.fspath(source)
-    with _naming(text):
-        request = _Request(channels, size, preprocessing.resized_for(size), samples, seed)
+    text = os.fspath(source) if isinstance(source, str | os.PathLike) else "arrays"
+    with _prefixed(text):
+        loader = _Loader(channels, size, preprocessing.resized_for(size), samples, seed)
+        if not isinstance(source, str | os.PathLike):
+            return Samples(loader.inputs(source), text)
         path, key = _split_key(text)
         if os.path.isdir(path):
-            return request.from_folder(Path(path))
+            return loader.from_folder(Path(path))
         if os.path.isfile(path) and path.lower().endswith(ARRAY_EXTENSIONS):
-            return Samples(request.inputs(_read_array(path, key)), text)
+            return Samples(loader.inputs(_read_array(path, key)), text)
         if os.path.exists(path):
             raise CalibrationError(f"this kind of file is not supported: give {_SOURCES}")
         if names_function(text):
-            return Samples(request.inputs(call(text)), text)
+            return Samples(loader.inputs(call(text)), text)
         raise CalibrationError(f"not found: give {_SOURCES}")
 
 
@@ -203,47 +98,36 @@ def load_labelled(
     channels: int,
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
-    samples: int | None,
-    seed: int,
-) -> tuple[Samples, npt.NDArray[np.int64]]:
-    """Load FILE.npz:IMAGES,LABELS; return the inputs, as `load` does, and the labels (N,) of the same."""
+) -> tuple[F32, npt.NDArray[np.int64]]:
+    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their labels (N,)."""
     text = os.fspath(source)
-    with _naming(text):
-        request = _Request(channels, size, preprocessing.resized_for(size), samples, seed)
+    with _prefixed(text):
+        loader = _Loader(channels, size, preprocessing.resized_for(size), None, 0)
         path, key = _split_key(text)
         keys = (key or "").split(",")
         if len(keys) != 2 or not os.path.isfile(path):
             problem = "labels are missing" if os.path.isfile(path) else "not found"
             raise CalibrationError(f"{problem}: give FILE.npz:IMAGES,LABELS, with the names of two arrays")
-        batch, labels = request.batched(_read_array(path, keys[0])), _read_array(path, keys[1])
-        if labels.dtype.kind not in "iu" or labels.shape != (len(batch),):
-            raise CalibrationError(f"labels are {_describe(labels)}, expected integers ({len(batch)},)")
-        chosen = request.chosen(len(batch))
-        return Samples(request.converted(batch, chosen), text), labels[chosen].astype(np.int64)
+        batch, labels = loader.batched(_read_array(path, keys[0])), _read_array(path, keys[1])
+        classes = class_labels(labels, len(batch))
+        return loader.converted(batch, np.arange(len(batch))), classes
 
 
-def from_arrays(
-    arrays: AnyArray | Iterable[AnyArray],
-    *,
-    channels: int,
-    size: tuple[int, int] | None,
-    preprocessing: Preprocessing,
-    samples: int | None,
-    seed: int,
-    origin: str = "arrays",
-) -> Samples:
-    """Take an array, or an iterable of arrays, by the rules of `load`; the result never shares their memory.
+def class_labels(labels: Any, count: int) -> npt.NDArray[np.int64]:
+    """Return class labels (N,) of so many inputs.
 
-    Each array is float (N, C, H, W) or (C, H, W), or uint8 (N, H, W, C), or (N, H, W) for one channel.
+    Raises:
+        CalibrationError: they are not integers, or not as many.
     """
-    with _naming(origin):
-        request = _Request(channels, size, preprocessing.resized_for(size), samples, seed)
-        return Samples(request.inputs(arrays), origin)
+    array = np.asarray(labels)
+    if array.dtype.kind not in "iu" or array.shape != (count,):
+        raise CalibrationError(f"labels are {array.dtype} {array.shape}, expected {count} integers")
+    return array.astype(np.int64)
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What the network takes, how pictures get there, and how many of them."""
+class _Loader:
+    """The arguments of `load`, with the preprocessing adapted to the network."""
 
     channels: int
     size: tuple[int, int] | None
@@ -256,11 +140,13 @@ class _Request:
             raise CalibrationError(f"{self.samples} samples asked for: ask for at least 1")
 
     def chosen(self, available: int) -> Indices:
+        """Return the indices of the random subset, ascending."""
         if self.samples is None or self.samples >= available:
             return np.arange(available)
         return np.sort(np.random.default_rng(self.seed).permutation(available)[: self.samples])
 
     def inputs(self, arrays: Any) -> F32:
+        """Convert an array or an iterable of arrays."""
         if hasattr(arrays, "__array__"):
             batch = self.batched(arrays)
             return self.converted(batch, self.chosen(len(batch)))
@@ -269,14 +155,19 @@ class _Request:
         limit = None if isinstance(arrays, Sequence) else self.samples  # a generator may be endless
         batches: list[F32] = []
         count = 0
-        for array in _blamed(arrays):
+        for array in _guarded(arrays):
             batch = self.batched(array)
             batch = batch if limit is None else batch[: limit - count]
             batches.append(self.converted(batch, np.arange(len(batch))))
             count += len(batch)
             if count == limit:
                 break
-        images = _stack(batches)
+        if not batches:
+            raise CalibrationError("there are no samples: give at least one")
+        shapes = sorted({batch.shape[1:] for batch in batches})
+        if len(shapes) > 1:
+            raise CalibrationError(f"samples differ in shape, {shapes[0]} and {shapes[-1]}: give one size")
+        images = np.concatenate(batches)
         chosen = self.chosen(count)
         return images if len(chosen) == count else images[chosen]
 
@@ -284,9 +175,9 @@ class _Request:
         """Return the array with four axes, or raise unless its dtype and shape fit the network."""
         if not hasattr(array, "__array__"):
             raise CalibrationError(f"found {type(array).__name__} among the arrays: give inputs only")
-        with _blaming("cannot be made a NumPy array"):
+        with _reported("cannot be made a NumPy array"):
             batch: AnyArray = np.asarray(array)
-        found = _describe(batch)
+        found = f"{batch.dtype} {batch.shape}"
         if batch.dtype == np.uint8:
             batch = batch[..., None] if batch.ndim == 3 and self.channels == 1 else batch
             fits, layout = batch.shape[3:] == (self.channels,), f"pictures (N, H, W, {self.channels})"
@@ -302,6 +193,7 @@ class _Request:
         return batch
 
     def converted(self, batch: AnyArray, chosen: Indices) -> F32:
+        """Copy the chosen inputs, pictures preprocessed."""
         if batch.dtype == np.uint8:
             self.check_bytes(len(chosen), *(self.preprocessing.size or batch.shape[1:3]))
             return self.preprocessing(batch[chosen])
@@ -315,13 +207,14 @@ class _Request:
         return images
 
     def check_bytes(self, count: int, height: int, width: int) -> None:
-        """Raise CalibrationError if so many inputs of that size would take more than the limit."""
+        """Raise CalibrationError if ``count`` inputs of this size would take more memory than the limit."""
         limits.SAMPLE_BYTES.check(
             4 * count * self.channels * height * width, "as inputs this", CalibrationError
         )
 
     def from_folder(self, folder: Path) -> Samples:
-        self.preprocessing.check(self.channels)  # what fails for all is not the fault of the first
+        """Read a random subset of the images in a folder; unreadable images are replaced by others."""
+        self.preprocessing.check(self.channels)  # before the loop, which would skip every image for it
         names = sorted(_image_names(folder))
         if not names:
             raise CalibrationError(f"no images in this folder: it should hold {' '.join(IMAGE_EXTENSIONS)}")
@@ -331,15 +224,15 @@ class _Request:
         skipped: dict[str, str] = {}
         if self.preprocessing.size is not None:
             self.check_bytes(wanted, *self.preprocessing.size)
-        held = 0
-        for name in (names[index] for index in order):  # others take the place of unreadable ones
+        size = 0
+        for name in (names[index] for index in order):
             try:
                 crops[name] = self._read_crop(folder / name)
             except Exception as error:  # decoders of damaged files raise anything
                 skipped[name] = _brief(error)
             else:
-                held += crops[name].nbytes
-                limits.SAMPLE_BYTES.check(4 * held, "as inputs this", CalibrationError)
+                size += crops[name].nbytes
+                limits.SAMPLE_BYTES.check(4 * size, "as inputs this", CalibrationError)
             if len(crops) == wanted:
                 break
         if not crops:
@@ -349,8 +242,8 @@ class _Request:
         return Samples(images, str(folder), tuple(sorted(skipped)))
 
     def _read_crop(self, path: Path) -> U8:
-        if not os.path.isfile(path):  # a pipe would be waited for
-            raise CalibrationError("is no file")
+        if not os.path.isfile(path):  # reading a pipe could block forever
+            raise CalibrationError("not a file")
         with warnings.catch_warnings(), _pixels_within_the_limit():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -364,22 +257,22 @@ class _Request:
 
 @contextlib.contextmanager
 def _pixels_within_the_limit() -> Iterator[None]:
-    """Let Pillow's guard against small files of large pictures heed our limit; it has no other setting."""
-    usual = Image.MAX_IMAGE_PIXELS
+    """Set Pillow's limit on the size of pictures, a global variable, for a while."""
+    before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = limits.PIXELS.value
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = usual
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _image_names(folder: Path) -> Iterator[str]:
-    """Yield the images below the folder, relative to it, with forward slashes."""
+    """Yield the paths of the images in the folder, relative to it, with forward slashes."""
 
-    def unlisted(error: OSError) -> NoReturn:
+    def fail(error: OSError) -> NoReturn:
         raise CalibrationError(f"cannot be listed ({_brief(error)}): check its permissions") from error
 
-    for parent, children, files in os.walk(folder, onerror=unlisted):
+    for parent, children, files in os.walk(folder, onerror=fail):
         children[:] = [child for child in children if not child.startswith(".")]
         for name in files:
             if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
@@ -387,7 +280,7 @@ def _image_names(folder: Path) -> Iterator[str]:
 
 
 def _split_key(text: str) -> tuple[str, str | None]:
-    """Split FILE.npz:KEY; an existing file wins, so that drive letters and colons in names do no harm."""
+    """Split FILE.npz:KEY. An existing file comes first: names may contain colons, after drive letters too."""
     if os.path.exists(text):
         return text, None
     colons = [match.start() for match in re.finditer(":", text)]
@@ -397,7 +290,7 @@ def _split_key(text: str) -> tuple[str, str | None]:
 
 
 def _read_array(path: str, key: str | None) -> AnyArray:
-    with _blaming("cannot be read: save it with numpy.save or numpy.savez, without objects"):
+    with _reported("cannot be read: save it with numpy.save or numpy.savez, without objects"):
         if not zipfile.is_zipfile(path):
             if key is not None:
                 raise CalibrationError(f"the file holds one array without a name: leave out ':{key}'")
@@ -415,22 +308,19 @@ def _read_array(path: str, key: str | None) -> AnyArray:
 
 def _find_member(archive: zipfile.ZipFile, key: str | None) -> zipfile.ZipInfo:
     members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-    if key is None:
-        found = (
-            list(members) if len(members) == 1 else [n for n in members if _axes(archive, members[n]) == 4]
-        )
-    else:
-        found = [name for name in members if name == key]
-    if len(found) != 1:
+    names = list(members) if key is None else [name for name in members if name == key]
+    if key is None and len(names) > 1:
+        names = [name for name in names if _axes(archive, members[name]) == 4]
+    if len(names) != 1:
         raise CalibrationError(f"choose one array: FILE.npz:KEY with KEY among {', '.join(members)}")
-    return members[found[0]]
+    return members[names[0]]
 
 
 def _axes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     with archive.open(member) as file:
         try:
             return len(_check_header(file, member.file_size))
-        except ValueError:  # an array of objects, or none at all
+        except ValueError:  # an array of objects, or not an array
             return 0
 
 
@@ -439,17 +329,17 @@ def _check_header(file: IO[bytes], size: int) -> tuple[int, ...]:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"version {version} of the format, which plain arrays are not written in")
+        raise ValueError(f"version {version} of the format, which numpy.save does not write for plain arrays")
     shape, _, dtype = readers[version](file)
     if dtype.hasobject:
-        raise ValueError("objects, which could run programs when they are read, are refused")
+        raise ValueError("it holds objects, which could run programs when they are read")
     if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"the file is shorter than an array {shape} of {dtype}; copy it again")
     return shape
 
 
 def names_function(source: str) -> bool:
-    """Tell whether this is MODULE:FUNCTION, and no file."""
+    """Return whether the source is MODULE:FUNCTION and not a file."""
     path, key = _split_key(source)
     return key is None and not os.path.exists(path) and _FUNCTION.fullmatch(source) is not None
 
@@ -458,31 +348,32 @@ def call(name: str) -> Any:
     """Import MODULE, also from the current directory, and call its FUNCTION without arguments.
 
     Raises:
-        CalibrationError: the module or the function is not there, or fails.
+        CalibrationError: the module or the function does not exist, or it raises an exception.
     """
     module_name, _, function_name = name.partition(":")
-    with _blaming(f"cannot import {module_name}"):
-        here = os.getcwd()
-        sys.path.insert(0, here)
+    with _reported(f"cannot import {module_name}"):
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
         try:
             module = importlib.import_module(module_name)
         finally:
-            with contextlib.suppress(ValueError):  # the module may have tidied up itself
-                sys.path.remove(here)
+            with contextlib.suppress(ValueError):  # the module may have removed it
+                sys.path.remove(folder)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise CalibrationError(f"{module_name} has no such function: correct the name")
-    with _blaming(f"{function_name}() failed"):
+    with _reported(f"{function_name}() failed"):
         return function()
 
 
-def _blamed(arrays: Iterable[Any]) -> Iterator[Any]:
-    with _blaming("failed while it made its arrays"):
+def _guarded(arrays: Iterable[Any]) -> Iterator[Any]:
+    with _reported("failed while it made its arrays"):
         yield from arrays
 
 
 @contextlib.contextmanager
-def _naming(source: str) -> Iterator[None]:
+def _prefixed(source: str) -> Iterator[None]:
+    """Put the source's name before the text of errors."""
     try:
         yield
     except CalibrationError as error:
@@ -490,8 +381,8 @@ def _naming(source: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _blaming(problem: str) -> Iterator[None]:
-    """Report as CalibrationError what code outside this file raises, sys.exit() included."""
+def _reported(problem: str) -> Iterator[None]:
+    """Raise CalibrationError for any exception of foreign code, sys.exit() included."""
     try:
         yield
     except CalibrationError:
@@ -502,25 +393,3 @@ def _blaming(problem: str) -> Iterator[None]:
 
 def _brief(error: BaseException) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-
-
-def _describe(array: AnyArray) -> str:
-    return f"{array.dtype} {array.shape}"
-
-
-def _resample(picture: Image.Image, size: tuple[int, int]) -> Image.Image:  # size (W, H)
-    # a very long picture passes Pillow's own guard
-    limits.PIXELS.check(
-        math.prod(size), f"resized to {size[0]}x{size[1]} before the crop it", CalibrationError
-    )
-    return picture.resize(size, Image.Resampling.BILINEAR)
-
-
-def _stack(batches: list[F32]) -> F32:
-    """Join batches (n, C, H, W) of one size."""
-    if not batches:
-        raise CalibrationError("there are no samples: give at least one")
-    shapes = sorted({batch.shape[1:] for batch in batches})
-    if len(shapes) > 1:
-        raise CalibrationError(f"samples differ in shape, {shapes[0]} and {shapes[-1]}: give one size")
-    return np.concatenate(batches)

@@ -1,4 +1,4 @@
-"""The machine that a result was computed or measured on."""
+"""The processor of this machine, by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """Describe this machine's processor, by the name it gives itself."""
+    """Return this machine's architecture, processor name and number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

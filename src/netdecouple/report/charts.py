@@ -1,4 +1,4 @@
-"""Where things stand in the charts of a page: scales, ticks and shapes. The templates draw them."""
+"""Layout of the charts on a page: scales, ticks and shapes in pixels. The templates draw them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 
-from netdecouple.report.report import LayerReport, Stage
-from netdecouple.report.text import count
+from netdecouple.report.formatting import count
+from netdecouple.report.model import LayerReport, Stage
 
 SPEEDUPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100)
-BETWEEN = (1.25, 2.5, 4, 7, 15, 30)  # those that go first where there are too many
-ROOM = 84  # for a label beside its mark
-CROWDED = 15  # marks nearer than this share a label, that of the first
+BETWEEN = (1.25, 2.5, 4, 7, 15, 30)  # omitted if there are more than seven ticks
+ROOM = 84  # width of a label
+CROWDED = 70, 15  # of marks nearer than this, across and up, only the first has its label
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point in a chart's own units; ``kind`` is its class in the style sheet."""
+    """A point in a chart, in its units or in pixels; ``kind`` is its class in the style sheet."""
 
     x: float
     y: float
     label: str
     kind: str
+    side: str = "start"  # text-anchor of its label: "start" is right of the point, "end" left
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that a line joins."""
+    """Points joined by a line."""
 
     kind: str
     points: tuple[tuple[float, float], ...]
@@ -41,28 +42,16 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A point in place, its label to the left or the right of it."""
-
-    x: float
-    y: float
-    label: str
-    kind: str
-    side: str  # "start" or "end", as in text-anchor
-
-
-@dataclass(frozen=True)
 class Chart:
-    """A plot in place; both axes are logarithmic."""
+    """A plot over times fewer MACs, in pixels; both axes are logarithmic."""
 
     title: str
     description: str
-    x_title: str
     y_title: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[tuple[str, str], ...]  # kind, path
-    marks: tuple[Mark, ...]
+    x_ticks: tuple[Tick, ...] = ()
+    y_ticks: tuple[Tick, ...] = ()
+    lines: tuple[tuple[str, str], ...] = ()  # kind, path
+    marks: tuple[Point, ...] = ()
     width: int = 440
     height: int = 290
     left: int = 52
@@ -72,22 +61,17 @@ class Chart:
 
 
 def plot(
-    title: str,
-    description: str,
-    x_title: str,
-    y_title: str,
-    series: Sequence[Series],
-    points: Sequence[Point],
+    title: str, description: str, y_title: str, series: Sequence[Series], points: Sequence[Point]
 ) -> Chart | None:
-    """Lay out a plot of positive numbers over times fewer MACs; None if there is nothing to draw."""
+    """Lay out a plot of positive numbers over times fewer MACs; None if it would be empty."""
     everything = [p for line in series for p in line.points] + [(p.x, p.y) for p in points]
     positive = [y for _, y in everything if y > 0]
     if len(everything) < 2 or not positive:
         return None
-    floor_y = min(positive)  # what loses nothing is drawn on the lowest line
+    floor_y = min(positive)  # a loss of 0 is drawn here
     low, high = _decades(floor_y, max(positive))
     last = 1.04 * max(1.3, *(x for x, _ in everything))
-    frame = Chart(title, description, x_title, y_title, (), (), (), ())
+    frame = Chart(title, description, y_title)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = log10(x) / log10(last), (log10(max(y, floor_y)) - low) / (high - low)
@@ -96,12 +80,12 @@ def plot(
             round(frame.bottom - up * (frame.bottom - frame.top), 1),
         )
 
-    marks: list[Mark] = []
+    marks: list[Point] = []
     for point in points:
         x, y = place(point.x, point.y)
-        near = any(m.label and abs(m.x - x) < 70 and abs(m.y - y) < CROWDED for m in marks)
-        side = "end" if x > frame.left + ROOM else "start"  # curves rise: there is room up to the left
-        marks.append(Mark(x, y, "" if near else point.label, point.kind, side))
+        near = any(m.label and abs(m.x - x) < CROWDED[0] and abs(m.y - y) < CROWDED[1] for m in marks)
+        side = "end" if x > frame.left + ROOM else "start"  # curves rise: there is room above to the left
+        marks.append(Point(x, y, "" if near else point.label, point.kind, side))
     marks.sort(key=lambda mark: mark.kind == "run")  # drawn last, above all others
     lines = tuple(
         (line.kind, "M" + " L".join(f"{x} {y}" for x, y in (place(*p) for p in line.points)))
@@ -116,23 +100,20 @@ def plot(
 
 
 def _decades(low: float, high: float) -> tuple[float, float]:
-    """The ends of a logarithmic axis, with some room, at least one decade."""
-    start, end = log10(low) - 0.08, log10(high) + 0.08
-    if end - start < 1:
-        middle = (start + end) / 2
-        start, end = middle - 0.5, middle + 0.5
-    return start, end
+    """Return the ends of a logarithmic axis, with a margin, at least one decade apart."""
+    middle, half = (log10(low) + log10(high)) / 2, (log10(high) - log10(low)) / 2 + 0.08
+    return middle - max(half, 0.5), middle + max(half, 0.5)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     digits = (1, 2, 5) if high - low < 2.2 else (1,)
-    found = [d * 10.0**e for e in range(floor(low), ceil(high) + 1) for d in digits]
-    return [y for y in found if low <= log10(y) <= high]
+    ticks = [d * 10.0**e for e in range(floor(low), ceil(high) + 1) for d in digits]
+    return [y for y in ticks if low <= log10(y) <= high]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The channels between two stages, a bar as high as they are many."""
+    """The channels between two stages; the height stands for their number."""
 
     x: float
     y: float
@@ -142,7 +123,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Flow:
-    """A stage between two bars: a band that joins all channels, lines where each stays alone."""
+    """A stage between two bars: a band if it joins channels, lines if it is depthwise."""
 
     kind: str
     path: str
@@ -163,7 +144,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Structure:
-    """A layer before and after, drawn to one scale."""
+    """A layer before and after, on one scale."""
 
     title: str
     description: str
@@ -172,14 +153,14 @@ class Structure:
     height: int = 180
 
 
-LEFT, RIGHT, BAR = 44, 382, 6  # of the drawing of a structure
-ROWS = (48, 136)  # their middles
+LEFT, RIGHT, BAR = 44, 382, 6  # edges of the drawing of a structure, width of a bar
+ROWS = (48, 136)  # middles of the two rows
 LEAST, MOST = 7, 46  # heights of bars
-LINES = 9  # at most, for stages whose channels stay alone
+LINES = 9  # at most, for a depthwise or grouped stage
 
 
 def structure(layer: LayerReport) -> Structure | None:
-    """Draw a layer before and after; None if it was kept, or is nothing that can be drawn."""
+    """Lay out a layer before and after; None if it was kept or is not a 2-D convolution."""
     if layer.before is None or not layer.stages:
         return None
     chains = {"was": (layer.before,), "now": layer.stages}
@@ -188,14 +169,12 @@ def structure(layer: LayerReport) -> Structure | None:
         _row(name, stages, middle, layer.before.n_i, most)
         for (name, stages), middle in zip(chains.items(), ROWS, strict=True)
     )
-    told = {name: ", then ".join(map(describe_stage, stages)) for name, stages in chains.items()}
-    return Structure(
-        f"Structure of {layer.name} before and after", f"It was {told['was']}. It is now {told['now']}.", rows
-    )
+    was, now = (", then ".join(map(_described, stages)) for stages in chains.values())
+    return Structure(f"Structure of {layer.name} before and after", f"It was {was}. It is now {now}.", rows)
 
 
-def describe_stage(stage: Stage) -> str:
-    """A stage in words: a 3×3 depthwise convolution, 16 to 38 channels, 350 k MACs."""
+def _described(stage: Stage) -> str:
+    """Describe a stage: a 3×3 depthwise convolution, 16 to 38 channels, 350 k MACs."""
     kernel = "×".join(map(str, stage.kernel))
     kind = "depthwise convolution" if stage.kind == "depthwise" else "convolution"
     groups = f" in {stage.groups} groups" if stage.kind != "depthwise" and stage.groups > 1 else ""
@@ -205,40 +184,30 @@ def describe_stage(stage: Stage) -> str:
 def _row(name: str, stages: Sequence[Stage], middle: float, n_i: int, most: int) -> Row:
     channels = [n_i, *(stage.n_o for stage in stages)]
     step = (RIGHT - LEFT - BAR) / len(stages)
-    bars = []
-    for index, number in enumerate(channels):
-        height = LEAST + (MOST - LEAST) * sqrt(number / most)
-        bars.append(
-            Bar(round(LEFT + index * step, 1), round(middle - height / 2, 1), round(height, 1), str(number))
-        )
-    flows = tuple(
-        _flow(stage, left, right) for stage, (left, right) in zip(stages, pairwise(bars), strict=True)
-    )
-    return Row(name, middle, tuple(bars), flows)
+    heights = [LEAST + (MOST - LEAST) * sqrt(number / most) for number in channels]
+    bars = [
+        Bar(round(LEFT + i * step, 1), round(middle - height / 2, 1), round(height, 1), str(channels[i]))
+        for i, height in enumerate(heights)
+    ]
+    flows = [_flow(stage, *ends) for stage, ends in zip(stages, pairwise(bars), strict=True)]
+    return Row(name, middle, tuple(bars), tuple(flows))
 
 
 def _flow(stage: Stage, left: Bar, right: Bar) -> Flow:
     start, end = left.x + BAR, right.x
-    alone = stage.kind == "depthwise" or stage.groups > 1
-    parts = min(stage.groups, LINES) if alone else 1
+    depthwise = stage.kind == "depthwise"
+    parts = min(stage.groups, LINES)
     shapes = []
     for index in range(parts):
-        a, b = (index + (0.5 if stage.kind == "depthwise" else 0.08)) / parts, (index + 0.92) / parts
-        upper = left.y + a * left.height, right.y + a * right.height
-        if stage.kind == "depthwise":
-            shapes.append(f"M{start} {upper[0]:.1f} L{end} {upper[1]:.1f}")
-        else:
-            lower = left.y + b * left.height, right.y + b * right.height
-            shapes.append(
-                f"M{start} {upper[0]:.1f} L{end} {upper[1]:.1f} V{lower[1]:.1f} L{start} {lower[0]:.1f} Z"
-            )
+        a, b = (index + (0.5 if depthwise else 0.08)) / parts, (index + 0.92) / parts
+        shape = f"M{start} {left.y + a * left.height:.1f} L{end} {right.y + a * right.height:.1f}"
+        if not depthwise:
+            shape += f" V{right.y + b * right.height:.1f} L{start} {left.y + b * left.height:.1f} Z"
+        shapes.append(shape)
     kernel = "×".join(map(str, stage.kernel))
-    if stage.kind == "depthwise":
-        kernel += " dw"
-    elif stage.groups > 1:
-        kernel += f" /{stage.groups}"
-    kind = "lines" if stage.kind == "depthwise" else "band"
-    return Flow(kind, " ".join(shapes), round((start + end) / 2, 1), kernel, count(stage.macs))
+    kernel += " dw" if depthwise else f" /{stage.groups}" if stage.groups > 1 else ""
+    middle = round((start + end) / 2, 1)
+    return Flow("lines" if depthwise else "band", " ".join(shapes), middle, kernel, count(stage.macs))
 
 
 @dataclass(frozen=True)
@@ -256,7 +225,10 @@ class Spectrum:
 
 
 def spectrum(name: str, energy: Sequence[float], taken: float | None = None) -> Spectrum | None:
-    """Draw the shares of every component; those that are ``taken`` on average stand out."""
+    """Lay out the shares of all components; the first ``taken``, an average, are highlighted.
+
+    ``energy`` are cumulative shares. Without any, the result is None.
+    """
     if not energy:
         return None
     shares = [b - a for a, b in zip((0.0, *energy), energy, strict=False)]
@@ -266,18 +238,17 @@ def spectrum(name: str, energy: Sequence[float], taken: float | None = None) -> 
     for index, share in enumerate(shares):
         height = max(share / max(shares), 0.0) * (base - top)
         kind = "taken" if taken is not None and index + 0.5 <= taken else "rest"
-        bars.append(
-            (round(left + index * step + step * 0.12, 1), round(base - height, 1), round(step * 0.76, 1),
-             round(height, 1), kind)
-        )  # fmt: skip
+        x, y = left + index * step + step * 0.12, base - height
+        bars.append((round(x, 1), round(y, 1), round(step * 0.76, 1), round(height, 1), kind))
     most = next(t for t, e in enumerate((*energy, 1.0), 1) if e >= 0.9 or t == len(energy))
     caption = f"{100 * energy[most - 1]:.0f}% in {most} of {len(energy)}"
-    told = ", ".join(f"{100 * s:.1f}%" for s in shares[:12]) + (", …" if len(shares) > 12 else "")
-    labels = tuple(Tick(round(left + (t - 0.5) * step, 1), str(t)) for t in dict.fromkeys((1, len(shares))))
+    listed = ", ".join(f"{100 * s:.1f}%" for s in shares[:12]) + (", …" if len(shares) > 12 else "")
     return Spectrum(
-        f"Principal components of {name}",
-        f"Shares of the energy of its weights, component by component: {told}. {caption}.",
-        tuple(bars),
-        labels,
-        caption,
+        title=f"Principal components of {name}",
+        description=f"Shares of the energy of its weights, component by component: {listed}. {caption}.",
+        bars=tuple(bars),
+        labels=tuple(
+            Tick(round(left + (t - 0.5) * step, 1), str(t)) for t in dict.fromkeys((1, len(shares)))
+        ),
+        caption=caption,
     )

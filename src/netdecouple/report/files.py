@@ -1,45 +1,55 @@
-"""Writing reports to files, all of one or nothing."""
+"""Write reports to files, each complete or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from netdecouple.errors import OutputError
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 from netdecouple.report.html import report_html
-from netdecouple.report.report import Report
+from netdecouple.report.model import Report
 
 ENDINGS = (".html", ".json")
 
 
 def report_ending(path: str | os.PathLike[str]) -> str:
-    """How a report's path ends, which says what it is written as.
+    """Return the ending of a report's path, which decides the format.
 
     Raises:
-        OutputError: reports are not written so.
+        OutputError: the ending is neither .html nor .json.
     """
     ending = Path(path).suffix.lower()
     if ending not in ENDINGS:
-        raise OutputError(f"{path}: reports are written as .html or .json; let the name end so")
+        raise OutputError(f"{path}: reports are written as .html or .json; choose a name that ends so")
     return ending
 
 
 def rendered(report: Report, path: str | os.PathLike[str]) -> str:
-    """Return a report as .html or .json, by the ending of the path it goes to.
+    """Return the report as a page or as JSON, as the ending of ``path`` says.
 
     Raises:
-        OutputError: the path ends in something else.
+        OutputError: the ending is neither .html nor .json.
     """
     return report_html(report) if report_ending(path) == ".html" else report.to_json()
 
 
-def save_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write a report as .html or .json, by the ending, all of it or nothing.
+def save_report(
+    report: Report, path: str | os.PathLike[str], timed: Callable[[], Report] | None = None
+) -> None:
+    """Write a report as .html or .json, as the path ends.
+
+    Args:
+        report: the report.
+        path: the file to write.
+        timed: measures times and returns the report with them; called for a page if the report has none.
 
     Raises:
-        OutputError: the ending is another one, or the place is not writable.
+        OutputError: the ending is neither .html nor .json, or the file cannot be written.
     """
+    if timed is not None and report_ending(path) == ".html" and not (report.benchmark or report.not_timed):
+        report = timed()
     write_text(path, rendered(report, path))
 
 
@@ -47,13 +57,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file in one step.
 
     Raises:
-        OutputError: the place is not writable, or no place for a file.
+        OutputError: the file cannot be written.
     """
     target = check_writable(path)
     try:
         with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
-            # names of files may hold bytes that are no text
+            # file names in the text may hold bytes that are not Unicode
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             with publishing(path):
                 os.replace(partial, target)

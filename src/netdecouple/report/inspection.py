@@ -1,4 +1,4 @@
-"""What a network is made of, before anything is decoupled."""
+"""The layers of a network before it is decoupled: costs, principal components, smallest budgets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from netdecouple.families.chain import method
 from netdecouple.network import Array, Layer
 from netdecouple.planning.candidates import least_cost
 from netdecouple.planning.cost import Macs, Parameters
-from netdecouple.report.report import describe
+from netdecouple.report.build import describe
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a network is made of. ``energy`` are cumulative shares of the weights' energy by T, per layer."""
+    """The layers of a network; ``energy`` are cumulative shares of their weights' energy by T."""
 
     model: str
     layers: tuple[Layer, ...]
@@ -25,7 +25,7 @@ class Inspection:
     least_parameters: int
 
     def to_json(self) -> str:
-        """All of it but the weights, as text."""
+        """Return everything but the weights as JSON text."""
         layers = [
             {
                 "name": layer.name,
@@ -49,7 +49,7 @@ class Inspection:
 
 
 def energies(layers: Iterable[Layer]) -> dict[str, Array]:
-    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
+    """Return the cumulative shares of the weights' energy by T, for every layer that can be decoupled."""
     (decoupling,) = method("nd-dp").families
     return {
         layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
@@ -59,7 +59,7 @@ def energies(layers: Iterable[Layer]) -> dict[str, Array]:
 
 
 def inspection(origin: str, layers: tuple[Layer, ...]) -> Inspection:
-    """Look at layers that a frontend has found."""
+    """Compute the inspection of the layers of a network."""
     energy = energies(layers)
     least = [
         sum(cost.dense(layer) if layer.reason else least_cost(layer, cost) for layer in layers)

@@ -1,4 +1,4 @@
-"""Network inputs as people see them: un-normalised, small, PNG."""
+"""Draw network inputs as small pictures: normalisation undone, PNG."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.network import Array
 
-LARGEST = 224  # pixels along the longer side; more would only make the page heavy
-TOLERANCE = 0.02  # by which what was rounded or resampled may leave 0..1
+LARGEST = 224  # pixels along the longer side, to keep pages small
+TOLERANCE = 0.02  # rounded or resampled values may leave 0..1 by this much
 
 
 def pictures(inputs: Sequence[Array], preprocessing: Preprocessing) -> tuple[bytes, ...]:
-    """Draw inputs (c, h, w); none if they do not have one channel or three.
+    """Draw inputs (c, h, w); return none unless all have one channel or three.
 
-    The mean and the standard deviation are taken back. Where that does not lead to values in 0..1 the inputs
-    were made otherwise, and all are stretched to that range together.
+    Normalisation by mean and standard deviation is undone. If that does not give values in 0..1, another
+    preprocessing was used, and all inputs are scaled together to that range.
     """
     if not inputs or any(x.ndim != 3 or x.shape[0] not in (1, 3) or not x.size for x in inputs):
         return ()
@@ -37,7 +37,7 @@ def pictures(inputs: Sequence[Array], preprocessing: Preprocessing) -> tuple[byt
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Write (c, h, w) bytes."""
+    """Encode uint8 pixels (c, h, w)."""
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     picture.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()

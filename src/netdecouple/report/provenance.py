@@ -1,4 +1,4 @@
-"""Where a result comes from: what ran, on which machine, from which inputs."""
+"""The origin of a result: versions, machine, inputs and method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.network import Network
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.settings import Settings
-from netdecouple.report.report import Provenance
+from netdecouple.report.model import Provenance
 from netdecouple.version import __version__
 
 ALWAYS = ("numpy", "scipy", "onnx", "onnxruntime")
@@ -24,30 +24,31 @@ IF_USED = ("torch", "torchvision", "timm", "openvino")
 
 
 def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings | None = None) -> Provenance:
-    """Put together what is known about a run; without ``settings`` a plan was carried out again."""
+    """Record the origin of a run; ``settings`` is None if a saved plan was applied."""
     return Provenance(
-        "",
-        platform.python_version(),
-        (("netdecouple", __version__), *_versions()),
-        machine(),
-        available(),
-        calibration,
-        len(inputs.images),
-        len(inputs.held_back),
-        plan.seed,
-        _method(plan, settings),
-        plan.model,
-        plan.images,
-        hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        command="",
+        python=platform.python_version(),
+        versions=(("netdecouple", __version__), *_versions()),
+        machine=machine(),
+        threads=available(),
+        calibration=calibration,
+        samples=len(inputs.images),
+        held_back=len(inputs.held_back),
+        seed=plan.seed,
+        method=_method(plan, settings),
+        model_hash=plan.model,
+        calibration_hash=plan.images,
+        plan_hash=hashlib.sha256(plan.to_json().encode()).hexdigest(),
     )
 
 
-def identity(network: Network, inputs: Inputs, settings: Settings | None, door: str) -> dict[str, Any]:
-    """All that the numbers a run finds depend on, as JSON, by names that people understand.
+def identity(network: Network, inputs: Inputs, settings: Settings | None, runtime: str) -> dict[str, Any]:
+    """Return everything that the intermediate results of a run depend on, as JSON with readable keys.
 
-    Budgets are not among it: what is found for one is of use to another.
+    Intermediate results can be used again only by a run with the same identity. The budget is not part of
+    it, as evaluated candidates serve every budget.
     """
-    used = {"netdecouple": __version__} | {name: _version(name) for name in (*ALWAYS, door)}
+    used = {"netdecouple": __version__} | {name: _version(name) for name in (*ALWAYS, runtime)}
     return {
         "model": network.fingerprint,
         "layers": hashlib.sha256(repr([(la.name, la.reason) for la in network.layers]).encode()).hexdigest(),

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 
 from netdecouple.planning import tradeoff
 from netdecouple.planning.plan import Plan
-from netdecouple.report.report import Agreement, Report
+from netdecouple.report.model import Agreement, Report
 from netdecouple.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One network on the curve: what it costs and what it loses. It is a budget's, or one compared with."""
+    """The costs and the loss of one network on the curve, or of a network that the curve is compared with."""
 
-    budget: str  # as the plan says it: "50% MACs"; a compared network's file
+    budget: str  # as in the plan: "50% MACs"; the file of a compared network
     macs_before: int
     macs: int
     parameters_before: int
@@ -26,30 +26,30 @@ class SweepPoint:
     predicted_loss: float  # 0 where nothing was predicted
     agreement: Agreement | None  # with the original on held-back inputs; None without calibration images
     accuracy: tuple[float, float] | None  # before, after; with labels only
-    file: str | None  # where the network is; None if it was not kept
+    file: str | None  # the written network; None if it was not written
 
     @classmethod
     def of(cls, report: Report, plan: Plan, file: str | None) -> SweepPoint:
-        """Take from a run's report what the curve needs."""
+        """Return the point of one run."""
         return cls(
-            report.budget,
-            report.macs_before,
-            report.macs,
-            report.parameters_before,
-            report.parameters,
-            plan.predicted_loss,
-            report.agreement,
-            report.accuracy,
-            file,
+            budget=report.budget,
+            macs_before=report.macs_before,
+            macs=report.macs,
+            parameters_before=report.parameters_before,
+            parameters=report.parameters,
+            predicted_loss=plan.predicted_loss,
+            agreement=report.agreement,
+            accuracy=report.accuracy,
+            file=file,
         )
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What an earlier run did to one layer."""
+    """The family and sizes that an earlier run chose for one layer."""
 
     layer: str
-    family: str  # "kept" if nothing
+    family: str  # "kept" if the layer is not changed
     sizes: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -58,13 +58,13 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of an earlier run, put beside the sweep; its layers are told by the plan in its metadata."""
+    """The result of an earlier run, shown next to the sweep; its layers come from the plan in its file."""
 
     point: SweepPoint
     layers: tuple[LayerChoice, ...]  # empty if the file holds no plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """A trade-off curve: points in the order of the budgets, most MACs first."""
 
@@ -72,76 +72,54 @@ class Sweep:
     netdecouple: str
     loss: str  # "kl" (nats) or "relative" (squared error over variance)
     points: tuple[SweepPoint, ...]
-    knee: int | None  # the point that is recommended; None if the curve has none
+    knee: int | None  # index of the recommended point; None if the curve has no knee
     compared: tuple[Compared, ...] = ()
 
     @classmethod
     def of(
         cls, model: str, loss: str, points: Sequence[SweepPoint], compared: Sequence[Compared] = ()
     ) -> Sweep:
-        """Put the curve together and find its knee."""
-        knee = tradeoff.knee([p.macs_before / p.macs for p in points], losses_of(points))
-        return cls(model, __version__, loss, tuple(points), knee, tuple(compared))
+        """Build the curve and find its knee."""
+        return cls(
+            model=model,
+            netdecouple=__version__,
+            loss=loss,
+            points=tuple(points),
+            knee=tradeoff.knee([p.macs_before / p.macs for p in points], losses_of(points)),
+            compared=tuple(compared),
+        )
 
     def side_by_side(self) -> dict[str, list[LayerChoice | None]]:
-        """By layer, what the plans of compared networks did to it; ``None``: a plan has no such layer."""
-        choices = [{c.layer: c for c in compared.layers} for compared in self.compared if compared.layers]
-        return {
-            name: [own.get(name) for own in choices] for name in dict.fromkeys(n for c in choices for n in c)
-        }
+        """Return every layer's choice in each compared network's plan; None if a plan has no such layer."""
+        plans = [{c.layer: c for c in compared.layers} for compared in self.compared if compared.layers]
+        names = dict.fromkeys(name for plan in plans for name in plan)
+        return {name: [plan.get(name) for plan in plans] for name in names}
 
     def to_json(self) -> str:
-        """The sweep as text."""
+        """Return the sweep as JSON text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     def to_csv(self) -> str:
-        """One line per point, compared networks last."""
+        """Return one line of CSV per point, compared networks last."""
         text = io.StringIO()
         rows = [(p, i == self.knee) for i, p in enumerate(self.points)]
         rows += [(c.point, False) for c in self.compared]
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(_csv_row(point, at_knee) for point, at_knee in rows)
         return text.getvalue()
 
 
 COLUMNS = (
-    "budget",
-    "macs_before",
-    "macs",
-    "parameters_before",
-    "parameters",
-    "predicted_loss",
-    "loss",
-    "divergence",
-    "same_class",
-    "images",
-    "accuracy_before",
-    "accuracy",
-    "file",
-    "knee",
-)
+    "budget", "macs_before", "macs", "parameters_before", "parameters", "predicted_loss", "loss",
+    "divergence", "same_class", "images", "accuracy_before", "accuracy", "file", "knee",
+)  # fmt: skip
 
 
 def _csv_row(point: SweepPoint, at_knee: bool) -> dict[str, object]:
-    a = point.agreement
     before, after = point.accuracy or (None, None)
-    return {
-        "budget": point.budget,
-        "macs_before": point.macs_before,
-        "macs": point.macs,
-        "parameters_before": point.parameters_before,
-        "parameters": point.parameters,
-        "predicted_loss": point.predicted_loss,
-        "loss": None if a is None else a.loss,
-        "divergence": None if a is None else a.divergence,
-        "same_class": None if a is None else a.same_class,
-        "images": None if a is None else a.images,
-        "accuracy_before": before,
-        "accuracy": after,
-        "file": point.file,
-        "knee": int(at_knee),
-    }
+    agreement = {} if point.agreement is None else vars(point.agreement)
+    return vars(point) | agreement | {"accuracy_before": before, "accuracy": after, "knee": int(at_knee)}
 
 
 def losses_of(points: Sequence[SweepPoint]) -> list[float]:

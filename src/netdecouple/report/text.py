@@ -1,56 +1,47 @@
-"""Tables for the terminal, from the report's data."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from netdecouple.network import Layer
 from netdecouple.planning.planner import BudgetRow
-from netdecouple.report.report import LayerReport, Report, Score, describe
+from netdecouple.report.build import describe
+from netdecouple.report.formatting import (
+    count,
+    faster,
+    layer_sizes,
+    percent,
+    sample_note,
+    samples_note,
+    short,
+    skipped_note,
+    threads,
+    times,
+)
+from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
-from netdecouple.runtimes.timing import Ratio, Timing
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def count(number: float) -> str:
-    """A count with three digits and a unit: 40.6 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
-    return f"{number:.0f}"
-
-
-def times(before: float, after: float) -> str:
-    """How many times fewer: 2.00×."""
-    return f"{before / after:.2f}×" if after else "∞"
-
-
 def report_table(report: Report) -> Group:
-    """The table a run ends with: every layer, then what was gained and what was lost."""
+    """Return the table that a run ends with: every layer, then a summary of gain and loss."""
     table = _table(
         f"{report.model}, decoupled to {report.budget}",
-        ("layer", "left"),
-        ("shape", "left"),
-        ("family", "left"),
-        ("sizes", "left"),
-        ("MACs", "right"),
-        ("", "left"),
-        ("error", "right"),
-        ("", "left"),
-        ("note", "left"),
+        ["layer", "shape", "family", "sizes", "MACs", "", "error", "", "note"],
+        right=("MACs", "error"),
     )
     for layer in report.layers:
         changed = layer.family != "kept"
@@ -61,9 +52,9 @@ def report_table(report: Report) -> Group:
             layer_sizes(layer),
             count(layer.macs_before),
             f"→ {count(layer.macs)}" if layer.macs != layer.macs_before else "",
-            _number(layer.predicted_error),
-            f"→ {_number(layer.measured_error)}" if layer.measured_error is not None else "",
-            _note(layer),
+            short(layer.predicted_error, 2),
+            f"→ {short(layer.measured_error, 2)}" if layer.measured_error is not None else "",
+            sample_note(layer) if changed else f"kept: {layer.reason}",
             style="" if changed else "dim",
         )
     legend = Text(
@@ -73,49 +64,24 @@ def report_table(report: Report) -> Group:
     return Group(table, legend, *summary(report))
 
 
-def layer_sizes(layer: LayerReport) -> str:
-    """The sizes of every family in turn, and how terms are spread over the channels."""
-    sizes = " ".join(map(str, layer.sizes))
-    if layer.terms_per_channel:
-        fewest, most = layer.terms_per_channel
-        sizes += f" ({fewest}–{most} each)" if fewest < most else f" ({most} each)"
-    return sizes
-
-
-def _note(layer: LayerReport) -> str:
-    if layer.family == "kept":
-        return f"kept: {layer.reason}"
-    return sample_note(layer)
-
-
-def sample_note(layer: LayerReport) -> str:
-    """What was wrong with the samples a layer was fitted to; empty if nothing was."""
-    if layer.family != "kept" and layer.samples is None:
-        return "fitted from its weights"
-    if layer.samples is not None and layer.samples < (layer.samples_wanted or 0):
-        return f"{count(layer.samples)} of {count(layer.samples_wanted or 0)} samples wanted"
-    if layer.dependent:
-        return f"{count(layer.dependent)} of {count(layer.inputs)} inputs constant or dependent"
-    return ""
-
-
 def short_name(name: str, width: int = 26) -> str:
-    """A layer's name, its middle left out where it is long: exporters repeat the module path."""
+    """Shorten a long layer name in the middle: exporters repeat the module path at both ends."""
     name = name.removeprefix("/")
     half = (width - 1) // 2
     return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"
 
 
-def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
+def _table(title: str, columns: Sequence[str], right: Collection[str]) -> Table:
     look = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     table = Table(title=title, pad_edge=False, **look)  # type: ignore[arg-type]
-    for name, justify in columns:
+    for name in columns:
+        justify: JustifyMethod = "right" if name in right else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("layer", "note"))
     return table
 
 
 def summary(report: Report) -> list[Text]:
-    """A line each on MACs, parameters, agreement, accuracy, and what to look out for."""
+    """Return one line each for MACs, parameters, time, agreement, accuracy and notes."""
     lines = [
         f"MACs        {count(report.macs_before)} → {count(report.macs)}   "
         f"{times(report.macs_before, report.macs)} fewer",
@@ -126,53 +92,42 @@ def summary(report: Report) -> list[Text]:
         s = report.speed
         lines.append(
             f"Time        {s.before.median:.3g} → {s.after.median:.3g} ms   {1 / s.share:.2f}× faster, "
-            f"{100 * s.share:.0f}% (the layers' times alone: {100 * s.foreseen:.0f}%) in {s.place}"
+            f"{100 * s.share:.0f}% (predicted {100 * s.foreseen:.0f}%) in {s.place}"
         )
     if report.agreement:
         a = report.agreement
         loss = "KL divergence" if a.loss == "kl" else "relative error"
-        same = f"same class on {100 * a.same_class:.1f}%, " if a.same_class is not None else ""
+        same = f"same class on {percent(a.same_class)}, " if a.same_class is not None else ""
         lines.append(
-            f"Agreement   {same}{loss} {a.divergence:.3g} (predicted {a.predicted:.3g}), "
-            f"on {a.images} held-back images"
+            f"Agreement   {same}{loss} {short(a.divergence)} (predicted {short(a.predicted)}), "
+            f"on {a.images} held-out inputs"
         )
     if report.accuracy:
-        before, after = report.accuracy
-        lines.append(f"Accuracy    {100 * before:.1f}% → {100 * after:.1f}% top-1 on the labelled images")
-    lines.append(f"Saved file  differs from the plan's own arithmetic by {report.difference:.1e} (relative)")
-    short = sum(la.samples is not None and la.samples < (la.samples_wanted or 0) for la in report.layers)
-    plural = "layer had" if short == 1 else "layers had"
-    if short:
-        lines.append(f"Note        {short} {plural} fewer samples than wanted; more calibration images help")
-    if report.skipped:
-        names = ", ".join(report.skipped[:3]) + (", …" if len(report.skipped) > 3 else "")
-        lines.append(f"Skipped     {len(report.skipped)} unreadable images: {names}")
+        before, after = map(percent, report.accuracy)
+        lines.append(f"Accuracy    {before} → {after} top-1 on the labelled images")
+    lines.append(
+        f"Saved file  outputs differ by {report.difference:.1e} (relative) from those computed during fitting"
+    )
+    lines += [f"Note        {note}" for note in [samples_note(report)] if note]
+    lines += [f"Skipped     {note}" for note in [skipped_note(report)] if note]
     return [Text(line) for line in lines]
 
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
-    """Which budgets can be met, and what each is predicted to lose."""
+    """Return the budgets that can be met and the predicted loss of each."""
     lost = "predicted KL" if loss == "kl" else "predicted relative error"
     names = ("fewer MACs", "MACs", "parameters", lost)
-    table = _table("Budgets that can be met", *((name, "right") for name in names))
+    table = _table("Budgets that can be met", names, right=names)
     for row in rows:
-        table.add_row(row.label, count(row.macs), count(row.parameters), _number(row.predicted_loss))
+        table.add_row(row.label, count(row.macs), count(row.parameters), short(row.predicted_loss, 2))
     return table
 
 
 def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray[np.floating]]) -> Table:
-    """Geometry, cost and principal components of every layer; ``spectra`` are cumulative shares by T."""
+    """Return shape, cost and principal components of every layer; ``spectra`` are cumulative shares by T."""
     total = sum(layer.macs for layer in layers)
-    table = _table(
-        name,
-        ("layer", "left"),
-        ("shape", "left"),
-        ("MACs", "right"),
-        ("share", "right"),
-        ("energy by T", "left"),
-        ("", "left"),
-        ("note", "left"),
-    )
+    names = ("layer", "shape", "MACs", "share", "energy by T", "", "note")
+    table = _table(name, names, right=("MACs", "share"))
     for layer in layers:
         shares = spectra.get(layer.name, np.zeros(0))
         bars = "".join(BARS[round(8 * float(s))] for s in shares)
@@ -181,7 +136,7 @@ def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray
             Text(short_name(layer.name)),
             describe(layer),
             count(layer.macs),
-            f"{100 * layer.macs / total:.1f}%",
+            percent(layer.macs / total),
             bars,
             f"90% at T = {at}" if at else "",
             layer.reason and f"kept: {layer.reason}",
@@ -190,17 +145,10 @@ def inspect_table(name: str, layers: Sequence[Layer], spectra: dict[str, NDArray
     return table
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-
 def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int) -> Table:
-    """The span of budgets that can be asked for."""
-    table = Table(
-        title="Budgets that can be met (what they cost in accuracy, `run` tells)", title_justify="left"
-    )
-    for column in ("", "now", "least", "at most"):
-        table.add_column(column, justify="right")
+    """Return the range of budgets that can be met."""
+    columns = ("", "now", "least", "at most")
+    table = _table("Budgets that can be met (`netdecouple run` measures the loss)", columns, right=columns)
     for name, now, least in (
         ("MACs", sum(layer.macs for layer in layers), least_macs),
         ("parameters", sum(layer.parameters for layer in layers), least_parameters),
@@ -210,7 +158,7 @@ def reach_table(layers: Sequence[Layer], least_macs: int, least_parameters: int)
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """Every budget with what it costs and loses, the knee marked; compared networks below."""
+    """Return cost and loss at every budget, the knee marked; compared networks below."""
     lost = "KL" if sweep.loss == "kl" else "relative error"
     points = [*sweep.points, *(compared.point for compared in sweep.compared)]
     measured = next((p.agreement for p in points if p.agreement), None)
@@ -222,12 +170,12 @@ def sweep_table(sweep: Sweep) -> Table:
     title = (
         f"{sweep.model} at {len(sweep.points)} budgets" if sweep.points else f"Compared with {sweep.model}"
     )
-    title += f", on {measured.images} held-back inputs" if measured else ""
-    table = _table(title, ("budget", "left"), *((name, "right") for name in columns), ("", "left"))
+    title += f", on {measured.images} held-out inputs" if measured else ""
+    table = _table(title, ["budget", *columns, ""], right=columns)
     before = points[0]
     original = [count(before.macs_before), "", count(before.parameters_before)]
     if before.accuracy:
-        original += [""] * (len(columns) - len(original) - 1) + [_share(before.accuracy[0])]
+        original += [""] * (len(columns) - len(original) - 1) + [percent(before.accuracy[0])]
     table.add_row("original", *original)
     for index, point in enumerate(points):
         row = [
@@ -235,12 +183,12 @@ def sweep_table(sweep: Sweep) -> Table:
             times(point.macs_before, point.macs),
             count(point.parameters),
             times(point.parameters_before, point.parameters),
-            _number(point.predicted_loss or None),
+            short(point.predicted_loss or None, 2),
         ]
         a = point.agreement
-        row += [_number(None if a is None else a.divergence)] if measured else []
-        row += [_share(None if a is None else a.same_class)] if is_classifier else []
-        row += [_share(point.accuracy[1] if point.accuracy else None)] if "top-1" in columns else []
+        row += [short(a.divergence if a else None, 2)] if measured else []
+        row += [percent(a.same_class if a else None)] if is_classifier else []
+        row += [percent(point.accuracy and point.accuracy[1])] if "top-1" in columns else []
         at_knee = index == sweep.knee
         table.add_row(
             Text(short_name(point.budget)), *row, "← knee" if at_knee else "", style="bold" if at_knee else ""
@@ -250,26 +198,22 @@ def sweep_table(sweep: Sweep) -> Table:
     return table
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
-
-
 def knee_line(sweep: Sweep) -> Text:
-    """Which budget is recommended, and by what rule."""
+    """Return the recommended budget and the reason."""
     if sweep.knee is None:
-        return Text("Knee        none: no budget stands out; choose by what may be lost")
+        return Text("Knee        none: no budget stands out; choose by the loss that you accept")
     point = sweep.points[sweep.knee]
-    why = "every further saving costs more than those before"
+    why = "beyond it, every saving costs more than the savings before"
     if is_flat(sweep.points):
-        why = "the fewest MACs, as no budget loses anything that shows"
+        why = "the fewest MACs, as no budget has a noticeable loss"
     return Text(f"Knee        {point.budget}, {times(point.macs_before, point.macs)} fewer MACs: {why}")
 
 
 def families_table(sweep: Sweep) -> Table:
-    """What compared networks' plans did to each layer, side by side."""
+    """Return each layer's family and sizes in the compared networks, side by side."""
     compared = [c for c in sweep.compared if c.layers]
-    names = [(short_name(Path(c.point.budget).name, 30), "left") for c in compared]
-    table = _table("What was done to each layer", ("layer", "left"), *names)  # type: ignore[arg-type]
+    names = [short_name(Path(c.point.budget).name, 30) for c in compared]
+    table = _table("What was done to each layer", ["layer", *names], right=())
     for layer, choices in sweep.side_by_side().items():
         is_kept = all(choice is None or choice.family == "kept" for choice in choices)
         cells = ("–" if choice is None else str(choice) for choice in choices)
@@ -278,26 +222,19 @@ def families_table(sweep: Sweep) -> Table:
 
 
 def scores_table(scores: Sequence[Score]) -> Table:
-    """Accuracy side by side."""
+    """Return the accuracy of several networks, side by side."""
     names = ("top-1", "top-5", "same class", "KL")
-    table = _table(
-        f"On {scores[0].images} labelled images", ("network", "left"), *((n, "right") for n in names)
-    )
+    table = _table(f"On {scores[0].images} labelled images", ["network", *names], right=names)
     for score in scores:
         shares = (score.top1, score.top5, score.same_class)
-        table.add_row(
-            score.model, *("" if s is None else f"{100 * s:.1f}%" for s in shares), _number(score.kl)
-        )
+        table.add_row(score.model, *map(percent, shares), short(score.kl, 2))
     return table
 
 
 def timing_tables(timed: Benchmark) -> list[Table]:
-    """Times side by side, one table per runtime and number of threads."""
-    groups = dict.fromkeys((m.runtime, m.version, m.threads, m.shapes) for m in timed.models)
-    return [
-        _timing_table([m for m in timed.models if (m.runtime, m.version, m.threads, m.shapes) == group])
-        for group in groups
-    ]
+    """Return times side by side, one table per runtime and number of threads."""
+    groups = dict.fromkeys(model.group for model in timed.models)
+    return [_timing_table([m for m in timed.models if m.group == group]) for group in groups]
 
 
 def _timing_table(models: Sequence[TimedModel]) -> Table:
@@ -305,11 +242,8 @@ def _timing_table(models: Sequence[TimedModel]) -> Table:
     table = _table(
         f"{first.runtime} {first.version}, {threads(first.threads)}, "
         f"input {', '.join(map(describe_shape, first.shapes))}",
-        ("network", "left"),
-        ("MACs", "right"),
-        ("median ms", "right"),
-        ("quartiles", "right"),
-        ("faster", "left"),
+        ["network", "MACs", "median ms", "quartiles", "faster"],
+        right=("MACs", "median ms", "quartiles"),
     )
     for model in models:
         time = model.timing
@@ -323,46 +257,24 @@ def _timing_table(models: Sequence[TimedModel]) -> Table:
     return table
 
 
-def faster(ratio: Ratio | None) -> str:
-    """How many times faster, with quartiles: 1.97× (1.95–1.99); or that no difference could be measured."""
-    if ratio is None:
-        return ""
-    return ("no measurable difference " if ratio.median is None else "") + _span(ratio).removeprefix("≈ ")
-
-
-def _span(ratio: Ratio) -> str:
-    median = "≈" if ratio.median is None else f"{ratio.median:.2f}×"
-    return f"{median} ({ratio.lower:.2f}–{ratio.upper:.2f})"
-
-
 def layer_times_tables(timed: Benchmark) -> list[Group]:
-    """Median times per layer of every network side by side, one table per number of threads."""
+    """Return every network's median times per layer side by side, one table per number of threads."""
     return [_layer_times_table(times) for times in timed.layers]
 
 
 def _layer_times_table(times: LayerTimes) -> Group:
     title = f"Median ms per layer, onnxruntime {times.version}'s profiler, {threads(times.threads)}"
-    first, *others = (short_name(Path(name).name, 20) for name in times.models)
-    columns: list[tuple[str, Literal["left", "right"]]] = [("layer", "left"), (first, "right")]
-    for name in others:
-        columns += [(name, "right"), ("faster", "left")]
-    table = _table(title, *columns)
+    names = [short_name(Path(name).name, 20) for name in times.models]
+    columns = ["layer", names[0], *(column for name in names[1:] for column in (name, "faster"))]
+    table = _table(title, columns, right=names)
     for layer in times.layers:
-        row = [_milliseconds(layer.timings[0])]
-        for timing, ratio in zip(layer.timings[1:], layer.faster[1:], strict=True):
-            row += [_milliseconds(timing), "" if ratio is None else _span(ratio)]
+        row = []
+        for timing, ratio in zip(layer.timings, layer.faster, strict=True):
+            row += ["" if timing is None else f"{timing.median:.3f}", faster(ratio, "≈")]
+        del row[1]  # nothing is faster than itself
         table.add_row(Text(short_name(layer.name)), *row)
     note = (
-        f"{REORDER}: between ONNX Runtime's plain and its blocked tensors; {REST}: nodes of no layer; "
-        "≈: no measurable difference; the profiler itself adds to every node"
+        f"{REORDER}: between ONNX Runtime's plain and blocked tensors; {REST}: nodes outside all layers; "
+        "≈: no measurable difference; the profiler itself adds time to every node"
     )
     return Group(table, Text(note))
-
-
-def _milliseconds(timing: Timing | None) -> str:
-    return "" if timing is None else f"{timing.median:.3f}"
-
-
-def threads(number: int) -> str:
-    """1 thread, 2 threads."""
-    return "1 thread" if number == 1 else f"{number} threads"

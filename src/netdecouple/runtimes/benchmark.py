@@ -44,7 +44,12 @@ class TimedModel:
     shapes: tuple[tuple[int, ...], ...]  # of the inputs
     macs: int | None  # None: not counted, the network has operators or inputs that are not known here
     timing: Timing
-    faster: Ratio | None  # than the first network in this runtime with so many threads; None for that one
+    faster: Ratio | None  # than the first network of the same group; None for the first network
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Runtime, version, threads and shapes: networks with the same group are compared with each other."""
+        return self.runtime, self.version, self.threads, self.shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
@@ -59,46 +59,35 @@ class OnnxSource:
                 f"{self.name}: emit='fused' is for float32 models, this one is {self.model.dtype}"
             )
 
-    def _options(self, preprocessing: Preprocessing | None, samples: int | None, seed: int) -> dict[str, Any]:
-        return {
-            "channels": self.model.channels or 3,
-            "size": self.model.size,
-            "preprocessing": preprocessing or self.preprocessing,
-            "samples": samples,
-            "seed": seed,
-        }
+    def _shape(self, preprocessing: Preprocessing | None) -> dict[str, Any]:
+        preprocessing = preprocessing or self.preprocessing
+        size, channels = self.model.size, self.model.channels or 3
+        return {"channels": channels, "size": size, "preprocessing": preprocessing}
 
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
     ) -> Calibration:
         """Load images (N, C, H, W); None makes noise of the right shape."""
-        options = self._options(preprocessing, samples, seed)
+        shape = self._shape(preprocessing)
         if calib is None:
-            size = self.model.size or options["preprocessing"].size
+            size = self.model.size or shape["preprocessing"].size
             if size is None:
                 raise CalibrationError(f"{self.name} takes images of any size; say which with input_size=")
-            noise = np.random.default_rng(seed).standard_normal((10, options["channels"], *size))
+            noise = np.random.default_rng(seed).standard_normal((10, shape["channels"], *size))
             images = noise.astype(np.float32)
             return Calibration(inputs=images, origin=calibration.NOISE, nbytes=images.nbytes, is_noise=True)
-        is_named = isinstance(calib, str | os.PathLike)
-        loaded = (calibration.load if is_named else calibration.from_arrays)(calib, **options)
+        loaded = calibration.load(calib, **shape, samples=samples, seed=seed)
         return Calibration(
             inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
         )
 
-    def labelled(
-        self, labels: Any, preprocessing: Preprocessing | None, seed: int
-    ) -> tuple[Array, NDArray[np.int64]]:
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Array, NDArray[np.int64]]:
         """Load images and their class labels."""
-        options = self._options(preprocessing, None, seed)
+        shape = self._shape(preprocessing)
         if not isinstance(labels, tuple):
-            images, classes = calibration.load_labelled(labels, **options)
-            return images.images, classes
-        inputs = calibration.from_arrays(labels[0], **options).images
-        classes = np.asarray(labels[1])
-        if classes.dtype.kind not in "iu" or classes.shape != (len(inputs),):
-            raise CalibrationError(f"labels are {classes.dtype} {classes.shape}, give {len(inputs)} integers")
-        return inputs, classes.astype(np.int64)
+            return calibration.load_labelled(labels, **shape)
+        inputs = calibration.load(labels[0], **shape, samples=None, seed=0).images
+        return inputs, calibration.class_labels(labels[1], len(inputs))
 
     def open(self, inputs: Array, resources: Resources) -> OnnxNetwork:
         """Open the network for such images."""

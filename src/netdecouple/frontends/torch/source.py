@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.frontends.onnx.model import write_model
@@ -136,9 +136,13 @@ class TorchSource:
             elif os.path.isdir(origin):
                 self._size(preprocessing)
             if is_plain:
-                load: Any = calibration.load if isinstance(batches, str) else calibration.from_arrays
-                options = {"size": None, "preprocessing": preprocessing, "samples": samples, "seed": seed}
-                loaded = load(batches, channels=self._channels, **options)
+                options: dict[str, Any] = {
+                    "size": None,
+                    "preprocessing": preprocessing,
+                    "samples": samples,
+                    "seed": seed,
+                }
+                loaded = calibration.load(batches, channels=self._channels, **options)
                 batches, arguments = loaded.images, None
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
@@ -159,29 +163,17 @@ class TorchSource:
             )
         return preprocessing.size
 
-    def labelled(
-        self, labels: Any, preprocessing: Preprocessing | None, seed: int
-    ) -> tuple[Samples, NDArray[np.int64]]:
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[np.int64]]:
         """Load samples and their class labels."""
         if isinstance(labels, tuple):
             inputs, classes = labels
         else:
-            loaded, classes = calibration.load_labelled(
-                labels,
-                channels=self._channels,
-                size=None,
-                preprocessing=preprocessing or self.preprocessing,
-                samples=None,
-                seed=seed,
+            preprocessing = preprocessing or self.preprocessing
+            inputs, classes = calibration.load_labelled(
+                labels, channels=self._channels, size=None, preprocessing=preprocessing
             )
-            inputs = loaded.images
         samples = collect(inputs, self.module, None, self._arguments if isinstance(labels, tuple) else None)
-        classes = np.asarray(classes)
-        if classes.dtype.kind not in "iu" or classes.shape != (len(samples),):
-            raise CalibrationError(
-                f"labels are {classes.dtype} {classes.shape}, give {len(samples)} integers"
-            )
-        return samples, classes.astype(np.int64)
+        return samples, calibration.class_labels(classes, len(samples))
 
     def open(self, inputs: Samples, resources: Resources) -> TorchNetwork:
         """Open the module for such samples."""

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from netdecouple.data import calibration
-from netdecouple.data.calibration import Preprocessing
+from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, UnavailableError, first_line
 
 INSTEAD = "give weights= a .safetensors, .pt or .pth file, or weights='random' to try things"
@@ -86,10 +86,10 @@ def _torchvision(name: str, pretrained: bool) -> Built:
     transforms = weights.transforms()
     size, resize = (list(getattr(transforms, key, None) or ()) for key in ("crop_size", "resize_size"))
     preprocessing = Preprocessing(
-        (size[0], size[-1]) if size else None,
-        tuple(getattr(transforms, "mean", None) or (0.0,)),
-        tuple(getattr(transforms, "std", None) or (1.0,)),
-        resize[0] if size and len(resize) == 1 else None,
+        size=(size[0], size[-1]) if size else None,
+        mean=tuple(getattr(transforms, "mean", None) or (0.0,)),
+        std=tuple(getattr(transforms, "std", None) or (1.0,)),
+        resize=resize[0] if size and len(resize) == 1 else None,
     )
     return module, preprocessing, f"{weights} from {weights.url}"
 
@@ -105,7 +105,8 @@ def _timm(name: str, pretrained: bool) -> Built:
     resize = math.floor(min(size) / config["crop_pct"]) if config["crop_mode"] == "center" else None
     cfg = module.pretrained_cfg
     origin = f"{cfg.get('architecture')}.{cfg.get('tag')} from {cfg.get('hf_hub_id') or cfg.get('url')}"
-    return module, Preprocessing(size, tuple(config["mean"]), tuple(config["std"]), resize), origin
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return module, Preprocessing(size=size, mean=mean, std=std, resize=resize), origin
 
 
 def _function(source: str) -> Built:

@@ -1,0 +1,169 @@
+"""Compute the parts of a report from what was planned and applied, and from both networks' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from netdecouple.convolution import ConvGeometry, Factorization
+from netdecouple.fitting.apply import Applied
+from netdecouple.network import Array, Layer
+from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
+from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.report.model import Agreement, Answer, Disagreement, LayerReport, Stage
+
+ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
+DISAGREEMENTS = 8  # inputs shown in a report, those whose outputs changed most
+
+
+def quality_of(plan: Plan, images: int, original: Sequence[Array], new: Sequence[Array]) -> Agreement:
+    """Compare both networks' outputs on ``images`` held-out inputs by the loss that the plan was made for."""
+    is_classifier = plan.loss == "kl"
+    return Agreement(
+        images=images,
+        loss=plan.loss,
+        divergence=divergence(original, new, "kl" if is_classifier else "relative"),
+        predicted=plan.predicted_loss,
+        same_class=agreement(original[0], new[0]) if is_classifier else None,
+    )
+
+
+def disagreements_of(
+    plan: Plan, places: Sequence[int], original: Sequence[Array], new: Sequence[Array]
+) -> tuple[Disagreement, ...]:
+    """List the held-out inputs whose outputs differ most, worst first.
+
+    ``places`` are the positions of the held-out inputs in the calibration set. The list is empty if the
+    outputs are not one per input.
+    """
+    is_classifier = plan.loss == "kl"
+    losses = divergences(original, new, "kl" if is_classifier else "relative")
+    if losses is None or len(losses) != len(places):
+        return ()
+    answers = [_answers(outputs[0]) if is_classifier else [None] * len(losses) for outputs in (original, new)]
+    worst = np.argsort(-losses, kind="stable")[:DISAGREEMENTS]
+    return tuple(
+        Disagreement(
+            sample=int(places[i]), divergence=float(losses[i]), original=answers[0][i], new=answers[1][i]
+        )
+        for i in worst
+        if losses[i] > 0
+    )
+
+
+def _answers(outputs: Array) -> list[Answer | None]:
+    probabilities = np.exp(log_probabilities(outputs))
+    return [Answer(chosen=int(row.argmax()), probability=float(row.max())) for row in probabilities]
+
+
+def layer_reports(
+    layers: Mapping[str, Layer],
+    applied: Applied,
+    written: Iterable[Layer],
+    energies: Mapping[str, Array] | None = None,
+) -> tuple[LayerReport, ...]:
+    """Report on every layer of a plan, in its order.
+
+    Args:
+        layers: the original network's layers by name.
+        applied: the plan with its fitted layers.
+        written: the layers of the written network, named after the layer they replace: conv1/pointwise1.
+            Their costs are reported: they can be less than planned, as unread filters are removed.
+        energies: per layer, cumulative shares of the weights' energy by T.
+    """
+    macs, parameters = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    for part in written:
+        name = max((n for n in layers if f"{part.name}/".startswith(f"{n}/")), key=len)
+        macs[name] += part.macs
+        parameters[name] += part.parameters
+    energies = energies or {}
+    return tuple(
+        _layer_report(
+            layers[row.name],
+            row,
+            applied,
+            (macs[row.name], parameters[row.name]),
+            energies.get(row.name, np.zeros(0)),
+        )
+        for row in applied.plan.layers
+    )
+
+
+def _layer_report(
+    layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[int, int], energy: Array
+) -> LayerReport:
+    samples = applied.samples.get(row.name)
+    fitted = applied.factorizations.get(row.name)
+    g = layer.geometry
+    unknowns = 0 if g is None else g.unknowns
+    return LayerReport(
+        name=row.name,
+        operator=row.operator,
+        shape=describe(layer),
+        family=row.family,
+        reason=row.reason,
+        sizes=row.sizes,
+        terms_per_channel=_terms_per_channel(layer, row),
+        macs_before=row.macs_before,
+        macs=costs[0],
+        parameters_before=row.parameters_before,
+        parameters=costs[1],
+        predicted_error=row.predicted_error if row.changed else None,
+        measured_error=applied.errors.get(row.name),
+        ridge=row.ridge or None,
+        samples=samples,
+        samples_wanted=ROWS_PER_UNKNOWN * unknowns if samples is not None else None,
+        inputs=0 if g is None else g.groups * unknowns,
+        dependent=applied.dependent.get(row.name),
+        before=None if g is None else _stage(g, layer.size, g.n_i, layer.maps),
+        stages=() if fitted is None else stages_of(layer, fitted),
+        energy=tuple(round(float(share), 6) for share in energy),
+    )
+
+
+def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
+    if row.family != "nd-dp" or not row.channels or layer.geometry is None:
+        return None
+    counts = np.bincount(row.channels[0], minlength=layer.geometry.n_i)
+    return int(counts.min()), int(counts.max())
+
+
+def stages_of(layer: Layer, factorization: Factorization) -> tuple[Stage, ...]:
+    """Describe the convolutions that replace a layer, in order."""
+    size, stages = layer.size, []
+    for stage in factorization.stages:
+        reads = stage.geometry.n_i if stage.channels is None else len(np.unique(stage.channels))
+        stages.append(_stage(stage.geometry, size, reads, layer.maps))
+        size = stage.geometry.output_size(*size)
+    return tuple(stages)
+
+
+def _stage(g: ConvGeometry, size: tuple[int, int], reads: int, maps: float) -> Stage:
+    return Stage(
+        kind="pointwise" if g.is_pointwise else "depthwise" if g.groups == g.n_i > 1 else "convolution",
+        reads=reads,
+        n_i=g.n_i,
+        n_o=g.n_o,
+        kernel=(g.kh, g.kw),
+        groups=g.groups,
+        macs=round(g.macs(*size) * maps),
+    )
+
+
+def describe(layer: Layer) -> str:
+    """Return a layer's shape as a short text: 64→128 3×3 @28, with a stride 64→128 3×3 /2 @56, or 64→10."""
+    g = layer.geometry
+    if g is None:
+        return ""
+    if g.is_pointwise and g.groups == 1 and layer.size == (1, 1):
+        return f"{g.n_i}→{g.n_o}"
+    parts = [f"{g.n_i}→{g.n_o}", f"{g.kh}×{g.kw}"]
+    if g.strides != (1, 1):
+        parts.append("/" + "×".join(map(str, dict.fromkeys(g.strides))))
+    if g.dilations != (1, 1):
+        parts.append("dilated " + "×".join(map(str, dict.fromkeys(g.dilations))))
+    if g.groups > 1:
+        parts.append(f"{g.groups} groups")
+    parts.append("@" + "×".join(map(str, dict.fromkeys(layer.size))))
+    return " ".join(parts)

@@ -1,0 +1,80 @@
+"""Short texts for numbers, layers and notes, the same in terminal tables and on pages."""
+
+from __future__ import annotations
+
+from netdecouple.report.model import LayerReport, Report
+from netdecouple.runtimes.timing import Ratio
+
+
+def count(number: float) -> str:
+    """Format a count with three digits and a unit: 40.6 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
+    return f"{number:.0f}"
+
+
+def times(before: float, after: float) -> str:
+    """Format how many times smaller ``after`` is than ``before``: 2.00×."""
+    return f"{before / after:.2f}×" if after else "∞"
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """Format a number with some digits, and without an exponent from 1e-4 on."""
+    if value is None or value == 0:
+        return "" if value is None else "0"
+    if abs(value) < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:.0f}"
+
+
+def percent(share: float | None) -> str:
+    """Format a share: 98.5%."""
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+def threads(number: int) -> str:
+    """Format a number of threads: 1 thread, 2 threads."""
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
+def faster(ratio: Ratio | None, equal: str = "no measurable difference") -> str:
+    """Format a ratio of times with its quartiles, 1.97× (1.95–1.99); ``equal`` stands for no median."""
+    if ratio is None:
+        return ""
+    median = equal if ratio.median is None else f"{ratio.median:.2f}×"
+    return f"{median} ({ratio.lower:.2f}–{ratio.upper:.2f})"
+
+
+def layer_sizes(layer: LayerReport) -> str:
+    """Format the sizes of every family in turn, and the range of terms per channel."""
+    sizes = " ".join(map(str, layer.sizes))
+    if layer.terms_per_channel:
+        fewest, most = layer.terms_per_channel
+        sizes += f" ({fewest}–{most} each)" if fewest < most else f" ({most} each)"
+    return sizes
+
+
+def sample_note(layer: LayerReport) -> str:
+    """Describe a shortage of samples or dependent inputs in the fit of a layer; empty if there is none."""
+    if layer.family != "kept" and layer.samples is None:
+        return "fitted from its weights"
+    if layer.lacks_samples:
+        return f"{count(layer.samples or 0)} of {count(layer.samples_wanted or 0)} samples wanted"
+    if layer.dependent:
+        return f"{count(layer.dependent)} of {count(layer.inputs)} inputs constant or dependent"
+    return ""
+
+
+def samples_note(report: Report) -> str:
+    """Say how many layers lack samples; empty if none does."""
+    number = sum(layer.lacks_samples for layer in report.layers)
+    layers = "layer had" if number == 1 else "layers had"
+    return f"{number} {layers} fewer samples than wanted; more calibration inputs help" if number else ""
+
+
+def skipped_note(report: Report) -> str:
+    """Name the first calibration files that could not be read; empty if all could."""
+    names = ", ".join(report.skipped[:3]) + (", …" if len(report.skipped) > 3 else "")
+    images = "image" if len(report.skipped) == 1 else "images"
+    return f"{len(report.skipped)} unreadable {images}: {names}" if names else ""
