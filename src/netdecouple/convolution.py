@@ -138,7 +138,7 @@ class ConvStage:
         g = self.geometry
         kernel = np.zeros((g.n_o, n_i, g.dilations[0] * (g.kh - 1) + 1, g.dilations[1] * (g.kw - 1) + 1))
         taps = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
-        np.add.at(taps, (np.arange(g.n_o)[:, None], self._sources), self.weight)
+        np.add.at(taps, (np.arange(g.n_o)[:, None], self.sources), self.weight)
         return kernel
 
     def taps(self, n_i: int) -> Taps:
@@ -153,15 +153,15 @@ class ConvStage:
         rows = np.arange(g.n_o)[:, None]
         if SPARSE * weight.shape[1] < n_i:
             rows = rows.repeat(weight.shape[1], axis=1)
-            return csr_array((weight.ravel(), (rows.ravel(), self._sources.ravel())), (g.n_o, n_i))
+            return csr_array((weight.ravel(), (rows.ravel(), self.sources.ravel())), (g.n_o, n_i))
         if g.groups == 1 and self.channels is None:
             return weight
         matrix = np.zeros((g.n_o, n_i))
-        np.add.at(matrix, (rows, self._sources), weight)
+        np.add.at(matrix, (rows, self.sources), weight)
         return matrix
 
     @property
-    def _sources(self) -> IntArray:
+    def sources(self) -> IntArray:
         """The input channels that each output reads: (n_o, n_i / groups)."""
         g = self.geometry
         channels = np.arange(g.n_i) if self.channels is None else self.channels
@@ -263,7 +263,7 @@ class Factorization:
             stage, following = stages[i], stages[i + 1]
             _, exponent = np.frexp(np.abs(stage.weight).max(axis=(1, 2, 3)))
             stages[i] = replace(stage, weight=np.ldexp(stage.weight, -exponent[:, None, None, None]))
-            moved = exponent[following._sources][:, :, None, None]
+            moved = exponent[following.sources][:, :, None, None]
             stages[i + 1] = replace(following, weight=np.ldexp(following.weight, moved))
         return tuple(stages)
 

@@ -76,7 +76,8 @@ def test_losses_rise_within_bounds() -> None:
     layer = conv("c", 8, 16, 10)
     assert layer.geometry is not None
     candidates = tuple(
-        Candidate("nd-dp", (), Structure.of(layer.geometry), error) for error in (0.3, 0.6, 0.9)
+        Candidate(method="nd-dp", steps=(), structure=Structure.of(layer.geometry), relative_error=error)
+        for error in (0.3, 0.6, 0.9)
     )
-    losses = _losses(LayerCandidates("c", candidates, probes), (1e-4, 1e-3, 2e-3))
+    losses = _losses(LayerCandidates(layer="c", candidates=candidates, probes=probes), (1e-4, 1e-3, 2e-3))
     assert losses[0] < losses[1] < losses[2] < 30

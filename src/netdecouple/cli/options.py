@@ -11,11 +11,11 @@ import typer
 
 from netdecouple.data.calibration import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
+from netdecouple.families.base import groups
 from netdecouple.families.chain import methods
 from netdecouple.planning.divergence import Loss
 
 EMITS = ("standard", "fused")
-FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 """For printing what may hold the names of files, which are nobody's markup."""
 
@@ -25,14 +25,11 @@ def among(words: Sequence[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def list_of(words: Sequence[str]) -> Callable[[str], list[str]]:
-    """Complete the last of several words with commas between them."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [before + comma + word for word in words if word.startswith(last)]
-
-    return complete
+def complete_families(incomplete: str) -> list[str]:
+    """Complete the last of several families or methods with commas between them."""
+    before, comma, last = incomplete.rpartition(",")
+    words = dict.fromkeys(("all", "paper", *groups(), *methods(["all"])))
+    return [before + comma + word for word in words if word.startswith(last)]
 
 
 Model = Annotated[Path, typer.Argument(help="The network, an .onnx file.", show_default=False)]
@@ -104,9 +101,9 @@ HowCompared = Annotated[
 Families = Annotated[
     str,
     typer.Option(
-        help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
+        help=f"What may be done to a layer: {', '.join(groups())} and all their combinations; paper; all; "
         "or methods in full, like nd-dp,sd+nd-dp.",
-        autocompletion=list_of(FAMILIES),
+        autocompletion=complete_families,
     ),
 ]
 Emit = Annotated[

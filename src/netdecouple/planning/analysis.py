@@ -22,6 +22,7 @@ from netdecouple.planning.candidates import (
     LARGE,
     LayerCandidates,
     Rule,
+    applicable,
     candidates,
     parse_families,
     smallest,
@@ -108,8 +109,8 @@ def kept_reasons(
             reasons[layer.name] = layer.reason
         elif all(Macs().decoupled(layer, c) >= layer.macs for c in smallest(layer)):
             reasons[layer.name] = "too small: nothing costs less than the layer itself"
-        elif layer.methods and not suitable(layer, settings.methods, settings.rule):
-            reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
+        elif (layer.is_linear or layer.upsamples) and not suitable(layer, settings.methods, settings.rule):
+            reasons[layer.name] = f"only {' or '.join(applicable(layer))} would do, which is not asked for"
         elif not settings.data_free and _is_too_wide(layer, resources.row_bytes):
             size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
@@ -394,9 +395,9 @@ def _losses(weighed: LayerCandidates, shown: Sequence[float]) -> tuple[float, ..
     """
     if not weighed.probes:
         return ()
-    pairs = sorted(zip([probe.error for probe in weighed.probes], shown, strict=True))
+    pairs = sorted(zip([probe.relative_error for probe in weighed.probes], shown, strict=True))
     errors, measured = np.log(np.maximum(np.array(pairs).T, 1e-12))
-    wanted = np.log(np.maximum([c.error for c in weighed.candidates], 1e-12))
+    wanted = np.log(np.maximum([c.relative_error for c in weighed.candidates], 1e-12))
     ratios = np.interp(wanted, errors, measured - errors)
     if len(pairs) > 1 and errors[-1] > errors[-2]:
         steepness = (measured[-1] - measured[-2]) / (errors[-1] - errors[-2])

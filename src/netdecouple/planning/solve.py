@@ -251,7 +251,7 @@ def _layer_plan(
         Macs().decoupled(layer, candidate),
         layer.parameters,
         Parameters().decoupled(layer, candidate),
-        candidate.error,
+        candidate.relative_error,
         analysis.losses[layer.name][index],
         form(layer, candidate),
         found.data_free,

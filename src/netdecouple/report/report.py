@@ -13,6 +13,7 @@ import numpy as np
 from netdecouple import records
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.errors import PlanError
+from netdecouple.families.base import spreads_terms
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
@@ -334,7 +335,7 @@ def layer_report(
 
 
 def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
-    if row.family != "nd-dp" or not row.channels or layer.geometry is None:
+    if not spreads_terms(row.family) or not row.channels or layer.geometry is None:
         return None
     counts = np.bincount(row.channels[0], minlength=layer.geometry.n_i)
     return int(counts.min()), int(counts.max())

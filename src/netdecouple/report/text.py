@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from netdecouple.families.base import used_by
 from netdecouple.network import Layer
 from netdecouple.planning.solve import BudgetRow
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedModel
@@ -66,10 +67,10 @@ def report_table(report: Report) -> Group:
             _note(layer),
             style="" if changed else "dim",
         )
-    legend = Text(
-        "sizes: of every family in turn; nd-dp: terms, nd-pd: terms per output channel, "
-        "sd and cd: channels in between, cp: channels kept\nerror: predicted → measured, on held-back inputs"
+    units = "; ".join(
+        f"{family.name}: {family.size_unit}" for family in used_by(layer.family for layer in report.layers)
     )
+    legend = Text(f"sizes of every family in turn: {units}\nerror: predicted → measured, on held-back inputs")
     return Group(table, legend, *summary(report))
 
 

@@ -107,7 +107,8 @@ def find(
                 to_numpy(bias).astype(np.float32),
                 size,
                 maps=macs / priced,
-                methods=convolution.methods,
+                is_linear=not convolution.kernel,
+                upsamples=convolution.upsamples,
             )
         )
         found[name] = Found(convolution, weight, bias, norm, steady, shortcut)
