@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netdecouple import moments
 from netdecouple.moments import Moments
 
 
@@ -126,3 +128,7 @@ def test_a_linear_target_needs_no_targets_to_be_seen() -> None:
     weight, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3))
     y = np.einsum("ngd,gmd->ngm", x, weight) + bias
     assert_equal(Moments.of(x, y * 0).with_linear_target(weight, bias), Moments.of(x, y))
+
+
+def test_examples_in_docstrings_give_what_they_print() -> None:
+    assert doctest.testmod(moments).failed == 0

@@ -24,7 +24,7 @@ SPARSE = 20  # times fewer numbers than places, from which on products with a sp
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Everything about a 2-D convolution but its numbers."""
+    """A 2-D convolution without its weights."""
 
     n_o: int
     n_i: int
@@ -122,7 +122,7 @@ class ConvStage:
         return g.is_depthwise and other.channels is None and pointwise == plain
 
     def __call__(self, x: Array) -> Array:
-        """Convolve (n, c, h, w) in NumPy; the reference every runtime is held against."""
+        """Convolve (n, c, h, w) in NumPy: the reference for every runtime."""
         g = self.geometry
         if self.channels is not None:
             x = x[:, self.channels]
@@ -170,7 +170,7 @@ class ConvStage:
 
 @dataclass(frozen=True)
 class Structure:
-    """A factorization without its numbers: what its stages are, and which channels each reads."""
+    """A factorization without its weights: the stages, and the channels that each reads."""
 
     geometry: ConvGeometry
     stages: tuple[ConvGeometry, ...]
@@ -229,7 +229,7 @@ class Factorization:
 
     @property
     def structure(self) -> Structure:
-        """What is left without the numbers."""
+        """The stages without their weights."""
         stages = self.stages
         return Structure(self.geometry, tuple(s.geometry for s in stages), tuple(s.channels for s in stages))
 
@@ -253,10 +253,11 @@ class Factorization:
 
     @property
     def _balanced(self) -> tuple[ConvStage, ...]:
-        """The stages with the largest weight of every filter near 1, but for the last stage's.
+        """The stages with the largest weight of every filter near 1, except in the last stage.
 
-        Fits leave open what factor goes to which stage: where inputs hardly ever vary, one is huge and the
-        other tiny, beyond what float32 holds. Powers of two are moved, so that nothing is rounded.
+        Fits do not determine which stage a factor goes to: where inputs hardly vary, the weights of one stage
+        are huge and those of the next tiny, beyond the range of float32. Powers of two are moved from stage
+        to stage, which rounds nothing.
         """
         stages = list(self.stages)
         for i in range(len(stages) - 1):
@@ -268,7 +269,7 @@ class Factorization:
         return tuple(stages)
 
     def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
-        """Cast every number, the stages balanced first; float32 is what a network stores."""
+        """Cast weights and bias, after balancing the stages; networks store float32."""
         stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self._balanced)
         return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
 

@@ -164,10 +164,10 @@ def groups() -> dict[str, list[type[Family]]]:
     >>> [family.name for family in groups()["nd"]]
     ['nd-dp', 'nd-pd']
     """
-    found: dict[str, list[type[Family]]] = {}
+    words: dict[str, list[type[Family]]] = {}
     for family in registered():
-        found.setdefault(family.group or family.name, []).append(family)
-    return found
+        words.setdefault(family.group or family.name, []).append(family)
+    return words
 
 
 def used_by(methods: Iterable[str]) -> list[type[Family]]:

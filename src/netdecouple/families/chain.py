@@ -157,22 +157,22 @@ def methods(names: Iterable[str]) -> tuple[str, ...]:
         ValueError: as in `method`.
     """
     chosen: set[str] = set()
-    found: list[str] = []
+    listed: list[str] = []
     for name in names:
         if name == "all":
             chosen |= groups().keys()
         elif name == "paper":
-            found += PAPER
+            listed += PAPER
         elif name in groups():
             chosen.add(name)
         else:
-            found.append(method(name).name)
+            listed.append(method(name).name)
     families = [f for f in registered() if (f.group or f.name) in chosen]
     parts = [f for f in families if f.in_combinations]
     chains = [c for size in range(1, len(parts) + 1) for c in combinations(parts, size)]
-    found += ["+".join(f.name for f in c) for c in chains if len({f.order for f in c}) == len(c)]
-    found += [f.name for f in families if not f.in_combinations]
-    return tuple(sorted(dict.fromkeys(found), key=lambda n: n.count("+")))
+    listed += ["+".join(f.name for f in c) for c in chains if len({f.order for f in c}) == len(c)]
+    listed += [f.name for f in families if not f.in_combinations]
+    return tuple(sorted(dict.fromkeys(listed), key=lambda n: n.count("+")))
 
 
 def _inner(families: tuple[Family, ...], index: int, stage: ConvGeometry) -> tuple[Family, ...]:
@@ -193,11 +193,7 @@ def _stages(
 
 
 def _check(family: Family, g: ConvGeometry, step: Step) -> None:
-    """Refuse a size out of range, and channels of a wrong number, order or index.
-
-    Raises:
-        ValueError: one of these.
-    """
+    """Raise ValueError for a size out of range, and for channels of a wrong number, order or index."""
     if not 1 <= step.size <= family.exact(g):
         raise ValueError(f"{family.name} of size {step.size}, it can have 1 to {family.exact(g)}")
     if step.channels is None:
@@ -275,7 +271,7 @@ def _trials(
     family, g = families[0], problem.geometry
     if len(families) == 1:
         return pareto(_predicted(family, problem, size, sizes_for(family, g, size, shares)))
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for s in sizes_for(family, g, size, outer):
         whole = family.fit(problem, s)
         step = Step(s, whole.stages[0].channels)
@@ -285,14 +281,14 @@ def _trials(
         for index, stage in enumerate(whole.stages):
             if inner := _inner(families, index, stage.geometry):
                 part = problem.of_stage(whole.stages[:index], stage, last=False)
-                trials = _trials(inner, part, stage_size, shares, outer)
-                parts.append([_selecting(stage.channels, trial) for trial in trials])
+                inner_trials = _trials(inner, part, stage_size, shares, outer)
+                parts.append([_selecting(stage.channels, trial) for trial in inner_trials])
             else:
                 stages, macs = ((stage.geometry, stage.channels),), stage.geometry.macs(*stage_size)
                 parts.append([Trial(steps=(), stages=stages, macs=macs, squared_error=0.0)])
             stage_size = stage.geometry.output_size(*stage_size)
-        found += [_joined(choice) for choice in product(*parts)]
-    return pareto(trial for trial in found if trial.macs < g.macs(*size))
+        trials += [_joined(choice) for choice in product(*parts)]
+    return pareto(trial for trial in trials if trial.macs < g.macs(*size))
 
 
 def _predicted(
@@ -315,8 +311,8 @@ def sizes_for(family: Family, g: ConvGeometry, size: tuple[int, int], shares: Se
     one, dense = family.structure(g, 1).macs(*size), g.macs(*size)
     exact = family.exact(g)
     grain = family.grain(g)
-    found = {min(int(share * dense / one), exact) // grain * grain for share in shares}
-    return sorted({s for s in found if s >= 1 and family.structure(g, s).macs(*size) < dense}, reverse=True)
+    sizes = {min(int(share * dense / one), exact) // grain * grain for share in shares}
+    return sorted({s for s in sizes if s >= 1 and family.structure(g, s).macs(*size) < dense}, reverse=True)
 
 
 def _selecting(channels: IntArray | None, trial: Trial) -> Trial:

@@ -1,9 +1,9 @@
 """CP: channel pruning, some input channels dropped and the rest refitted by least squares.
 
 He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017 (arXiv 1707.06168),
-section 3.1. Instead of their LASSO, channels leave one after the other, those first without which the
-refitted rest loses least: what each costs is known exactly from the inverse of the Gram matrix
-(Hassibi and Stork 1993, for blocks of weights). No labels, no samples, only moments.
+section 3.1. Instead of their LASSO, channels are dropped step by step, first those whose loss is least once
+the others are refitted. The inverse of the Gram matrix gives that loss exactly (Hassibi and Stork 1993, for
+blocks of weights). Needs moments only, no labels and no samples.
 """
 
 from __future__ import annotations

@@ -87,12 +87,11 @@ class DepthwisePointwise(ChannelSelecting):
         return [every_channel.repeat(self._ranks(terms, size)) for size in sizes]
 
     def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
-        start = spectrum(problem)
-        if channels is None:
-            ranks = self._ranks(start, size)
-        else:
-            ranks = np.bincount(channels, minlength=problem.geometry.n_i)
-        return fit(problem, ranks, start, SWEEPS if self.options.rounds is None else self.options.rounds)
+        n_i, rounds = problem.geometry.n_i, self.options.rounds
+        ranks = (
+            self._ranks(spectrum(problem), size) if channels is None else np.bincount(channels, minlength=n_i)
+        )
+        return fit(problem, ranks, sweeps=SWEEPS if rounds is None else rounds)
 
     def _ranks(self, terms: Spectrum, size: int) -> IntArray:
         if self.options.uniform:
@@ -151,11 +150,9 @@ class PointwiseDepthwise(Family):
             rows.append(points)
             filters.append(taps)
         pointwise, depthwise = self.structure(problem.geometry, size).stages
-        stages = (
-            ConvStage(pointwise, np.concatenate(rows).reshape(pointwise.weight_shape)),
-            ConvStage(depthwise, np.concatenate(filters).reshape(depthwise.weight_shape)),
-        )
-        return problem.with_best_bias(stages)
+        first = np.concatenate(rows).reshape(pointwise.weight_shape)
+        last = np.concatenate(filters).reshape(depthwise.weight_shape)
+        return problem.with_best_bias([ConvStage(pointwise, first), ConvStage(depthwise, last)])
 
 
 def _pd_terms(problem: Problem) -> list[tuple[Array, Array, Array]]:
@@ -270,7 +267,7 @@ def _spectrum(problem: Problem) -> Spectrum:
     g = problem.geometry
     k = g.kh * g.kw
     target = problem.target
-    factor = _channel_factors(problem)  # G_ii = L Lᵀ
+    factor = np.stack([_block_factors(gram, k) for gram in problem.moments.gram])  # G_ii = L Lᵀ
     groups, m, d = target.shape
     slices = target.reshape(groups, m, d // k, k).swapaxes(1, 2) @ factor  # (groups, n, m, k²)
     energy, vectors = np.linalg.eigh(slices.swapaxes(2, 3) @ slices)
@@ -315,18 +312,12 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
     return np.maximum(power - explained, 0.0) / power
 
 
-def fit(
-    problem: Problem,
-    ranks: IntArray,
-    start: Spectrum | None = None,
-    sweeps: int = SWEEPS,
-    block: int = BLOCK,
-) -> Factorization:
+def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BLOCK) -> Factorization:
     """Fit depthwise and pointwise stages with ``ranks`` (n_i,) terms per input channel.
 
-    Terms start from the spectra of the slices (``start``, if it is known already); the pointwise stage
-    is refitted to all of them together; block coordinate descent then improves both. The error never
-    rises on the way. ``block`` channels share a matrix product, which changes rounding alone.
+    Terms start from the spectra of the slices; the pointwise stage is refitted to all of them together;
+    block coordinate descent then improves both. The error never rises on the way. ``block`` channels share
+    a matrix product, which changes rounding alone.
 
     Raises:
         ValueError: the groups have different numbers of terms.
@@ -335,11 +326,11 @@ def fit(
     per_group = ranks.reshape(g.groups, -1)
     if len(set(per_group.sum(axis=1))) != 1:
         raise ValueError("every group needs the same number of terms")
-    start = start or spectrum(problem)
+    start = spectrum(problem).filters
     filters, columns = [], []  # D (R, k²) and P (m, R) of every group
     for i in range(g.groups):
         gram, target = problem.moments.gram[i], problem.target[i]
-        d = np.concatenate([f[:r] for f, r in zip(start.filters[i], per_group[i], strict=True)])
+        d = np.concatenate([f[:r] for f, r in zip(start[i], per_group[i], strict=True)])
         if problem.white:  # the truncated SVD of every slice, which is optimal
             p = _depthwise(target, d, per_group[i])
         else:
@@ -349,24 +340,14 @@ def fit(
         columns.append(p)
     terms = int(per_group[0].sum())
     depthwise, pointwise = DepthwisePointwise().structure(g, terms).stages
-    stages = (
-        ConvStage(
-            depthwise,
-            np.concatenate(filters).reshape(depthwise.weight_shape),
-            np.arange(g.n_i).repeat(ranks),
-        ),
-        ConvStage(pointwise, np.concatenate(columns).reshape(pointwise.weight_shape)),
-    )
-    return problem.with_best_bias(stages)
-
-
-def _channel_factors(problem: Problem) -> Array:
-    """Cholesky factors of the diagonal blocks G_ii: (groups, n, k², k²), lower."""
-    k = problem.geometry.kh * problem.geometry.kw
-    return np.stack([_block_factors(gram, k) for gram in problem.moments.gram])
+    first = np.concatenate(filters).reshape(depthwise.weight_shape)
+    last = np.concatenate(columns).reshape(pointwise.weight_shape)
+    channels = np.arange(g.n_i).repeat(ranks)
+    return problem.with_best_bias([ConvStage(depthwise, first, channels), ConvStage(pointwise, last)])
 
 
 def _block_factors(gram: Array, k: int) -> Array:
+    """Compute the lower Cholesky factors of the diagonal blocks G_ii: (n, k, k)."""
     n = len(gram) // k
     return root(np.ascontiguousarray(np.einsum("aiaj->aij", gram.reshape(n, k, n, k))))
 

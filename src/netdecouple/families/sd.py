@@ -67,14 +67,10 @@ class SpatialDecomposition(Family):
     def fit(self, problem: Problem, size: int) -> Factorization:
         rounds = ROUNDS if self.options.rounds is None else self.options.rounds
         pairs = [_alternate(problem, i, size, rounds) for i in range(problem.geometry.groups)]
-        first, second = (np.stack(part) for part in zip(*pairs, strict=True))
-        rows, columns = self.structure(problem.geometry, size).stages
-        return problem.with_best_bias(
-            (
-                ConvStage(rows, first.reshape(rows.weight_shape)),
-                ConvStage(columns, second.reshape(columns.weight_shape)),
-            )
-        )
+        geometries = self.structure(problem.geometry, size).stages
+        weights = (np.stack(part) for part in zip(*pairs, strict=True))
+        stages = zip(geometries, weights, strict=True)
+        return problem.with_best_bias([ConvStage(g, weight.reshape(g.weight_shape)) for g, weight in stages])
 
 
 def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:

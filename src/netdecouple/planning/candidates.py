@@ -21,9 +21,7 @@ from netdecouple.planning.cost import Macs, Parameters, parse_share
 
 FLOOR = 1e-9  # errors below are rounding
 LEVELS = 28  # of a single family
-FEWEST = (
-    0.04  # of the layer's MACs: the smallest candidate; the losses of smaller ones are far from any probe's
-)
+FEWEST = 0.04  # of the layer's MACs: the smallest candidate, not too far from the least probe
 INNER, OUTER = 10, 6  # levels of the innermost family of a combination, and of every other
 PROBES = (0.5, 0.2, 0.07)  # of the layer's MACs: where errors and losses are measured, not predicted
 HOPELESS = 1.3  # times the least error at the same MACs: not worth timing or combining further
@@ -135,11 +133,9 @@ def smallest(layer: Layer) -> list[Candidate]:
     """Return the candidate of size 1 of every family that applies to the layer."""
     if layer.geometry is None:
         return []
-    structures = {name: method(name).structure(layer.geometry, [Step(1)]) for name in applicable(layer)}
-    return [
-        Candidate(method=name, steps=(Step(1),), structure=structure, relative_error=1.0)
-        for name, structure in structures.items()
-    ]
+    g, steps = layer.geometry, (Step(1),)
+    structures = {name: method(name).structure(g, steps) for name in applicable(layer)}
+    return [Candidate(method=n, steps=steps, structure=s, relative_error=1.0) for n, s in structures.items()]
 
 
 def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
@@ -165,8 +161,7 @@ def candidates(
     Args:
         layer: the layer.
         problem: its moments on the inputs to fit.
-        held_back: its moments on the held-back inputs; without them (data-free) errors are in the metric of
-            the weights.
+        held_back: its moments on held-back inputs; None (data-free): errors are in the metric of the weights.
         methods: as `families.chain.methods` lists them.
         uniform: every channel has the same number of terms.
         probes: number of candidates to be run in the network.
@@ -187,7 +182,7 @@ def candidates(
         uniform = uniform or rule.is_uniform
         trials = _ruled(layer, fitting, rule)
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # predicted, measured
-    shown = []
+    fitted_probes = []
     rounds = 0 if held_back is None else 1  # in the metric of the weights the closed form is optimal
     for name, trial, in_network in _to_fit(layer, trials, probes):
         fitted, _ = method(name, uniform, rounds=rounds).fit(fitting, trial.steps)
@@ -198,8 +193,8 @@ def candidates(
         errors[name].append((max(trial.squared_error / fitting.power, FLOOR), max(error, FLOOR)))
         if in_network:
             weight, bias = fitted.dense().astype(np.float32), np.asarray(fitted.bias, np.float32)
-            shown.append(Probe(weight, bias, max(error, FLOOR)))
-    found = [
+            fitted_probes.append(Probe(weight, bias, max(error, FLOOR)))
+    predicted = [
         Candidate(method=name, steps=t.steps, structure=t.structure(problem.geometry), relative_error=error)
         for name, of_method in trials.items()
         for t, error in zip(
@@ -211,8 +206,8 @@ def candidates(
     ]
     return LayerCandidates(
         layer=layer.name,
-        candidates=tuple(found),
-        probes=tuple(shown),
+        candidates=tuple(predicted),
+        probes=tuple(fitted_probes),
         data_free=held_back is None,
         ridge=ridge if is_large else 0.0,
     )
@@ -224,33 +219,30 @@ def _explore(
     """Return the trials of every method, short chains first, without the hopeless ones."""
     if large:
         methods = [name for name in methods if method(name).wide_ok(problem.geometry)] or methods
-    found: dict[str, list[Trial]] = {}
+    by_method: dict[str, list[Trial]] = {}
     for name in methods:
-        chain = name.split("+")
-        if not _has_promising_parts(name, methods, found):
+        length = name.count("+") + 1
+        if not _has_promising_parts(name, methods, by_method):
             continue
-        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
-        outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
+        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if length == 1 else INNER))
+        outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or length > 2 else OUTER))
         trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
         # where all weights are zero, all sizes have the same error, and only the smallest is left
-        found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
-        envelope = pareto(t for of_method in found.values() for t in of_method)
-        for other in found:
-            found[other] = [t for t in found[other] if t.squared_error <= HOPELESS * _least(envelope, t.macs)]
-    return {name: trials for name, trials in found.items() if trials}
+        by_method[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
+        envelope = pareto(t for of_method in by_method.values() for t in of_method)
+        for other in by_method:
+            by_method[other] = [
+                t for t in by_method[other] if t.squared_error <= HOPELESS * _least(envelope, t.macs)
+            ]
+    return {name: trials for name, trials in by_method.items() if trials}
 
 
 def suitable(layer: Layer, methods: Sequence[str], rule: Rule | None = None) -> list[str]:
     """Return the methods that have something to offer to a layer; the rule's wherever it makes sense."""
-    if rule is not None:
-        return [rule.method] if method(rule.method).is_possible(layer.is_linear, layer.upsamples) else []
     assert layer.geometry is not None
-    chosen = [method(name) for name in methods]
-    return [
-        m.name
-        for m in chosen
-        if m.is_possible(layer.is_linear, layer.upsamples) and m.applies_to(layer.geometry)
-    ]
+    chosen = map(method, methods if rule is None else [rule.method])
+    possible = [m for m in chosen if m.is_possible(layer.is_linear, layer.upsamples)]
+    return [m.name for m in possible if rule is not None or m.applies_to(layer.geometry)]
 
 
 def applicable(layer: Layer) -> list[str]:
@@ -258,12 +250,12 @@ def applicable(layer: Layer) -> list[str]:
     return suitable(layer, [family.name for family in registered()])
 
 
-def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, Sequence[Trial]]) -> bool:
+def _has_promising_parts(name: str, methods: Sequence[str], by_method: Mapping[str, Sequence[Trial]]) -> bool:
     """Return whether the combinations of one family less, where tried, have trials near the best."""
     chain = name.split("+")
     parts = ["+".join(chain[:i] + chain[i + 1 :]) for i in range(len(chain))] if len(chain) > 1 else []
     tried = [part for part in parts if part in methods]
-    return len(tried) < 2 or sum(bool(found.get(part)) for part in tried) > 1
+    return len(tried) < 2 or sum(bool(by_method.get(part)) for part in tried) > 1
 
 
 def _macs(layer: Layer) -> int:
@@ -325,6 +317,6 @@ def _nearest(trials: Sequence[Trial], macs: float) -> Trial:
 def _corrected(trials: Sequence[Trial], power: float, fitted: Sequence[tuple[float, float]]) -> Array:
     """Correct predicted relative errors by measured ones, linearly in the logarithm."""
     predicted = np.log(np.maximum([t.squared_error / power for t in trials], FLOOR))
-    known = np.log(sorted(fitted))
-    errors: Array = np.exp(predicted + np.interp(predicted, known[:, 0], known[:, 1] - known[:, 0]))
+    measured = np.log(sorted(fitted))
+    errors: Array = np.exp(predicted + np.interp(predicted, measured[:, 0], measured[:, 1] - measured[:, 0]))
     return errors
