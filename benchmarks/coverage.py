@@ -157,7 +157,7 @@ def looked_at(name: str) -> Outcome:
 
 def _least(layer: Layer) -> int:
     """The least MACs that ND in its DP form can bring a layer to."""
-    if layer.geometry is None or layer.reason or layer.methods or layer.geometry.is_pointwise:
+    if layer.geometry is None or layer.reason or layer.upsamples or layer.geometry.is_pointwise:
         return layer.macs
     structure = method("nd-dp").structure(layer.geometry, (Step(1),))
     return min(layer.macs, round(structure.macs(*layer.size) * layer.maps))

@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from netdecouple.cli import app
+from netdecouple.families.base import registered
 
 KINDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH"}
 DOCS = Path(__file__).parent
@@ -95,6 +96,16 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def families() -> str:
+    """List what every family makes of a convolution, and what its size counts."""
+    lines = [
+        "| family | a k×k convolution becomes | size | from |",
+        "| --- | --- | --- | --- |",
+        *(f"| `{f.name}` | {f.description} | {f.size_unit} | {f.source} |" for f in registered()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def licences() -> str:
     """The licence of every package that an installation takes, as the package itself names it."""
     known, wanted = {"netdecouple"}, ["netdecouple"]
@@ -139,6 +150,7 @@ def main() -> None:
     networks = dict.fromkeys(network for network, _, _ in cells)
     pages = {
         "commands": commands(),
+        "families": families(),
         "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
         "licences": licences(),
         "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),

@@ -176,7 +176,7 @@ def test_what_is_cast_is_balanced_first(g: ConvGeometry, seed: int, name: str) -
     factor = 2.0 ** np.random.default_rng(seed).integers(-200, 200, len(first.weight))
     skewed = (
         replace(first, weight=first.weight * factor[:, None, None, None]),
-        replace(second, weight=second.weight / factor[second._sources][:, :, None, None]),
+        replace(second, weight=second.weight / factor[second.sources][:, :, None, None]),
     )
     plain, cast = fitted.astype(np.float32), replace(fitted, stages=(*skewed, *rest)).astype(np.float32)
     assert all(np.abs(s.weight).max() < 1e3 for s in cast.stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netdecouple import moments
 from netdecouple.moments import Moments
 
 
@@ -58,18 +60,20 @@ def test_float32_samples_are_summed_in_float64() -> None:
 def test_the_error_of_one_sample_is_its_squared_residual() -> None:
     moments = Moments.of(np.ones((1, 1, 2)), np.full((1, 1, 1), 5.0))
     once = replace(moments, gram=np.eye(2)[None], cross=np.zeros((1, 1, 2)))  # as of white pseudo-samples
-    assert moments.error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 9.0
-    assert once.error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 2.0 + 9.0
-    assert replace(once, count=2).error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 1.0 + 9.0
+    assert moments.mean_squared_error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 9.0
+    assert once.mean_squared_error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 2.0 + 9.0
+    assert replace(once, count=2).mean_squared_error(np.ones((1, 1, 2)), np.zeros((1, 1))) == 1.0 + 9.0
 
 
-def test_shards_merge_to_the_whole_and_stay_as_they_are() -> None:
+def test_shards_add_up_to_the_whole_and_stay_as_they_are() -> None:
     x, y = samples(30)
     a, b = Moments.of(x[:11], y[:11]), Moments.of(x[11:], y[11:])
-    before = a.gram.copy()
-    assert_equal(a.merge(b), Moments.of(x, y))
-    np.testing.assert_array_equal(a.gram, before)
-    assert_equal(a.merge(Moments.empty(2, 5, 3)), a)
+    before = b.gram.copy()
+    a.absorb(b)
+    assert_equal(a, Moments.of(x, y))
+    np.testing.assert_array_equal(b.gram, before)
+    a.absorb(Moments.empty(2, 5, 3))
+    assert_equal(a, Moments.of(x, y))
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1.0, 1e30])
@@ -105,7 +109,9 @@ def test_error_is_the_mean_squared_residual() -> None:
     rng = np.random.default_rng(1)
     weight, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3))
     residual = y - np.einsum("ngd,gmd->ngm", x, weight) - bias
-    assert Moments.of(x, y).error(weight, bias) == pytest.approx(np.square(residual).sum((1, 2)).mean())
+    assert Moments.of(x, y).mean_squared_error(weight, bias) == pytest.approx(
+        np.square(residual).sum((1, 2)).mean()
+    )
 
 
 def test_the_best_bias_brings_the_mean_residual_to_zero() -> None:
@@ -122,3 +128,7 @@ def test_a_linear_target_needs_no_targets_to_be_seen() -> None:
     weight, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3))
     y = np.einsum("ngd,gmd->ngm", x, weight) + bias
     assert_equal(Moments.of(x, y * 0).with_linear_target(weight, bias), Moments.of(x, y))
+
+
+def test_examples_in_docstrings_give_what_they_print() -> None:
+    assert doctest.testmod(moments).failed == 0

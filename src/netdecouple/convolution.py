@@ -24,7 +24,7 @@ SPARSE = 20  # times fewer numbers than places, from which on products with a sp
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Everything about a 2-D convolution but its numbers."""
+    """A 2-D convolution without its weights."""
 
     n_o: int
     n_i: int
@@ -142,7 +142,7 @@ class ConvStage:
         return g.is_depthwise and other.channels is None and pointwise == plain
 
     def __call__(self, x: Array) -> Array:
-        """Convolve (n, c, h, w) in NumPy; the reference every runtime is held against."""
+        """Convolve (n, c, h, w) in NumPy: the reference for every runtime."""
         g = self.geometry
         if self.channels is not None:
             x = x[:, self.channels]
@@ -158,7 +158,7 @@ class ConvStage:
         g = self.geometry
         kernel = np.zeros((g.n_o, n_i, g.dilations[0] * (g.kh - 1) + 1, g.dilations[1] * (g.kw - 1) + 1))
         taps = kernel[:, :, :: g.dilations[0], :: g.dilations[1]]
-        np.add.at(taps, (np.arange(g.n_o)[:, None], self._sources), self.weight)
+        np.add.at(taps, (np.arange(g.n_o)[:, None], self.sources), self.weight)
         return kernel
 
     def taps(self, n_i: int) -> Taps:
@@ -173,15 +173,15 @@ class ConvStage:
         rows = np.arange(g.n_o)[:, None]
         if SPARSE * weight.shape[1] < n_i:
             rows = rows.repeat(weight.shape[1], axis=1)
-            return csr_array((weight.ravel(), (rows.ravel(), self._sources.ravel())), (g.n_o, n_i))
+            return csr_array((weight.ravel(), (rows.ravel(), self.sources.ravel())), (g.n_o, n_i))
         if g.groups == 1 and self.channels is None:
             return weight
         matrix = np.zeros((g.n_o, n_i))
-        np.add.at(matrix, (rows, self._sources), weight)
+        np.add.at(matrix, (rows, self.sources), weight)
         return matrix
 
     @property
-    def _sources(self) -> IntArray:
+    def sources(self) -> IntArray:
         """The input channels that each output reads: (n_o, n_i / groups)."""
         g = self.geometry
         channels = np.arange(g.n_i) if self.channels is None else self.channels
@@ -190,7 +190,7 @@ class ConvStage:
 
 @dataclass(frozen=True)
 class Structure:
-    """A factorization without its numbers: what its stages are, and which channels each reads."""
+    """A factorization without its weights: the stages, and the channels that each reads."""
 
     geometry: ConvGeometry
     stages: tuple[ConvGeometry, ...]
@@ -254,7 +254,7 @@ class Factorization:
 
     @property
     def structure(self) -> Structure:
-        """What is left without the numbers."""
+        """The stages without their weights."""
         stages = self.stages
         return Structure(self.geometry, tuple(s.geometry for s in stages), tuple(s.channels for s in stages))
 
@@ -278,22 +278,23 @@ class Factorization:
 
     @property
     def _balanced(self) -> tuple[ConvStage, ...]:
-        """The stages with the largest weight of every filter near 1, but for the last stage's.
+        """The stages with the largest weight of every filter near 1, except in the last stage.
 
-        Fits leave open what factor goes to which stage: where inputs hardly ever vary, one is huge and the
-        other tiny, beyond what float32 holds. Powers of two are moved, so that nothing is rounded.
+        Fits do not determine which stage a factor goes to: where inputs hardly vary, the weights of one stage
+        are huge and those of the next tiny, beyond the range of float32. Powers of two are moved from stage
+        to stage, which rounds nothing.
         """
         stages = list(self.stages)
         for i in range(len(stages) - 1):
             stage, following = stages[i], stages[i + 1]
             _, exponent = np.frexp(np.abs(stage.weight).max(axis=(1, 2, 3)))
             stages[i] = replace(stage, weight=np.ldexp(stage.weight, -exponent[:, None, None, None]))
-            moved = exponent[following._sources][:, :, None, None]
+            moved = exponent[following.sources][:, :, None, None]
             stages[i + 1] = replace(following, weight=np.ldexp(following.weight, moved))
         return tuple(stages)
 
     def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
-        """Cast every number, the stages balanced first; float32 is what a network stores."""
+        """Cast weights and bias, after balancing the stages; networks store float32."""
         stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self._balanced)
         return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
 

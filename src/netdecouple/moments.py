@@ -1,6 +1,6 @@
-"""First and second moments of what a layer sees and what it should produce.
+"""First and second moments of a layer's patches x and targets y.
 
-They are all a linear least-squares problem needs to know of its samples: sums that are added up
+They are all that a linear least-squares problem needs of its samples: sums that are added up
 batch by batch in float64 and merged across shards, in O(d²) memory whatever the number of samples
 (DESIGN §4). ``x`` are patches (d = n_i / groups · kh · kw), ``y`` targets (m = n_o / groups).
 """
@@ -19,7 +19,7 @@ DEPENDENT = 1e-9  # the share of an entry's variance below which the rest is rou
 
 @dataclass
 class Moments:
-    """Count, means and centred sums of squares, for each group of a layer on its own."""
+    """Count, means and centred sums of squares, for each group of a layer separately."""
 
     count: int
     mean_x: Array  # (groups, d)
@@ -30,20 +30,23 @@ class Moments:
 
     @classmethod
     def empty(cls, groups: int, d: int, m: int) -> Moments:
-        """Moments of no samples at all."""
-        return cls(
-            0,
-            np.zeros((groups, d)),
-            np.zeros((groups, m)),
-            np.zeros((groups, d, d)),
-            np.zeros((groups, m, d)),
-            np.zeros((groups, m)),
-        )
+        """Make the moments of no samples.
+
+        >>> Moments.empty(1, 3, 2).count
+        0
+        """
+        shapes = (groups, d), (groups, m), (groups, d, d), (groups, m, d), (groups, m)
+        return cls(0, *(np.zeros(shape) for shape in shapes))
 
     @classmethod
     def of(cls, x: Array, y: Array) -> Moments:
-        """Moments of samples x (n, groups, d) and y (n, groups, m)."""
-        x, y = np.array(x, np.float64), np.array(y, np.float64)  # copies, which are ours to change
+        """Compute the moments of samples x (n, groups, d) and y (n, groups, m).
+
+        >>> moments = Moments.of(np.array([[[1.0]], [[3.0]]]), np.array([[[0.0]], [[4.0]]]))
+        >>> float(moments.gram.item()), float(moments.cross.item()), moments.variance
+        (2.0, 4.0, 4.0)
+        """
+        x, y = np.array(x, np.float64), np.array(y, np.float64)  # copies, which are changed below
         mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
         x -= mean_x
         y -= mean_y
@@ -54,14 +57,6 @@ class Moments:
     def add(self, x: Array, y: Array) -> None:
         """Add a batch of samples in place: x (n, groups, d), y (n, groups, m)."""
         self.absorb(Moments.of(x, y))
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples together; neither operand changes."""
-        both = replace(
-            self, **{k: getattr(self, k).copy() for k in ("mean_x", "mean_y", "gram", "cross", "power")}
-        )
-        both.absorb(other)
-        return both
 
     def absorb(self, other: Moments) -> None:
         """Add other samples' moments in place, by Chan, Golub and LeVeque's (1979) pairwise update.
@@ -89,27 +84,32 @@ class Moments:
         self.count = count
 
     def with_linear_target(self, weight: Array, bias: Array) -> Moments:
-        """Moments of the same x with y = weight x + bias: weight (groups, m, d), bias (groups, m)."""
+        """Return moments of the same x with y = weight x + bias: weight (groups, m, d), bias (groups, m)."""
         cross = weight @ self.gram
         mean_y = np.einsum("gmd,gd->gm", weight, self.mean_x) + bias
         return replace(self, cross=cross, mean_y=mean_y, power=np.einsum("gmd,gmd->gm", cross, weight))
 
     def mapped(self, maps: Array, white: bool = False) -> Moments:
-        """Moments of x' = maps x, maps (groups, d', d), with the same targets.
+        """Return moments of x' = maps x, maps (groups, d', d), with the same targets.
 
-        ``white`` says that the Gram matrix is the identity, with which nothing has to be multiplied.
+        With ``white``, the Gram matrix is the identity, and the product with it is left out.
         """
-        turned = maps.swapaxes(1, 2)
+        transposed = maps.swapaxes(1, 2)
         mean_x = np.einsum("gpd,gd->gp", maps, self.mean_x)
         return replace(
             self,
             mean_x=mean_x,
-            gram=(maps if white else maps @ self.gram) @ turned,
-            cross=self.cross @ turned,
+            gram=(maps if white else maps @ self.gram) @ transposed,
+            cross=self.cross @ transposed,
         )
 
-    def error(self, weight: Array, bias: Array) -> float:
-        """Σ |y - weight x - bias|² per sample, over all groups; weight (groups, m, d), bias (groups, m)."""
+    def mean_squared_error(self, weight: Array, bias: Array) -> float:
+        """Compute Σ |y - weight x - bias|² per sample, over all groups.
+
+        Args:
+            weight: (groups, m, d).
+            bias: (groups, m).
+        """
         fitted = weight @ self.gram - 2 * self.cross
         offset = self.mean_y - bias - np.einsum("gmd,gd->gm", weight, self.mean_x)
         centred = self.power.sum() + np.einsum("gmd,gmd->", fitted, weight)
@@ -117,22 +117,22 @@ class Moments:
         return max(float(centred) / max(self.count, 1), 0.0) + float(np.square(offset).sum())
 
     def bias(self, weight: Array) -> Array:
-        """The best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
+        """Return the best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
         best: Array = self.mean_y - np.einsum("gmd,gd->gm", weight, self.mean_x)
         return best
 
     @property
     def dependent(self) -> int:
-        """How many entries of x, all groups together, are constant, or combinations of the others.
+        """Number of entries of x, over all groups, that are constant or linear combinations of others.
 
-        Nothing can be told of their weights from these samples: the ridge alone decides.
+        These samples do not determine their weights; the ridge does.
         """
         deviation = np.sqrt(np.diagonal(self.gram, axis1=1, axis2=2))  # (groups, d)
         scale = np.where(deviation > 0, deviation, 1.0)
         ranks = [
-            lapack.dpstrf(gram / own / own[:, None], tol=DEPENDENT)[2]  # Cholesky with pivots
-            for gram, own in zip(self.gram, scale, strict=True)
-            if own.size and gram.any()
+            lapack.dpstrf(gram / std / std[:, None], tol=DEPENDENT)[2]  # Cholesky with pivots
+            for gram, std in zip(self.gram, scale, strict=True)
+            if std.size and gram.any()
         ]
         return int(self.mean_x.size - sum(ranks))
 

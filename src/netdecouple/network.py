@@ -42,7 +42,8 @@ class Layer:
     size: tuple[int, int] = (0, 0)  # h, w of its input
     reason: str = ""  # why it can never be decoupled; empty if it can
     maps: float = 1.0  # of this size that it computes for one image: more if it is called several times
-    methods: tuple[str, ...] = ()  # the only ones that make sense for it; empty if all do
+    is_linear: bool = False  # a fully connected layer
+    upsamples: bool = False  # a transposed convolution with a stride above 1
 
     @property
     def output_size(self) -> tuple[int, int]:

@@ -98,10 +98,10 @@ sys.argv = ["netdecouple", *sys.argv[1:]]
 from netdecouple.__main__ import main
 main()
 """
-IMPORTS = {"numpy": "numpy", "scipy": "netdecouple.families as families", "torch": "torch"}
+IMPORTS = {"numpy": "numpy", "scipy": "netdecouple.families.linalg as linalg", "torch": "torch"}
 CALLS = {
     "numpy": "np.linalg.eigh(np.ones((4000, 4000)) + np.diag(np.arange(4000.0)))",
-    "scipy": "families.solve(np.eye(6000) + 1e-3, np.ones((6000, 6000)))",
+    "scipy": "linalg.solve(np.eye(6000) + 1e-3, np.ones((6000, 6000)))",
     "torch": "torch.linalg.svd(torch.rand(3000, 3000))",
 }
 

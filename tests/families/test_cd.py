@@ -27,21 +27,24 @@ def test_no_kernel_of_the_same_rank_is_better() -> None:
     g = ConvGeometry(8, 5, 3, 3)
     problem = aware_problem(g, 0)
     best = ChannelDecomposition().fit(problem, 3)
-    error = problem.error(best)
+    error = problem.squared_error(best)
     narrow, wide = (stage.weight for stage in best.stages)
     rng = np.random.default_rng(0)
     for _ in range(20):
         moved = narrow + 1e-2 * rng.standard_normal(narrow.shape)
         turned = wide + 1e-2 * rng.standard_normal(wide.shape)
         dense = np.einsum("or,rikl->oikl", turned[:, :, 0, 0], moved).reshape(problem.weight.shape)
-        assert problem.moments.error(dense, problem.moments.bias(dense)) * problem.moments.count > error
+        assert (
+            problem.moments.mean_squared_error(dense, problem.moments.bias(dense)) * problem.moments.count
+            > error
+        )
 
 
 def test_the_curve_is_exact() -> None:
     problem = aware_problem(ConvGeometry(9, 4, 3, 2, groups=1), 3)
     family = ChannelDecomposition()
     for size in range(1, 10):
-        expected = problem.error(family.fit(problem, size)) / problem.power
+        expected = problem.relative_error(family.fit(problem, size))
         assert family.curve(problem)[size] == pytest.approx(expected, abs=1e-9)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.families import Problem
-from netdecouple.families.chain import Step, method, methods, worthwhile
+from netdecouple.families.chain import Step, method, methods, pareto
 from tests.families.base import INHERITED, FamilyTests, aware_problem, data_free_problem
 from tests.strategies import geometries, images
 
@@ -106,11 +106,11 @@ def test_trials_foresee_what_fitting_gives(name: str) -> None:
     g = ConvGeometry(12, 10, 3, 3, pads=(1, 1, 1, 1))
     problem = aware_problem(g, 0)
     trials = method(name).trials(problem, (9, 9), [0.7, 0.5, 0.3])
-    assert trials == worthwhile(trials)
+    assert trials == pareto(trials)
     for trial in trials:
         fitted, _ = method(name).fit(problem, trial.steps)
         assert trial.macs == fitted.macs(9, 9) == trial.structure(g).macs(9, 9) < g.macs(9, 9)
-        assert problem.error(fitted) <= 1.05 * trial.error
+        assert problem.squared_error(fitted) <= 1.05 * trial.squared_error
 
 
 def test_channels_are_selected_among_those_selected_before() -> None:
@@ -132,6 +132,6 @@ def test_nothing_is_gained_by_forgetting_that_inputs_are_white(name: str) -> Non
     steps = steps_of(name, g, 0.5)
     fitted, _ = method(name).fit(problem, steps)
     as_any, _ = method(name).fit(forgetful, steps)
-    assert problem.error(fitted) == pytest.approx(problem.error(as_any), rel=1e-6)
+    assert problem.squared_error(fitted) == pytest.approx(problem.squared_error(as_any), rel=1e-6)
     first = method(name).families[0].fit(problem, steps[0].size).stages[0]
     assert problem.of_stage((), first, False).white

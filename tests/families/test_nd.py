@@ -71,13 +71,12 @@ def test_descent_improves_on_the_refit_and_never_rises() -> None:
     assert errors[-1] < 0.97 * errors[0]
 
 
-def test_blocks_of_channels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_channels_change_nothing() -> None:
     """Computing the residual for several channels at once is bookkeeping, not another algorithm."""
     problem = aware_problem(ConvGeometry(8, 21, 3, 3), 1)
     ranks = nd.spectrum(problem).pooled_ranks(40)
     whole = nd.fit(problem, ranks).dense()
-    monkeypatch.setattr(nd, "BLOCK", 1)
-    np.testing.assert_allclose(nd.fit(problem, ranks).dense(), whole, atol=1e-9)
+    np.testing.assert_allclose(nd.fit(problem, ranks, block=1).dense(), whole, atol=1e-9)
 
 
 def test_pooled_ranks_beat_a_common_rank_at_the_same_cost() -> None:

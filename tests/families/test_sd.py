@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from netdecouple.convolution import ConvGeometry
+from netdecouple.families.base import FitOptions
 from netdecouple.families.sd import SpatialDecomposition
 from tests.families.base import OneFamilyTests, aware_problem, data_free_problem
 from tests.strategies import kernel
@@ -28,7 +29,9 @@ def test_data_free_fit_is_the_truncated_svd_of_the_unfolded_kernel() -> None:
 
 def test_refinement_improves_on_the_closed_form_and_never_rises() -> None:
     problem = aware_problem(ConvGeometry(16, 12, 3, 3), 0)
-    errors = [problem.error(SpatialDecomposition(rounds).fit(problem, 10)) for rounds in range(4)]
+    errors = [
+        problem.squared_error(SpatialDecomposition(FitOptions(rounds=n)).fit(problem, 10)) for n in range(4)
+    ]
     assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors)), errors
     assert errors[-1] < 0.97 * errors[0]
 

@@ -124,7 +124,7 @@ def test_every_method_solves_it(samples: str, weights: str, name: str) -> None:
         fitted, _ = chosen.fit(regular, trial.steps)
         numbers = [fitted.bias, *(stage.weight for stage in fitted.stages)]
         assert all(np.isfinite(part).all() for part in numbers)
-        assert np.isfinite(trial.error)
+        assert np.isfinite(trial.squared_error)
         made = x @ fitted.dense().reshape(G.n_o, D).T + fitted.bias
         scale = max(np.abs(y).max(), np.abs(made).max(), 1e-300)
         error, power = (np.square(v / scale).sum() for v in (made - y, y - y.mean(0)))

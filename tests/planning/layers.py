@@ -29,7 +29,7 @@ def conv(name: str, n_i: int, n_o: int, size: int, k: int = 3, reason: str = "",
 def linear(name: str, n_i: int, n_o: int) -> Layer:
     g = ConvGeometry(n_o, n_i, 1, 1)
     weight, bias = np.broadcast_to(np.float32(0), g.weight_shape), np.zeros(n_o, np.float32)
-    return Layer(name, "Gemm", n_i * n_o, n_i * n_o + n_o, g, weight, bias, (1, 1), methods=("cd",))
+    return Layer(name, "Gemm", n_i * n_o, n_i * n_o + n_o, g, weight, bias, (1, 1), is_linear=True)
 
 
 def vgg16() -> list[Layer]:

@@ -58,7 +58,9 @@ def test_vgg16_decoupled_at_one_rank(rank: int, pd: float, dp: float) -> None:
 
 def candidate(layer: Layer, name: str, *sizes: int) -> Candidate:
     steps = tuple(Step(size) for size in sizes)
-    return Candidate(name, steps, method(name).structure(layer.geometry, steps), 0.1)
+    return Candidate(
+        method=name, steps=steps, structure=method(name).structure(layer.geometry, steps), relative_error=0.1
+    )
 
 
 def test_the_counter_of_candidates_agrees_with_the_stages() -> None:

@@ -44,7 +44,12 @@ RANKS = (1, 2, 3)
 def candidate(layer: Layer, rank: int) -> Candidate:
     """The paper's form with the same T for every channel; its error falls as T rises."""
     steps = (Step(rank * layer.geometry.weight_shape[1]),)
-    return Candidate("nd-dp", steps, method("nd-dp").structure(layer.geometry, steps), 0.1**rank)
+    return Candidate(
+        method="nd-dp",
+        steps=steps,
+        structure=method("nd-dp").structure(layer.geometry, steps),
+        relative_error=0.1**rank,
+    )
 
 
 def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] | None = None) -> Analysis:
@@ -52,9 +57,9 @@ def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] 
     found, losses, objectives = {}, {}, {}
     for layer in LAYERS[:3]:
         options = tuple(candidate(layer, rank) for rank in (ranks or {}).get(layer.name, RANKS))
-        found[layer.name] = LayerCandidates(layer.name, options, (), ridge=RIDGE)
-        losses[layer.name] = tuple(10 * c.error for c in options)
-        objectives[layer.name] = tuple(20 * c.error for c in options)
+        found[layer.name] = LayerCandidates(layer=layer.name, candidates=options, ridge=RIDGE)
+        losses[layer.name] = tuple(10 * c.relative_error for c in options)
+        objectives[layer.name] = tuple(20 * c.relative_error for c in options)
     inputs = SimpleNamespace(fingerprint="images", images=range(50))
     network = SimpleNamespace(layers=LAYERS, fingerprint="network")
     return Analysis(
@@ -108,7 +113,10 @@ def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
                 Macs().decoupled(layer, chosen),
                 Parameters().decoupled(layer, chosen),
             )
-            assert (row.predicted_error, row.predicted_loss) == (chosen.error, 10 * chosen.error)
+            assert (row.predicted_error, row.predicted_loss) == (
+                chosen.relative_error,
+                10 * chosen.relative_error,
+            )
             # channels are known when the plan has been applied
             assert (row.channels, row.ridge) == ((), RIDGE)
         else:
@@ -173,7 +181,7 @@ def test_a_candidate_that_costs_the_same_is_none() -> None:
     seen = replace(
         analysis(),
         network=SimpleNamespace(layers=(layer,), fingerprint=""),
-        candidates={"even": LayerCandidates("even", (option,), ())},
+        candidates={"even": LayerCandidates(layer="even", candidates=(option,))},
         losses={"even": (1.0,)},
         objectives={"even": (1.0,)},
     )

@@ -53,7 +53,8 @@ def test_a_greater_error_is_never_predicted_to_lose_less() -> None:
 
 
 def candidates(*methods: str) -> list[Candidate]:
-    return [Candidate(name, (), Structure.of(GEOMETRY, GEOMETRY), 0.3) for name in methods]
+    structure = Structure.of(GEOMETRY, GEOMETRY)
+    return [Candidate(method=name, steps=(), structure=structure, relative_error=0.3) for name in methods]
 
 
 def test_other_methods_than_plain_nd_have_a_margin_where_that_competes() -> None:

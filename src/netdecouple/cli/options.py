@@ -17,6 +17,7 @@ from netdecouple.data.preprocessing import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.execution import executors
 from netdecouple.execution.run import Resources
+from netdecouple.families.base import groups
 from netdecouple.families.chain import methods
 from netdecouple.goal import FORMS
 from netdecouple.network import Source
@@ -25,7 +26,6 @@ from netdecouple.planning.divergence import Loss
 from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import NAMES
 
-FAMILIES = ("all", "paper", "nd", "sd", "cd", "cp", *methods(["all"]))
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 """For printing file names, which may look like markup."""
 
@@ -33,21 +33,21 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "s
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's parameters that are option groups by the fields of their dataclasses."""
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    option_groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if name not in groups:
+        if name not in option_groups:
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
-        kinds = get_type_hints(groups[name], include_extras=True)
+        kinds = get_type_hints(option_groups[name], include_extras=True)
         parameters += [
             inspect.Parameter(f.name, parameter.kind, default=f.default, annotation=kinds[f.name])
-            for f in fields(groups[name])
+            for f in fields(option_groups[name])
         ]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        for name, kind in groups.items():
+        for name, kind in option_groups.items():
             given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
         command(**given)
 
@@ -61,14 +61,11 @@ def among(words: Sequence[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def list_of(words: Sequence[str]) -> Callable[[str], list[str]]:
-    """Complete the last of several words with commas between them."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [before + comma + word for word in words if word.startswith(last)]
-
-    return complete
+def complete_families(incomplete: str) -> list[str]:
+    """Complete the last of several families or methods with commas between them."""
+    before, comma, last = incomplete.rpartition(",")
+    words = dict.fromkeys(("all", "paper", *groups(), *methods(["all"])))
+    return [before + comma + word for word in words if word.startswith(last)]
 
 
 def option(*names: str, help: str, **more: Any) -> Any:
@@ -203,9 +200,9 @@ class Fitting:
     families: Annotated[
         str,
         typer.Option(
-            help="What may be done to a layer: nd, sd, cd, cp and all their combinations; paper; all; "
-            "or methods in full, like nd-dp,sd+nd-dp.",
-            autocompletion=list_of(FAMILIES),
+            help=f"What may be done to a layer: {', '.join(groups())} and all their combinations; paper; "
+            "all; or methods in full, like nd-dp,sd+nd-dp.",
+            autocompletion=complete_families,
         ),
     ] = "all"
     loss: Annotated[

@@ -12,18 +12,33 @@ from dataclasses import replace
 
 import numpy as np
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import Array, Family, Problem, with_best_bias
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.families.base import Family, register
+from netdecouple.families.linalg import Array
+from netdecouple.families.problem import Problem
 
 
+@register
 class ChannelDecomposition(Family):
     """Size: channels per group between the two stages."""
 
     name = "cd"
+    label = "channel"
+    description = "k×k to fewer channels, then 1×1; of 1×1 low rank"
+    size_unit = "channels between them"
+    source = "Zhang et al. 2015"
+    order = 10
     joins_last = True
+    for_linear = True
+
+    def applies_to(self, geometry: ConvGeometry) -> bool:
+        return True
+
+    def wide_ok(self, geometry: ConvGeometry) -> bool:
+        return geometry.is_pointwise
 
     def exact(self, geometry: ConvGeometry) -> int:
-        return min(geometry.n_o // geometry.groups, int(np.prod(geometry.weight_shape[1:])))
+        return min(geometry.n_o // geometry.groups, geometry.unknowns)
 
     def structure(self, geometry: ConvGeometry, size: int) -> Structure:
         middle = size * geometry.groups
@@ -36,25 +51,23 @@ class ChannelDecomposition(Family):
         energy = _components(problem)[0][:, : self.exact(problem.geometry)].sum(axis=0)
         return np.maximum(1 - np.cumsum(np.concatenate([[0.0], energy])) / problem.power, 0.0)
 
-    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
-        axes = _components(problem)[1][:, :, :size]  # U (groups, m, r)
-        inner = axes.swapaxes(1, 2) @ problem.target  # V = Uᵀ W*
+    def fit(self, problem: Problem, size: int) -> Factorization:
+        u = _components(problem)[1][:, :, :size]  # (groups, m, r)
+        v = u.swapaxes(1, 2) @ problem.target  # V = Uᵀ W*
         narrow, wide = self.structure(problem.geometry, size).stages
-        return with_best_bias(
-            problem,
-            (
-                ConvStage(narrow, inner.reshape(narrow.weight_shape)),
-                ConvStage(wide, axes.reshape(wide.weight_shape)),
-            ),
+        stages = (
+            ConvStage(narrow, v.reshape(narrow.weight_shape)),
+            ConvStage(wide, u.reshape(wide.weight_shape)),
         )
+        return problem.with_best_bias(stages)
 
 
 def _components(problem: Problem) -> tuple[Array, Array]:
-    """Principal components of the fitted outputs W* x: energies (groups, m), falling, and axes in columns."""
+    """Compute the principal components of W* x: energies (groups, m), falling, and axes in columns."""
 
-    def work() -> tuple[Array, Array]:
+    def compute() -> tuple[Array, Array]:
         # W* G W*ᵀ, in which W* G = C
         energy, axes = np.linalg.eigh(problem.moments.cross @ problem.target.swapaxes(1, 2))
         return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]
 
-    return problem.once("cd", work)
+    return problem.once("cd", compute)

@@ -1,9 +1,9 @@
-"""One family applied to the stages of another, by one mechanism for every combination.
+"""Chains of families: each family is applied to the stages that the one before it makes.
 
-A `Method` is a chain of families, outermost first: "cd+sd+nd-dp" decomposes a layer's channels, then the
-k×k stage of that in space, then both stages of that into separable ones. Every stage with a kernel is a
-problem of its own: one in the middle goes on making what it made, in the metric of its inputs; the last
-one answers for the layer's output, given whatever the stages before it really make.
+A `Method` names its families outermost first: "cd+sd+nd-dp" decomposes a layer's channels, then the k×k stage
+of that in space, then both stages of that into separable ones. Every stage with a kernel is a problem of its
+own. The targets of a stage in the middle are its present outputs, in the metric of its inputs; the targets of
+the last stage are those of the layer, given what the stages before it really compute.
 """
 
 from __future__ import annotations
@@ -15,33 +15,27 @@ from itertools import combinations, product
 import numpy as np
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import Family, Problem, with_best_bias
-from netdecouple.families.cd import ChannelDecomposition
-from netdecouple.families.cp import ChannelPruning
-from netdecouple.families.nd import DepthwisePointwise, PointwiseDepthwise
-from netdecouple.families.sd import SpatialDecomposition
+from netdecouple.families.base import PAPER, REGISTRY, Family, FitOptions, groups, registered
+from netdecouple.families.problem import Problem
 from netdecouple.families.ties import comparable
-
-# outermost first: the order in which families can follow each other
-ORDER = ("cd", "sd", "cp", "nd-dp", "nd-pd")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One family applied once: how far, and which channels its first stage reads (None: all, or unknown)."""
+    """One family applied once: its size, and the channels its first stage reads (None: all, or open)."""
 
     size: int
     channels: IntArray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a method would make of a layer, and about what that would cost and lose."""
+    """What a method can make of a layer, its exact costs and its predicted error."""
 
     steps: tuple[Step, ...]
     stages: tuple[tuple[ConvGeometry, IntArray | None], ...]
     macs: int
-    error: float  # Σ |y − ŷ|² over the samples
+    squared_error: float  # Σ |y − ŷ|² over the samples
 
     def structure(self, geometry: ConvGeometry) -> Structure:
         stages, channels = zip(*self.stages, strict=True)
@@ -58,111 +52,135 @@ class Method:
     def name(self) -> str:
         return "+".join(family.name for family in self.families)
 
+    def is_possible(self, is_linear: bool, upsamples: bool) -> bool:
+        """Return whether the method makes sense for such a layer; of both kinds no chain does."""
+        if not (is_linear or upsamples):
+            return True
+        first, *rest = self.families
+        return not rest and (first.for_linear if is_linear else first.for_upsampling)
+
+    def applies_to(self, geometry: ConvGeometry) -> bool:
+        """Return whether the method has something to offer; a chain needs a kernel in its stages."""
+        is_chain = len(self.families) > 1
+        return not (is_chain and geometry.is_pointwise) and all(f.applies_to(geometry) for f in self.families)
+
+    def wide_ok(self, geometry: ConvGeometry) -> bool:
+        """Return whether all families stay quick where thousands of weights stand behind each output."""
+        return all(family.wide_ok(geometry) for family in self.families)
+
     def structure(self, geometry: ConvGeometry, steps: Iterable[Step]) -> Structure:
-        """The stages of some steps: one per application of a family, in the order of `fit`.
+        """Return the stages of some steps: one per application of a family, in the order of `fit`.
 
         Raises:
             ValueError: the steps do not fit the layer.
         """
-        left = iter(steps)
-        structure = Structure.of(geometry, *_stages(self.families, geometry, left))
-        if next(left, None) is not None:
+        remaining = iter(steps)
+        structure = Structure.of(geometry, *_stages(self.families, geometry, remaining))
+        if next(remaining, None) is not None:
             raise ValueError("there are more sizes than applications of a family")
         return structure
 
     def exact(self, geometry: ConvGeometry) -> tuple[int, ...]:
-        """The sizes at which nothing is lost."""
+        """Return the sizes at which nothing is lost."""
         return tuple(_exact(self.families, geometry))
 
     def fit(self, problem: Problem, steps: Iterable[Step]) -> tuple[Factorization, tuple[Step, ...]]:
-        """Fit all stages; the steps come back with the channels that were chosen where none were given."""
-        made: list[Step] = []
-        fitted = _fit(self.families, problem, iter(steps), made)
-        return fitted, tuple(made)
+        """Fit all stages; the steps come back with the channels that were selected where none were given."""
+        taken: list[Step] = []
+        fitted = _fit(self.families, problem, iter(steps), taken)
+        return fitted, tuple(taken)
 
     def trials(
         self, problem: Problem, size: tuple[int, int], shares: Sequence[float], outer: Sequence[float] = ()
     ) -> list[Trial]:
-        """Foresee what is worth trying, from much to little: no other costs less and loses less.
+        """Predict the Pareto front, most expensive first: no trial costs as little and loses less.
 
         Args:
             problem: the layer.
             size: height and width of its input.
-            shares: of the MACs of what the innermost family is applied to; its sizes are made for them.
+            shares: of the MACs of what the innermost family is applied to; sizes are chosen to meet them.
             outer: the same for all other families.
         """
         return _trials(self.families, problem, size, shares, outer or shares)
 
     def of_size(self, problem: Problem, size: tuple[int, int], kind: str, value: float) -> list[Trial]:
-        """Foresee one size of a single family: T or rank ``value``, or the least with that much "energy"."""
+        """Predict one size of a single family: T or rank ``value``, or the least with that much "energy"."""
         (family,) = self.families
         if kind == "energy":
-            curve = family.energies(problem)
-            chosen = int(np.argmax(curve >= min(value, curve[-1]) - 1e-9)) + 1
+            energies = family.energies(problem)
+            number = int(np.argmax(energies >= min(value, energies[-1]) - 1e-9)) + 1
         else:
-            chosen = int(value)
-        chosen = min(family.scaled(problem.geometry, chosen), family.exact(problem.geometry))
-        return list(_foreseen(family, problem, size, [chosen]))
+            number = int(value)
+        chosen = min(family.size_of(problem.geometry, number), family.exact(problem.geometry))
+        return list(_predicted(family, problem, size, [chosen]))
 
 
 def method(name: str, uniform: bool = False, rounds: int | None = None) -> Method:
-    """The method of a name like "cd+nd-dp".
+    """Build the method of a name like "cd+nd-dp".
+
+    >>> method("cd+nd").name
+    'cd+nd-dp'
 
     Args:
-        name: families joined by "+", outermost first; "nd" means "nd-dp".
-        uniform: ND gives every channel the same number of terms.
-        rounds: of refinement after the closed forms; None for as many as pay.
+        name: families joined by "+", outermost first; a group's word means its first form.
+        uniform: as in `FitOptions`.
+        rounds: as in `FitOptions`.
 
     Raises:
         ValueError: an unknown family, or an order in which they cannot be applied.
     """
-    names = tuple("nd-dp" if n == "nd" else n for n in name.split("+"))
-    for n in names:
-        if n not in ORDER:
-            raise ValueError(f"there is no family {n!r}; there are {', '.join(ORDER)}")
-    places = [ORDER.index(n) for n in names]
-    if places != sorted(set(places)) or {"nd-dp", "nd-pd"} <= set(names):
-        raise ValueError(f"{name!r}: combine each family once, in the order cd, sd, cp, and one form of nd")
-    members: dict[str, Family] = {
-        "cd": ChannelDecomposition(),
-        "sd": SpatialDecomposition(rounds),
-        "cp": ChannelPruning(),
-        "nd-dp": DepthwisePointwise(uniform, rounds),
-        "nd-pd": PointwiseDepthwise(rounds),
-    }
-    return Method(tuple(members[n] for n in names))
+    options = FitOptions(uniform, rounds)
+    families = tuple(_named(part)(options) for part in name.split("+"))
+    orders = [family.order for family in families]
+    if orders != sorted(set(orders)):
+        order = ", ".join(" or ".join(family.name for family in forms) for forms in groups().values())
+        raise ValueError(f"{name!r}: combine each family once, in the order {order}")
+    return Method(families)
+
+
+def _named(name: str) -> type[Family]:
+    forms = [f for f in groups().get(name, ()) if f.in_combinations]
+    family = REGISTRY.get(name) or next(iter(forms), None)
+    if family is None:
+        raise ValueError(f"there is no family {name!r}; there are {', '.join(f.name for f in registered())}")
+    return family
 
 
 def methods(names: Iterable[str]) -> tuple[str, ...]:
-    """Every combination of some families, and the methods that are named in full; short chains first.
+    """List every combination of some families, and the methods that are named in full; short chains first.
 
-    "nd", "sd", "cd" and "cp" are families, "all" is all four of them and "paper" those of their
-    combinations that Guo et al. (section 4.4) report.
+    "all" is all families; "paper" is what Guo et al. (section 4.4) report.
+
+    >>> methods(["sd", "nd"])
+    ('sd', 'nd-dp', 'nd-pd', 'sd+nd-dp')
 
     Raises:
         ValueError: as in `method`.
     """
-    families, found = [], []
+    chosen: set[str] = set()
+    listed: list[str] = []
     for name in names:
         if name == "all":
-            families += ["cd", "sd", "cp", "nd"]
+            chosen |= groups().keys()
         elif name == "paper":
-            found += [n for n in methods(["all"]) if "sd+cp" not in n or "cd" in n]
-        elif name in ("cd", "sd", "cp", "nd"):
-            families.append(name)
+            listed += PAPER
+        elif name in groups():
+            chosen.add(name)
         else:
-            found.append(method(name).name)
-    parts = [n for n in ORDER if n in families or (n == "nd-dp" and "nd" in families)]
-    found += ["+".join(c) for size in range(1, 5) for c in combinations(parts, size)]
-    found += ["nd-pd"] if "nd" in families else []
-    return tuple(sorted(dict.fromkeys(found), key=lambda n: n.count("+")))
+            listed.append(method(name).name)
+    families = [f for f in registered() if (f.group or f.name) in chosen]
+    parts = [f for f in families if f.in_combinations]
+    chains = [c for size in range(1, len(parts) + 1) for c in combinations(parts, size)]
+    listed += ["+".join(f.name for f in c) for c in chains if len({f.order for f in c}) == len(c)]
+    listed += [f.name for f in families if not f.in_combinations]
+    return tuple(sorted(dict.fromkeys(listed), key=lambda n: n.count("+")))
 
 
 def _inner(families: tuple[Family, ...], index: int, stage: ConvGeometry) -> tuple[Family, ...]:
-    """What is applied to stage ``index``: nothing to a 1×1, and no pruning of channels only just made."""
+    """Return what is applied to stage ``index``: nothing to a 1×1, and no pruning of a stage's outputs."""
     if stage.is_pointwise:
         return ()
-    return tuple(f for f in families[1:] if index == 0 or not isinstance(f, ChannelPruning))
+    return tuple(f for f in families[1:] if index == 0 or not f.prunes_inputs)
 
 
 def _stages(
@@ -176,7 +194,7 @@ def _stages(
 
 
 def _check(family: Family, g: ConvGeometry, step: Step) -> None:
-    """Refuse a size that the family cannot have, or channels that are not as many or not there."""
+    """Raise ValueError for a size out of range, and for channels of a wrong number, order or index."""
     if not 1 <= step.size <= family.exact(g):
         raise ValueError(f"{family.name} of size {step.size}, it can have 1 to {family.exact(g)}")
     if step.channels is None:
@@ -198,44 +216,50 @@ def _exact(families: tuple[Family, ...], geometry: ConvGeometry) -> Iterator[int
 
 
 def _fit(
-    families: tuple[Family, ...], problem: Problem, steps: Iterator[Step], made: list[Step]
+    families: tuple[Family, ...], problem: Problem, steps: Iterator[Step], taken: list[Step]
 ) -> Factorization:
     family, step = families[0], next(steps)
-    whole = family.fit(problem, step.size, step.channels)
-    made.append(Step(step.size, whole.stages[0].channels))
+    outer = family.fit_selected(problem, step.size, step.channels)
+    taken.append(Step(step.size, outer.stages[0].channels))
     if len(families) == 1:
-        return whole
-    done: tuple[ConvStage, ...] = ()
-    for index, stage in enumerate(whole.stages):
-        last = index == len(whole.stages) - 1
-        own = problem.of_stage(done, stage, last)
+        return outer
+    stages: tuple[ConvStage, ...] = ()
+    for index, stage in enumerate(outer.stages):
+        part = problem.of_stage(stages, stage, last=index == len(outer.stages) - 1)
         if inner := _inner(families, index, stage.geometry):
-            done += _read_from(stage.channels, _fit(inner, own, steps, made).stages)
+            stages += _reading(stage.channels, _fit(inner, part, steps, taken).stages)
         else:
-            done += (replace(stage, weight=own.target.reshape(stage.weight.shape)),)
-    if family.joins_last and done[-2].geometry.groups == problem.geometry.groups:
-        done = _rejoined(family, problem, done, step.size)
-    return with_best_bias(problem, done)
+            stages += (replace(stage, weight=part.target.reshape(stage.weight.shape)),)
+    if family.joins_last and stages[-2].geometry.groups == problem.geometry.groups:
+        stages = _rejoined(family, problem, stages, step.size)
+    return problem.with_best_bias(stages)
 
 
-def _read_from(channels: IntArray | None, stages: tuple[ConvStage, ...]) -> tuple[ConvStage, ...]:
-    """Let a chain that was made for a selection of channels select them itself."""
-    if channels is None:
-        return stages
-    own = stages[0].channels
-    return (replace(stages[0], channels=channels if own is None else channels[own]), *stages[1:])
+def _selected(outer: IntArray | None, inner: IntArray | None) -> IntArray | None:
+    """Compose two selections of channels: the inner one selects among what the outer one has selected.
+
+    >>> _selected(np.array([2, 5, 7]), np.array([0, 0, 2]))
+    array([2, 2, 7])
+    """
+    if outer is None or inner is None:
+        return inner if outer is None else outer
+    return outer[inner]
+
+
+def _reading(channels: IntArray | None, stages: tuple[ConvStage, ...]) -> tuple[ConvStage, ...]:
+    """Let a chain that was fitted to a selection of channels select them itself."""
+    return (replace(stages[0], channels=_selected(channels, stages[0].channels)), *stages[1:])
 
 
 def _rejoined(
     family: Family, problem: Problem, stages: tuple[ConvStage, ...], size: int
 ) -> tuple[ConvStage, ...]:
-    """Factorize the last convolution and the 1×1 behind it anew, together: both answer for the output."""
+    """Fit the last convolution and the 1×1 behind it again, together, to the targets of the layer."""
     *before, conv, wide = stages
     joint = replace(conv.geometry, n_o=wide.geometry.n_o)
     weight = Factorization(joint, (replace(conv, channels=None), wide)).dense()
-    own = problem.of_stage(before, ConvStage(joint, weight, conv.channels), True)
-    fitted = family.fit(own, size).stages
-    return (*before, *_read_from(conv.channels, fitted))
+    part = problem.of_stage(before, ConvStage(joint, weight, conv.channels), last=True)
+    return (*before, *_reading(conv.channels, family.fit(part, size).stages))
 
 
 def _trials(
@@ -246,72 +270,73 @@ def _trials(
     outer: Sequence[float],
 ) -> list[Trial]:
     family, g = families[0], problem.geometry
-    sizes = sizes_for(family, g, size, shares if len(families) == 1 else outer)
     if len(families) == 1:
-        return worthwhile(_foreseen(family, problem, size, sizes))
-    found: list[Trial] = []
-    for s in sizes:
+        return pareto(_predicted(family, problem, size, sizes_for(family, g, size, shares)))
+    trials: list[Trial] = []
+    for s in sizes_for(family, g, size, outer):
         whole = family.fit(problem, s)
-        parts = [[Trial((Step(s, whole.stages[0].channels),), (), 0, problem.error(whole))]]
-        here = size
+        step = Step(s, whole.stages[0].channels)
+        error = problem.squared_error(whole)
+        parts = [[Trial(steps=(step,), stages=(), macs=0, squared_error=error)]]
+        stage_size = size
         for index, stage in enumerate(whole.stages):
             if inner := _inner(families, index, stage.geometry):
-                own = problem.of_stage(whole.stages[:index], stage, False)
-                parts.append(
-                    [_seen_through(stage.channels, t) for t in _trials(inner, own, here, shares, outer)]
-                )
+                part = problem.of_stage(whole.stages[:index], stage, last=False)
+                inner_trials = _trials(inner, part, stage_size, shares, outer)
+                parts.append([_selecting(stage.channels, trial) for trial in inner_trials])
             else:
-                parts.append(
-                    [Trial((), ((stage.geometry, stage.channels),), stage.geometry.macs(*here), 0.0)]
-                )
-            here = stage.geometry.output_size(*here)
-        found += [_joined(pick) for pick in product(*parts)]
-    return worthwhile(t for t in found if t.macs < g.macs(*size))
+                stages, macs = ((stage.geometry, stage.channels),), stage.geometry.macs(*stage_size)
+                parts.append([Trial(steps=(), stages=stages, macs=macs, squared_error=0.0)])
+            stage_size = stage.geometry.output_size(*stage_size)
+        trials += [_joined(choice) for choice in product(*parts)]
+    return pareto(trial for trial in trials if trial.macs < g.macs(*size))
 
 
-def _foreseen(
+def _predicted(
     family: Family, problem: Problem, size: tuple[int, int], sizes: Sequence[int]
 ) -> Iterator[Trial]:
-    """What one family makes of a layer at several sizes."""
-    curve = family.curve(problem) * problem.power
-    for s, read in zip(sizes, family.channels(problem, sizes), strict=True):
+    """Predict what one family makes of a layer at several sizes."""
+    squared_errors = family.curve(problem) * problem.power
+    for s, channels in zip(sizes, family.channels(problem, sizes), strict=True):
         structure = family.structure(problem.geometry, s)
-        stages = tuple(zip(structure.stages, (read, *structure.channels[1:]), strict=True))
-        yield Trial((Step(s, read),), stages, structure.macs(*size), float(curve[s]))
+        yield Trial(
+            steps=(Step(s, channels),),
+            stages=tuple(zip(structure.stages, (channels, *structure.channels[1:]), strict=True)),
+            macs=structure.macs(*size),
+            squared_error=float(squared_errors[s]),
+        )
 
 
 def sizes_for(family: Family, g: ConvGeometry, size: tuple[int, int], shares: Sequence[float]) -> list[int]:
-    """The sizes whose MACs come closest to some shares of the layer's, from below."""
+    """Return the sizes whose MACs come closest to some shares of the layer's, from below; largest first."""
     one, dense = family.structure(g, 1).macs(*size), g.macs(*size)
     exact = family.exact(g)
     grain = family.grain(g)
-    found = {min(int(share * dense / one), exact) // grain * grain for share in shares}
-    return sorted({s for s in found if s >= 1 and family.structure(g, s).macs(*size) < dense}, reverse=True)
+    sizes = {min(int(share * dense / one), exact) // grain * grain for share in shares}
+    return sorted({s for s in sizes if s >= 1 and family.structure(g, s).macs(*size) < dense}, reverse=True)
 
 
-def _seen_through(channels: IntArray | None, trial: Trial) -> Trial:
-    """Let the first stage select among what a stage above it has selected."""
-    if channels is None:
-        return trial
-    (geometry, own), *rest = trial.stages
-    return replace(trial, stages=((geometry, channels if own is None else channels[own]), *rest))
+def _selecting(channels: IntArray | None, trial: Trial) -> Trial:
+    """Let the first stage of a trial select among what the stage above it has selected."""
+    (geometry, inner), *rest = trial.stages
+    return replace(trial, stages=((geometry, _selected(channels, inner)), *rest))
 
 
 def _joined(trials: Sequence[Trial]) -> Trial:
     return Trial(
-        tuple(step for t in trials for step in t.steps),
-        tuple(stage for t in trials for stage in t.stages),
-        sum(t.macs for t in trials),
-        sum(t.error for t in trials),
+        steps=tuple(step for t in trials for step in t.steps),
+        stages=tuple(stage for t in trials for stage in t.stages),
+        macs=sum(t.macs for t in trials),
+        squared_error=sum(t.squared_error for t in trials),
     )
 
 
-def worthwhile(trials: Iterable[Trial]) -> list[Trial]:
-    """Those that lose less than every other that costs no more, most expensive first."""
-    found = list(trials)
-    losses = comparable(np.array([t.error for t in found]))
+def pareto(trials: Iterable[Trial]) -> list[Trial]:
+    """Return the trials that lose less than every other that costs no more, most expensive first."""
+    candidates = list(trials)
+    losses = comparable(np.array([t.squared_error for t in candidates]))
     kept: list[int] = []
-    for i in sorted(range(len(found)), key=lambda i: (found[i].macs, losses[i])):
+    for i in sorted(range(len(candidates)), key=lambda i: (candidates[i].macs, losses[i])):
         if not kept or losses[i] < losses[kept[-1]]:
             kept.append(i)
-    return [found[i] for i in reversed(kept)]
+    return [candidates[i] for i in reversed(kept)]

@@ -1,9 +1,9 @@
 """CP: channel pruning, some input channels dropped and the rest refitted by least squares.
 
 He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017 (arXiv 1707.06168),
-section 3.1. Instead of their LASSO, channels leave one after the other, those first without which the
-refitted rest loses least: what each costs is known exactly from the inverse of the Gram matrix
-(Hassibi and Stork 1993, for blocks of weights). No labels, no samples, only moments.
+section 3.1. Instead of their LASSO, channels are dropped step by step, first those whose loss is least once
+the others are refitted. The inverse of the Gram matrix gives that loss exactly (Hassibi and Stork 1993, for
+blocks of weights). Needs moments only, no labels and no samples.
 """
 
 from __future__ import annotations
@@ -14,16 +14,29 @@ from dataclasses import replace
 import numpy as np
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import TINY, Array, Family, Problem, solve, with_best_bias
+from netdecouple.families.base import ChannelSelecting, register
+from netdecouple.families.linalg import TINY, Array, solve
+from netdecouple.families.problem import Problem
 from netdecouple.families.ties import comparable
 
-AT_ONCE = 0.03  # of the channels that are left go in one step
+PER_STEP = 0.03  # of the remaining channels are dropped in one step
 
 
-class ChannelPruning(Family):
+@register
+class ChannelPruning(ChannelSelecting):
     """Size: input channels per group that are kept."""
 
     name = "cp"
+    label = "pruning"
+    description = "k×k on some of its input channels"
+    size_unit = "channels kept"
+    source = "He et al. 2017"
+    order = 30
+    prunes_inputs = True
+    for_upsampling = True
+
+    def applies_to(self, geometry: ConvGeometry) -> bool:
+        return True
 
     def exact(self, geometry: ConvGeometry) -> int:
         return geometry.n_i // geometry.groups
@@ -36,50 +49,48 @@ class ChannelPruning(Family):
 
     def curve(self, problem: Problem) -> Array:
         losses = np.sum([losses for _, losses in _eliminations(problem)], axis=0)
-        left = 0.0 if problem.white else 1 - _explained(problem) / problem.power
-        added = np.concatenate([[0.0], np.cumsum(losses)]) / problem.power  # by channels gone
-        return np.maximum(left + added[::-1], 0.0)
+        unexplained = 0.0 if problem.white else 1 - _explained(problem) / problem.power
+        added = np.concatenate([[0.0], np.cumsum(losses)]) / problem.power  # by number of dropped channels
+        return np.maximum(unexplained + added[::-1], 0.0)
 
     def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
         return [_kept(problem, size) for size in sizes]
 
-    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
         g, count = problem.geometry, self.exact(problem.geometry)
         if channels is None:
             channels = _kept(problem, size)
-        narrow = self.structure(g, size).stages[0]
-        stage = ConvStage(narrow, np.zeros(narrow.weight_shape), channels)
+        geometry = self.structure(g, size).stages[0]
         weights = []
-        for i, taps in enumerate(_taps(channels.reshape(g.groups, -1) % count, g)):
-            own = problem.target[i][:, taps]
-            weights.append(own if problem.white else own + _made_up(problem, i, taps))
-        stage = replace(
-            stage,
-            weight=np.stack(weights).reshape(narrow.weight_shape),
-            channels=None if size == count else channels,
-        )
-        return with_best_bias(problem, (stage,))
+        for i, taps in enumerate(_taps(channels.reshape(g.groups, -1) % count, g.kh * g.kw)):
+            weight = problem.target[i][:, taps]
+            weights.append(weight if problem.white else weight + _compensation(problem, i, taps))
+        weight = np.stack(weights).reshape(geometry.weight_shape)
+        return problem.with_best_bias([ConvStage(geometry, weight, None if size == count else channels)])
 
 
 def _kept(problem: Problem, size: int) -> IntArray:
-    """The channels that go last, in their order: (size · groups,)."""
+    """Return the channels that are dropped last, in their own order: (size · groups,)."""
     orders = [order for order, _ in _eliminations(problem)]
     return np.concatenate([np.sort(o[len(o) - size :]) + i * len(o) for i, o in enumerate(orders)])
 
 
 def _explained(problem: Problem) -> float:
-    """What the unpruned fit explains of the targets' power."""
+    """Compute how much of the targets' power the fit with all channels explains: tr W* G W*ᵀ."""
     return float(np.einsum("gmd,gmd->", problem.target @ problem.moments.gram, problem.target))
 
 
-def _taps(channels: IntArray, g: ConvGeometry) -> IntArray:
-    """Positions of whole channels (groups, c) in a patch: (groups, c · k²)."""
-    size = g.kh * g.kw
-    return (channels[..., None] * size + np.arange(size)).reshape(*channels.shape[:-1], -1)
+def _taps(channels: IntArray, k: int) -> IntArray:
+    """Return the positions of whole channels (…, c) in a patch with k taps per channel: (…, c · k).
+
+    >>> _taps(np.array([0, 2]), 3)
+    array([0, 1, 2, 6, 7, 8])
+    """
+    return (channels[..., None] * k + np.arange(k)).reshape(*channels.shape[:-1], -1)
 
 
-def _made_up(problem: Problem, group: int, kept: IntArray) -> Array:
-    """What the kept taps take over from the others: W*_d G_dk G_kk⁻¹ (m, kept)."""
+def _compensation(problem: Problem, group: int, kept: IntArray) -> Array:
+    """Compute by how much the kept taps make up for the dropped ones: W*_d G_dk G_kk⁻¹ (m, kept)."""
     gram, target = problem.moments.gram[group], problem.target[group]
     dropped = np.setdiff1d(np.arange(len(gram)), kept)
     return solve(gram[np.ix_(kept, kept)], target[:, dropped] @ gram[np.ix_(dropped, kept)])
@@ -91,33 +102,36 @@ def _eliminations(problem: Problem) -> list[tuple[IntArray, Array]]:
 
 
 def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:
-    """The order in which channels go, first to last, and what each adds to the error: (n,), (n,)."""
-    g = problem.geometry
-    size = g.kh * g.kw
+    """Order channels from first to last dropped, with the squared error that each adds: (n,), (n,).
+
+    With H = G⁻¹, dropping the taps q adds tr W_q (H_qq)⁻¹ W_qᵀ and changes the other weights by
+    −W_q (H_qq)⁻¹ H_q (Hassibi and Stork 1993, eq. 5).
+    """
+    k = problem.geometry.kh * problem.geometry.kw
     gram, weight = problem.moments.gram[group], problem.target[group]
-    if problem.white:  # nobody can take over from anybody
-        norms = np.square(weight).reshape(len(weight), -1, size).sum(axis=(0, 2))
+    if problem.white:  # no channel can make up for another
+        norms = np.square(weight).reshape(len(weight), -1, k).sum(axis=(0, 2))
         weakest = np.argsort(comparable(norms), kind="stable")
         return weakest, norms[weakest]
     gram = gram + (1e-10 * np.trace(gram) / len(gram) + TINY**0.5) * np.eye(len(gram))
-    inverse = np.linalg.inv(gram)
-    left = np.arange(len(gram) // size)
+    h = np.linalg.inv(gram)
+    remaining = np.arange(len(gram) // k)
     order: list[IntArray] = []
     losses: list[Array] = []
-    while len(left):
-        blocks = np.einsum("iaib->iab", inverse.reshape(len(left), size, len(left), size))
-        own = weight.reshape(len(weight), len(left), size).transpose(1, 2, 0)  # (n, k², m)
-        costs = np.einsum("nkm,nkm->n", own, np.linalg.solve(blocks, own))
-        going = np.argsort(comparable(costs), kind="stable")[: max(1, int(AT_ONCE * len(left)))]
-        taps = _taps(going, g)
-        stay = np.setdiff1d(np.arange(len(inverse)), taps)
-        share = np.linalg.solve(inverse[np.ix_(taps, taps)], inverse[taps])
-        # together they cost more than each alone; the surplus is spread evenly
-        moved = np.linalg.solve(inverse[np.ix_(taps, taps)], weight[:, taps].T)
-        together = float(np.vdot(moved, weight[:, taps].T))
-        order.append(left[going])
-        losses.append(np.full(len(going), together / len(going)))
-        weight = (weight - weight[:, taps] @ share)[:, stay]
-        inverse = (inverse - inverse[:, taps] @ share)[np.ix_(stay, stay)]
-        left = np.delete(left, going)
+    while n := len(remaining):
+        blocks = np.einsum("iaib->iab", h.reshape(n, k, n, k))
+        by_channel = weight.reshape(len(weight), n, k).transpose(1, 2, 0)  # (n, k², m)
+        costs = np.einsum("nkm,nkm->n", by_channel, np.linalg.solve(blocks, by_channel))
+        dropped = np.argsort(comparable(costs), kind="stable")[: max(1, int(PER_STEP * n))]
+        q = _taps(dropped, k)
+        rest = np.setdiff1d(np.arange(len(h)), q)
+        h_qq = h[np.ix_(q, q)]
+        share = np.linalg.solve(h_qq, h[q])  # (H_qq)⁻¹ H_q
+        # dropped together they cost more than each alone; the surplus is spread evenly
+        together = float(np.vdot(np.linalg.solve(h_qq, weight[:, q].T), weight[:, q].T))
+        order.append(remaining[dropped])
+        losses.append(np.full(len(dropped), together / len(dropped)))
+        weight = (weight - weight[:, q] @ share)[:, rest]
+        h = (h - h[:, q] @ share)[np.ix_(rest, rest)]
+        remaining = np.delete(remaining, dropped)
     return np.concatenate(order), np.concatenate(losses)

@@ -23,29 +23,39 @@ import numpy as np
 import scipy.linalg
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import TINY, Array, Family, Problem, root, solve, with_best_bias
+from netdecouple.families.base import ChannelSelecting, Family, FitOptions, register
+from netdecouple.families.linalg import TINY, Array, root, solve
+from netdecouple.families.problem import Problem
 from netdecouple.families.ties import comparable
 
-SWEEPS = 5
+SWEEPS = 5  # of block coordinate descent, in the DP form
 ROUNDS = 2  # of filters, rows, in the PD form
 ALTERNATED = 1500  # unknowns per output up to which the rows of the PD form are refitted too
 SETTLED = 5e-3  # a sweep that gains less than this share of the error is the last
 BLOCK = 16  # channels whose share of the residual is computed in one matrix product
 
 
-class DepthwisePointwise(Family):
+@register
+class DepthwisePointwise(ChannelSelecting):
     """ND in the DP form. Size: terms per group, shared among its channels.
 
-    Args:
-        uniform: every channel has the same number of terms; sizes are multiples of a group's channels.
-        sweeps: of block coordinate descent; 0 is the closed form alone, and all there is to do data-free.
+    With ``options.uniform`` every channel has the same number of terms: sizes are multiples of a group's
+    channels. ``options.rounds`` are sweeps of block coordinate descent; 0 is the closed form alone, which is
+    the best that there is for white inputs.
     """
 
     name = "nd-dp"
+    label = "depthwise → pointwise"
+    description = "k×k depthwise, then 1×1"
+    size_unit = "terms, shared among the input channels"
+    source = "Guo et al. 2018"
+    order = 40
+    group = "nd"
+    spreads_terms = True
+    is_reference = True
 
-    def __init__(self, uniform: bool = False, sweeps: int | None = None) -> None:
-        self._uniform = uniform
-        self._sweeps = SWEEPS if sweeps is None else sweeps
+    def wide_ok(self, geometry: ConvGeometry) -> bool:
+        return True
 
     def exact(self, geometry: ConvGeometry) -> int:
         return full_rank(geometry) * geometry.n_i // geometry.groups
@@ -57,52 +67,57 @@ class DepthwisePointwise(Family):
 
     def curve(self, problem: Problem) -> Array:
         terms = spectrum(problem)
-        order = terms.uniform_order() if self._uniform else terms.order()
+        order = terms.uniform_order() if self.options.uniform else terms.order()
         return error_curve(problem, terms, order)[: self.exact(problem.geometry) + 1]
 
     def grain(self, geometry: ConvGeometry) -> int:
-        return geometry.weight_shape[1] if self._uniform else 1
+        return geometry.weight_shape[1] if self.options.uniform else 1
 
-    def repeats(self, geometry: ConvGeometry) -> int:
-        return geometry.kh * geometry.kw
+    def size_of(self, geometry: ConvGeometry, number: int) -> int:
+        return number * geometry.n_i // geometry.groups
 
     def energies(self, problem: Problem) -> Array:
         """The share of each slice's squared singular values in its first T, averaged over non-zero slices."""
         return mean_energy(spectrum(problem).energy)[: full_rank(problem.geometry)]
 
-    def scaled(self, geometry: ConvGeometry, number: int) -> int:
-        return number * geometry.n_i // geometry.groups
+    def repeats(self, geometry: ConvGeometry) -> int:
+        return geometry.kh * geometry.kw
 
     def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
-        terms, everyone = spectrum(problem), np.arange(problem.geometry.n_i)
-        return [everyone.repeat(self._ranks(terms, size)) for size in sizes]
+        terms, every_channel = spectrum(problem), np.arange(problem.geometry.n_i)
+        return [every_channel.repeat(self._ranks(terms, size)) for size in sizes]
 
-    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
-        start = spectrum(problem)
-        if channels is None:
-            ranks = self._ranks(start, size)
-        else:
-            ranks = np.bincount(channels, minlength=problem.geometry.n_i)
-        return fit(problem, ranks, start, self._sweeps)
+    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
+        n_i, rounds = problem.geometry.n_i, self.options.rounds
+        ranks = (
+            self._ranks(spectrum(problem), size) if channels is None else np.bincount(channels, minlength=n_i)
+        )
+        return fit(problem, ranks, sweeps=SWEEPS if rounds is None else rounds)
 
     def _ranks(self, terms: Spectrum, size: int) -> IntArray:
-        return (
-            terms.common_ranks(size // terms.energy.shape[1]) if self._uniform else terms.pooled_ranks(size)
-        )
+        if self.options.uniform:
+            return terms.common_ranks(size // terms.energy.shape[1])
+        return terms.pooled_ranks(size)
 
 
+@register
 class PointwiseDepthwise(Family):
     """ND in the PD form. Size: terms T of every output channel.
 
     The closed form takes the metric as a product of one over channels and one over taps (DESIGN §4);
-    depthwise filters and pointwise rows are then refitted in turn, each exactly: an output channel's
-    terms are nobody else's. In large layers rows take too long, and only the filters are refitted.
+    depthwise filters and pointwise rows are then refitted in turn, each exactly: output channels share no
+    terms. In large layers rows take too long, and only the filters are refitted.
     """
 
     name = "nd-pd"
-
-    def __init__(self, rounds: int | None = None) -> None:
-        self._rounds = ROUNDS if rounds is None else rounds
+    label = "pointwise → depthwise"
+    description = "1×1, then k×k depthwise"
+    size_unit = "terms per output channel"
+    source = "Guo et al. 2018"
+    order = 40
+    group = "nd"
+    in_combinations = False
+    for_upsampling = True
 
     def exact(self, geometry: ConvGeometry) -> int:
         return min(geometry.kh * geometry.kw, geometry.n_i // geometry.groups)
@@ -119,31 +134,26 @@ class PointwiseDepthwise(Family):
         return mean_energy(np.square(np.concatenate([values for _, values, _ in _pd_terms(problem)])))
 
     def curve(self, problem: Problem) -> Array:
-        closed = PointwiseDepthwise(rounds=0)
-        errors = [1.0]
-        for size in range(1, self.exact(problem.geometry) + 1):
-            fitted = closed.fit(problem, size)
-            errors.append(problem.error(fitted) / problem.power)
+        closed = PointwiseDepthwise(FitOptions(rounds=0))
+        sizes = range(1, self.exact(problem.geometry) + 1)
+        errors = [1.0, *(problem.relative_error(closed.fit(problem, size)) for size in sizes)]
         return np.minimum.accumulate(errors)
 
-    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+    def fit(self, problem: Problem, size: int) -> Factorization:
+        rounds = ROUNDS if self.options.rounds is None else self.options.rounds
         rows, filters = [], []
         parts = zip(problem.moments.gram, problem.target, _pd_terms(problem), strict=True)
         for gram, target, (points, values, taps) in parts:
             points, taps = points[:, :size].copy(), values[:, :size, None] * taps[:, :size]
             small = target.shape[1] <= ALTERNATED
-            if self._rounds > (0 if small else 1):
-                _refit(gram, target @ gram, points, taps, self._rounds if small else 0)
+            if rounds > (0 if small else 1):
+                _refit(gram, target @ gram, points, taps, rounds if small else 0)
             rows.append(points)
             filters.append(taps)
         pointwise, depthwise = self.structure(problem.geometry, size).stages
-        return with_best_bias(
-            problem,
-            (
-                ConvStage(pointwise, np.concatenate(rows).reshape(pointwise.weight_shape)),
-                ConvStage(depthwise, np.concatenate(filters).reshape(depthwise.weight_shape)),
-            ),
-        )
+        first = np.concatenate(rows).reshape(pointwise.weight_shape)
+        last = np.concatenate(filters).reshape(depthwise.weight_shape)
+        return problem.with_best_bias([ConvStage(pointwise, first), ConvStage(depthwise, last)])
 
 
 def _pd_terms(problem: Problem) -> list[tuple[Array, Array, Array]]:
@@ -162,54 +172,58 @@ def _weighted_svd(gram: Array, slices: Array) -> tuple[Array, Array, Array]:
     """Rows (m, K, n), singular values (m, K) and filters (m, K, k²) of slices (m, n, k²), G ≈ A ⊗ B."""
     m, n, k = slices.shape
     blocks = gram.reshape(n, k, n, k)
-    along, across = root(np.einsum("iaja->ij", blocks)), root(np.einsum("iaib->ab", blocks))
-    left, values, right = np.linalg.svd(along.T @ slices @ across, full_matrices=False)
-    flat = left.transpose(0, 2, 1).reshape(-1, n)  # (m·K, n)
-    rows = scipy.linalg.solve_triangular(along, flat.T, lower=True, trans="T", check_finite=False).T
-    return rows.reshape(m, -1, n), values, right @ np.linalg.inv(across)
+    root_a, root_b = root(np.einsum("iaja->ij", blocks)), root(np.einsum("iaib->ab", blocks))
+    u, values, vt = np.linalg.svd(root_a.T @ slices @ root_b, full_matrices=False)
+    flat = u.transpose(0, 2, 1).reshape(-1, n)  # (m·K, n)
+    rows = scipy.linalg.solve_triangular(root_a, flat.T, lower=True, trans="T", check_finite=False).T
+    return rows.reshape(m, -1, n), values, vt @ np.linalg.inv(root_b)
 
 
-def _refit(gram: Array, pulled: Array, rows: Array, filters: Array, rounds: int) -> None:
-    """Refit rows (m, T, n) and filters (m, T, k²) in turn, in place, filters last; pulled = W* G (m, d)."""
+def _refit(gram: Array, cross: Array, rows: Array, filters: Array, rounds: int) -> None:
+    """Refit rows (m, T, n) and filters (m, T, k²) in turn, in place, filters last; cross = W* G (m, d)."""
     n = rows.shape[2]
-    # every output reads the whole metric: it is turned once, and read for several together
+    # every output needs the whole metric: it is transposed once, and used for several outputs together
     by_channel = np.ascontiguousarray(gram.reshape(-1, n, filters.shape[2]).swapaxes(0, 1)).reshape(n, -1)
     for start in range(0, len(rows), BLOCK):
-        some = slice(start, start + BLOCK)
+        block = slice(start, start + BLOCK)
         for _ in range(rounds):
-            filters[some] = _refit_filters(by_channel, pulled[some], rows[some])
-            rows[some] = [_refit_rows(gram, *own) for own in zip(pulled[some], filters[some], strict=True)]
-        filters[some] = _refit_filters(by_channel, pulled[some], rows[some])
+            filters[block] = _refit_filters(by_channel, cross[block], rows[block])
+            rows[block] = [_refit_rows(gram, c, f) for c, f in zip(cross[block], filters[block], strict=True)]
+        filters[block] = _refit_filters(by_channel, cross[block], rows[block])
 
 
-def _refit_filters(by_channel: Array, pulled: Array, rows: Array) -> Array:
-    """Least squares for some outputs' filters (m, T, k²), rows (m, T, n) fixed; pulled = W* G (m, d).
+def _refit_filters(by_channel: Array, cross: Array, rows: Array) -> Array:
+    """Least squares for some outputs' filters (m, T, k²), rows (m, T, n) fixed; cross = W* G (m, d).
 
     ``by_channel`` (n, d·k²) is G with the channels of its second index first.
     """
     m, terms, n = rows.shape
-    k = pulled.shape[1] // n
-    seen = (rows.reshape(m * terms, n) @ by_channel).reshape(m, terms, n, k, k)
-    # (m, T, n) · (m, n, k², T·k²): what each term's taps share with every other's
-    inner = rows @ seen.transpose(0, 2, 3, 1, 4).reshape(m, n, -1)
-    right = rows @ pulled.reshape(m, n, k)
+    k = cross.shape[1] // n
+    half = (rows.reshape(m * terms, n) @ by_channel).reshape(m, terms, n, k, k)
+    # (m, T, n) · (m, n, k², T·k²): the Gram matrix of all terms' taps
+    inner = rows @ half.transpose(0, 2, 3, 1, 4).reshape(m, n, -1)
+    right = rows @ cross.reshape(m, n, k)
     solved = (solve(a.reshape(terms * k, -1), b.reshape(1, -1)) for a, b in zip(inner, right, strict=True))
     return np.stack([filters.reshape(terms, k) for filters in solved])
 
 
-def _refit_rows(gram: Array, pulled: Array, filters: Array) -> Array:
-    """Least squares for one output's pointwise rows (T, n), filters (T, k²) fixed."""
+def _refit_rows(gram: Array, cross: Array, filters: Array) -> Array:
+    """Least squares for one output's pointwise rows (T, n), filters (T, k²) fixed; cross = w* G (d,)."""
     terms, k = filters.shape
     n = len(gram) // k
-    seen = gram.reshape(-1, n, k) @ filters.T  # (d, n, T)
-    inner = np.tensordot(filters, seen.reshape(n, k, n * terms), (1, 1))  # (T, n, n·T)
+    half = gram.reshape(-1, n, k) @ filters.T  # (d, n, T)
+    inner = np.tensordot(filters, half.reshape(n, k, n * terms), (1, 1))  # (T, n, n·T)
     inner = inner.reshape(terms, n, n, terms).swapaxes(2, 3).reshape(terms * n, -1)
-    right = (filters @ pulled.reshape(n, k).T).reshape(1, -1)
+    right = (filters @ cross.reshape(n, k).T).reshape(1, -1)
     return solve(inner, right).reshape(terms, n)
 
 
 def full_rank(geometry: ConvGeometry) -> int:
-    """K of the DP form: the number of terms per channel at which the expansion is exact."""
+    """Return K of the DP form: the number of terms per channel at which the expansion is exact.
+
+    >>> full_rank(ConvGeometry(64, 16, 3, 3))
+    9
+    """
     return min(geometry.kh * geometry.kw, geometry.n_o // geometry.groups)
 
 
@@ -254,7 +268,7 @@ def _spectrum(problem: Problem) -> Spectrum:
     g = problem.geometry
     k = g.kh * g.kw
     target = problem.target
-    factor = _channel_factors(problem)  # G_ii = L Lᵀ
+    factor = np.stack([_block_factors(gram, k) for gram in problem.moments.gram])  # G_ii = L Lᵀ
     groups, m, d = target.shape
     slices = target.reshape(groups, m, d // k, k).swapaxes(1, 2) @ factor  # (groups, n, m, k²)
     energy, vectors = np.linalg.eigh(slices.swapaxes(2, 3) @ slices)
@@ -264,7 +278,11 @@ def _spectrum(problem: Problem) -> Spectrum:
 
 
 def mean_energy(energy: Array) -> Array:
-    """Cumulative shares of energies (…, K), averaged over the slices that have any: (K,)."""
+    """Compute the cumulative shares of energies (…, K), averaged over the slices that have any: (K,).
+
+    >>> mean_energy(np.array([[3.0, 1.0], [0.0, 0.0]]))
+    array([0.75, 1.  ])
+    """
     slices = energy.reshape(-1, energy.shape[-1])
     slices = slices[slices.sum(axis=1) > 0]
     shares = np.cumsum(slices, axis=1) / slices.sum(axis=1, keepdims=True)
@@ -288,59 +306,49 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
         gram, cross = _in_terms(terms.filters[i], moments.gram[i], moments.cross[i])
         gram, cross = gram[np.ix_(order[i], order[i])], cross[:, order[i]]
         gram.flat[:: len(gram) + 1] += 1e-12 * np.trace(gram) / len(gram) + TINY**0.5
-        root = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
-        gains = scipy.linalg.solve_triangular(root, cross.T, lower=True, check_finite=False)
+        factor = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+        gains = scipy.linalg.solve_triangular(factor, cross.T, lower=True, check_finite=False)
         explained[1:] += np.cumsum(np.square(gains).sum(axis=1))
-    power = max(float(moments.power.sum()), float(explained[-1]), np.finfo(float).tiny)
+    power = max(float(moments.power.sum()), float(explained[-1]), TINY)
     return np.maximum(power - explained, 0.0) / power
 
 
-def fit(
-    problem: Problem, ranks: IntArray, start: Spectrum | None = None, sweeps: int = SWEEPS
-) -> Factorization:
+def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BLOCK) -> Factorization:
     """Fit depthwise and pointwise stages with ``ranks`` (n_i,) terms per input channel.
 
-    Terms start from the slices' own spectra (``start``, if it is known already); the pointwise stage
-    is refitted to all of them together; block coordinate descent then improves both. The error never
-    rises on the way. Every group has the same number of terms in all.
+    Terms start from the spectra of the slices; the pointwise stage is refitted to all of them together;
+    block coordinate descent then improves both. The error never rises on the way. ``block`` channels share
+    a matrix product, which changes rounding alone.
+
+    Raises:
+        ValueError: the groups have different numbers of terms.
     """
     g = problem.geometry
     per_group = ranks.reshape(g.groups, -1)
     if len(set(per_group.sum(axis=1))) != 1:
         raise ValueError("every group needs the same number of terms")
-    start = start or spectrum(problem)
-    filters, columns = [], []
+    start = spectrum(problem).filters
+    filters, columns = [], []  # D (R, k²) and P (m, R) of every group
     for i in range(g.groups):
-        metric, aim = problem.moments.gram[i], problem.target[i]
-        kept = _stack(start.filters[i], per_group[i])
-        if problem.white:  # the truncated SVD of every slice, which nothing can better
-            points = _depthwise(aim, kept, per_group[i])
+        gram, target = problem.moments.gram[i], problem.target[i]
+        d = np.concatenate([f[:r] for f, r in zip(start[i], per_group[i], strict=True)])
+        if problem.white:  # the truncated SVD of every slice, which is optimal
+            p = _depthwise(target, d, per_group[i])
         else:
-            points = _refit_pointwise(metric, aim, kept, per_group[i])
-            kept, points = _descend(metric, aim, kept, points, per_group[i], sweeps)
-        filters.append(kept)
-        columns.append(points)
-    return _assemble(problem, ranks, np.concatenate(filters), np.concatenate(columns))
-
-
-def _assemble(problem: Problem, ranks: IntArray, filters: Array, columns: Array) -> Factorization:
-    """Put filters (R, k²) and pointwise columns (n_o, R / groups) together as two stages and a bias."""
-    g = problem.geometry
-    depthwise, pointwise = DepthwisePointwise().structure(g, len(filters) // g.groups).stages
-    stages = (
-        ConvStage(depthwise, filters.reshape(depthwise.weight_shape), np.arange(g.n_i).repeat(ranks)),
-        ConvStage(pointwise, columns.reshape(pointwise.weight_shape)),
-    )
-    return with_best_bias(problem, stages)
-
-
-def _channel_factors(problem: Problem) -> Array:
-    """Cholesky factors of the diagonal blocks G_ii: (groups, n, k², k²), lower."""
-    k = problem.geometry.kh * problem.geometry.kw
-    return np.stack([_block_factors(gram, k) for gram in problem.moments.gram])
+            p = _refit_pointwise(gram, target, d, per_group[i])
+            d, p = _descend(gram, target, d, p, per_group[i], sweeps, block)
+        filters.append(d)
+        columns.append(p)
+    terms = int(per_group[0].sum())
+    depthwise, pointwise = DepthwisePointwise().structure(g, terms).stages
+    first = np.concatenate(filters).reshape(depthwise.weight_shape)
+    last = np.concatenate(columns).reshape(pointwise.weight_shape)
+    channels = np.arange(g.n_i).repeat(ranks)
+    return problem.with_best_bias([ConvStage(depthwise, first, channels), ConvStage(pointwise, last)])
 
 
 def _block_factors(gram: Array, k: int) -> Array:
+    """Compute the lower Cholesky factors of the diagonal blocks G_ii: (n, k, k)."""
     n = len(gram) // k
     return root(np.ascontiguousarray(np.einsum("aiaj->aij", gram.reshape(n, k, n, k))))
 
@@ -355,73 +363,73 @@ def _in_terms(filters: Array, gram: Array, cross: Array) -> tuple[Array, Array]:
     return gram, cross
 
 
-def _stack(filters: Array, ranks: IntArray) -> Array:
-    """The first ranks[c] filters of every channel c: (R, k²)."""
-    return np.concatenate([f[:r] for f, r in zip(filters, ranks, strict=True)])
-
-
 def _blocks(ranks: IntArray, k: int) -> Iterator[tuple[slice, slice]]:
-    """For every channel with terms: where its taps stand among all taps, and its terms among all terms."""
+    """Yield, for every channel with terms, the positions of its taps and of its terms.
+
+    >>> [(int(taps.start), int(terms.start)) for taps, terms in _blocks(np.array([2, 0, 1]), 9)]
+    [(0, 0), (18, 2)]
+    """
     ends = np.cumsum(ranks)
     for i in np.flatnonzero(ranks):
         yield slice(i * k, i * k + k), slice(ends[i] - ranks[i], ends[i])
 
 
 def _depthwise(matrix: Array, filters: Array, ranks: IntArray) -> Array:
-    """What the depthwise stage makes of a matrix with a column per tap: (·, d) → (·, R)."""
-    seen = np.empty((len(matrix), len(filters)))
+    """Apply the depthwise stage to a matrix with one column per tap: (·, d) → (·, R)."""
+    out = np.empty((len(matrix), len(filters)))
     for taps, terms in _blocks(ranks, filters.shape[1]):
-        seen[:, terms] = matrix[:, taps] @ filters[terms].T
-    return seen
+        out[:, terms] = matrix[:, taps] @ filters[terms].T
+    return out
 
 
-def _refit_pointwise(metric: Array, target: Array, filters: Array, ranks: IntArray) -> Array:
-    """Least squares for all pointwise columns together: (m, R)."""
-    seen = _depthwise(metric, filters, ranks)
-    gram = _depthwise(np.ascontiguousarray(seen.T), filters, ranks)
-    return solve(gram, target @ seen)
+def _refit_pointwise(gram: Array, target: Array, filters: Array, ranks: IntArray) -> Array:
+    """Solve least squares for all pointwise columns together: W* G Dᵀ (D G Dᵀ)⁻¹, (m, R)."""
+    half = _depthwise(gram, filters, ranks)  # G Dᵀ
+    inner = _depthwise(np.ascontiguousarray(half.T), filters, ranks)  # D G Dᵀ
+    return solve(inner, target @ half)
 
 
 def _descend(
-    metric: Array, target: Array, filters: Array, points: Array, ranks: IntArray, sweeps: int
+    gram: Array, target: Array, filters: Array, points: Array, ranks: IntArray, sweeps: int, block: int
 ) -> tuple[Array, Array]:
     """Block coordinate descent over input channels; each step is exact (DESIGN §4, DP fit).
 
-    With the other channels fixed, the free optimum of a block is
-    W*_i + (Σ_{j≠i} (W*_j − Ŵ_j) G_ji) G_ii⁻¹, and its best rank-T part in the metric G_ii comes from
-    the eigenvectors of LᵀBᵀBL.
+    With the other channels fixed, the free optimum of channel i is W*_i + (Σ_{j≠i} E_j G_ji) G_ii⁻¹ with
+    E = W* − Ŵ, and its best rank-T part in the metric G_ii = L Lᵀ comes from the eigenvectors of BᵀB,
+    B = that optimum times L.
     """
     k = filters.shape[1]
-    factors = _block_factors(metric, k)
+    factors = _block_factors(gram, k)
     inverses = np.linalg.inv(factors)
     ends = np.cumsum(ranks)
-    rest = target.copy()  # W* − Ŵ
+    residual = target.copy()  # E = W* − Ŵ
     for taps, terms in _blocks(ranks, k):
-        rest[:, taps] -= points[:, terms] @ filters[terms]
+        residual[:, taps] -= points[:, terms] @ filters[terms]
     filters, points = filters.copy(), points.copy()
-    error = np.einsum("md,md->", rest @ metric, rest)
+    error = np.einsum("md,md->", residual @ gram, residual)  # tr E G Eᵀ
     for _ in range(sweeps):
-        for first in range(0, len(ranks), BLOCK):
-            block = slice(first * k, min(first + BLOCK, len(ranks)) * k)
-            seen = rest @ metric[:, block]
-            moved = np.zeros_like(seen)  # what the block's own steps have changed in `rest` since
-            for i in range(first, min(first + BLOCK, len(ranks))):
+        for first in range(0, len(ranks), block):
+            last = min(first + block, len(ranks))
+            columns = slice(first * k, last * k)
+            product = residual @ gram[:, columns]  # E G before this block's steps
+            change = np.zeros_like(product)  # of E by this block's steps
+            for i in range(first, last):
                 if not ranks[i]:
                     continue
                 taps, terms = slice(i * k, i * k + k), slice(ends[i] - ranks[i], ends[i])
-                here = slice(taps.start - block.start, taps.stop - block.start)
-                own = rest[:, taps]
-                others = seen[:, here] + moved[:, : here.start] @ metric[block, taps][: here.start]
-                others -= own @ metric[taps, taps]
-                # free optimum times L; (·) G_ii⁻¹ L = (·) L⁻ᵀ
-                scaled = target[:, taps] @ factors[i] + others @ inverses[i].T
-                vectors = np.linalg.eigh(scaled.T @ scaled)[1][:, : -ranks[i] - 1 : -1]
-                points[:, terms] = scaled @ vectors
-                filters[terms] = vectors.T @ inverses[i]
-                left = target[:, taps] - points[:, terms] @ filters[terms]
-                moved[:, here] = left - own
-                rest[:, taps] = left
-        before, error = error, np.einsum("md,md->", rest @ metric, rest)
-        if before - error <= SETTLED * before:
+                local = slice(taps.start - columns.start, taps.stop - columns.start)  # taps, within the block
+                before = residual[:, taps]
+                # Σ_{j≠i} E_j G_ji
+                pull = product[:, local] + change[:, : local.start] @ gram[columns, taps][: local.start]
+                pull -= before @ gram[taps, taps]
+                b = target[:, taps] @ factors[i] + pull @ inverses[i].T  # (·) G_ii⁻¹ L = (·) L⁻ᵀ
+                v = np.linalg.eigh(b.T @ b)[1][:, : -ranks[i] - 1 : -1]
+                points[:, terms] = b @ v
+                filters[terms] = v.T @ inverses[i]
+                after = target[:, taps] - points[:, terms] @ filters[terms]
+                change[:, local] = after - before
+                residual[:, taps] = after
+        previous, error = error, np.einsum("md,md->", residual @ gram, residual)
+        if previous - error <= SETTLED * previous:
             break
     return filters, points

@@ -11,21 +11,32 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families import TINY, Array, Family, Problem, root, solve, with_best_bias
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.families.base import Family, register
+from netdecouple.families.linalg import TINY, Array, root, solve
+from netdecouple.families.problem import Problem
 
 ROUNDS = 3  # of first stage, second stage
 STEPS = 4  # of conjugate gradients on the first stage
 SETTLED = 5e-3  # a round whose first half gains less than this share of the error is the last
 
 
+@register
 class SpatialDecomposition(Family):
     """Size: channels per group between the two stages."""
 
     name = "sd"
+    label = "spatial"
+    description = "k×1, then 1×k"
+    size_unit = "channels between them"
+    source = "Jaderberg et al. 2014"
+    order = 20
 
-    def __init__(self, rounds: int | None = None) -> None:
-        self._rounds = ROUNDS if rounds is None else rounds
+    def applies_to(self, geometry: ConvGeometry) -> bool:
+        return 1 not in (geometry.kh, geometry.kw)
+
+    def wide_ok(self, geometry: ConvGeometry) -> bool:
+        return True
 
     def exact(self, geometry: ConvGeometry) -> int:
         groups = geometry.groups
@@ -43,139 +54,135 @@ class SpatialDecomposition(Family):
         g, moments = problem.geometry, problem.moments
         explained = np.zeros(self.exact(g) + 1)
         for i in range(g.groups):
-            terms, energy = _rows(problem, i, self.exact(g))  # (r, n, kh), (r,)
+            first, energy = _first_stage(problem, i, self.exact(g))  # (r, n, kh), (r,)
             if problem.white:  # terms are orthogonal, and each explains its own energy
                 explained[1:] += np.cumsum(energy)
                 continue
-            seen = _second_inputs(g, moments.gram[i], terms)  # (d, r, kw)
-            gram = np.tensordot(terms, seen.reshape(-1, g.kh, g.kw, len(terms) * g.kw), ((1, 2), (0, 1)))
-            gram = gram.reshape(len(terms) * g.kw, -1)
-            cross = problem.target[i] @ seen.reshape(len(seen), -1)
-            factor = root(gram)
-            gains = scipy.linalg.solve_triangular(factor, cross.T, lower=True, check_finite=False)
+            half, inner = _inputs(g, moments.gram[i], first)
+            cross = problem.target[i] @ half
+            gains = scipy.linalg.solve_triangular(root(inner), cross.T, lower=True, check_finite=False)
             explained[1:] += np.cumsum(np.square(gains).sum(axis=1).reshape(-1, g.kw).sum(axis=1))
         return np.maximum(1 - explained / problem.power, 0.0)
 
-    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
-        pairs = [_alternate(problem, i, size, self._rounds) for i in range(problem.geometry.groups)]
-        first, second = (np.stack(part) for part in zip(*pairs, strict=True))
-        rows, columns = self.structure(problem.geometry, size).stages
-        return with_best_bias(
-            problem,
-            (
-                ConvStage(rows, first.reshape(rows.weight_shape)),
-                ConvStage(columns, second.reshape(columns.weight_shape)),
-            ),
-        )
-
-
-def _unfolded(target: Array, g: ConvGeometry) -> Array:
-    """Kernel (m, n·kh·kw) as (n·kh) × (m·kw)."""
-    kernel = target.reshape(len(target), -1, g.kh, g.kw)
-    return kernel.transpose(1, 2, 0, 3).reshape(kernel.shape[1] * g.kh, -1)
+    def fit(self, problem: Problem, size: int) -> Factorization:
+        rounds = ROUNDS if self.options.rounds is None else self.options.rounds
+        pairs = [_alternate(problem, i, size, rounds) for i in range(problem.geometry.groups)]
+        geometries = self.structure(problem.geometry, size).stages
+        weights = (np.stack(part) for part in zip(*pairs, strict=True))
+        stages = zip(geometries, weights, strict=True)
+        return problem.with_best_bias([ConvStage(g, weight.reshape(g.weight_shape)) for g, weight in stages])
 
 
 def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:
-    """Cholesky factors of G ≈ A ⊗ B: A over (channel, row), B over columns."""
+    """Compute the Cholesky factors of G ≈ A ⊗ B: A over (channel, row), B over columns."""
     blocks = gram.reshape(-1, g.kw, len(gram) // g.kw, g.kw)
     rows = np.einsum("iaja->ij", blocks) / g.kw
     columns = np.einsum("iaib->ab", blocks)
     return root(rows), root(columns / (np.trace(columns) / g.kw + TINY))
 
 
-def _rows(problem: Problem, group: int, size: int) -> tuple[Array, Array]:
-    """The first stage (r, n, kh) from the weighted SVD, strongest first, and squared singular values (r,)."""
-    terms, energy = problem.once(f"sd {group}", lambda: _all_rows(problem, group))
+def _first_stage(problem: Problem, group: int, size: int) -> tuple[Array, Array]:
+    """First stage (r, n, kh) of the weighted SVD, strongest terms first, and squared singular values (r,)."""
+    terms, energy = problem.once(f"sd {group}", lambda: _weighted_svd(problem, group))
     return terms[:size].reshape(size, -1, problem.geometry.kh), energy[:size]
 
 
-def _all_rows(problem: Problem, group: int) -> tuple[Array, Array]:
-    g = problem.geometry
-    along, across = _factors(problem.moments.gram[group], g)
-    unfolded = along.T @ _unfolded(problem.target[group], g)
-    weighted = (unfolded.reshape(len(unfolded), -1, g.kw) @ across).reshape(unfolded.shape)
-    left, values, _ = np.linalg.svd(weighted, full_matrices=False)  # SciPy's stops other threads
-    left = np.asfortranarray(left)
-    terms = scipy.linalg.solve_triangular(along, left, lower=True, trans="T", check_finite=False)
+def _weighted_svd(problem: Problem, group: int) -> tuple[Array, Array]:
+    g, target = problem.geometry, problem.target[group]
+    root_a, root_b = _factors(problem.moments.gram[group], g)
+    kernel = target.reshape(len(target), -1, g.kh, g.kw)
+    unfolded = kernel.transpose(1, 2, 0, 3).reshape(kernel.shape[1] * g.kh, -1)  # (n·kh, m·kw)
+    weighted = root_a.T @ unfolded
+    weighted = (weighted.reshape(len(weighted), -1, g.kw) @ root_b).reshape(weighted.shape)
+    u, values, _ = np.linalg.svd(weighted, full_matrices=False)  # SciPy's keeps the GIL
+    terms = scipy.linalg.solve_triangular(
+        root_a, np.asfortranarray(u), lower=True, trans="T", check_finite=False
+    )
     return np.ascontiguousarray(terms.T), np.square(values)
 
 
-def _second_inputs(g: ConvGeometry, gram: Array, first: Array) -> Array:
-    """Covariance of the patches with what the second stage reads: (d, r, kw)."""
-    seen = np.tensordot(gram.reshape(len(gram), -1, g.kh, g.kw), first, ((1, 2), (1, 2)))  # (d, kw, r)
-    return seen.swapaxes(1, 2)
+def _inputs(g: ConvGeometry, gram: Array, first: Array) -> tuple[Array, Array]:
+    """Covariance of the patches with the inputs of the second stage (d, r·kw), and of these (r·kw, r·kw)."""
+    cross = np.tensordot(gram.reshape(len(gram), -1, g.kh, g.kw), first, ((1, 2), (1, 2)))  # (d, kw, r)
+    cross = cross.swapaxes(1, 2)  # (d, r, kw)
+    inner = np.tensordot(first, cross.reshape(-1, g.kh, g.kw, len(first) * g.kw), ((1, 2), (0, 1)))
+    return cross.reshape(len(cross), -1), inner.reshape(len(first) * g.kw, -1)
 
 
 def _alternate(problem: Problem, group: int, size: int, rounds: int) -> tuple[Array, Array]:
-    """First stage (r, n, kh) and second (m, r, kw): each in turn the best for the other."""
+    """Fit the first stage (r, n, kh) and the second (m, r, kw) in turn, each the best for the other."""
     g = problem.geometry
     gram, target = problem.moments.gram[group], problem.target[group]
-    first, _ = _rows(problem, group, size)
-    if problem.white:  # the truncated SVD, which nothing can better
+    first, _ = _first_stage(problem, group, size)
+    if problem.white:  # the truncated SVD, which is optimal
         kernel = target.reshape(len(target), -1, g.kh, g.kw)
         return _balanced(first, np.tensordot(kernel, first, ((1, 2), (1, 2))).swapaxes(1, 2))
-    second = _second(g, gram, target, first)
+    second = _second_stage(g, gram, target, first)
     preconditioner = _factors(gram, g)[0]
     for _ in range(rounds):
-        first, gain = _improved(g, gram, target, first, second, preconditioner)
+        first, gain = _conjugate_gradients(g, gram, target, first, second, preconditioner)
         first, second = _balanced(first, second)
-        second = _second(g, gram, target, first)
+        second = _second_stage(g, gram, target, first)
         if gain < SETTLED:
             break
     return _balanced(first, second)
 
 
-def _second(g: ConvGeometry, gram: Array, target: Array, first: Array) -> Array:
-    """Least squares for the second stage: (m, r, kw)."""
-    seen = _second_inputs(g, gram, first)
-    inner = np.tensordot(first, seen.reshape(-1, g.kh, g.kw, len(first) * g.kw), ((1, 2), (0, 1)))
-    fitted: Array = solve(inner.reshape(len(first) * g.kw, -1), target @ seen.reshape(len(seen), -1))
-    return fitted.reshape(len(target), len(first), g.kw)
+def _second_stage(g: ConvGeometry, gram: Array, target: Array, first: Array) -> Array:
+    """Solve least squares for the second stage: (m, r, kw)."""
+    half, inner = _inputs(g, gram, first)
+    return solve(inner, target @ half).reshape(len(target), len(first), g.kw)
 
 
 def _balanced(first: Array, second: Array) -> tuple[Array, Array]:
     """The same kernel with orthonormal second stages: an error of the first is then one of the output."""
     size = len(first)
     stacked = second.swapaxes(1, 2).reshape(-1, size)  # (m·kw, r)
-    basis, upper = np.linalg.qr(stacked)
-    columns = basis.reshape(len(second), -1, basis.shape[1]).swapaxes(1, 2)
-    return (upper @ first.reshape(size, -1)).reshape(-1, *first.shape[1:]), columns
+    q, r = np.linalg.qr(stacked)
+    columns = q.reshape(len(second), -1, q.shape[1]).swapaxes(1, 2)
+    return (r @ first.reshape(size, -1)).reshape(-1, *first.shape[1:]), columns
 
 
-def _improved(
-    g: ConvGeometry, gram: Array, target: Array, first: Array, second: Array, factor: Array
+def _conjugate_gradients(
+    g: ConvGeometry, gram: Array, target: Array, x: Array, second: Array, factor: Array
 ) -> tuple[Array, float]:
-    """Conjugate gradients on the first stage, and the share of the error they remove; it never rises."""
+    """Improve the first stage x (r, n, kh) by preconditioned conjugate gradients, the second stage fixed.
 
-    def composed(stage: Array) -> Array:  # (r, n, kh) → (m, d)
-        return np.tensordot(second, stage, (1, 0)).transpose(0, 2, 3, 1).reshape(len(second), -1)
+    Solves SᵀS x = Sᵀ W* in the metric G, in which S composes x with the second stage to a kernel (m, d).
+    Returns x and the share of the error that the steps remove; the error never rises.
+    """
 
-    def pulled(kernel: Array) -> Array:  # (m, d), in the metric → (r, n, kh): the adjoint of composing
+    def compose(x: Array) -> Array:  # S: (r, n, kh) → (m, d)
+        return np.tensordot(second, x, (1, 0)).transpose(0, 2, 3, 1).reshape(len(second), -1)
+
+    def adjoint(kernel: Array) -> Array:  # Sᵀ: (m, d), already multiplied by G → (r, n, kh)
         return np.tensordot(second, kernel.reshape(len(kernel), -1, g.kh, g.kw), ((0, 2), (0, 3)))
 
-    def conditioned(gradient: Array) -> Array:
-        flat = gradient.reshape(len(gradient), -1).T
-        turned: Array = scipy.linalg.cho_solve((factor, True), flat, check_finite=False)
-        return turned.T.reshape(gradient.shape)
+    def precondition(r: Array) -> Array:  # M⁻¹ r, M = A of G ≈ A ⊗ B
+        flat = r.reshape(len(r), -1).T
+        z: Array = scipy.linalg.cho_solve((factor, True), flat, check_finite=False)
+        return z.T.reshape(r.shape)
 
-    missing = target - composed(first)
+    missing = target - compose(x)
     weighted = missing @ gram
     error, gained = float(np.vdot(missing, weighted)), 0.0
-    left = pulled(weighted)
-    step = conditioned(left)
-    size = float(np.vdot(left, step))
+    r = adjoint(weighted)
+    p = precondition(r)
+    rz = float(np.vdot(r, p))  # rᵀ M⁻¹ r
     for _ in range(STEPS):
-        curved = pulled(composed(step) @ gram)
-        bend = float(np.vdot(step, curved))
-        if not bend > 0 or not size > 0:
+        ap = adjoint(compose(p) @ gram)
+        p_ap = float(np.vdot(p, ap))
+        if not p_ap > 0 or not rz > 0:
             break
-        gain = size * (size / bend)  # its square may overflow
+        gain = rz * (rz / p_ap)  # not rz² / pᵀAp, as rz² may overflow
         if gain < SETTLED / STEPS * error:
             break
         gained += gain
-        first = first + size / bend * step
-        left = left - size / bend * curved
-        better = conditioned(left)
-        size, before = float(np.vdot(left, better)), size
-        step = better + size / before * step
-    return first, gained / max(error, TINY)
+        alpha = rz / p_ap
+        x = x + alpha * p
+        r = r - alpha * ap
+        z = precondition(r)
+        rz, previous = float(np.vdot(r, z)), rz
+        beta = rz / previous
+        p = z + beta * p
+    return x, gained / max(error, TINY)

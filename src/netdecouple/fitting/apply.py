@@ -19,6 +19,7 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.fitting.sequential import Targets, Walkers, walkers_for
 from netdecouple.moments import Moments
 from netdecouple.network import Array, Images, Layer, Network
+from netdecouple.planning.candidates import applicable
 from netdecouple.planning.divergence import rounding
 from netdecouple.planning.eligibility import is_too_wide_to_fit
 from netdecouple.planning.plan import LayerPlan, Plan
@@ -115,12 +116,13 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         return
     if layer.geometry is None or layer.reason:
         raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
-    if layer.methods and row.family not in layer.methods:
-        raise PlanError(f"layer {row.name!r} cannot be {row.family}, only {' or '.join(layer.methods)}")
     if row.channels and len(row.channels) != len(row.sizes):
         raise PlanError(f"layer {row.name!r}: it has not as many channels as sizes; make the plan again")
     try:
-        method(row.family).structure(layer.geometry, row.steps)
+        chosen = method(row.family)
+        if not chosen.is_possible(layer.is_linear, layer.upsamples):
+            raise ValueError(f"it cannot be {row.family}, only {' or '.join(applicable(layer))}")
+        chosen.structure(layer.geometry, row.steps)
     except ValueError as error:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 

@@ -21,8 +21,8 @@ def held_back_error(problem: Problem, held_back: Moments, factorization: Factori
     bias = factorization.bias.reshape(g.groups, -1)
     if g.is_pointwise and g.groups == 1 and len(stages) == 2:  # far less work through the narrow middle
         narrow, wide = stages[0].dense(g.n_i), stages[1].dense(stages[0].geometry.n_o)
-        return held_back.mapped(narrow[None, :, :, 0, 0]).error(wide[None, :, :, 0, 0], bias)
-    return held_back.error(factorization.dense().reshape(problem.weight.shape), bias)
+        return held_back.mapped(narrow[None, :, :, 0, 0]).mean_squared_error(wide[None, :, :, 0, 0], bias)
+    return held_back.mean_squared_error(factorization.dense().reshape(problem.weight.shape), bias)
 
 
 def best_ridge(

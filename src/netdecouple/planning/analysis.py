@@ -159,9 +159,9 @@ def _evaluate(
         divergence(outputs, network.run(images, {name: (probe.weight, probe.bias)}), loss)
         for probe in found.probes
     ]
-    errors = [probe.error for probe in found.probes]
+    errors = [probe.relative_error for probe in found.probes]
     return EvaluatedLayer(
         candidates=replace(found, probes=()),
-        losses=predicted_losses([c.error for c in found.candidates], errors, probed),
+        losses=predicted_losses([c.relative_error for c in found.candidates], errors, probed),
         objectives=predicted_losses(errors_with_margin(found.candidates), errors, probed),
     )

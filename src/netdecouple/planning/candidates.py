@@ -1,4 +1,4 @@
-"""What could be done to each layer, and what each choice costs and loses."""
+"""The candidates of each layer, with their costs and predicted errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from netdecouple.convolution import Factorization, Structure
 from netdecouple.errors import BudgetError
-from netdecouple.families import TINY, Array, Problem
-from netdecouple.families.chain import ORDER, Step, Trial, method, methods, sizes_for, worthwhile
+from netdecouple.families import Problem
+from netdecouple.families.base import groups, reference, registered
+from netdecouple.families.chain import Step, Trial, method, methods, pareto, sizes_for
+from netdecouple.families.linalg import TINY, Array
 from netdecouple.fitting.ridge import best_ridge, held_back_error
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
@@ -19,22 +21,21 @@ from netdecouple.planning.cost import Macs, Parameters, parse_share
 
 FLOOR = 1e-9  # errors below are rounding
 LEVELS = 28  # of a single family
-FEWEST = 0.04  # of the layer's own MACs: the smallest candidate, lest losses be far from what was probed
+FEWEST = 0.04  # of the layer's MACs: the smallest candidate, not too far from the least probe
 INNER, OUTER = 10, 6  # levels of the innermost family of a combination, and of every other
-PROBES = (0.5, 0.2, 0.07)  # of the layer's own MACs: where errors and losses are measured, not predicted
+PROBES = (0.5, 0.2, 0.07)  # of the layer's MACs: where errors and losses are measured, not predicted
 HOPELESS = 1.3  # times the least error at the same MACs: not worth timing or combining further
-LARGE = 1500  # unknowns per output beyond which only some methods are tried, those that pay soonest
-FOR_LARGE = ("sd", "nd-dp", "sd+nd-dp")
+LARGE = 1500  # unknowns per output beyond which only quick methods are tried, if there are any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A method with concrete sizes, for one layer."""
 
     method: str
     steps: tuple[Step, ...]
     structure: Structure
-    error: float  # relative to the variance of the layer's output, predicted for held-back inputs
+    relative_error: float  # to the variance of the layer's output, predicted for held-back inputs
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -43,30 +44,30 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Probe:
-    """A candidate that was really fitted: its kernel, to be tried in the network, and its error."""
+    """A fitted candidate: its kernel, to be run in the network, and its measured error."""
 
     weight: NDArray[np.float32]  # (n_o, n_i / groups, kh, kw)
     bias: NDArray[np.float32]  # (n_o,)
-    error: float  # relative to the variance of the layer's output, on held-back inputs
+    relative_error: float  # to the variance of the layer's output, on held-back inputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerCandidates:
-    """Everything worth considering for one layer."""
+    """The candidates and probes of one layer."""
 
     layer: str
-    candidates: tuple[Candidate, ...]
-    probes: tuple[Probe, ...]
-    data_free: bool = False  # weighed in the metric of the weights
-    ridge: float = 0.0  # of a wide layer, where to choose it anew would take long and change next to nothing
+    candidates: tuple[Candidate, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    data_free: bool = False  # errors are in the metric of the weights
+    ridge: float = 0.0  # of a wide layer, where choosing it again would take long and change next to nothing
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One method for every layer, as far as a number says, instead of planning to a budget.
+    """One method of one size, energy or share for every layer, instead of a plan for a budget.
 
-    ``kind`` is "size" (T of ND; ranks or channels of all else), "energy" (the least size that carries this
-    share of the energy) or "share" (of the layer's own MACs).
+    ``kind`` is "size" (T of ND; ranks or channels of the other families), "energy" (the least size that keeps
+    this share of the energy) or "share" (of the layer's MACs).
     """
 
     method: str
@@ -78,7 +79,7 @@ class Rule:
         """Read "nd-dp:T=4", "cd:rank=32", "nd:energy=0.8", "sd:2x" or "cd+nd:40%".
 
         Raises:
-            BudgetError: it is none of these.
+            BudgetError: the text is none of these.
         """
         name, _, rest = text.partition(":")
         try:
@@ -90,18 +91,18 @@ class Rule:
             kind = {"T": "size", "rank": "size", "channels": "size", "energy": "energy"}[key]
         except (ValueError, KeyError, BudgetError) as error:
             raise BudgetError(
-                f"--method {text!r}: write a method and how far, like nd-dp:T=4, cd:rank=32, cp:channels=32, "
-                f"nd:energy=0.8, sd:2x or cd+nd:40% ({error})"
+                f"rule={text!r}: write a method and its size, energy or share of the MACs, like nd-dp:T=4, "
+                f"cd:rank=32, cp:channels=32, nd:energy=0.8, sd:2x or cd+nd:40% ({error})"
             ) from error
         if len(chosen.families) > 1:
-            raise BudgetError(f"--method {text!r}: combinations take a share of the MACs, like {name}:2x")
+            raise BudgetError(f"rule={text!r}: combinations take a share of the MACs, like {name}:2x")
         if not (value >= 1 and value == int(value) if kind == "size" else 0 < value <= 1):
-            raise BudgetError(f"--method {text!r}: {number} is no {key}")
+            raise BudgetError(f"rule={text!r}: {number} is no {key}")
         return cls(chosen.name, kind, value)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether ND gives every channel the same number of terms, as T and energy thresholds mean it."""
+        """Whether every channel has the same number of terms, as sizes and energies mean it."""
         return self.kind != "share"
 
     def __str__(self) -> str:
@@ -110,33 +111,30 @@ class Rule:
 
 
 def parse_families(text: str) -> tuple[str, ...]:
-    """Read "nd,sd,cd,cp", "paper", "all", or methods in full: the methods that may be used.
+    """Read "nd,sd,cd,cp", "paper", "all", or methods in full, as in `families.chain.methods`.
 
     Raises:
-        BudgetError: one of them is unknown, or there is none.
+        BudgetError: a name is unknown or empty.
     """
     try:
         return methods([part.strip() for part in text.split(",")])
     except ValueError as error:
         raise BudgetError(
-            f"--families {text!r}: {error}; write nd,sd,cd,cp, paper, all, or methods like sd+nd-dp"
+            f"families={text!r}: {error}; write {','.join(groups())}, paper, all, or methods like sd+nd-dp"
         ) from error
 
 
 def smallest(layer: Layer) -> list[Candidate]:
-    """The layer at size 1 of every family that is of use to it."""
+    """Return the candidate of size 1 of every family that applies to the layer."""
     if layer.geometry is None:
         return []
-    found = []
-    for name in ORDER:
-        if not _is_pointless(layer, name):
-            steps = (Step(1),)
-            found.append(Candidate(name, steps, method(name).structure(layer.geometry, steps), 1.0))
-    return found
+    g, steps = layer.geometry, (Step(1),)
+    structures = {name: method(name).structure(g, steps) for name in applicable(layer)}
+    return [Candidate(method=n, steps=steps, structure=s, relative_error=1.0) for n, s in structures.items()]
 
 
 def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
-    """The least a layer can be brought to by a single family, if that is less than it costs."""
+    """Return the least cost of a layer, as it is or changed by a single family."""
     return min([cost.dense(layer), *(cost.decoupled(layer, c) for c in smallest(layer))])
 
 
@@ -148,108 +146,121 @@ def candidates(
     uniform: bool,
     probes: int,
     rule: Rule | None = None,
+    large: int = LARGE,
 ) -> LayerCandidates:
-    """Weigh what ``methods`` can make of a layer, or the one thing that a rule makes of it.
+    """Evaluate the candidates of ``methods`` for a layer, or the one candidate of a rule.
 
-    Every method foresees its errors for many sizes in one pass; a few are fitted in full, and what those
-    show on ``held_back`` moments corrects the rest. Without these (data-free) all is in the metric of
-    the weights.
+    Every method predicts its errors for many sizes in one pass. A few candidates are fitted, and their
+    measured errors correct the other predictions.
+
+    Args:
+        layer: the layer.
+        problem: its moments on the inputs to fit.
+        held_back: its moments on held-back inputs; None (data-free): errors are in the metric of the weights.
+        methods: as `families.chain.methods` lists them.
+        uniform: every channel has the same number of terms.
+        probes: number of candidates to be run in the network.
+        rule: one method of one size.
+        large: unknowns per output beyond which only quick methods are tried, if there are any.
     """
-    wanted = suitable(layer, methods, rule)
-    if not wanted:
-        return LayerCandidates(layer.name, (), ())
+    names = suitable(layer, methods, rule)
+    if not names:
+        return LayerCandidates(layer=layer.name)
     ridge, fitting = 0.0, problem
     if held_back is not None:
-        rough = _rough_fit(layer, suitable(layer, methods) or wanted, uniform)
+        rough = _rough_fit(layer, suitable(layer, methods) or names, uniform)
         ridge, fitting = best_ridge(problem, held_back, rough)
-    uniform = uniform or (rule is not None and rule.is_uniform)
-    trials = _explore(layer, fitting, wanted, uniform) if rule is None else _ruled(layer, fitting, rule)
-    tried = _to_fit(layer, trials, probes)
-    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # foreseen, fitted
-    shown = []
-    rounds = 0 if held_back is None else 1  # in the metric of the weights there is nothing to descend
-    for name, trial, in_network in tried:
+    is_large = problem.geometry.unknowns > large
+    if rule is None:
+        trials = _explore(layer, fitting, names, uniform, is_large)
+    else:
+        uniform = uniform or rule.is_uniform
+        trials = _ruled(layer, fitting, rule)
+    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # predicted, measured
+    fitted_probes = []
+    rounds = 0 if held_back is None else 1  # in the metric of the weights the closed form is optimal
+    for name, trial, in_network in _to_fit(layer, trials, probes):
         fitted, _ = method(name, uniform, rounds=rounds).fit(fitting, trial.steps)
         if held_back is None:
-            error = fitting.error(fitted) / fitting.power
+            error = fitting.relative_error(fitted)
         else:
             error = held_back_error(problem, held_back, fitted) / max(held_back.variance, TINY)
-        errors[name].append((max(trial.error / fitting.power, FLOOR), max(error, FLOOR)))
+        errors[name].append((max(trial.squared_error / fitting.power, FLOOR), max(error, FLOOR)))
         if in_network:
             weight, bias = fitted.dense().astype(np.float32), np.asarray(fitted.bias, np.float32)
-            shown.append(Probe(weight, bias, max(error, FLOOR)))
-    found = [
-        Candidate(name, t.steps, t.structure(problem.geometry), error)
+            fitted_probes.append(Probe(weight, bias, max(error, FLOOR)))
+    predicted = [
+        Candidate(method=name, steps=t.steps, structure=t.structure(problem.geometry), relative_error=error)
         for name, of_method in trials.items()
         for t, error in zip(of_method, _corrected(of_method, fitting.power, errors[name]), strict=True)
     ]
-    ridge = ridge if problem.geometry.unknowns > LARGE else 0.0
-    return LayerCandidates(layer.name, tuple(found), tuple(shown), held_back is None, ridge)
+    return LayerCandidates(
+        layer=layer.name,
+        candidates=tuple(predicted),
+        probes=tuple(fitted_probes),
+        data_free=held_back is None,
+        ridge=ridge if is_large else 0.0,
+    )
 
 
-def _explore(layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool) -> dict[str, list[Trial]]:
-    """The trials of every method, short chains first; hopeless ones are left out as early as can be seen."""
-    g = problem.geometry
-    large, rounding = problem.geometry.unknowns > LARGE, FLOOR * problem.power
-    quick = ("cd",) if g.is_pointwise else FOR_LARGE
-    found: dict[str, list[Trial]] = {}
+def _explore(
+    layer: Layer, problem: Problem, methods: Sequence[str], uniform: bool, large: bool
+) -> dict[str, list[Trial]]:
+    """Return the trials of every method, short chains first, without the hopeless ones."""
+    if large:
+        methods = [name for name in methods if method(name).wide_ok(problem.geometry)] or methods
+    by_method: dict[str, list[Trial]] = {}
+    rounding = FLOOR * problem.power
     for name in methods:
-        chain = name.split("+")
-        slow = large and name not in quick and not set(quick).isdisjoint(methods)
-        if slow or not _has_promising_parts(name, methods, found):
+        length = name.count("+") + 1
+        if not _has_promising_parts(name, methods, by_method):
             continue
-        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if len(chain) == 1 else INNER))
-        outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or len(chain) > 2 else OUTER))
+        levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if length == 1 else INNER))
+        outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or length > 2 else OUTER))
         trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
-        # where a layer makes nothing, all sizes are as good, and the smallest is all that is left
-        found[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
-        envelope = worthwhile(t for of_method in found.values() for t in of_method)
-        for other in found:
-            found[other] = [
-                t for t in found[other] if t.error <= HOPELESS * max(_least(envelope, t.macs), rounding)
-            ]
-    return {name: trials for name, trials in found.items() if trials}
+        # where all weights are zero, all sizes have the same error, and only the smallest is left
+        by_method[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
+        envelope = pareto(t for of_method in by_method.values() for t in of_method)
+        for other in by_method:
+            least = {t.macs: max(_least(envelope, t.macs), rounding) for t in by_method[other]}
+            by_method[other] = [t for t in by_method[other] if t.squared_error <= HOPELESS * least[t.macs]]
+    return {name: trials for name, trials in by_method.items() if trials}
 
 
 def suitable(layer: Layer, methods: Sequence[str], rule: Rule | None = None) -> list[str]:
-    """Those methods that have something to offer to a layer; a rule's, wherever that can be followed."""
-    if rule is not None:
-        return [rule.method] if not layer.methods or rule.method in layer.methods else []
-    return [m for m in methods if not _is_pointless(layer, m)]
+    """Return the methods that have something to offer to a layer; the rule's wherever it makes sense."""
+    assert layer.geometry is not None
+    chosen = map(method, methods if rule is None else [rule.method])
+    possible = [m for m in chosen if m.is_possible(layer.is_linear, layer.upsamples)]
+    return [m.name for m in possible if rule is not None or m.applies_to(layer.geometry)]
 
 
-def _is_pointless(layer: Layer, name: str) -> bool:
-    """Whether a method has nothing to offer to such a layer."""
-    g = layer.geometry
-    assert g is not None
-    if layer.methods and name not in layer.methods:
-        return True
-    if g.is_pointwise:
-        return name not in ("cd", "cp")
-    return "sd" in name.split("+") and 1 in (g.kh, g.kw)
+def applicable(layer: Layer) -> list[str]:
+    """Return the single families that have something to offer to a layer."""
+    return suitable(layer, [family.name for family in registered()])
 
 
-def _has_promising_parts(name: str, methods: Sequence[str], found: Mapping[str, Sequence[Trial]]) -> bool:
-    """Whether the combinations of one family less, as far as they were tried, are anywhere near the best."""
+def _has_promising_parts(name: str, methods: Sequence[str], by_method: Mapping[str, Sequence[Trial]]) -> bool:
+    """Return whether the combinations of one family less, where tried, have trials near the best."""
     chain = name.split("+")
     parts = ["+".join(chain[:i] + chain[i + 1 :]) for i in range(len(chain))] if len(chain) > 1 else []
     tried = [part for part in parts if part in methods]
-    return len(tried) < 2 or sum(bool(found.get(part)) for part in tried) > 1
+    return len(tried) < 2 or sum(bool(by_method.get(part)) for part in tried) > 1
 
 
 def _macs(layer: Layer) -> int:
-    """MACs of the layer on one map, as those of trials are counted."""
+    """Count the layer's MACs on one map, as for trials."""
     assert layer.geometry is not None
     return layer.geometry.macs(*layer.size)
 
 
 def _least(envelope: Sequence[Trial], macs: int) -> float:
-    """The least error to be had at so many MACs."""
-    return min((t.error for t in envelope if t.macs <= macs), default=np.inf)
+    """Return the least squared error at no more than so many MACs."""
+    return min((t.squared_error for t in envelope if t.macs <= macs), default=np.inf)
 
 
 def _ruled(layer: Layer, problem: Problem, rule: Rule) -> dict[str, list[Trial]]:
-    """The one trial a rule asks for; none where it would not make the layer cheaper."""
+    """Return the one trial that a rule asks for; none where it would not make the layer cheaper."""
     chosen = method(rule.method, rule.is_uniform, rounds=1)
     if rule.kind == "share":
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS))
@@ -257,14 +268,14 @@ def _ruled(layer: Layer, problem: Problem, rule: Rule) -> dict[str, list[Trial]]
         trials = [t for t in trials if t.macs <= rule.value * _macs(layer)]
     else:
         trials = chosen.of_size(problem, layer.size, rule.kind, rule.value)
-    best = min(trials, key=lambda t: t.error, default=None)
+    best = min(trials, key=lambda t: t.squared_error, default=None)
     return {rule.method: [best]} if best and best.macs < _macs(layer) else {}
 
 
 def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[[Problem], Factorization]:
-    """The closed form of one family at a middling size, to choose a ridge by."""
-    first = next((m for m in methods if m == "nd-dp"), methods[0]).split("+")[0]
-    family = method(first, uniform, rounds=0).families[0]
+    """Return the closed form of one family at a medium size, to choose a ridge by."""
+    name = reference().name if reference().name in methods else methods[0]
+    family = method(name, uniform, rounds=0).families[0]
 
     def fit(problem: Problem) -> Factorization:
         g = problem.geometry
@@ -277,14 +288,14 @@ def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[
 def _to_fit(
     layer: Layer, trials: Mapping[str, Sequence[Trial]], probes: int
 ) -> list[tuple[str, Trial, bool]]:
-    """What is fitted in full: a few of the best of all, to be tried in the network, and one per method."""
+    """Choose the trials to fit: a few of the best of all, to be run in the network, and one per method."""
     named = {id(t): (name, t) for name, of_method in trials.items() for t in of_method}
-    envelope = worthwhile(t for of_method in trials.values() for t in of_method)
+    envelope = pareto(t for of_method in trials.values() for t in of_method)
     shares = PROBES if probes >= len(PROBES) else PROBES[1:2]
     picks = {id(_nearest(envelope, share * _macs(layer))): True for share in shares if envelope}
-    seen = {named[pick][0] for pick in picks}
+    covered = {named[pick][0] for pick in picks}
     for name, of_method in trials.items():
-        if name not in seen:
+        if name not in covered:
             picks[id(_nearest(of_method, PROBES[1] * _macs(layer)))] = False
     return [(*named[pick], in_network) for pick, in_network in picks.items()]
 
@@ -294,8 +305,8 @@ def _nearest(trials: Sequence[Trial], macs: float) -> Trial:
 
 
 def _corrected(trials: Sequence[Trial], power: float, fitted: Sequence[tuple[float, float]]) -> Array:
-    """Errors as fitting would show them: what was foreseen, corrected linearly in its logarithm."""
-    foreseen = np.log(np.maximum([t.error / power for t in trials], FLOOR))
-    known = np.log(sorted(fitted))
-    errors: Array = np.exp(foreseen + np.interp(foreseen, known[:, 0], known[:, 1] - known[:, 0]))
+    """Correct predicted relative errors by measured ones, linearly in the logarithm."""
+    predicted = np.log(np.maximum([t.squared_error / power for t in trials], FLOOR))
+    measured = np.log(sorted(fitted))
+    errors: Array = np.exp(predicted + np.interp(predicted, measured[:, 0], measured[:, 1] - measured[:, 0]))
     return errors

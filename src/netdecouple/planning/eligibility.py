@@ -9,7 +9,7 @@ from netdecouple.errors import ModelError
 from netdecouple.execution.run import Resources
 from netdecouple.fitting.sampling import SplitMoments
 from netdecouple.network import Layer
-from netdecouple.planning.candidates import LARGE, smallest, suitable
+from netdecouple.planning.candidates import LARGE, applicable, smallest, suitable
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.settings import Settings
 
@@ -50,8 +50,8 @@ def _reason(layer: Layer, settings: Settings, resources: Resources) -> str:
         return layer.reason
     if all(Macs().decoupled(layer, candidate) >= layer.macs for candidate in smallest(layer)):
         return "too small: nothing costs less than the layer itself"
-    if layer.methods and not suitable(layer, settings.methods, settings.rule):
-        return f"only {' or '.join(layer.methods)} would do, which is not asked for"
+    if (layer.is_linear or layer.upsamples) and not suitable(layer, settings.methods, settings.rule):
+        return f"only {' or '.join(applicable(layer))} would do, which is not asked for"
     size, limit = SplitMoments.nbytes(layer), resources.row_bytes
     # one sample per input does not justify the memory; convolutions of the same width have many
     if not settings.data_free and layer.output_size == (1, 1) and size > limit:

@@ -233,7 +233,7 @@ def _changed(analysis: Analysis, layer: Layer, index: int, form: FormOf) -> Laye
         macs=Macs().decoupled(layer, candidate),
         parameters_before=layer.parameters,
         parameters=Parameters().decoupled(layer, candidate),
-        predicted_error=candidate.error,
+        predicted_error=candidate.relative_error,
         predicted_loss=analysis.losses[layer.name][index],
         form=form(layer, candidate),
         data_free=found.data_free,

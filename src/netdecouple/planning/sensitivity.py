@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from netdecouple.errors import ModelError
+from netdecouple.families.base import reference
 from netdecouple.fitting.sampling import Inputs, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate
@@ -27,7 +28,7 @@ ROUNDING = 1e-12  # errors and losses below are rounding
 # rely on correlations between a layer's inputs, which errors of earlier layers weaken. On 1,690 images that
 # no fit has used, the logits' relative error is 1 to 3 % lower than with 1.0 (ResNet-20 at 2.8× and 3.5×,
 # ResNet-56 at 2.8×); in KL there is no difference.
-PREFERRED, MARGIN = "nd-dp", 1.25
+MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def probe_counts(layers: int, macs: int, samples: int, loss: Loss) -> tuple[int,
 
 def errors_with_margin(candidates: Sequence[Candidate]) -> list[float]:
     """Return the candidates' relative errors to choose by: times `MARGIN`, except for plain ND."""
-    competes = any(c.method == PREFERRED for c in candidates)
-    return [c.error * (MARGIN if competes and c.method != PREFERRED else 1.0) for c in candidates]
+    preferred = reference().name
+    competes = any(c.method == preferred for c in candidates)
+    return [c.relative_error * (MARGIN if competes and c.method != preferred else 1.0) for c in candidates]
 
 
 def predicted_losses(

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from netdecouple.families.base import REGISTRY, spreads_terms, used_by
 from netdecouple.report.build import describe
 from netdecouple.report.charts import Chart, Point, Series, plot, spectrum, structure
 from netdecouple.report.formatting import (
@@ -34,13 +35,6 @@ from netdecouple.runtimes.benchmark import TimedLayer, TimedModel
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.version import __version__
 
-FAMILIES = {
-    "nd-dp": ("depthwise → pointwise", "k×k depthwise, then 1×1", "terms, shared among the input channels"),
-    "nd-pd": ("pointwise → depthwise", "1×1, then k×k depthwise", "terms per output channel"),
-    "sd": ("spatial", "k×1, then 1×k", "channels between them"),
-    "cd": ("channel", "k×k to fewer channels, then 1×1; of 1×1 low rank", "channels between them"),
-    "cp": ("pruning", "k×k on some of its input channels", "channels kept"),
-}
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
 OPEN = 24  # changed layers up to which all drawings are shown at once
 
@@ -77,7 +71,7 @@ def report_html(report: Report) -> str:
         loss_name=_loss_name(report.agreement.loss if report.agreement else ""),
         samples=_samples(report),
         changed_classes=_changed_classes(report.agreement),
-        families=_families_used(report.layers),
+        families=used_by(layer.family for layer in report.layers),
     )
 
 
@@ -287,7 +281,7 @@ def _times_by_layer(report: Report) -> dict[str, TimedLayer]:
 
 def family_words(layer: LayerReport) -> str:
     """What a layer became: the families in words, each with its sizes."""
-    names = [FAMILIES[part][0] if part in FAMILIES else part for part in layer.family.split("+")]
+    names = [REGISTRY[part].label if part in REGISTRY else part for part in layer.family.split("+")]
     if len(names) == 1:
         return f"{names[0]}, {layer_sizes(layer)}"
     if len(names) == 2:  # the second is applied to every stage of the first that has a kernel
@@ -299,14 +293,9 @@ def _terms(layer: LayerReport) -> float | None:
     """Components per channel that are kept, on average, where that is what the size means."""
     if layer.before is None or not layer.sizes:
         return None
-    if layer.family == "nd-dp":
+    if spreads_terms(layer.family):
         return layer.sizes[0] * layer.before.groups / layer.before.n_i
     return None
-
-
-def _families_used(layers: Sequence[LayerReport]) -> list[tuple[str, tuple[str, str, str]]]:
-    used = {part for layer in layers for part in layer.family.split("+")}
-    return [(name, FAMILIES[name]) for name in FAMILIES if name in used]
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from netdecouple.families import Problem
-from netdecouple.families.chain import method
+from netdecouple.families.base import reference
 from netdecouple.network import Array, Layer
 from netdecouple.planning.candidates import least_cost
 from netdecouple.planning.cost import Macs, Parameters
@@ -49,10 +49,10 @@ class Inspection:
 
 
 def energies(layers: Iterable[Layer]) -> dict[str, Array]:
-    """Return the cumulative shares of the weights' energy by T, for every layer that can be decoupled."""
-    (decoupling,) = method("nd-dp").families
+    """The share of the weights' energy in their first T components, of every layer that can be decoupled."""
+    family = reference()()
     return {
-        layer.name: decoupling.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
+        layer.name: family.energies(Problem.data_free(layer.geometry, layer.weight, layer.bias))
         for layer in layers
         if layer.geometry is not None and not layer.reason and not layer.geometry.is_pointwise
     }

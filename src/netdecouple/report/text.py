@@ -12,6 +12,7 @@ from rich.console import Group, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from netdecouple.families.base import used_by
 from netdecouple.network import Layer
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.report.build import describe
@@ -57,10 +58,10 @@ def report_table(report: Report) -> Group:
             sample_note(layer) if changed else f"kept: {layer.reason}",
             style="" if changed else "dim",
         )
-    legend = Text(
-        "sizes: of every family in turn; nd-dp: terms, nd-pd: terms per output channel, "
-        "sd and cd: channels in between, cp: channels kept\nerror: predicted → measured, on held-back inputs"
+    units = "; ".join(
+        f"{family.name}: {family.size_unit}" for family in used_by(layer.family for layer in report.layers)
     )
+    legend = Text(f"sizes of every family in turn: {units}\nerror: predicted → measured, on held-back inputs")
     return Group(table, legend, *summary(report))
 
 

@@ -496,7 +496,7 @@ def test_fully_connected_layers_are_pointwise_convolutions_of_one_pixel(
         b.node("Gemm", *inputs, out="logits", transB=int(turned))
     layer = layers_of(b.model())["logits"]
     assert (layer.geometry, layer.size) == (geometry(10, 128, 1, 1), (1, 1))
-    assert (layer.methods, layer.reason) == (("cd",), "")
+    assert (layer.is_linear, layer.reason) == (True, "")
     assert layer.macs == layer.geometry.macs(1, 1) == 1280
     np.testing.assert_array_equal(layer.weight[:, :, 0, 0], weight)
     expected = np.zeros(10) if operator == "MatMul" else np.broadcast_to(added, (1, 10))[0]

@@ -74,7 +74,7 @@ def exact(network: TorchNetwork) -> Any:
     for layer in network.layers:
         if layer.reason:
             continue
-        chosen = method(layer.methods[0] if layer.methods else "nd-dp", rounds=0)
+        chosen = method("cd" if layer.is_linear else "nd-pd" if layer.upsamples else "nd-dp", rounds=0)
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
         steps = [Step(size) for size in chosen.exact(layer.geometry)]
         made[layer.name] = chosen.fit(problem, steps)[0].astype(np.float32)

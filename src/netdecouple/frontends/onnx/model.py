@@ -417,7 +417,7 @@ def _read_matmul(
         weight.reshape(n_o, n_i, 1, 1),
         np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o),
         (1, 1),
-        methods=("cd",),  # there are no taps to separate, and reading fewer inputs is no faster
+        is_linear=True,
     )
 
 

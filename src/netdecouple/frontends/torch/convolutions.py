@@ -109,13 +109,9 @@ class Convolution:
         return ""
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        """What makes sense for it: pricing all else by its 2-D picture would be wrong."""
-        if not self.kernel:
-            return ("cd",)
-        if self.transposed and max(self.strides) > 1:
-            return ("nd-pd", "cp")  # the others compute their last stage at the output's resolution
-        return ()
+    def upsamples(self) -> bool:
+        """Whether it computes several outputs per input: `geometry` does not tell the costs of its stages."""
+        return self.transposed and max(self.strides) > 1
 
     @property
     def geometry(self) -> ConvGeometry:

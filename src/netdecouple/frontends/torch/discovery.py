@@ -147,7 +147,8 @@ def find_layers(
                 to_numpy(bias).astype(np.float32),
                 size,
                 maps=macs / priced,
-                methods=convolution.methods,
+                is_linear=not convolution.kernel,
+                upsamples=convolution.upsamples,
             )
         )
         replaceable[name] = TorchLayer(
