@@ -14,7 +14,7 @@ from netdecouple import kernels, runtimes
 from netdecouple.data import calibration
 from netdecouple.data.calibration import Preprocessing, Samples
 from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.frontends.onnx.emission import form_of
@@ -167,13 +167,12 @@ def decouple(
     check_emit(opened, emit)
     images = load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else load_labelled(opened, labels, preprocessing, settings.seed)
-    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
-    network = OnnxNetwork(opened, images.images, resources)
-    check_classifier(network, labelled)
-    inputs, images = split(images, settings.seed)
-    with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
-        network.resources = own
-        analysis = analyze(network, inputs, settings, progress, own)
+    with resources.opened(size_of(opened.proto), images.images.nbytes) as run:
+        network = OnnxNetwork(opened, images.images, run.memory)
+        check_classifier(network, labelled)
+        inputs, images = split(images, settings.seed)
+        run.claim(identity(network, inputs, settings, "onnxruntime"))
+        analysis = analyze(network, inputs, settings, progress, run)
         curve = budget_rows(analysis) if settings.rule is None else []
         if show_budgets is not None and curve:
             show_budgets(curve, analysis.loss)
@@ -184,7 +183,7 @@ def decouple(
             form = clock.form
         if max_drop is not None:
             assert labelled is not None
-            applied = _search(analysis, max_drop, labelled, form, progress, own)
+            applied = _search(analysis, max_drop, labelled, form, progress, run)
         else:
 
             def chosen() -> Plan:
@@ -195,8 +194,8 @@ def decouple(
                 return plan if clock is None else clock.with_neighbours(plan)
 
             # kept, as times are never the same twice
-            goal = own.checkpoint.key("plan", (macs, parameters, latency, emit, runtime, threads))
-            applied = apply(network, inputs, own.checkpoint.once(goal, Plan, chosen), progress, resources=own)
+            goal = run.checkpoint.key("plan", (macs, parameters, latency, emit, runtime, threads))
+            applied = apply(network, inputs, run.checkpoint.once(goal, Plan, chosen), progress, run=run)
     is_calibrated = calib is not None
     judge = Judge(
         network, inputs, images, labelled, is_calibrated, model, preprocessing, settings, tuple(curve)
@@ -270,20 +269,19 @@ def apply_plan(
     opened = read_model(model)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     images = load_images(opened, calib, preprocessing, plan.samples, settings)
-    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
-    network = OnnxNetwork(opened, images.images, resources)
-    try:
-        plan = plan.adopted(network.fingerprint, network.layers)
-    except PlanError as error:
-        raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
-    inputs, images = split(images, plan.seed)
-    if inputs.fingerprint != plan.images:
-        raise PlanError(
-            "the plan was made with other calibration images; give the same --calib and preprocessing"
-        )
-    with resources.opened(identity(network, inputs, None, "onnxruntime")) as own:
-        network.resources = own
-        applied = apply(network, inputs, plan, progress, resources=own)
+    with resources.opened(size_of(opened.proto), images.images.nbytes) as run:
+        network = OnnxNetwork(opened, images.images, run.memory)
+        try:
+            plan = plan.adopted(network.fingerprint, network.layers)
+        except PlanError as error:
+            raise PlanError(f"{opened.origin}: {error}, with run --plan-out") from error
+        inputs, images = split(images, plan.seed)
+        if inputs.fingerprint != plan.images:
+            raise PlanError(
+                "the plan was made with other calibration images; give the same --calib and preprocessing"
+            )
+        run.claim(identity(network, inputs, None, "onnxruntime"))
+        applied = apply(network, inputs, plan, progress, run=run)
     return Judge(network, inputs, images, None, calib is not None, model, preprocessing).result(applied)
 
 
@@ -367,7 +365,7 @@ def _search(
     labelled: tuple[Array, np.ndarray],
     form: FormOf,
     progress: Progress,
-    resources: Resources,
+    run: Run,
 ) -> Applied:
     """Bisect the budget for the smallest network that loses at most ``max_drop`` points of accuracy."""
     network, inputs = analysis.network, analysis.inputs
@@ -377,13 +375,13 @@ def _search(
     total = sum(layer.macs for layer in network.layers)
     # shares: `low` is too small or unknown, `high` is known to do
     low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
-    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form), resources=resources)
+    best = apply(network, inputs, make_plan(analysis, [Budget(Macs(), 1.0)], form), run=run)
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
         progress("Searching the budget", step, steps)
         share = float(np.sqrt(low * high))
         plan = make_plan(analysis, [Budget(Macs(), share)], form)
-        applied = apply(network, inputs, plan, resources=resources)
+        applied = apply(network, inputs, plan, run=run)
         outputs = network.run_model(network.decoupled(applied.factorizations), images)
         if accuracy(outputs[0], labels) >= wanted:
             best, high = applied, share

@@ -13,7 +13,7 @@ from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.fitting.apply import apply
-from netdecouple.fitting.sequential import targets_for
+from netdecouple.fitting.targets import targets_for
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import Progress, Settings, analyze, quiet
@@ -78,25 +78,24 @@ def sweep(
     others = [(source, read_model(source)) for source in compare]
     images = api.load_images(opened, calib, preprocessing, samples, settings)
     labelled = None if labels is None else api.load_labelled(opened, labels, preprocessing, settings.seed)
-    resources = resources.beside(size_of(opened.proto), images.images.nbytes)
-    network = OnnxNetwork(opened, images.images, resources)
-    api.check_classifier(network, labelled)
-    inputs, images = api.split(images, settings.seed)
-    judge = Judge(network, inputs, images, labelled, calib is not None)
-    loss = loss_kind(judge.original, len(inputs.held_back), settings.loss)
-    compared = []
-    for source, other in others:
-        compared.append(_compared(judge, source, OnnxNetwork(other, images.images), loss))
-        show(compared[-1].point)
-    points = []
-    if budgets:
-        with resources.opened(identity(network, inputs, settings, "onnxruntime")) as own:
-            network.resources = own
-            analysis = analyze(network, inputs, settings, progress, own)
+    with resources.opened(size_of(opened.proto), images.images.nbytes) as run:
+        network = OnnxNetwork(opened, images.images, run.memory)
+        api.check_classifier(network, labelled)
+        inputs, images = api.split(images, settings.seed)
+        judge = Judge(network, inputs, images, labelled, calib is not None)
+        loss = loss_kind(judge.original, len(inputs.held_back), settings.loss)
+        compared = []
+        for source, other in others:
+            compared.append(_compared(judge, source, OnnxNetwork(other, images.images), loss))
+            show(compared[-1].point)
+        points = []
+        if budgets:
+            run.claim(identity(network, inputs, settings, "onnxruntime"))
+            analysis = analyze(network, inputs, settings, progress, run)
             plans = [plan_within(analysis, [budget], form) for budget in budgets]
-            targets = targets_for(network, inputs, plans, progress, own)
+            targets = targets_for(network, inputs, plans, progress, run)
             for budget, plan in zip(budgets, plans, strict=True):
-                applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)
+                applied = apply(network, inputs, plan, named_after(budget, progress), targets, run)
                 result = judge.result(applied)
                 file = None if files is None else files.save(budget, result.save)
                 points.append(SweepPoint.of(result.report, result.plan, file))

@@ -18,10 +18,10 @@ from netdecouple.api import TOLERANCE
 from netdecouple.curve import Files, Show, budgets_in, check_rule, named_after, unseen
 from netdecouple.data.calibration import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, PlanError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.sequential import targets_for
+from netdecouple.fitting.targets import targets_for
 from netdecouple.frontends.torch import folder as files
 from netdecouple.frontends.torch.folder import Decoupling
 from netdecouple.frontends.torch.network import TorchNetwork, check
@@ -78,8 +78,8 @@ def decouple(
     if bool(budgets) == (settings.rule is not None):
         raise BudgetError("give a budget (macs=0.5, parameters=0.5) or a rule in the settings, and not both")
     with _opened(module, calib, device, filter, arguments, samples, settings, resources) as opened:
-        network, inputs, own = opened
-        analysis = analyze(network, inputs, settings, progress, own)
+        network, inputs, run = opened
+        analysis = analyze(network, inputs, settings, progress, run)
         curve = budget_rows(analysis) if settings.rule is None else []
         if show_budgets is not None and curve:
             show_budgets(curve, analysis.loss)
@@ -87,8 +87,8 @@ def decouple(
         def chosen() -> Plan:
             return ruled_plan(analysis) if settings.rule is not None else plan_within(analysis, budgets)
 
-        plan = own.checkpoint.once(own.checkpoint.key("plan", (macs, parameters)), Plan, chosen)
-        applied = apply(network, inputs, plan, progress, resources=own)
+        plan = run.checkpoint.once(run.checkpoint.key("plan", (macs, parameters)), Plan, chosen)
+        applied = apply(network, inputs, plan, progress, run=run)
         return _result(network, inputs, applied, None, settings, curve)
 
 
@@ -151,13 +151,13 @@ def each(
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5)")
     points = []
     with _opened(module, calib, device, filter, arguments, samples, settings, resources) as opened:
-        network, inputs, own = opened
-        analysis = analyze(network, inputs, settings, progress, own)
+        network, inputs, run = opened
+        analysis = analyze(network, inputs, settings, progress, run)
         plans = [plan_within(analysis, [budget]) for budget in budgets]
-        targets = targets_for(network, inputs, plans, progress, own)
+        targets = targets_for(network, inputs, plans, progress, run)
         original = network.run(inputs.held_back)
         for budget, plan in zip(budgets, plans, strict=True):
-            applied = apply(network, inputs, plan, named_after(budget, progress), targets, own)
+            applied = apply(network, inputs, plan, named_after(budget, progress), targets, run)
             points.append(point(budget, _result(network, inputs, applied, original, settings)))
             show(points[-1])
     return analysis.loss, points
@@ -181,11 +181,11 @@ def apply_plan(
     """
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     with _opened(module, calib, device, None, arguments, plan.samples, settings, resources) as opened:
-        network, inputs, own = opened
+        network, inputs, run = opened
         if inputs.fingerprint != plan.images:
             raise PlanError("the plan was made with other calibration samples; give the same calib")
         adopted = plan.adopted(network.fingerprint, network.layers)
-        return _result(network, inputs, apply(network, inputs, adopted, progress, resources=own))
+        return _result(network, inputs, apply(network, inputs, adopted, progress, run=run))
 
 
 def save(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -237,7 +237,7 @@ def _opened(
     samples: int | None,
     settings: Settings,
     resources: Resources,
-) -> Iterator[tuple[TorchNetwork, Inputs, Resources]]:
+) -> Iterator[tuple[TorchNetwork, Inputs, Run]]:
     """Open a module, and the work folder; whatever happens, nothing is left running."""
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no PyTorch module")
@@ -247,11 +247,12 @@ def _opened(
     with torch.inference_mode(False):  # what is made then can be trained
         collected = collect(calib, module, samples, arguments)
         inputs = Inputs.split(collected, settings.seed, collected.fingerprint)
-        resources = resources.beside(state_bytes(module), collected.nbytes)
-        with closing(TorchNetwork(module, collected, device, chosen, resources)) as network:
-            about = identity(network, inputs, settings, "torch") | {"device": str(network.device)}
-            with resources.opened(about) as own:
-                yield network, inputs, own
+        with (
+            resources.opened(state_bytes(module), collected.nbytes) as run,
+            closing(TorchNetwork(module, collected, device, chosen, run.memory)) as network,
+        ):
+            run.claim(identity(network, inputs, settings, "torch") | {"device": str(network.device)})
+            yield network, inputs, run
 
 
 def _result(

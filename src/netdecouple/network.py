@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.errors import ModelError
+from netdecouple.execution.memory import Memory
 
 Array = NDArray[np.floating]
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
@@ -95,13 +95,17 @@ class Walk(Protocol):
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
         ...
 
-    def outputs(self) -> list[Array]:
-        """Run to the end and return the decoupled network's outputs on every image."""
-        ...
-
 
 class Network(Protocol):
-    """A pretrained network, opened."""
+    """A pretrained network, opened.
+
+    It can be pickled, unless that raises a ModelError; unpickling opens the same network in a worker process.
+    """
+
+    @property
+    def memory(self) -> Memory:
+        """How much memory its batches and walks may take."""
+        ...
 
     @property
     def fingerprint(self) -> str:
@@ -123,17 +127,6 @@ class Network(Protocol):
         """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
         ...
 
-    def recipe(self) -> Callable[[], Network]:
-        """Make the same network in another process; to be pickled.
-
-        Raises:
-            ModelError: it cannot be sent there.
-        """
-        ...
-
-    def walk(self, images: Images, scratch: Path | None = None) -> Walk:
-        """Start at the network's input, ready to be decoupled layer by layer.
-
-        What memory does not hold goes to ``scratch``, or where temporary files go.
-        """
+    def walk(self, images: Images) -> Walk:
+        """Start at the network's input, ready to be decoupled layer by layer."""
         ...

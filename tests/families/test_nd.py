@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netdecouple.convolution import ConvGeometry, Factorization
-from netdecouple.families import Problem
-from netdecouple.families import nd
+from netdecouple.families import Problem, nd
 from tests.families.base import FamilyTests, OneFamilyTests, aware_problem, data_free_problem, error_of
 from tests.strategies import geometries, kernel
 

@@ -28,7 +28,7 @@ def report() -> Report:
         LayerPlan("fc", "Gemm", "kept", "worth its cost", (), (), 0.0, 160, 160, 170, 170, 0.0, 0.0),
     )
     plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", rows)
-    applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
+    applied = Applied(plan=plan, factorizations={}, errors={first.name: 0.06}, samples={first.name: 400})
     agreement = Agreement(10, "kl", 0.012, 0.1, 0.9)
     written = [  # the last filters of the convolution are read by nobody
         replace(conv(f"{first.name}/depthwise0", 20, 20, 10, groups=20), macs=18_000, parameters=180),
@@ -90,7 +90,7 @@ def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
             "block/conv1": 1000,
         }.items()
     ]
-    found = layer_reports(layers, Applied(plan, {}, {}, {}), written)
+    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written)
     assert [layer.macs for layer in found] == [1, 110, 1000]
 
 
@@ -110,7 +110,9 @@ def test_sizes_of_every_family_in_turn_are_shown(
     costs = (layer.macs, 50_000, layer.parameters, 516, 0.05, 0.1)
     row = LayerPlan("c", "Conv", family, "", sizes, channels, 0.01, *costs)
     plan = Plan(1, "", "", 50, 0, "kl", False, False, "50% MACs", (row,))
-    rows = layer_reports({"c": layer}, Applied(plan, {}, {}, {}), [replace(layer, name="c/conv0")])
+    rows = layer_reports(
+        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")]
+    )
     assert rows[0].sizes == sizes
     lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]
     (line,) = [line for line in lines if line.startswith("c ")]

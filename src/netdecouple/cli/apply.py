@@ -43,7 +43,7 @@ def apply(
     named = doors.is_named(model)
     check_outputs([model, plan], *output, *(report or ()), folders=check_networks(output, named))
     reports = check_reports(report)
-    resources = Resources(work, memory)
+    resources = Resources(work=work, memory=memory)
     result: Any
     if named:
         wanted = Plan.load(plan)

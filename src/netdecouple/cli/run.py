@@ -99,7 +99,7 @@ def run(
         tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), rule, loss
     )
 
-    resources = Resources(work, memory, shards=shards)
+    resources = Resources(work=work, memory=memory, shards=shards)
 
     def show(rows: list[BudgetRow], loss: str) -> None:
         console.print(budget_table(rows, loss))

@@ -93,7 +93,7 @@ def sweep(
     settings = Settings(
         tuple(exclude or ()), data_free, uniform_rank, seed, parse_families(families), loss=loss
     )
-    resources = Resources(work, memory, shards=shards)
+    resources = Resources(work=work, memory=memory, shards=shards)
     if doors.is_named(model):
         check_torch_only(model, {"--emit": emit != "standard", "--compare": compare}, "sweep")
         opened = torch_model(terminal.console, model, weights, seed)

@@ -6,15 +6,16 @@ import fnmatch
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import get_args
 
 import numpy as np
 
 from netdecouple.errors import BudgetError, ModelError
 from netdecouple.execution import threads
-from netdecouple.execution.executors import Common, each, same
-from netdecouple.execution.run import Resources
+from netdecouple.execution.executors import Shared
+from netdecouple.execution.memory import Memory
+from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
@@ -87,9 +88,7 @@ def quiet(step: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
-def kept_reasons(
-    layers: Sequence[Layer], settings: Settings, resources: Resources = Resources()
-) -> dict[str, str]:
+def kept_reasons(layers: Sequence[Layer], settings: Settings, memory: Memory = Memory()) -> dict[str, str]:
     """Name every layer that is left alone before any planning, and why.
 
     Raises:
@@ -110,8 +109,8 @@ def kept_reasons(
             reasons[layer.name] = "too small: nothing costs less than the layer itself"
         elif layer.methods and not suitable(layer, settings.methods, settings.rule):
             reasons[layer.name] = f"only {' or '.join(layer.methods)} would do, which is not asked for"
-        elif not settings.data_free and _is_too_wide(layer, resources.row_bytes):
-            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), resources.row_bytes))
+        elif not settings.data_free and _is_too_wide(layer, memory.row_bytes):
+            size, limit = (f"{b / 1e9:.1f} GB" for b in (SplitMoments.nbytes(layer), memory.row_bytes))
             reasons[layer.name] = f"too wide: the moments of its inputs take {size}, more than {limit}"
     if not settings.data_free and settings.rule is None:
         reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
@@ -147,9 +146,9 @@ def _is_too_wide(layer: Layer, limit: int) -> bool:
     return layer.output_size == (1, 1) and SplitMoments.nbytes(layer) > limit
 
 
-def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:
+def is_too_wide_to_fit(layer: Layer, memory: Memory) -> bool:
     """Whether a layer is fitted from its weights alone, for want of memory."""
-    return SplitMoments.fit_bytes(layer) > resources.fit_bytes
+    return SplitMoments.fit_bytes(layer) > memory.fit_bytes
 
 
 def analyze(
@@ -157,7 +156,7 @@ def analyze(
     inputs: Inputs,
     settings: Settings,
     progress: Progress = quiet,
-    resources: Resources = Resources(),
+    run: Run = Run(),
 ) -> Analysis:
     """Watch the original network, weigh every layer's candidates, and measure what each does to the output.
 
@@ -166,10 +165,10 @@ def analyze(
         OutputError: what was found cannot be kept.
     """
     layers = network.layers
-    reasons = kept_reasons(layers, settings, resources)
+    reasons = kept_reasons(layers, settings, run.memory)
     open_layers = [la for la in layers if la.name not in reasons]
     original = Original(network, inputs, open_layers)
-    loss = resources.checkpoint.once(
+    loss = run.checkpoint.once(
         "loss", str, lambda: loss_kind(original.outputs, len(inputs.held_back), settings.loss)
     )
     total = sum(layer.macs for layer in layers)
@@ -178,12 +177,9 @@ def analyze(
     most = len(inputs.held_back)
     trials = int(np.clip(PROBE_MACS / (probes * depth * total), min(TRIALS[loss], most), most))
 
-    shown = Common(
-        f"{trials} outputs, seed {settings.seed}, {_key(network, inputs, resources)}",
-        lambda: original.trials(trials),
-        lambda: same(original.trials(trials)),
-    )
-    watcher = Watcher(network, inputs, settings, resources, progress)
+    key = f"{trials} outputs, seed {settings.seed}, {shared_network(network, inputs).key}"
+    shown = Shared(key, lambda: original.trials(trials))
+    watcher = Watcher(network, inputs, settings, run, progress)
     found: dict[str, LayerCandidates] = {}
     losses: dict[str, tuple[float, ...]] = {}
     for weighed in _weigh(watcher, open_layers, shown, (settings, probes, loss)):
@@ -195,17 +191,11 @@ def analyze(
     return Analysis(network, settings, inputs, loss, reasons, found, losses)
 
 
-def _key(network: Network, inputs: Inputs, resources: Resources) -> str:
-    """What tells a network, as it is opened for some inputs, from all others."""
-    found = [(la.name, la.reason, la.size) for la in network.layers]
-    return hashlib.sha256(
-        repr([network.fingerprint, inputs.fingerprint, resources.memory, found]).encode()
-    ).hexdigest()
-
-
-def common_network(network: Network, inputs: Inputs, resources: Resources) -> Common:
-    """A network, for whoever works."""
-    return Common(_key(network, inputs, resources), lambda: network, network.recipe)
+def shared_network(network: Network, inputs: Inputs) -> Shared:
+    """Return the network as an argument of tasks; the key is of the network as opened for these inputs."""
+    layers = [(la.name, la.reason, la.size) for la in network.layers]
+    identity = [network.fingerprint, inputs.fingerprint, network.memory.in_worker, layers]
+    return Shared(hashlib.sha256(repr(identity).encode()).hexdigest(), lambda: network)
 
 
 @dataclass(frozen=True)
@@ -284,14 +274,14 @@ def _weighed(
 
 
 def _weigh(
-    watcher: Watcher, layers: Sequence[Layer], shown: Common, options: tuple[Settings, int, Loss]
+    watcher: Watcher, layers: Sequence[Layer], shown: Shared, options: tuple[Settings, int, Loss]
 ) -> Iterator[Weighed]:
     """Yield what every layer can become; moments are held for a bounded number of layers at a time."""
-    settings, resources = watcher.settings, watcher.resources
-    kept = resources.checkpoint
+    settings, run = watcher.settings, watcher.run
+    kept = run.checkpoint
     entry = {layer.name: f"weighed-{index:04}" for index, layer in enumerate(layers)}
-    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
-    groups = [layers] if settings.data_free else groups_of(layers, blind, resources.moment_bytes)
+    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, run.memory)}
+    groups = [layers] if settings.data_free else groups_of(layers, blind, run.memory.moment_bytes)
     for index, group in enumerate(groups):
         missing = []
         for layer in group:
@@ -304,10 +294,10 @@ def _weigh(
         moments: dict[str, Split] = {}
         if any(la in missing for la in watched):
             moments = watcher.moments(watched, f"moments-{index:04}")
-        if resources.workers is not None:  # what takes longest first, lest all wait for it in the end
+        if run.workers is not None:  # what takes longest first, lest all wait for it in the end
             missing.sort(key=SplitMoments.fit_bytes, reverse=True)
-        pieces = ((layer.name, moments.pop(layer.name, None), *options) for layer in missing)
-        for weighed in each(resources.workers, _weighed, (watcher.common, shown), pieces, ordered=False):
+        tasks = ((watcher.shared, shown, la.name, moments.pop(la.name, None), *options) for la in missing)
+        for weighed in run.map(_weighed, tasks, ordered=False):
             kept.save(entry[weighed.candidates.layer], weighed)
             yield weighed
         kept.drop(f"moments-{index:04}")
@@ -320,27 +310,26 @@ class Watcher:
     network: Network
     inputs: Inputs
     settings: Settings
-    resources: Resources
+    run: Run
     progress: Progress
 
     @cached_property
-    def common(self) -> Common:
-        """The network, for whoever works."""
-        return common_network(self.network, self.inputs, self.resources)
+    def shared(self) -> Shared:
+        """The network, as an argument of tasks."""
+        return shared_network(self.network, self.inputs)
 
     def moments(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
         """Moments of what some layers see, and make of it; shards add up in their order."""
-        kept, inputs, count = self.resources.checkpoint, self.inputs, len(self.inputs.images)
-        shards = self.resources.shards_of(count)
+        kept, inputs, count = self.run.checkpoint, self.inputs, len(self.inputs.images)
+        shards = self.run.parts(count)
         names = tuple(layer.name for layer in layers)
         watched: Watched = kept.load(entry, Watched) or Watched(0, {})
-        alone = self.progress if self.resources.workers is None else quiet
-        pieces = (
-            (inputs.shard(shard), shard.start, count, names, self.settings.seed)
+        alone = self.progress if self.run.workers is None else quiet
+        tasks = (
+            (self.shared, inputs.shard(shard), shard.start, count, names, self.settings.seed, alone)
             for shard in shards[watched.shards :]
         )
-        work = partial(_watched, progress=alone) if self.resources.workers is None else _watched
-        for seen in each(self.resources.workers, work, (self.common,), pieces):
+        for seen in self.run.map(_watched, tasks):
             if watched.shards:
                 for name, own in watched.moments.items():
                     own.absorb(seen[name])
@@ -358,7 +347,7 @@ def _watched(
     total: int,
     names: Sequence[str],
     seed: int,
-    progress: Progress = quiet,
+    progress: Progress,
 ) -> dict[str, Split]:
     """Moments of what some layers see, and make of it, on a shard of all inputs; a piece of work."""
     layers = [layer for layer in network.layers if layer.name in names]

@@ -11,6 +11,7 @@ import numpy as np
 
 from netdecouple import records
 from netdecouple.errors import PlanError
+from netdecouple.execution import limits
 from netdecouple.families.chain import Step
 from netdecouple.network import Layer
 
@@ -146,7 +147,7 @@ class Plan:
             PlanError: it cannot be read.
         """
         try:
-            text = records.read_text(path)
+            text = limits.read_text(path)
         except (OSError, ValueError) as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); write one with --plan-out") from error
         return cls.from_json(text, str(path))

@@ -31,7 +31,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     target = check_writable(path)
     try:
-        with Scratch(beside=target.parent) as folder:
+        with Scratch(parent=target.parent) as folder:
             partial = Path(folder) / target.name
             # names of files may hold bytes that are no text
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")

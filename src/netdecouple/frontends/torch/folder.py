@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from netdecouple import records
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError, OutputError, PlanError
+from netdecouple.execution import limits
 from netdecouple.execution.scratch import Scratch, publishing
 from netdecouple.families.chain import method
 from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
@@ -82,7 +83,7 @@ def write(module: nn.Module, decoupling: Decoupling, folder: str | os.PathLike[s
     text = json.dumps(asdict(description) | {"plan": asdict(decoupling.plan)}, indent=1, ensure_ascii=False)
     try:
         check_replaceable(target)
-        with Scratch(beside=target.parent) as scratch:
+        with Scratch(parent=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             (new / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -196,7 +197,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _described(path: Path) -> tuple[Plan, Description]:
     try:
-        data = json.loads(records.read_text(path))
+        data = json.loads(limits.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: cannot read it ({first_line(error)}); save the module again") from error
     if not isinstance(data, dict) or not {"version", "plan", "netdecouple"} <= data.keys():
@@ -218,7 +219,7 @@ def _weights(folder: Path) -> State:
     try:
         if not os.path.exists(path) and os.path.exists(folder / SHARDS):
             path = folder / SHARDS
-            names = sorted(set(json.loads(records.read_text(path))["weight_map"].values()))
+            names = sorted(set(json.loads(limits.read_text(path))["weight_map"].values()))
         for name in names:
             path = folder / Path(name).name  # never outside the folder
             state |= load_file(path)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch.utils import _pytree as tree
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution import threads
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.frontends.torch.convolutions import (
     Factorized,
 )
@@ -51,7 +50,7 @@ class TorchNetwork:
         samples: at least two.
         device: where to run.
         chosen: tells by name and module whether a layer may be decoupled; None: all may.
-        resources: how much memory it may take.
+        memory: how much of it batches and walks may take.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -63,9 +62,9 @@ class TorchNetwork:
         samples: Samples,
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
-        resources: Resources = Resources(),
+        memory: Memory = Memory(),
     ) -> None:
-        self.resources = resources
+        self.memory = memory
         check(module)
         try:
             self.device = torch.device(device)
@@ -264,7 +263,7 @@ class TorchNetwork:
             (4 * la.geometry.n_i * math.prod(la.size) for la in self.layers if la.geometry), default=1
         )
         step = (
-            int(np.clip(self.resources.batch_bytes // max(bytes_per_sample, 4 * largest), 1, 128))
+            int(np.clip(self.memory.batch_bytes // max(bytes_per_sample, 4 * largest), 1, 128))
             if self.batchable
             else 1
         )
@@ -411,8 +410,8 @@ class TorchNetwork:
         other = None if shortcut is None else pick(to_numpy(shortcut), where)
         return Observation(name, batch, look, made, other)
 
-    def recipe(self) -> Callable[[], TorchNetwork]:
-        """Make the same network in another process."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the same network where it is unpickled."""
         left_alone = (
             frozenset()
             if self._chosen is None
@@ -420,17 +419,10 @@ class TorchNetwork:
                 name for name, module in self.original.named_modules() if not self._chosen(name, module)
             )
         )
-        return partial(
-            _reopened,
-            self.original,
-            self._few,
-            str(self.device),
-            left_alone,
-            self.batchable,
-            self.resources.elsewhere,
-        )
+        device, memory = str(self.device), self.memory.in_worker
+        return _reopened, (self.original, self._few, device, left_alone, self.batchable, memory)
 
-    def walk(self, images: Samples, scratch: Path | None = None) -> Any:
+    def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         from netdecouple.frontends.torch.walk import TorchWalk
 
@@ -480,11 +472,11 @@ def _reopened(
     device: str,
     left_alone: frozenset[str],
     batchable: bool,
-    resources: Resources,
+    memory: Memory,
 ) -> TorchNetwork:
     """Open a network in another process; whether all its samples are alike has been seen before."""
     torch.set_num_threads(threads.available())
-    network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, resources)
+    network = TorchNetwork(module, few, device, lambda name, _: name not in left_alone, memory)
     network.batchable = batchable
     return network
 

@@ -153,7 +153,7 @@ class TorchWalk:
                     layer, batch, [(current.seen, None)], positions[batch], current.shortcuts.of(layer)
                 )
                 # of layer inputs that waiting passes hold; other tensors of theirs come on top
-                if len(self._passes) * current.seen.nbytes > network.resources.store_bytes:
+                if len(self._passes) * current.seen.nbytes > network.memory.store_bytes:
                     self._passes.pop(index).give_up()
 
     def _forward(self, batch: slice) -> Callable[[], None]:
