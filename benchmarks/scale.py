@@ -35,7 +35,8 @@ from threadpoolctl import threadpool_limits
 import netdecouple
 from netdecouple import Resources, Settings
 from netdecouple.execution import threads
-from netdecouple.execution.executors import Common, Workers, dask, processes, same
+from netdecouple.execution.executors import Workers, dask, processes
+from netdecouple.execution.memory import Memory
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.fitting.ridge import best_ridge
@@ -295,12 +296,10 @@ def busy(workers: Workers | None) -> dict[int, float]:
     """Seconds that each worker has used its core, by process."""
     if workers is None:
         return {}
-    common = Common("nothing", lambda: 0, lambda: same(0))
-    places = range(workers.count)
-    return dict(workers.each(core_seconds, (common,), [(n,) for n in places], places=places))
+    return dict(workers.map(core_seconds, [()] * workers.count, pinned=True))
 
 
-def core_seconds(common: int, number: int) -> tuple[int, float]:
+def core_seconds() -> tuple[int, float]:
     """This process, and how long it has used its core."""
     return os.getpid(), time.process_time()
 
@@ -319,16 +318,14 @@ def _one_thread() -> Iterator[None]:
 
 def handed_out(workers: Workers) -> float:
     """Seconds per piece of work that is nothing, workers awake."""
-    common = Common("nothing", lambda: 0, lambda: same(0))
-    list(workers.each(nothing, (common,), [(n,) for n in range(4 * workers.count)]))
+    list(workers.map(nothing, [()] * 4 * workers.count))
     began = time.perf_counter()
-    list(workers.each(nothing, (common,), [(n,) for n in range(TASKS)]))
+    list(workers.map(nothing, [()] * TASKS))
     return (time.perf_counter() - began) / TASKS
 
 
-def nothing(common: int, number: int) -> int:
-    """A piece of work that is none."""
-    return number
+def nothing() -> None:
+    """A task that does nothing."""
 
 
 @contextmanager
@@ -371,7 +368,7 @@ def imagenet(workers: int, gigabits: float) -> Table:
         images = np.random.default_rng(0).standard_normal((16, 3, 224, 224), np.float32)
         network = OnnxNetwork(read_model(resnet((3, 4, 6, 3))), images)
         layers = [la for la in network.layers if la.name not in kept_reasons(network.layers, Settings())]
-        groups = len(list(groups_of(layers, (), Resources().moment_bytes)))
+        groups = len(list(groups_of(layers, (), Memory().moment_bytes)))
         network.run(images)
         forward = timed(lambda: network.run(images)) / len(images)
         positions = {la.name: sample_positions(la, IMAGENET, 0)[: len(images)] for la in layers}

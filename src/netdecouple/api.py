@@ -20,6 +20,7 @@ from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.data.calibration import names_function
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
+from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
@@ -482,7 +483,7 @@ def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
     with source.session():
         preprocessing = source.preprocessing.resized_for(size)
         noise = source.calibration(None, preprocessing, None, 0)
-        return inspection(source.name, tuple(source.open(noise.inputs, Resources()).layers))
+        return inspection(source.name, tuple(source.open(noise.inputs, Memory()).layers))
 
 
 def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing | None = None) -> list[Score]:

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.errors import ModelError
+from netdecouple.execution.memory import Memory
 
 if TYPE_CHECKING:
     from netdecouple.data.preprocessing import Preprocessing
@@ -98,9 +98,6 @@ class Walk(Protocol):
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
 
-    def outputs(self) -> list[Array]:
-        """Run to the end and return the decoupled network's outputs on every image."""
-
 
 class Timer(Protocol):
     """Measures, in one runtime and with one number of threads, what layers and networks take."""
@@ -119,13 +116,17 @@ class Timer(Protocol):
 
 
 class Network(Protocol):
-    """A pretrained network, opened for calibration inputs of some size."""
+    """A pretrained network, opened for calibration inputs of some size.
+
+    It can be pickled, unless that raises a ModelError; unpickling opens the same network in a worker process.
+    """
 
     name: str  # for reports and messages
     fingerprint: str  # hash of its operators and weights as they were read
     layers: tuple[Layer, ...]  # every layer that costs MACs, in the order they run
     norms: Mapping[str, str]  # by layer, the BatchNorm module that is part of its numbers
     tolerance: float  # relative difference that rounding explains between a built network and its plan
+    memory: Memory  # how much its batches and walks may take
     example: Any  # a few inputs, to time or export a network with
 
     def run(self, images: Images, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
@@ -136,18 +137,8 @@ class Network(Protocol):
     ) -> Iterator[Observation]:
         """Yield, batch by batch, outputs and, if asked for, patches of the layers in ``positions``."""
 
-    def walk(self, images: Images, scratch: Path | None = None) -> Walk:
-        """Start a sequential refit at the network's input.
-
-        Tensors that do not fit in memory go to ``scratch``, or to the folder of temporary files.
-        """
-
-    def recipe(self) -> Callable[[], Network]:
-        """Return a function, to be pickled, that opens the same network in another process.
-
-        Raises:
-            ModelError: the network cannot be sent to another process.
-        """
+    def walk(self, images: Images) -> Walk:
+        """Start a sequential refit at the network's input."""
 
     def build(
         self,
@@ -239,7 +230,7 @@ class Source(Protocol):
             CalibrationError: they cannot be read, or do not fit the network.
         """
 
-    def open(self, inputs: Images, resources: Any) -> Network:
+    def open(self, inputs: Images, memory: Memory) -> Network:
         """Open the network for such inputs.
 
         Raises:

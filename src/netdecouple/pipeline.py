@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, PlanError
+from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress, quiet
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.sequential import targets_for
+from netdecouple.fitting.targets import targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
@@ -76,7 +77,7 @@ class Work:
     inputs: Inputs
     calibration: Calibration
     labelled: tuple[Any, NDArray[np.int64]] | None
-    run: Resources
+    run: Run
 
     @cached_property
     def outputs(self) -> list[Array]:
@@ -117,22 +118,23 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
         labelled = None
         if request.labels is not None:
             labelled = source.labelled(request.labels, request.preprocessing)
-        resources = request.resources.beside(source.nbytes, calibration.nbytes)
-        with closing(source.open(calibration.inputs, resources)) as network:
+        with (
+            request.resources.opened(source.nbytes, calibration.nbytes) as run,
+            closing(source.open(calibration.inputs, run.memory)) as network,
+        ):
             if labelled is not None:  # a network without classes is refused before the work
                 accuracy(network.run(labelled[0][:1]), labelled[1][:1])
             inputs = Inputs.split(calibration.inputs, settings.seed, calibration.fingerprint)
             about = identity(network, inputs, settings if resumes else None, source.framework)
-            with resources.opened({**about, **source.about}) as run:
-                network.resources = run  # type: ignore[attr-defined]
-                yield Work(
-                    request=request,
-                    network=network,
-                    inputs=inputs,
-                    calibration=calibration,
-                    labelled=labelled,
-                    run=run,
-                )
+            run.claim({**about, **source.about})
+            yield Work(
+                request=request,
+                network=network,
+                inputs=inputs,
+                calibration=calibration,
+                labelled=labelled,
+                run=run,
+            )
 
 
 def decouple(
@@ -158,7 +160,7 @@ def decouple(
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
         plan = run.checkpoint.once(key, Plan, lambda: _plan(work, analysis, goal, latency))
-        applied = apply(network, work.inputs, plan, request.progress, resources=run)
+        applied = apply(network, work.inputs, plan, request.progress, run=run)
     return finish(work, applied, latency=latency, curve=curve)
 
 
@@ -192,7 +194,7 @@ def apply_plan(work: Work, plan: Plan) -> Outcome:
         raise PlanError(
             "the plan was made with other calibration inputs; give the same calib= and preprocessing"
         )
-    applied = apply(network, work.inputs, plan, work.request.progress, resources=work.run)
+    applied = apply(network, work.inputs, plan, work.request.progress, run=work.run)
     return finish(work, applied, is_saved=True)
 
 
@@ -235,7 +237,7 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
     limit = work.accuracy - goal.points / 100
 
     def applied(share: float) -> Applied:
-        return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), resources=run)
+        return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), run=run)
 
     total = sum(layer.macs for layer in network.layers)
     # shares of the MACs: `low` loses too much or was not tried, `high` is within the limit
@@ -352,7 +354,7 @@ def compared(work: Work, name: str, other: Source) -> Compared:
     network, held_out = work.network, work.inputs.held_back
     advice = f"compare networks that were made of {network.name}"
     try:
-        with closing(other.open(work.inputs.images, Resources())) as opened_other:
+        with closing(other.open(work.inputs.images, Memory())) as opened_other:
             new = opened_other.run(held_out)
             costs = [sum(getattr(la, cost) for la in opened_other.layers) for cost in ("macs", "parameters")]
             after = None

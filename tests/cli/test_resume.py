@@ -251,9 +251,9 @@ def test_data_free_runs_are_kept_as_well(netdecouple, deep: Path):
 
 def test_a_spill_finds_no_room(netdecouple, deep: Path, monkeypatch: pytest.MonkeyPatch):
     """Live tensors beyond what memory holds go into the work folder; a full disk is told in one line."""
-    from netdecouple.execution.run import Resources
+    from netdecouple.execution.memory import Memory
 
-    monkeypatch.setattr(Resources, "store_bytes", 1000)
+    monkeypatch.setattr(Memory, "within", lambda *_: Memory(store_bytes=1000))
     assert netdecouple(*ONNX, *FILES, "--work", "work").code == 0
     expected = results(deep)
     save = np.save

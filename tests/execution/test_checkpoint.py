@@ -13,7 +13,7 @@ import pytest
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import OutputError
-from netdecouple.execution.checkpoint import NOWHERE, Checkpoint
+from netdecouple.execution.checkpoint import Checkpoint
 from netdecouple.moments import Moments
 
 IDENTITY = {"model": "one", "settings": {"seed": 0, "families": ("all",)}}
@@ -42,7 +42,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, **changed: object) -> Checkpoint:
-    return Checkpoint(folder, IDENTITY | changed)
+    checkpoint = Checkpoint(folder)
+    try:
+        checkpoint.claim(IDENTITY | changed)
+    except OutputError:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
 def test_an_entry_comes_back_number_for_number(folder: Path):
@@ -71,8 +77,10 @@ def test_work_is_done_once(folder: Path):
 
 
 def test_without_a_folder_nothing_is_kept():
-    assert [NOWHERE.once("number", int, lambda n=n: n) for n in (3, 4)] == [3, 4]
-    assert NOWHERE.scratch is None
+    nowhere = Checkpoint()
+    nowhere.claim(IDENTITY)
+    assert [nowhere.once("number", int, lambda n=n: n) for n in (3, 4)] == [3, 4]
+    assert nowhere.scratch is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_without_a_folder_nothing_is_kept():
         lambda path: np.savez(path.open("wb"), other=np.zeros(3)),
     ],
 )
-def test_an_entry_that_cannot_be_read_is_made_again(folder: Path, damage):
+def test_an_entry_that_cannot_be_read_is_computed_again(folder: Path, damage):
     kept = opened(folder)
     kept.save("one", entry())
     damage(folder / "one.npz")
@@ -99,8 +107,8 @@ def test_another_run_s_folder_is_refused(folder: Path):
     opened(folder).close()
     with pytest.raises(OutputError) as caught:
         opened(folder, model="two")
-    told = "is of another run (model: one there, two here); give --work another folder, or remove this"
-    assert str(caught.value) == f"{folder}: {told}"
+    message = "is of another run (model: one there, two now); give work= another folder, or remove this one"
+    assert str(caught.value) == f"{folder}: {message}"
     with pytest.raises(OutputError, match="another run"):
         opened(folder, more=1)
     opened(folder)
@@ -115,9 +123,17 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(folder: Path):
     assert not (folder / "run.json").exists()
 
 
+def test_nothing_is_loaded_or_saved_before_the_run_is_known(folder: Path):
+    unclaimed = Checkpoint(folder)
+    with pytest.raises(AssertionError):
+        unclaimed.load("one", int)
+    with pytest.raises(AssertionError):
+        unclaimed.save("one", 1)
+
+
 def test_two_runs_at_once_are_refused(folder: Path):
     first = opened(folder)
-    with pytest.raises(OutputError, match="another run is at work there"):
+    with pytest.raises(OutputError, match="another run is using it"):
         opened(folder)
     first.close()
     opened(folder)
@@ -131,7 +147,7 @@ def test_a_header_cut_short_is_no_other_run(folder: Path):
     assert json.loads((folder / "run.json").read_text())["model"] == "one"
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: cannot write there"):
         opened(tmp_path / "file")
@@ -158,7 +174,7 @@ def test_a_full_disk_loses_nothing(folder: Path, what: str, monkeypatch: pytest.
             with pytest.raises(OutputError) as caught:
                 kept.save(name, entry())
             assert "No space left on device" in str(caught.value)
-            assert "what was found so far is kept" in str(caught.value)
+            assert "earlier results are kept" in str(caught.value)
     assert kept.load("one", int) == 1
     assert kept.load("two", Entry) is None
     assert not list((folder / "scratch").iterdir())

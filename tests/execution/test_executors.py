@@ -1,4 +1,4 @@
-"""Work that others do: the same results, whoever does it, and whoever dies while doing it."""
+"""Tasks in processes and on a Dask cluster: the same results, also when workers die."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ import pytest
 import netdecouple
 from netdecouple import Resources, Settings
 from netdecouple.errors import ModelError, NetDecoupleError, UnavailableError
-from netdecouple.execution.executors import Common, Workers, dask, each, processes, same
+from netdecouple.execution.executors import Shared, Stale, ThisProcess, Workers, dask, processes
 from tests import networks
 from tests.networks import images_for
 
 SETTINGS = Settings(families=("nd",))
-# of processes that import the functions of this file
-PYTHONPATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+PATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 
 def times(factor: int, number: int) -> int:
@@ -45,7 +45,7 @@ def failing(factor: int, number: int) -> int:
 
 
 def once_deadly(factor: int, folder: str, number: int) -> int:
-    """Kill the worker, the first time that a number is come upon."""
+    """Kill the worker the first time that a number comes."""
     mark = Path(folder) / str(number)
     if not mark.exists():
         mark.touch()
@@ -58,8 +58,21 @@ def deadly(factor: int, number: int) -> int:
     return 0
 
 
-def common(value: int = 3) -> Common:
-    return Common(f"factor {value}", lambda: value, lambda: same(value))
+def counted(counter: list[int], expected: int) -> tuple[int, int]:
+    """Count calls in a shared argument; it is stale if there were not as many as expected."""
+    if len(counter) != expected:
+        raise Stale
+    counter.append(os.getpid())
+    return len(counter), os.getpid()
+
+
+def factor(value: int = 3) -> Shared:
+    return Shared(f"factor {value}", lambda: value)
+
+
+def each(count: int, value: int = 3) -> Iterator[tuple[Shared, int]]:
+    """Arguments of so many tasks: a shared factor, and a number."""
+    return ((factor(value), n) for n in range(count))
 
 
 @pytest.fixture(scope="module")
@@ -68,92 +81,128 @@ def two() -> Iterator[Workers]:
         yield workers
 
 
-def test_without_workers_it_is_done_here():
-    assert list(each(None, times, (common(),), [(n,) for n in range(5)])) == [0, 3, 6, 9, 12]
+def test_this_process_loads_shared_arguments_once():
+    loaded: list[int] = []
+
+    def load() -> int:
+        loaded.append(1)
+        return 3
+
+    tasks = ((Shared("factor", load), n) for n in range(5))
+    assert list(ThisProcess().map(times, tasks)) == [0, 3, 6, 9, 12]
+    assert len(loaded) == 1
 
 
 def test_results_keep_their_order(two: Workers):
-    assert list(each(two, times, (common(),), ((n,) for n in range(40)))) == [3 * n for n in range(40)]
-    assert sorted(each(two, times, (common(4),), ((n,) for n in range(40)), False)) == [
-        4 * n for n in range(40)
-    ]
+    assert list(two.map(times, each(40))) == [3 * n for n in range(40)]
+    assert sorted(two.map(times, each(40, 4), ordered=False)) == [4 * n for n in range(40)]
 
 
 def test_both_work(two: Workers):
-    pids = set(each(two, process, (common(),), [(n,) for n in range(20)]))
+    pids = set(two.map(process, each(20)))
     assert len(pids) == 2
     assert os.getpid() not in pids
 
 
-def test_what_is_large_is_sent_to_each_once(two: Workers):
-    sent: list[int] = []
+def test_a_shared_argument_is_pickled_once_and_kept(two: Workers):
+    loaded: list[int] = []
 
-    def recipe() -> Callable[[], int]:
-        sent.append(1)
-        return same(7)
+    def load() -> int:
+        loaded.append(1)
+        return 7
 
-    shared = Common("seven", lambda: 7, recipe)
-    assert list(two.each(times, (shared,), [(n,) for n in range(9)])) == [7 * n for n in range(9)]
-    assert len(sent) == 1
-    assert list(two.each(times, (shared,), [(1,)])) == [7]
-    assert len(sent) == 1  # they held it
+    shared = Shared("seven", load)
+    assert list(two.map(times, [(shared, n) for n in range(9)])) == [7 * n for n in range(9)]
+    assert len(loaded) == 1
+    assert list(two.map(times, [(shared, 1)])) == [7]
+    assert len(loaded) == 1  # the workers kept it
 
 
-def test_the_work_s_own_errors_come_through(two: Workers):
+def test_pinned_tasks_find_the_state_that_they_left(two: Workers):
+    """Until it is stale, forgotten, or of another group; then it is sent again."""
+
+    def calls(expected: int, group: str = "a") -> list[tuple[int, int]]:
+        state = [Shared(f"{group}{i}", lambda: [0] * sent, group) for i in range(3)]
+        return list(two.map(counted, [(shared, expected) for shared in state], pinned=True))
+
+    sent = 0
+    first, second = calls(0), calls(1)
+    assert [n for n, _ in first] == [1, 1, 1]
+    assert [n for n, _ in second] == [2, 2, 2]
+    assert [pid for _, pid in first] == [pid for _, pid in second]
+    assert first[0][1] == first[2][1] != first[1][1]
+    sent = 5
+    assert [n for n, _ in calls(5)] == [6, 6, 6]
+    assert [n for n, _ in calls(6)] == [7, 7, 7]
+    two.forget("a")
+    assert [n for n, _ in calls(5)] == [6, 6, 6]
+    assert [n for n, _ in calls(5, "b")] == [6, 6, 6]
+    assert [n for n, _ in calls(5)] == [6, 6, 6]
+
+
+def test_a_task_s_own_errors_come_through(two: Workers):
     with pytest.raises(ModelError, match="layer 1 is no good"):
-        list(two.each(failing, (common(),), [(1,), (1,)]))
-    assert list(two.each(times, (common(),), [(1,)])) == [3]
+        list(two.map(failing, [(factor(), 1), (factor(), 1)]))
+    assert list(two.map(times, [(factor(), 1)])) == [3]
 
 
-def test_what_cannot_be_sent_is_told(two: Workers):
+def test_what_cannot_be_pickled_is_an_error(two: Workers):
     with pytest.raises(ModelError, match="cannot be sent to workers"):
-        list(two.each(times, (Common("lock", int, lambda: same(threading.Lock())),), [(1,)]))
+        list(two.map(times, [(Shared("lock", threading.Lock), 1)]))
 
 
 class Unknown:
-    """Something whose module is not to be had where it is sent."""
+    """An object whose module does not exist in workers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return importlib.import_module, ("no_such_module",)
 
 
-def test_what_workers_cannot_open_is_told(two: Workers):
+def test_what_workers_cannot_open_is_an_error(two: Workers):
     with pytest.raises(ModelError, match="a worker cannot open what it was sent"):
-        list(two.each(times, (Common("unknown", int, lambda: same(Unknown())),), [(1,)]))
+        list(two.map(times, [(Shared("unknown", Unknown), 1)]))
 
 
 def test_a_worker_that_dies_is_replaced(two: Workers, tmp_path: Path):
-    pieces = [(str(tmp_path), n) for n in range(6)]
-    assert list(two.each(once_deadly, (common(),), pieces)) == [3 * n for n in range(6)]
+    tasks = [(factor(), str(tmp_path), n) for n in range(6)]
+    assert list(two.map(once_deadly, tasks)) == [3 * n for n in range(6)]
 
 
-def test_work_that_kills_every_worker_is_given_up(two: Workers):
+def test_a_task_that_kills_every_worker_is_given_up(two: Workers):
     with pytest.raises(UnavailableError) as caught:
-        list(two.each(deadly, (common(),), [(n,) for n in range(3)]))
-    assert "workers ended while they were at work" in str(caught.value)
+        list(two.map(deadly, each(3)))
+    assert "workers died while they executed tasks" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert list(two.each(times, (common(),), [(1,)])) == [3]
+    assert list(two.map(times, [(factor(), 1)])) == [3]
 
 
-def test_anybody_s_executor_will_do():
+def test_any_executor_will_do():
     with ThreadPoolExecutor(2) as pool:
-        found = list(Workers.of(pool, 2).each(times, (common(),), [(n,) for n in range(5)]))
-    assert found == [0, 3, 6, 9, 12]
+        assert list(Workers.of(pool, 2).map(times, each(5))) == [0, 3, 6, 9, 12]
 
 
-def test_workers_end_with_whoever_began_them(tmp_path: Path):
-    """Killed, too: nobody is left behind."""
+def test_a_run_in_any_executor_is_the_same():
+    """Its tasks cannot be pinned, so this process advances the network."""
+    model, images = residual()
+    run = partial(netdecouple.decouple, model, images, macs=0.6, settings=SETTINGS)
+    with ThreadPoolExecutor(2) as pool:
+        other = run(resources=Resources(shards=3, workers=Workers.of(pool, 2)))
+    assert other.model == run(resources=Resources(shards=3)).model
+
+
+def test_worker_processes_end_with_their_parent(tmp_path: Path):
+    """Also if it is killed."""
     script = tmp_path / "begin.py"
     script.write_text(
         "import os, time\n"
         "from netdecouple.execution.executors import processes\n"
-        "from tests.execution.test_executors import common, process\n"
+        "from tests.execution.test_executors import each, process\n"
         "if __name__ == '__main__':\n"
         "    with processes(2) as workers:\n"
-        "        print(*set(workers.each(process, (common(),), [(n,) for n in range(20)])), flush=True)\n"
+        "        print(*set(workers.map(process, each(20))), flush=True)\n"
         "        time.sleep(60)\n"
     )
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    environment = os.environ | {"PYTHONPATH": PATH}
     begun = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -189,7 +238,7 @@ def residual() -> tuple[onnx.ModelProto, np.ndarray]:
     return model, images_for(model, 30)
 
 
-def test_a_run_is_the_same_whoever_works(two: Workers):
+def test_a_run_is_the_same_with_workers(two: Workers):
     """The same shards: the same bytes, here where sums are made by one thread; and close to one shard's."""
     model, images = residual()
 
@@ -198,8 +247,8 @@ def test_a_run_is_the_same_whoever_works(two: Workers):
             model, images, macs=0.6, settings=SETTINGS, resources=Resources(**options)
         )
 
-    here, there, plain = run(shards=4), run(shards=4, workers=two), run()
-    for a, b in ((here, there), (plain, there)):
+    local, remote, plain = run(shards=4), run(shards=4, workers=two), run()
+    for a, b in ((local, remote), (plain, remote)):
         for one, other in zip(a.plan.layers, b.plan.layers, strict=True):
             assert replace(one, predicted_loss=0, predicted_error=0) == replace(
                 other, predicted_loss=0, predicted_error=0
@@ -207,8 +256,8 @@ def test_a_run_is_the_same_whoever_works(two: Workers):
             assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
 
 
-def test_walks_that_are_lost_start_again_and_catch_up(tmp_path: Path):
-    """Workers are killed between layers that are carried out; the network is the same."""
+def test_shards_that_are_lost_start_again(tmp_path: Path):
+    """Workers are killed between layers that are fitted; the network is the same."""
     model, images = residual()
     resources = Resources(shards=5)
     expected = netdecouple.decouple(model, images, macs=0.4, settings=SETTINGS, resources=resources)
@@ -218,7 +267,7 @@ def test_walks_that_are_lost_start_again_and_catch_up(tmp_path: Path):
         def progress(step: str, done: int, total: int) -> None:
             if step == "Decoupling layers" and done in (1, 3):
                 assert total > 4
-                pids = set(workers.each(process, (common(),), [(n,) for n in range(20)]))
+                pids = set(workers.map(process, each(20)))
                 killed.append(pids.pop())
                 os.kill(killed[-1], signal.SIGKILL)
 
@@ -304,7 +353,7 @@ def test_a_killed_run_with_workers_goes_on_from_the_last_shard(two: Workers, tmp
 def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """A Dask scheduler and workers, on loopback, each a process."""
     environment = os.environ | {
-        "PYTHONPATH": PYTHONPATH,
+        "PYTHONPATH": PATH,
         "DASK_DISTRIBUTED__DASHBOARD__LINK": "",
         "OMP_NUM_THREADS": "1",
     }
@@ -325,7 +374,7 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.P
             "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
             "--scheduler-file", str(scheduler_file),
         )  # fmt: skip
-        hands = [
+        started = [
             begin(
                 "dask_worker", "--scheduler-file", str(scheduler_file), "--nthreads", "1", "--no-nanny",
                 "--no-dashboard", "--local-directory", str(folder), "--host", "127.0.0.1",
@@ -337,7 +386,7 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.P
             scheduler_file=str(scheduler_file), set_as_default=False, timeout="60s"
         ) as client:
             client.wait_for_workers(workers, timeout=60)
-            yield client.scheduler.address, hands
+            yield client.scheduler.address, started
     finally:
         for running in reversed(begun):
             running.kill()
@@ -345,36 +394,36 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[subprocess.P
 
 
 @pytest.mark.slow
-def test_a_dask_cluster_does_the_work_and_may_lose_a_worker(tmp_path: Path):
-    """A scheduler and three workers as processes; two are killed while at work, and nothing is lost."""
+def test_a_dask_cluster_may_lose_workers(tmp_path: Path):
+    """A scheduler and three workers as processes; two are killed meanwhile, and nothing is lost."""
     pytest.importorskip("distributed")
     model, images = residual()
     expected = netdecouple.decouple(model, images, macs=0.6, settings=SETTINGS, resources=Resources(shards=6))
     steps: list[str] = []
-    with cluster(tmp_path, 3) as (address, hands), dask(address) as workers:
+    with cluster(tmp_path, 3) as (address, started), dask(address) as workers:
         assert workers.count == 3
-        assert list(workers.each(times, (common(),), [(n,) for n in range(20)])) == [3 * n for n in range(20)]
+        assert list(workers.map(times, each(20))) == [3 * n for n in range(20)]
 
         def progress(step: str, done: int, total: int) -> None:
             steps.append(step)
             if (step, len(steps)) == ("Collecting moments", 2):
-                hands[0].kill()
+                started[0].kill()
             if step == "Decoupling layers" and steps.count(step) == 2:
-                hands[1].kill()
+                started[1].kill()
 
         resources = Resources(shards=6, workers=workers)
         found = netdecouple.decouple(
             model, images, macs=0.6, settings=SETTINGS, resources=resources, progress=progress
         )
-        assert [hand.wait(10) for hand in hands[:2]] == [-signal.SIGKILL] * 2
+        assert [process.wait(10) for process in started[:2]] == [-signal.SIGKILL] * 2
         with pytest.raises(ModelError, match="layer 1 is no good"):
-            list(workers.each(failing, (common(),), [(1,)]))
+            list(workers.map(failing, [(factor(), 1)]))
     for one, other in zip(expected.plan.layers, found.plan.layers, strict=True):
         assert (one.name, one.family, one.sizes) == (other.name, other.family, other.sizes)
         assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
 
 
-def test_no_scheduler_and_no_dask_are_told(monkeypatch: pytest.MonkeyPatch):
+def test_without_dask_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
         pytest.raises(UnavailableError, match=r"pip install 'netdecouple\[dask\]'"),
@@ -384,7 +433,7 @@ def test_no_scheduler_and_no_dask_are_told(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_does_not_answer_is_told():
+def test_a_scheduler_that_does_not_answer_is_an_error():
     pytest.importorskip("distributed")
-    with pytest.raises(UnavailableError, match="nobody answers there"), dask("tcp://127.0.0.1:1"):
+    with pytest.raises(UnavailableError, match="no scheduler answers there"), dask("tcp://127.0.0.1:1"):
         pass

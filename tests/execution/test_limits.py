@@ -1,4 +1,4 @@
-"""Every limit holds, is named where it is met, and can be set."""
+"""Every limit holds, is named in its error, and can be set."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_is_larger_than_a_limit_is_refused(
     beyond: int,
     read: Callable[[Path], object],
 ):
-    """Within it all is well; beyond it the message names what to set."""
+    """Within it nothing happens; beyond it the message names the variable to set."""
     read(folder)
     monkeypatch.setenv(limit.variable, str(within))
     read(folder)
@@ -85,7 +85,7 @@ def test_what_is_larger_than_a_limit_is_refused(
 
 
 def test_plans_have_a_limit_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """No plan that could be meant comes near it."""
+    """No real plan comes near it."""
     monkeypatch.setenv(limits.TEXT_BYTES.variable, "1")
     with pytest.raises(PlanError, match="takes 2 bytes, the limit is 1; set NETDECOUPLE_MAX_TEXT_BYTES"):
         Plan.load(folder / "plan.json")

@@ -1,4 +1,4 @@
-"""Temporary folders and results in the making."""
+"""Temporary folders, and results before they have their final name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from netdecouple.report.files import write_text
 from tests import networks
 
 ABANDONED = """
-import os, sys
+import os, sys, threading
 from pathlib import Path
 from netdecouple.execution import scratch
 
 here = Path(sys.argv[1])
-held = [scratch.Scratch(), scratch.Scratch(beside=here)]
+held = [scratch.Scratch(), scratch.Scratch(parent=here)]
 (Path(held[1].name) / "half").write_text("ha")
 with scratch.publishing(here / "whole"):
     (here / "whole").write_text("all of it")
@@ -31,14 +31,17 @@ try:
 except OSError:
     pass
 print(*scratch.abandon(), *(os.path.exists(folder.name) for folder in held), sep="\\n")
-print(scratch._lock.locked())
+writer = threading.Thread(target=scratch.Scratch, daemon=True)
+writer.start()
+writer.join(0.3)
+print(writer.is_alive())
 os._exit(0)
 """
 
 
-def test_folders_lie_where_they_are_wanted_and_go(tmp_path: Path):
-    """Beside what is to be renamed, with a name that nobody lists; else among the system's."""
-    with Scratch(beside=tmp_path) as folder:
+def test_folders_are_created_where_asked_and_removed(tmp_path: Path):
+    """Hidden ones in a given folder; otherwise where the system puts temporary files."""
+    with Scratch(parent=tmp_path) as folder:
         assert Path(folder).parent == tmp_path
         assert Path(folder).name.startswith(".netdecouple-")
     assert not list(tmp_path.iterdir())
@@ -46,11 +49,11 @@ def test_folders_lie_where_they_are_wanted_and_go(tmp_path: Path):
         assert Path(folder).parent != tmp_path
 
 
-def test_abandoning_removes_folders_and_tells_what_was_written(tmp_path: Path):
-    """And nothing is written afterwards: whoever wants to waits for ever."""
+def test_abandoning_removes_folders_and_returns_what_was_written(tmp_path: Path):
+    """And nothing is written afterwards: writers wait for ever."""
     command = [sys.executable, "-c", ABANDONED, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told == [str(tmp_path / "whole"), "False", "False", "True"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == [str(tmp_path / "whole"), "False", "False", "True"]
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 

@@ -1,27 +1,32 @@
-"""Applying a plan: linear in depth, and each layer makes up for the ones before it."""
+"""Applying a plan: its cost is linear in depth, and each layer corrects the errors of those before it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry, spread
 from netdecouple.errors import ModelError
-from netdecouple.execution.memory import ArrayStore
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.fitting.targets import Targets
 from netdecouple.frontends.onnx.model import read_model
-from netdecouple.frontends.onnx.network import OnnxNetwork, OnnxWalk
+from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
 from netdecouple.planning.planner import make_plan
+from tests import networks
+from tests.networks import images_for
 from tests.test_api import DEMO, MODEL
 
 
@@ -34,22 +39,51 @@ def pieces() -> tuple:
     return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
 
 
-def test_every_node_of_the_network_runs_once_per_batch_on_the_walk(
+def test_every_node_of_the_network_runs_once_per_batch(
     pieces: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the depth, walking costs one forward pass, not one per layer (DESIGN §4, cost of applying)."""
+    """Whatever the depth, applying costs one forward pass, not one per layer (DESIGN §4)."""
     network, inputs, plan = pieces
-    seen: list[str] = []
-    segment = OnnxWalk._segment
+    targets = Targets(network, inputs, [plan])
+    nodes: list[str] = []
+    open_session = onnxruntime.InferenceSession
 
-    def record(walk: OnnxWalk, nodes: list, *others: object) -> object:
-        seen.extend(node.output[0] for node in nodes)
-        return segment(walk, nodes, *others)
+    def record(model: bytes, *others: Any, **options: Any) -> Any:
+        nodes.extend(node.output[0] for node in onnx.load_from_string(model).graph.node)
+        return open_session(model, *others, **options)
 
-    monkeypatch.setattr(OnnxWalk, "_segment", record)
-    applied = apply(network, inputs, plan)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    applied = apply(network, inputs, plan, targets=targets)
     assert len(applied.factorizations) == 5
-    assert len(seen) == len(set(seen))
+    assert 5 < len(nodes) == len(set(nodes))
+
+
+def test_targets_that_were_recorded_before_change_nothing(pieces: tuple) -> None:
+    network, inputs, plan = pieces
+    one, other = (
+        apply(network, inputs, plan),
+        apply(network, inputs, plan, targets=Targets(network, inputs, [plan])),
+    )
+    assert one.plan == other.plan
+    assert one.errors == other.errors
+
+
+def test_the_target_of_a_residual_branch_includes_the_error_of_its_shortcut() -> None:
+    """t = (y + s) - s'; without a shortcut, t = y."""
+    model = networks.residual()
+    images = images_for(model, 12)
+    network, inputs = OnnxNetwork(read_model(model), images), Inputs.split(images, 0)
+    plan = make_plan(analyze(network, inputs, Settings(families=("nd",))), [Budget(Macs(), 0.5)])
+    targets = Targets(network, inputs, [plan])
+    changed = [row.name for row in plan.layers if row.changed]
+    original = {o.layer: o for o in network.observe(inputs.images, targets.positions)}
+    with_shortcut = [name for name in changed if original[name].shortcut is not None]
+    assert 0 < len(with_shortcut) < len(changed)
+    for name in changed:
+        y, s = original[name].outputs, original[name].shortcut
+        observed = replace(original[name], shortcut=None if s is None else 2 * s)
+        expected = y if s is None else y + s - 2 * s
+        np.testing.assert_allclose(targets.of(observed), expected, atol=1e-6)
 
 
 def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
@@ -83,20 +117,6 @@ def test_measured_errors_are_those_of_layers_fitted_at_all(pieces: tuple) -> Non
     assert all(len(row.channels) == len(row.sizes) for row in applied.plan.layers if row.changed)
 
 
-def test_arrays_beyond_the_limit_go_to_disk_and_come_back() -> None:
-    store = ArrayStore(limit=100)
-    small, large = np.arange(10.0), np.arange(1000.0)
-    store["small"], store["large"] = small, large
-    np.testing.assert_array_equal(store["small"], small)
-    np.testing.assert_array_equal(store["large"], large)
-    store["small"] = large  # replaced by something too big to hold
-    np.testing.assert_array_equal(store["small"], large)
-    store.pop("large")
-    assert "large" not in store
-    assert len(store) == 1
-    store.pop("large")  # forgetting twice is no error
-
-
 def test_ranked_outputs_may_change_places_but_not_be_wrong() -> None:
     """A list of the best of 80 scores, with the index of each; scores come in pairs of almost equal ones.
 
@@ -116,12 +136,12 @@ def test_ranked_outputs_may_change_places_but_not_be_wrong() -> None:
         return [np.stack([np.take_along_axis(scores, best, 1), best], axis=2)]
 
     network: Any = SimpleNamespace(run=run)
-    applied = Applied(SimpleNamespace(), {"head": kernels}, {}, {})  # type: ignore[arg-type]
+    applied = Applied(plan=SimpleNamespace(), factorizations={"head": kernels})  # type: ignore[arg-type]
     (own,) = applied.kernels.values()
     exchanged = own[0].copy()
     exchanged[:40] = own[0][:40].reshape(20, 2, -1)[:, ::-1].reshape(40, 16, 1, 1)
     swapped = run(images, {"head": (exchanged, own[1])})
     assert difference(network, applied, images, swapped, 1e-3) > 1e-3
     wrong = run(images, {"head": (np.roll(own[0], 1, axis=1), own[1])})
-    with pytest.raises(ModelError, match="differs from its own plan"):
+    with pytest.raises(ModelError, match="differ from those of its own plan"):
         difference(network, applied, images, wrong, 1e-3)

@@ -62,7 +62,7 @@ def report() -> Report:
         changed(first, "nd-dp", (20,), (tuple(channels.tolist()),)),
         LayerPlan.kept(layers["fc"], "worth its cost"),
     )
-    applied = Applied(plan, {}, {first.name: 0.06}, {first.name: 400})
+    applied = Applied(plan=plan, factorizations={}, errors={first.name: 0.06}, samples={first.name: 400})
     agreement = Agreement(images=10, loss="kl", divergence=0.012, predicted=0.1, same_class=0.9)
     written = [  # the last filters of the convolution are read by nobody
         replace(conv(f"{first.name}/depthwise0", 20, 20, 10, groups=20), macs=18_000, parameters=180),
@@ -127,7 +127,7 @@ def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
             "block/conv1": 1000,
         }.items()
     ]
-    found = layer_reports(layers, Applied(plan, {}, {}, {}), written)
+    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written)
     assert [layer.macs for layer in found] == [1, 110, 1000]
 
 
@@ -145,7 +145,9 @@ def test_sizes_of_every_family_in_turn_are_shown(
 ) -> None:
     layer = conv("c", 8, 16, 10)
     plan = plan_of(changed(layer, family, sizes, channels))
-    rows = layer_reports({"c": layer}, Applied(plan, {}, {}, {}), [replace(layer, name="c/conv0")])
+    rows = layer_reports(
+        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")]
+    )
     assert rows[0].sizes == sizes
     lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]
     (line,) = [line for line in lines if line.startswith("c ")]

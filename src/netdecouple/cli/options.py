@@ -250,7 +250,7 @@ class Memory:
 
     def resources(self) -> Resources:
         """The same as the library takes it."""
-        return Resources(self.work, self.memory)
+        return Resources(work=self.work, memory=self.memory)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Execution(Memory):
     @contextmanager
     def opened(self) -> Iterator[Resources]:
         """Start the workers, if there are any, and end them afterwards."""
-        resources = Resources(self.work, self.memory, shards=self.shards)
+        resources = Resources(work=self.work, memory=self.memory, shards=self.shards)
         with executors.opened(self.workers, self.scheduler) as workers:
             yield replace(resources, workers=workers)
 

@@ -1,1 +1,1 @@
-"""How work is run: in processes, within memory, resumable. Nothing here knows of networks."""
+"""How a run is executed: workers, memory, work folder. Nothing in this package knows networks."""

@@ -1,7 +1,7 @@
-"""What a run has found so far, in a folder, so that whatever ends it, it can go on.
+"""Intermediate results of a run in a folder, from which an interrupted run continues.
 
-Every entry is one file, NumPy arrays and JSON, written under a temporary name and renamed once it is on the
-disk: it is there whole or not at all.
+Every entry is one file of NumPy arrays and JSON, written under a temporary name and renamed once it is on the
+disk: it is there completely or not at all.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import IO, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from netdecouple import records
 from netdecouple.errors import OutputError
 
 T = TypeVar("T")
@@ -29,25 +28,28 @@ VALUE = "value"  # the member of an entry that is JSON
 
 
 class Checkpoint:
-    """A folder of entries by name, all of one run; without a folder nothing is kept.
+    """A folder of named entries, all of one run. `claim` says which run, before anything is loaded or saved.
 
     Args:
-        folder: is made if it is not there.
-        identity: all that the run's result depends on; JSON.
+        folder: it is created if it does not exist; None: nothing is kept.
 
     Raises:
-        OutputError: it cannot be written, is in use, holds other files, or another run's entries.
+        OutputError: the folder cannot be written, is in use, or holds other files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any] = {}) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._lock: IO[bytes] | None = None
+        self._is_claimed = False
         if self.folder is None:
             return
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = _locked(self.folder)
-            self._claim(self.folder, json.loads(json.dumps(identity)))
+            if self._identity is None and {p.name for p in self.folder.iterdir()} - {HEADER, LOCK, SCRATCH}:
+                raise OutputError(
+                    f"{self.folder}: holds other files; give work= a new folder, or one of an earlier run"
+                )
             shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)  # of a run that was killed
             (self.folder / SCRATCH).mkdir(exist_ok=True)
         except OSError as error:
@@ -57,72 +59,86 @@ class Checkpoint:
             self.close()
             raise
 
-    @staticmethod
-    def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    @property
+    def _identity(self) -> dict[str, Any] | None:
+        """All that the results of the folder's run depend on; None if it is not there or cut short."""
+        assert self.folder is not None
         try:
-            known = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+            identity: dict[str, Any] = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            if {path.name for path in folder.iterdir()} - {HEADER, LOCK, SCRATCH}:
-                raise OutputError(
-                    f"{folder}: holds other files; give --work a new folder, or one of an earlier run"
-                ) from None
-            (folder / SCRATCH).mkdir(exist_ok=True)
-            text = json.dumps(identity, indent=1, ensure_ascii=False)
-            _publish(folder, HEADER, lambda file: file.write(text.encode()))
+            return None
+        return identity if isinstance(identity, dict) else None
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder that of a run, by all that its results depend on (JSON), unless it is already.
+
+        Raises:
+            OutputError: the folder is of another run, or cannot be written.
+        """
+        if self.folder is None:
             return
-        for key in (*identity, *known):
-            if known.get(key) != identity.get(key):
-                told = f"{str(known.get(key))[:60]} there, {str(identity.get(key))[:60]} here"
+        text = json.dumps(identity, indent=1, ensure_ascii=False)
+        if self._identity is None:
+            try:
+                _publish(self.folder, HEADER, lambda file: file.write(text.encode()))
+            except OSError as error:
+                raise _unwritable(self.folder, error) from error
+        there, now = self._identity or {}, json.loads(text)
+        for key in (*now, *there):
+            if there.get(key) != now.get(key):
+                values = f"{str(there.get(key))[:60]} there, {str(now.get(key))[:60]} now"
                 raise OutputError(
-                    f"{folder}: is of another run ({key}: {told}); give --work another folder, or remove this"
+                    f"{self.folder}: is of another run ({key}: {values}); give work= another folder, "
+                    "or remove this one"
                 )
+        self._is_claimed = True
 
     @property
     def scratch(self) -> Path | None:
-        """Where temporary files go, so that those of a run that was killed are found."""
+        """Folder of temporary files. Those of a run that was killed are removed when the folder is opened."""
         return None if self.folder is None else self.folder / SCRATCH
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder for another run."""
         if self._lock is not None:
             self._lock.close()
 
     @staticmethod
     def key(kind: str, value: object) -> str:
-        """A name for what depends on a value that shows itself in full."""
+        """Return a name for an entry that depends on a value, by its ``repr``."""
         return f"{kind}-{hashlib.sha256(repr(value).encode()).hexdigest()[:16]}"
 
-    def once(self, name: str, kind: Any, work: Callable[[], T]) -> T:
-        """Load an entry; if there is none, do the work and keep it."""
-        known: T | None = self.load(name, kind)
-        if known is None:
-            known = work()
-            self.save(name, known)
-        return known
+    def once(self, name: str, kind: Any, compute: Callable[[], T]) -> T:
+        """Load an entry; if there is none, compute and save it."""
+        value: T | None = self.load(name, kind)
+        if value is None:
+            value = compute()
+            self.save(name, value)
+        return value
 
     def load(self, name: str, kind: Any) -> Any:
         """Read an entry of a type (dataclasses, arrays, tuples, mappings, texts, numbers, None).
 
-        None if there is none, or none that can be read: the work is done again then.
+        None if there is no such entry, or it cannot be read: it is computed again then.
         """
         if self.folder is None:
             return None
         try:
             with np.load(self._path(name), allow_pickle=False) as members:
-                return _unpack(kind, json.loads(members[VALUE].tobytes()), members)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+                return records.unpack(kind, json.loads(members[VALUE].tobytes()), members)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
             return None
 
     def save(self, name: str, value: Any) -> None:
-        """Keep an entry, in the place of one of the same name.
+        """Write an entry; it replaces one of the same name.
 
         Raises:
-            OutputError: the disk is full, or something like that; what is there already stays.
+            OutputError: it cannot be written, on a full disk for instance; an entry that is there stays.
         """
         if self.folder is None:
             return
         arrays: dict[str, NDArray[Any]] = {}
-        tree = json.dumps(_packed(value, arrays)).encode()
+        tree = json.dumps(records.pack(value, arrays)).encode()
         members = {VALUE: np.frombuffer(tree, np.uint8)} | arrays
         try:
             _publish(self.folder, self._path(name).name, lambda file: np.savez(file, **members))
@@ -130,20 +146,18 @@ class Checkpoint:
             raise _unwritable(self.folder, error) from error
 
     def drop(self, name: str) -> None:
-        """Forget an entry, if it is there."""
+        """Remove an entry if it is there."""
         if self.folder is not None:
             self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
+        assert self._is_claimed, "claim() comes first"
         return self.folder / f"{name}.npz"
 
 
-NOWHERE = Checkpoint(None)
-
-
 def _locked(folder: Path) -> IO[bytes] | None:
-    """Hold the folder for this process, as long as the file is open."""
+    """Lock the folder for this process as long as the file is open; Windows has no such lock."""
     if sys.platform == "win32":
         return None
     import fcntl
@@ -153,12 +167,12 @@ def _locked(folder: Path) -> IO[bytes] | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise OutputError(f"{folder}: another run is at work there; wait, or give --work another") from error
+        raise OutputError(f"{folder}: another run is using it; wait, or give work= another folder") from error
     return file
 
 
 def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, bring it to the disk, and only then give it its name."""
+    """Write a file, flush it to the disk, and only then give it its name."""
     partial = folder / SCRATCH / name
     try:
         with partial.open("wb") as file:
@@ -169,7 +183,7 @@ def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> N
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    if sys.platform != "win32":  # the new name is to be on the disk as well
+    if sys.platform != "win32":  # the new name has to be on the disk as well
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -180,43 +194,5 @@ def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> N
 def _unwritable(folder: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{folder}: cannot write there ({error.strerror or error}); make room, or choose another place, "
-        "and start again: what was found so far is kept"
+        "and start again: earlier results are kept"
     )
-
-
-def _packed(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    """A value as JSON, but for its arrays, which are put aside under numbers."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _packed(getattr(value, f.name), arrays) for f in fields(value) if f.init}
-    if isinstance(value, np.ndarray):
-        arrays[str(len(arrays))] = value
-        return str(len(arrays) - 1)
-    if isinstance(value, Mapping):
-        return {key: _packed(inner, arrays) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_packed(inner, arrays) for inner in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _unpack(kind: Any, tree: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    """Build a value of a type again.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is not of this type.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):  # T | None
-        return None if tree is None else _unpack(arguments[0], tree, arrays)
-    if origin is np.ndarray:
-        return arrays[tree]
-    if origin is tuple:
-        inner = arguments[:1] * len(tree) if arguments[-1] is Ellipsis else arguments
-        return tuple(_unpack(a, v, arrays) for a, v in zip(inner, tree, strict=True))
-    if origin is dict:
-        return {key: _unpack(arguments[1], value, arrays) for key, value in tree.items()}
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(**{name: _unpack(hints[name], value, arrays) for name, value in tree.items()})
-    if not (type(tree) is kind or (kind is float and type(tree) is int)):
-        raise TypeError(f"{tree!r:.80} is no {kind}")
-    return tree

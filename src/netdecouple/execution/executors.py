@@ -1,7 +1,8 @@
-"""Work that others do: on more cores, or more machines, through `concurrent.futures`.
+"""Execute tasks in this process, in worker processes, on a Dask cluster, or in any executor.
 
-A piece of work is a function and what it is done with; it gives the same whoever does it, so one that was
-lost is done again. What many pieces need, a network above all, is opened by every worker once, and held.
+A task is a function of a module and its arguments. It returns the same wherever it is executed, so a task
+that was lost together with its worker is executed again. Large arguments that many tasks share are `Shared`:
+each worker receives them once and keeps them.
 """
 
 from __future__ import annotations
@@ -13,383 +14,429 @@ import pickle
 import signal
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as ended
+from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
-from netdecouple.errors import ModelError, UnavailableError
+from netdecouple.errors import ModelError, NetDecoupleError, UnavailableError
 from netdecouple.execution import threads
 
-HELD = 4  # things that a worker keeps
-LOSSES = 3  # times that a piece of work may be lost with the worker that does it
+RECENT = 4  # shared arguments without a group that a worker keeps
+LOSSES = 3  # times that a task may be lost together with the worker that executes it
 
 
 @dataclass(frozen=True)
-class Common:
-    """Something large that many pieces of work need.
+class Shared:
+    """An argument that many tasks share, or that a worker changes from task to task.
 
     Args:
-        key: tells it from all else, in every process.
-        here: it, in this process.
-        recipe: a function, to be pickled, that makes it elsewhere.
+        key: identifies it in every process.
+        load: returns it in this process; for workers it is pickled.
+        group: empty: it never changes, and workers keep those used last. Otherwise tasks change it, and
+            workers keep it until `Workers.forget`, or until they receive one of another group.
     """
 
     key: str
-    here: Callable[[], Any]
-    recipe: Callable[[], Callable[[], Any]]
+    load: Callable[[], Any]
+    group: str = ""
+
+
+class Stale(Exception):
+    """Raised by a task if an argument with a group is not in the state that the task needs.
+
+    The argument is loaded and sent again, and the task is executed again.
+    """
+
+
+class ThisProcess:
+    """Executes tasks in this process, one after the other."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def map(
+        self,
+        task: Callable[..., Any],
+        args: Iterable[tuple[Any, ...]],
+        *,
+        ordered: bool = True,
+        pinned: bool = False,
+    ) -> Iterator[Any]:
+        """Do as `Workers.map`."""
+        for arguments in args:
+            yield task(*(self._value(a) if isinstance(a, Shared) else a for a in arguments))
+
+    def _value(self, shared: Shared) -> Any:
+        if shared.key not in self._loaded:
+            self._loaded[shared.key] = shared.load()
+        return self._loaded[shared.key]
+
+    def forget(self, group: str) -> None:
+        """Do as `Workers.forget`."""
+        self._loaded.clear()
 
 
 @dataclass
-class _Lane:
-    """A worker, or several that share their work out themselves, and how to get others when they are gone."""
+class _Task:
+    """A task that has been submitted."""
 
-    executor: Executor
-    name: str = ""
-    renew: Callable[[], _Lane] | None = None
-    end: Callable[[], object] | None = None  # whatever is being done
-
-    def take(self, other: _Lane) -> None:
-        """Have another's workers."""
-        self.executor, self.end = other.executor, other.end
-
-
-@dataclass
-class _Piece:
-    """A piece of work under way."""
-
-    own: tuple[Any, ...]
-    lane: _Lane
-    future: Future[Any]
+    arguments: tuple[Any, ...]
+    slot: int
+    executor: Executor | None = None
+    future: Future[Any] = field(default_factory=Future)
     losses: int = 0
+    is_done: bool = False
+    result: Any = None
+
+
+class Workers:
+    """Executes tasks on several workers.
+
+    Args:
+        slots: one executor for each worker, or a single one for all of them.
+        count: how many tasks are executed at once.
+        threads: how many each worker may use; None: workers keep the number that they have.
+    """
+
+    def __init__(self, slots: Sequence[Executor], count: int, threads: int | None = 1) -> None:
+        self._slots = list(slots)
+        self.count = count
+        self._threads = threads
+
+    @classmethod
+    def of(cls, executor: Executor, count: int) -> Workers:
+        """Use any executor, which executes ``count`` tasks at once. When it breaks, the run ends."""
+        return cls([executor], count, None)
+
+    @property
+    def can_pin(self) -> bool:
+        """Whether tasks can be pinned to one worker each, so that workers can keep state between tasks."""
+        return len(self._slots) == self.count
+
+    def map(
+        self,
+        task: Callable[..., Any],
+        args: Iterable[tuple[Any, ...]],
+        *,
+        ordered: bool = True,
+        pinned: bool = False,
+    ) -> Iterator[Any]:
+        """Yield ``task(*arguments)`` for all ``args``; one more task than there are workers is submitted.
+
+        Args:
+            task: a function of a module.
+            args: arguments, to be pickled, and `Shared` ones.
+            ordered: keep the order; otherwise results are yielded as they arrive.
+            pinned: execute the n-th task of every call on the same worker.
+
+        Raises:
+            UnavailableError: workers keep dying.
+            ModelError: a shared argument cannot be pickled, or not unpickled by the workers.
+            Exception: whatever the task raises.
+        """
+        self._refresh()
+        pickled: dict[str, bytes] = {}
+
+        def submit(t: _Task, missing: Collection[str] = ()) -> None:
+            given = {}
+            for shared in (a for a in t.arguments if isinstance(a, Shared) and a.key in missing):
+                given[shared.key] = pickled.get(shared.key) or _pickled(shared)
+                if not shared.group:  # other tasks need it as well
+                    pickled[shared.key] = given[shared.key]
+            sent = [_Reference(a.key, a.group) if isinstance(a, Shared) else a for a in t.arguments]
+            t.executor = self._slots[t.slot]
+            try:
+                t.future = t.executor.submit(_execute, task, sent, given, self._threads)
+            except BrokenExecutor as error:
+                t.future = Future()
+                t.future.set_exception(error)
+
+        source = enumerate(args)
+        tasks: list[_Task] = []
+        try:
+            while True:
+                while len(tasks) <= self.count and (item := next(source, None)) is not None:
+                    tasks.append(_Task(item[1], self._slot(tasks, item[0] if pinned else None)))
+                    submit(tasks[-1])
+                if not tasks:
+                    return
+                wait([t.future for t in tasks if not t.is_done], return_when=FIRST_COMPLETED)
+                for t in [t for t in tasks if not t.is_done and t.future.done()]:
+                    try:
+                        t.result = t.future.result()
+                    except Exception as error:
+                        self._lost(t, error)
+                        submit(t)
+                        continue
+                    t.is_done = not isinstance(t.result, _Missing)
+                    if not t.is_done:
+                        submit(t, t.result.keys)
+                for t in list(tasks):
+                    if t.is_done:
+                        tasks.remove(t)
+                        yield t.result
+                    elif ordered:
+                        break
+        finally:
+            for t in tasks:
+                t.future.cancel()
+
+    def _slot(self, tasks: Sequence[_Task], index: int | None) -> int:
+        """Return the slot of the task with this index, or the one with the fewest tasks."""
+        if index is not None:
+            return index % len(self._slots)
+        return min(range(len(self._slots)), key=lambda slot: sum(t.slot == slot for t in tasks))
+
+    def _lost(self, t: _Task, error: Exception) -> None:
+        """Prepare for executing a task again whose worker has died.
+
+        Raises:
+            UnavailableError: that has happened too often, or the worker cannot be replaced.
+            Exception: the error, if the task itself raised it.
+        """
+        if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":  # Dask's
+            raise error
+        t.losses += 1
+        if t.losses > LOSSES or not self._replaced(t.slot, t.executor):
+            raise UnavailableError(
+                f"workers died while they executed tasks ({error}); if they ran out of memory, give fewer "
+                "workers= or less memory=, and start again"
+            ) from error
+
+    def _refresh(self) -> None:
+        """Replace workers that have gone, where nothing else does."""
+
+    def _replaced(self, slot: int, executor: Executor | None) -> bool:
+        """Replace a slot's broken executor if it is still this one; return whether that can be done."""
+        return False
+
+    def forget(self, group: str) -> None:
+        """Have all workers drop the shared arguments of a group."""
+        for _ in self.map(_forget, [(group,)] * len(self._slots), pinned=True):
+            pass
+
+    def close(self) -> None:
+        """End the workers, with what they are executing."""
+        for executor in self._slots:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _pickled(shared: Shared) -> bytes:
+    try:
+        return pickle.dumps(shared.load())
+    except NetDecoupleError:
+        raise
+    except Exception as error:  # modules may hold anything
+        raise ModelError(f"the network cannot be sent to workers ({error}); run without workers=") from error
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a shared argument on its way to a worker."""
+
+    key: str
+    group: str
 
 
 @dataclass(frozen=True)
 class _Missing:
-    """What a worker answers that does not hold something."""
+    """A worker's answer if it does not have some shared arguments."""
 
     keys: tuple[str, ...]
 
 
-class Workers:
-    """Those who work.
+class _Kept:
+    """The shared arguments that a worker process keeps, by group and key."""
 
-    Args:
-        lanes: one executor for each worker, or a single one for all.
-        count: how many pieces of work they do at once.
-        threads: that each may use; None: whatever it does.
-        present: tells who is there now.
-    """
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._groups: dict[str, dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        lanes: Sequence[_Lane],
-        count: int,
-        threads: int | None = 1,
-        present: Callable[[], list[_Lane]] | None = None,
-    ) -> None:
-        self._lanes = list(lanes)
-        self.count = count
-        self._threads = threads
-        self._present = present
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether each of them can be spoken to, and so can keep something for later."""
-        return len(self._lanes) == self.count
-
-    def refresh(self) -> None:
-        """Put others in the place of those that are gone, where that is not found out by itself."""
-        if self._present is None:
-            return
-        there = {lane.name: lane for lane in self._present()}
-        others = list(there.values())
-        self._lanes = [
-            there.get(lane.name, others[i % len(others)] if others else lane)
-            for i, lane in enumerate(self._lanes)
-        ]
-
-    @classmethod
-    def of(cls, executor: Executor, count: int) -> Workers:
-        """Anybody's executor, that does ``count`` things at once. When it breaks, the run ends."""
-        return cls([_Lane(executor)], count, None)
-
-    def each(
-        self,
-        work: Callable[..., Any],
-        common: Sequence[Common],
-        owns: Iterable[tuple[Any, ...]],
-        ordered: bool = True,
-        places: Sequence[int] | None = None,
-    ) -> Iterator[Any]:
-        """Yield ``work(*common, *own)`` for all of ``owns``; one more than there are workers is under way.
-
-        Args:
-            work: a function of a module.
-            common: what all pieces need.
-            owns: what each has of its own, to be pickled.
-            ordered: keep the order, or yield what there is as soon as it is there.
-            places: numbers that tell who does each: equal ones, the same worker; None: who has least to do.
-
-        Raises:
-            UnavailableError: workers keep dying.
-            Exception: whatever the work raises.
-        """
-        keys = tuple(part.key for part in common)
-        recipes: dict[str, bytes] = {}
-
-        def begin(own: tuple[Any, ...], lane: _Lane, missing: Sequence[str] = ()) -> Future[Any]:
-            for part in common:
-                if part.key in missing and part.key not in recipes:
-                    recipes[part.key] = _pickled(part.recipe())
-            given = {key: recipes[key] for key in missing}
-            return lane.executor.submit(_done, work, keys, given, own, self._threads)
-
-        source, wanted = iter(owns), None if places is None else iter(places)
-        pieces: list[_Piece] = []
+    def execute(self, task: Callable[..., Any], args: Sequence[Any], given: dict[str, bytes]) -> Any:
+        """Return what a task returns, or which shared arguments are missing."""
+        references = [a for a in args if isinstance(a, _Reference)]
+        for reference in references:
+            values = self._group(reference.group)
+            if reference.key in given and reference.key not in values:
+                values[reference.key] = _unpickled(given[reference.key])
+            if reference.key in values:
+                values[reference.key] = values.pop(reference.key)  # the last one is the one used last
+        recent = self._group("")
+        while len(recent) > RECENT:
+            del recent[next(iter(recent))]
+        missing = tuple(r.key for r in references if r.key not in self._group(r.group))
+        if missing:
+            return _Missing(missing)
         try:
-            while True:
-                while len(pieces) <= self.count and (own := next(source, None)) is not None:
-                    place = None if wanted is None else next(wanted) % len(self._lanes)
-                    lane = self._idlest(pieces) if place is None else self._lanes[place]
-                    pieces.append(self._started(own, lane, begin))
-                if not pieces:
-                    return
-                wait([p.future for p in pieces if not _is_found(p)], return_when=FIRST_COMPLETED)
-                for piece in [p for p in pieces if p.future.done()]:
-                    try:
-                        found = piece.future.result()
-                    except Exception as error:
-                        self._again(piece, error, begin)
-                        continue
-                    if isinstance(found, _Missing):
-                        piece.future = begin(piece.own, piece.lane, found.keys)
-                found_ones = [p for p in pieces if _is_found(p)]
-                if ordered:
-                    found_ones = pieces[
-                        : next((i for i, p in enumerate(pieces) if not _is_found(p)), len(pieces))
-                    ]
-                for piece in found_ones:
-                    pieces.remove(piece)
-                    yield piece.future.result()
-        finally:
-            for piece in pieces:
-                piece.future.cancel()
+            return task(*(self._group(a.group)[a.key] if isinstance(a, _Reference) else a for a in args))
+        except Stale:
+            stale = [r for r in references if r.group]
+            for r in stale:
+                del self._group(r.group)[r.key]
+            return _Missing(tuple(r.key for r in stale))
 
-    def _idlest(self, pieces: Sequence[_Piece]) -> _Lane:
-        return min(self._lanes, key=lambda lane: sum(piece.lane is lane for piece in pieces))
+    def _group(self, name: str) -> dict[str, Any]:
+        if name and name not in self._groups:  # the other groups are of calls that have ended
+            self._groups = {"": self._groups.get("", {})}
+        return self._groups.setdefault(name, {})
 
-    def _started(self, own: tuple[Any, ...], lane: _Lane, begin: Callable[..., Future[Any]]) -> _Piece:
-        try:
-            return _Piece(own, lane, begin(own, lane))
-        except BrokenExecutor as error:
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            return _Piece(own, lane, failed)
-
-    def _again(self, piece: _Piece, error: Exception, begin: Callable[..., Future[Any]]) -> None:
-        """Do a piece of work again whose worker is gone.
-
-        Raises:
-            UnavailableError: that has happened too often, or there are no others.
-            Exception: the error, if it is the work's own.
-        """
-        if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":
-            raise error
-        piece.losses += 1
-        if piece.losses > LOSSES or piece.lane.renew is None:
-            raise UnavailableError(
-                f"workers ended while they were at work ({error}); if they ran out of memory, give fewer "
-                "--workers or less --memory, and start again"
-            ) from error
-        if isinstance(error, BrokenExecutor) and _is_broken(piece.lane.executor):
-            piece.lane.take(piece.lane.renew())
-        piece.future = begin(piece.own, piece.lane)
-
-    def close(self) -> None:
-        """Let them go; what they are at is lost."""
-        for lane in self._lanes:
-            lane.executor.shutdown(wait=False, cancel_futures=True)
-            if lane.end is not None:
-                lane.end()
+    def forget(self, name: str) -> None:
+        """Drop a group."""
+        self._groups.pop(name, None)
 
 
-def _is_found(piece: _Piece) -> bool:
-    future = piece.future
-    return future.done() and future.exception() is None and not isinstance(future.result(), _Missing)
+# One for each worker process, and global: executors of other libraries, Dask's as well, run no initialiser of
+# ours.
+_kept = _Kept()
 
 
-def _is_broken(executor: Executor) -> bool:
-    """Whether nobody else has renewed it meanwhile."""
-    try:
-        executor.submit(_nothing).cancel()
-    except BrokenExecutor:
-        return True
-    return False
-
-
-def _nothing() -> None:
-    """What tells that an executor still takes work."""
-
-
-def _pickled(recipe: Callable[[], Any]) -> bytes:
-    try:
-        return pickle.dumps(recipe)
-    except Exception as error:  # modules may hold anything
-        raise ModelError(f"the network cannot be sent to workers ({error}); run without them") from error
-
-
-_held: OrderedDict[str, Any] = OrderedDict()
-_at_work = threading.Lock()
-
-
-def _done(
-    work: Callable[..., Any],
-    keys: Sequence[str],
-    given: dict[str, bytes],
-    own: tuple[Any, ...],
-    count: int | None,
+def _execute(
+    task: Callable[..., Any], args: Sequence[Any], given: dict[str, bytes], count: int | None
 ) -> Any:
-    """Do a piece of work, in a worker; one at a time, where workers are threads of one process."""
-    with _at_work:
+    """Execute a task in a worker; only one at a time where workers are threads of one process."""
+    with _kept.lock:
         if count is not None and count != threads.available():
             threads.limit(count)
-        for key, recipe in given.items():
-            if key not in _held:
-                _held[key] = _made(recipe)
-        for key in keys:
-            if key in _held:
-                _held.move_to_end(key)
-        while len(_held) > HELD:
-            _held.popitem(last=False)
-        missing = tuple(key for key in keys if key not in _held)
-        return _Missing(missing) if missing else work(*(_held[key] for key in keys), *own)
+        return _kept.execute(task, args, given)
 
 
-def _made(recipe: bytes) -> Any:
-    """Make what the run itself has described."""
+def _forget(group: str) -> None:
+    """Drop a group of shared arguments; a task."""
+    _kept.forget(group)
+
+
+def _unpickled(data: bytes) -> Any:
     try:
-        described = pickle.loads(recipe)
+        return pickle.loads(data)  # of the process that started the run
+    except NetDecoupleError:
+        raise
     except Exception as error:  # importing a module may do anything
         raise ModelError(
-            f"a worker cannot open what it was sent ({type(error).__name__}: {error}); have the same "
-            "packages and modules there as here"
+            f"a worker cannot open what it was sent ({type(error).__name__}: {error}); install the same "
+            "packages and modules there"
         ) from error
-    return described()
 
 
-def each(
-    workers: Workers | None,
-    work: Callable[..., Any],
-    common: Sequence[Common],
-    owns: Iterable[tuple[Any, ...]],
-    ordered: bool = True,
-) -> Iterator[Any]:
-    """Do as `Workers.each`; without any, here, one after the other."""
-    if workers is not None:
-        yield from workers.each(work, common, owns, ordered)
-        return
-    for own in owns:
-        yield work(*(part.here() for part in common), *own)
+class _Process(ProcessPoolExecutor):
+    """One worker process, which ends with this one, and at once when it is shut down."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        theirs, self._pipe = context.Pipe(duplex=False)
+        super().__init__(1, context, _initialise, (theirs,))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        self._pipe.close()
+
+
+def _initialise(pipe: Connection) -> None:
+    """Initialise a worker process: ignore SIGINT, and exit when the parent exits or closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    watched: list[Any] = [pipe] if parent is None else [pipe, parent.sentinel]
+
+    def exit_with_parent() -> None:
+        wait_for_any(watched)
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+class _Processes(Workers):
+    """Processes on this machine, of one thread each."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([_Process() for _ in range(count)], count)
+
+    def _replaced(self, slot: int, executor: Executor | None) -> bool:
+        if self._slots[slot] is executor:  # else another task's loss has replaced it
+            self._slots[slot] = _Process()
+        return True
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Workers]:
-    """Processes on this machine, of one thread each; one that dies is replaced.
+    """Start processes on this machine, of one thread each; one that dies is replaced.
 
     Raises:
-        UnavailableError: fewer than one is asked for.
+        UnavailableError: the count is less than one.
     """
     if count < 1:
-        raise UnavailableError(f"--workers {count}: give 1 or more")
-    workers = Workers([_process() for _ in range(count)], count)
+        raise UnavailableError(f"workers={count}: give 1 or more")
+    workers = _Processes(count)
     try:
         yield workers
     finally:
         workers.close()
 
 
-def _process() -> _Lane:
-    context = multiprocessing.get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(1, context, _begun, (theirs,))
-    return _Lane(pool, renew=_process, end=ours.close)
+class _Dask(Workers):
+    """The workers of a Dask cluster. Dask itself executes again what is lost with one of them."""
 
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._names = list(client.nthreads())
+        super().__init__([self._executor(name) for name in self._names], len(self._names))
 
-def _begun(other: Connection) -> None:
-    """Get ready, in a new process: Ctrl-C is not for it, and it ends when nobody wants it any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    watched = [other] if parent is None else [other, parent.sentinel]
-    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    def _executor(self, name: str) -> Executor:
+        executor: Executor = self._client.get_executor(workers=[name], allow_other_workers=True)
+        return executor
 
+    def _refresh(self) -> None:
+        present = list(self._client.nthreads())
+        others = [name for name in present if name not in self._names] or present
+        for slot, name in enumerate(self._names):
+            if name not in present and others:
+                self._names[slot] = others[slot % len(others)]
+                self._slots[slot] = self._executor(self._names[slot])
 
-def _end_with(watched: list[Any]) -> None:
-    """Whatever may be going on, end when the other end of a pipe does, or the process that began this."""
-    ended(watched)
-    os._exit(1)
+    def _replaced(self, slot: int, executor: Executor | None) -> bool:
+        self._refresh()
+        return True
 
 
 @contextmanager
 def dask(address: str) -> Iterator[Workers]:
-    """The workers of a Dask cluster, by its scheduler's address: tcp://host:8786.
+    """Use the workers of a Dask cluster, by its scheduler's address: tcp://host:8786.
 
     Raises:
-        UnavailableError: Dask is not installed, or there is no scheduler, or it has no workers.
+        UnavailableError: Dask is not installed, no scheduler answers, or it has no workers.
     """
     try:
         distributed = importlib.import_module("distributed")
     except ImportError as error:
         raise UnavailableError(
-            f"--scheduler needs Dask ({error}); pip install 'netdecouple[dask]', here and on the workers"
+            f"scheduler= needs Dask ({error}); pip install 'netdecouple[dask]', here and on the workers"
         ) from error
     try:
         client = distributed.Client(address, timeout="10s", set_as_default=False)
-    except Exception as error:  # OSError, ValueError, TimeoutError, as it comes
-        raise UnavailableError(f"--scheduler {address}: nobody answers there ({error})") from error
+    except Exception as error:  # OSError, ValueError or TimeoutError
+        raise UnavailableError(f"scheduler={address}: no scheduler answers there ({error})") from error
     try:
-        found = client.nthreads()
-        if not found:
+        if not client.nthreads():
             raise UnavailableError(
-                f"--scheduler {address}: it has no workers; start some: dask worker {address}"
+                f"scheduler={address}: it has no workers; start some: dask worker {address}"
             )
-
-        def present() -> list[_Lane]:
-            """One lane for each; what is lost with a worker, Dask has another do again."""
-            return [
-                _Lane(client.get_executor(workers=[worker], allow_other_workers=True), worker)
-                for worker in client.nthreads()
-            ]
-
-        with warnings.catch_warnings():  # shards and moments are what is to be sent
+        with warnings.catch_warnings():  # shards and moments are large
             warnings.filterwarnings("ignore", "Sending large graph")
-            yield Workers(present(), len(found), present=present)
+            yield _Dask(client)
     finally:
         client.close()
 
 
 def opened(workers: int | None, scheduler: str | None) -> AbstractContextManager[Workers | None]:
-    """A context of workers, as the command line names them; of none at all if it names none.
+    """Start so many worker processes, or use a scheduler's workers, or none at all.
 
     Raises:
-        UnavailableError: both are named, or they are not to be had.
+        UnavailableError: both are named, or they are not available.
     """
     if workers is not None and scheduler is not None:
-        raise UnavailableError("give --workers or --scheduler, and not both")
+        raise UnavailableError("give workers= or scheduler=, not both")
     if scheduler is not None:
         return dask(scheduler)
     return nullcontext() if workers is None else processes(workers)
-
-
-def same(value: Any) -> Callable[[], Any]:
-    """A recipe that holds the thing itself."""
-    return partial(_same, value)
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -1,22 +1,23 @@
-"""How large an input may be: beyond these sizes it is taken for a mistake, or for malice, and refused.
+"""How large an input may be. A larger one is taken for a mistake, or for malice, and refused.
 
-Each limit is an environment variable, a whole number, that every front door heeds. They never change a
-result: what is within them comes out the same.
+Each limit can be set by an environment variable, a whole number, for the command line and the Python
+functions. Limits never change a result.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from netdecouple.errors import NetDecoupleError
+from netdecouple.errors import NetDecoupleError, PlanError
 
 GB = 10**9
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit, its default, and what it is counted in."""
+    """One limit, its default, and its unit."""
 
     variable: str
     default: int
@@ -24,10 +25,10 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """The limit that holds now.
+        """The limit, as it is set now.
 
         Raises:
-            NetDecoupleError: the variable is set to something else than a positive whole number.
+            NetDecoupleError: the variable is not a positive whole number.
         """
         text = os.environ.get(self.variable)
         if text is None:
@@ -38,18 +39,33 @@ class Limit:
             )
         return int(text[:30])
 
-    def check(self, found: int, what: str, error: type[NetDecoupleError]) -> None:
-        """Raise ``error`` if ``what`` is larger than this limit."""
-        if found > self.value:
+    def check(self, size: int, what: str, error: type[NetDecoupleError]) -> None:
+        """Raise ``error`` if the ``size`` of ``what`` is beyond this limit."""
+        if size > self.value:
             raise error(
-                f"{what} takes {found:,} {self.unit}, the limit is {self.value:,}; "
+                f"{what} takes {size:,} {self.unit}, the limit is {self.value:,}; "
                 f"set {self.variable} if that is meant"
             )
 
 
-MODEL_BYTES = Limit("NETDECOUPLE_MAX_MODEL_BYTES", 32 * GB, "bytes")  # of a model, with the weights beside it
-TENSOR_BYTES = Limit("NETDECOUPLE_MAX_TENSOR_BYTES", 8 * GB, "bytes")  # of one tensor inside the network
+MODEL_BYTES = Limit("NETDECOUPLE_MAX_MODEL_BYTES", 32 * GB, "bytes")  # of a model, external weights included
+TENSOR_BYTES = Limit("NETDECOUPLE_MAX_TENSOR_BYTES", 8 * GB, "bytes")  # of one tensor in the network
 SAMPLE_BYTES = Limit("NETDECOUPLE_MAX_SAMPLE_BYTES", 32 * GB, "bytes")  # of inputs, unpacked and prepared
-PIXELS = Limit("NETDECOUPLE_MAX_PIXELS", 100_000_000, "pixels")  # of one picture
+PIXELS = Limit("NETDECOUPLE_MAX_PIXELS", 100_000_000, "pixels")  # of one image file
 TEXT_BYTES = Limit("NETDECOUPLE_MAX_TEXT_BYTES", 100_000_000, "bytes")  # of a plan or a description
 ALL = (MODEL_BYTES, TENSOR_BYTES, SAMPLE_BYTES, PIXELS, TEXT_BYTES)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file that is not larger than its limit.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        PlanError: it is too large.
+        ValueError: it is not a file, or not UTF-8.
+    """
+    path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder, a device or a pipe")
+    TEXT_BYTES.check(path.stat().st_size, str(path), PlanError)
+    return path.read_text(encoding="utf-8")

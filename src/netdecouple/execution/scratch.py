@@ -1,7 +1,7 @@
-"""Files in the making: temporary folders, and the moment at which a result takes its name.
+"""Temporary folders, and renaming results to their final names.
 
-All of both goes through here, so that a command that is interrupted can clean up, and say what it has
-written, while a thread that nothing can stop is still at work.
+All of both goes through this module, so that an interrupted command can remove what is temporary, and say
+what it has written, while a thread that cannot be stopped is still running.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from pathlib import Path
 
 from netdecouple.errors import OutputError
 
-TRIES = 5  # to remove a folder that somebody is still writing into
+TRIES = 5  # to remove a folder that a thread is still writing into
 
+# Global, because Ctrl-C ends the process from its main thread, which has no reference to what another one
+# opened.
 _lock = threading.Lock()
 _open: weakref.WeakSet[Scratch] = weakref.WeakSet()
 _written: list[Path] = []
 
 
 class Scratch(tempfile.TemporaryDirectory[str]):
-    """A temporary folder; one for what is to be renamed lies ``beside`` its place."""
+    """A temporary folder; put what is to be renamed into one in the ``parent`` of its final place."""
 
-    def __init__(self, beside: Path | None = None) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         with _lock:
-            super().__init__(prefix="netdecouple-" if beside is None else ".netdecouple-", dir=beside)
+            super().__init__(prefix="netdecouple-" if parent is None else ".netdecouple-", dir=parent)
             _open.add(self)
 
 
 @contextmanager
 def publishing(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Rename what makes up one result, all of it or nothing."""
+    """Rename the files of one result within this context: all or none of them if Ctrl-C interrupts."""
     with _lock:
         yield
         _written.append(Path(target))
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Find out before the work, not after it, that a file cannot be written; return where: links stay.
+    """Check before the work that a file can be written; return its real path: symbolic links stay.
 
     Raises:
         OutputError: the folder is missing or not writable, or the path is a folder or a device.
@@ -61,19 +63,19 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    """What to say where the system does not let us write."""
+    """Return the error to raise where the system refuses to write."""
     return OutputError(f"{path}: cannot write there ({error.strerror or error}); choose another place")
 
 
 def forget() -> None:
-    """Begin to count anew what has been written."""
+    """Forget what has been written: a command begins."""
     _written.clear()
 
 
 def abandon() -> list[Path]:
-    """Remove all temporary folders, and tell what has been written; from now on nothing is, ever.
+    """Remove all temporary folders and return what has been written. Writers wait for ever from then on.
 
-    To be called from another thread than the one that writes, before the process is ended.
+    Call it from another thread than those that write, before the process is ended.
     """
     _lock.acquire()
     for folder in list(_open):

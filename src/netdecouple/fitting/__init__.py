@@ -1,1 +1,1 @@
-"""Fit a plan's layers in order, each on what the partly decoupled network gives it."""
+"""Fit a plan's layers in order, each on its inputs in the network as decoupled so far."""

@@ -1,4 +1,4 @@
-"""Carrying a plan out, layer by layer."""
+"""Apply a plan: fit its layers in order and replace each before the next is fitted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, PlanError
 from netdecouple.execution import threads
 from netdecouple.execution.progress import Progress, quiet
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.fitting.ridge import best_ridge, held_back_error
 from netdecouple.fitting.sampling import Inputs
-from netdecouple.fitting.sequential import Targets, Walkers, walkers_for
+from netdecouple.fitting.sequential import SequentialMoments
+from netdecouple.fitting.targets import Targets
 from netdecouple.moments import Moments
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import applicable
@@ -24,37 +25,40 @@ from netdecouple.planning.divergence import rounding
 from netdecouple.planning.eligibility import is_too_wide_to_fit
 from netdecouple.planning.plan import LayerPlan, Plan
 
-JUMPY = 0.5  # relative difference beyond which no rounding is blamed
+MOST = 0.5  # relative difference of outputs that rounding can never explain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A plan carried out: its ranks and ridges are filled in, and every changed layer has its stages."""
+    """A plan that has been applied: with its ranks and ridges, and the stages of every changed layer."""
 
     plan: Plan
     factorizations: dict[str, Factorization]
-    errors: dict[str, float]  # on held-back inputs, relative to the variance of the layer's output
-    samples: dict[str, int]  # fitted on, per layer
-    dependent: dict[str, int] = field(default_factory=dict)  # inputs that the samples cannot tell apart
+    errors: dict[str, float] = field(default_factory=dict)  # see `AppliedLayer`; of layers that were fitted
+    samples: dict[str, int] = field(default_factory=dict)
+    dependent: dict[str, int] = field(default_factory=dict)
 
     @property
     def kernels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Weight (n_o, n_i / groups, kh, kw) and bias (n_o,) that every changed layer stands for now."""
+        """Weight (n_o, n_i / groups, kh, kw) and bias (n_o,) of changed layers as dense convolutions."""
         return {
-            name: (made.dense().astype(np.float32), np.asarray(made.bias, np.float32))
-            for name, made in self.factorizations.items()
+            name: (factorization.dense().astype(np.float32), np.asarray(factorization.bias, np.float32))
+            for name, factorization in self.factorizations.items()
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AppliedLayer:
-    """One layer carried out; its error and number of samples where it was fitted to any."""
+    """One layer's row of the plan, with its ranks and ridge, and its stages.
+
+    The rest is of a layer that was fitted to samples, not to its weights alone.
+    """
 
     row: LayerPlan
     factorization: Factorization
-    error: float | None = None  # relative to the variance of the layer's output
-    samples: int = 0
-    dependent: int = 0  # inputs that the samples cannot tell apart
+    error: float | None = None  # on held-out inputs, relative to the variance of the layer's outputs
+    samples: int = 0  # that it was fitted to
+    dependent: int = 0  # inputs of the layer that are linear combinations of others in these samples
 
 
 def apply(
@@ -63,55 +67,56 @@ def apply(
     plan: Plan,
     progress: Progress = quiet,
     targets: Targets | None = None,
-    resources: Resources = Resources(),
+    run: Run = Run(),
 ) -> Applied:
-    """Fit every chosen layer on what it sees in the network as decoupled so far, against what the
-    original produced at the same places (asymmetric reconstruction, DESIGN §4).
+    """Fit every chosen layer to its inputs in the network as decoupled so far, and to the original's outputs
+    at the same positions (asymmetric reconstruction, see `Targets`).
 
-    Ranks and ridges that the plan already has are kept, so a plan applied twice gives the same network.
-    ``targets`` may have been recorded before, for several plans at once; that changes nothing either.
+    Ranks and ridges that the plan already has are kept, so a plan that is applied twice gives the same
+    network. ``targets`` that were recorded before, for several plans at once, change nothing.
 
     Raises:
-        PlanError: the plan names other layers than the network has, or asks for what a layer cannot be.
-        OutputError: what was found cannot be kept.
+        PlanError: the network has other layers than the plan, or a layer cannot be what the plan says.
+        OutputError: intermediate results cannot be written.
     """
     layers = {layer.name: layer for layer in network.layers}
     if [row.name for row in plan.layers] != list(layers):
         raise PlanError("the plan is for a network of other layers; make it again for this model")
-    checked = []
+    rows = []
     for row in plan.layers:
         _check_row(row, layers[row.name])
-        known = plan.data_free or row.data_free
-        blind = row.changed and (known or is_too_wide_to_fit(layers[row.name], resources))
-        checked.append(replace(row, data_free=blind))
-    plan = replace(plan, layers=tuple(checked))
-    kept = resources.checkpoint
-    key = kept.key("applied", plan.to_json())
-    changed = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
-    made: dict[str, AppliedLayer] = {}
-    with walkers_for(network, inputs, plan, targets, resources, progress) as walkers:
+        data_free = plan.data_free or row.data_free
+        data_free = row.changed and (data_free or is_too_wide_to_fit(layers[row.name], run.memory))
+        rows.append(replace(row, data_free=data_free))
+    plan = replace(plan, layers=tuple(rows))
+    key = run.checkpoint.key("applied", plan.to_json())
+    entries = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
+    applied: dict[str, AppliedLayer] = {}
+    with SequentialMoments(network, inputs, plan, run, targets, progress) as sequential:
         for row in plan.layers:
             if not row.changed:
                 continue
-            own = kept.load(changed[row.name], AppliedLayer)
-            if own is None:
-                own = _applied(row, layers[row.name], walkers, plan.uniform_rank)
-                kept.save(changed[row.name], own)
-            walkers.replace(row.name, own.factorization)
-            made[row.name] = own
-            progress("Decoupling layers", len(made), len(changed))
-    rows = tuple(made[row.name].row if row.changed else row for row in plan.layers)
+            layer = run.checkpoint.load(entries[row.name], AppliedLayer)
+            if layer is None:
+                layer = _applied(row, layers[row.name], sequential, plan.uniform_rank)
+                run.checkpoint.save(entries[row.name], layer)
+            sequential.replace(row.name, layer.factorization)
+            applied[row.name] = layer
+            progress("Decoupling layers", len(applied), len(entries))
+    fitted = {name: layer for name, layer in applied.items() if layer.error is not None}
     return Applied(
-        replace(plan, layers=rows),
-        {name: own.factorization for name, own in made.items()},
-        {name: own.error for name, own in made.items() if own.error is not None},
-        {name: own.samples for name, own in made.items() if own.error is not None},
-        {name: own.dependent for name, own in made.items() if own.error is not None},
+        plan=replace(
+            plan, layers=tuple(applied[row.name].row if row.changed else row for row in plan.layers)
+        ),
+        factorizations={name: layer.factorization for name, layer in applied.items()},
+        errors={name: layer.error for name, layer in fitted.items() if layer.error is not None},
+        samples={name: layer.samples for name, layer in fitted.items()},
+        dependent={name: layer.dependent for name, layer in fitted.items()},
     )
 
 
 def _check_row(row: LayerPlan, layer: Layer) -> None:
-    """Refuse what cannot be carried out, before any work."""
+    """Check before any work that a row can be applied to its layer."""
     if not row.changed:
         return
     if layer.geometry is None or layer.reason:
@@ -128,71 +133,82 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
 
 
 def _applied_data_free(row: LayerPlan, layer: Layer, uniform: bool) -> AppliedLayer:
+    """Fit one layer to its weights alone."""
     assert layer.geometry is not None
     problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
     with threads.for_unknowns(problem.weight.shape[2]):
-        fitted, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
-    return AppliedLayer(replace(row.with_steps(steps), data_free=True), fitted.astype(np.float32))
+        factorization, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
+    row = replace(row.with_steps(steps), data_free=True)
+    return AppliedLayer(row=row, factorization=factorization.astype(np.float32))
 
 
-def _applied(row: LayerPlan, layer: Layer, walkers: Walkers, uniform: bool) -> AppliedLayer:
-    """Fit one layer to what it sees behind those that have been changed so far."""
+def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, uniform: bool) -> AppliedLayer:
+    """Fit one layer to its inputs behind the layers that have been replaced so far."""
     assert layer.geometry is not None
     if row.data_free:
         return _applied_data_free(row, layer, uniform)
-    look = walkers.look(layer.name)
-    fitted, held_back = look.moments.fitted, look.moments.held_back
-    if not (fitted.count and held_back.count):  # no sample runs it: its weights are all there is
+    collected = sequential.collect(layer.name)
+    fitted, held_back = collected.moments.fitted, collected.moments.held_back
+    if not (fitted.count and held_back.count):  # no sample runs this layer
         return _applied_data_free(row, layer, uniform)
     problem = Problem.of(layer.geometry, layer.weight, fitted)
     with threads.for_unknowns(problem.weight.shape[2]):
-        row, regular = _with_ridge(row, problem, held_back, uniform)
-        exact, steps = method(row.family, uniform).fit(regular, row.steps)
-        row, made = row.with_steps(steps), exact.astype(np.float32)
-    error = held_back_error(problem, held_back, made)
-    relative = error / max(look.variance, np.finfo(float).tiny)
-    return AppliedLayer(row, made, relative, fitted.count, fitted.dependent)
+        row, regularized = _with_ridge(row, problem, held_back, uniform)
+        exact, steps = method(row.family, uniform).fit(regularized, row.steps)
+        factorization = exact.astype(np.float32)
+    error = held_back_error(problem, held_back, factorization)
+    return AppliedLayer(
+        row=row.with_steps(steps),
+        factorization=factorization,
+        error=error / max(collected.variance, np.finfo(float).tiny),
+        samples=fitted.count,
+        dependent=fitted.dependent,
+    )
 
 
 def _with_ridge(
     row: LayerPlan, problem: Problem, held_back: Moments, uniform: bool
 ) -> tuple[LayerPlan, Problem]:
-    """Choose the ridge on held-back inputs, unless the plan says it, and pose the problem with it."""
+    """Choose the ridge by the held-out error, unless the plan has one, and regularise the problem with it."""
     if row.ridge:
         return row, problem.regularized(row.ridge)
 
     def quick(p: Problem) -> Factorization:
         return method(row.family, uniform, rounds=1).fit(p, row.steps)[0]
 
-    ridge, regular = best_ridge(problem, held_back, quick)
-    return replace(row, ridge=ridge), regular
+    ridge, regularized = best_ridge(problem, held_back, quick)
+    return replace(row, ridge=ridge), regularized
 
 
 def difference(
-    network: Network, applied: Applied, images: Images, made: Sequence[Array], tolerance: float
+    network: Network, applied: Applied, images: Images, outputs: Sequence[Array], tolerance: float
 ) -> float:
-    """How far the outputs of what was made are from those of the composed dense kernels, relative to them.
+    """Check the outputs of the network that was built from a plan against the plan's own arithmetic.
 
-    Ranked boxes and names of classes jump where anything is rounded otherwise; they may be as far off
-    as a hundredth of the tolerance in the kernels takes them, twice.
+    The reference is the original network with the dense convolutions that the factorizations equal. Outputs
+    like ranked boxes or class indices change by whole steps when anything is rounded differently. So a
+    difference beyond the tolerance is accepted if it is at most twice what noise of a hundredth of the
+    tolerance in these convolutions causes.
+
+    Returns:
+        The largest difference, relative to the reference.
 
     Raises:
-        ModelError: they are further off than rounding explains.
+        ModelError: the outputs differ by more than rounding explains.
     """
-    plain = network.run(images, applied.kernels)
-    worst = rounding(plain, made)
-    if worst > tolerance and worst > min(2 * _jump(network, applied, images, plain, tolerance / 100), JUMPY):
-        raise ModelError(
-            f"what was made of the network differs from its own plan by {worst:.1e}; please report this model"
-        )
-    return worst
-
-
-def _jump(network: Network, applied: Applied, images: Images, plain: Sequence[Array], noise: float) -> float:
-    """How far noise of this size in the kernels takes the outputs."""
+    reference = network.run(images, applied.kernels)
+    worst = rounding(reference, outputs)
+    if worst <= tolerance:
+        return worst
     rng = np.random.default_rng(0)
-    nudged = {
+    noise = tolerance / 100
+    noisy = {
         name: ((weight * (1 + noise * rng.standard_normal(weight.shape))).astype(np.float32), bias)
         for name, (weight, bias) in applied.kernels.items()
     }
-    return rounding(plain, network.run(images, nudged))
+    if worst > min(2 * rounding(reference, network.run(images, noisy)), MOST):
+        raise ModelError(
+            f"the outputs of the decoupled network differ from those of its own plan by {worst:.1e}; "
+            "please report this model"
+        )
+    return worst

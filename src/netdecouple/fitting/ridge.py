@@ -1,4 +1,4 @@
-"""How far to pull a fit towards the original weight, decided on samples it has not seen."""
+"""How far a fit is pulled towards the original weight, chosen by the error on held-out inputs."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from netdecouple.families import Problem
 from netdecouple.moments import Moments
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-START = 3
+START = 3  # index of the first ridge tried
 EXACT = 1e-12  # of the variance: a smaller error is rounding, and no other ridge can be better
-WORTH = 0.99  # a step must bring the error below this share, or it follows noise
+STEP = 0.99  # a step along the grid must reduce the error to this share; smaller gains are noise
 
 
 def held_back_error(problem: Problem, held_back: Moments, factorization: Factorization) -> float:
-    """Mean squared error per sample, over all outputs, on moments the fit has not seen."""
+    """Return the mean squared error per sample, summed over outputs, on moments that were not fitted to."""
     g, stages = problem.geometry, factorization.stages
     assert factorization.bias is not None
     bias = factorization.bias.reshape(g.groups, -1)
-    if g.is_pointwise and g.groups == 1 and len(stages) == 2:  # far less work through the narrow middle
-        narrow, wide = stages[0].dense(g.n_i), stages[1].dense(stages[0].geometry.n_o)
-        return held_back.mapped(narrow[None, :, :, 0, 0]).mean_squared_error(wide[None, :, :, 0, 0], bias)
+    if g.is_pointwise and g.groups == 1 and len(stages) == 2:  # far cheaper between the stages
+        inner, outer = stages[0].dense(g.n_i), stages[1].dense(stages[0].geometry.n_o)
+        return held_back.mapped(inner[None, :, :, 0, 0]).mean_squared_error(outer[None, :, :, 0, 0], bias)
     return held_back.mean_squared_error(factorization.dense().reshape(problem.weight.shape), bias)
 
 
 def best_ridge(
     problem: Problem, held_back: Moments, fit: Callable[[Problem], Factorization]
 ) -> tuple[float, Problem]:
-    """Walk down the grid of ridges from its middle until the held-back error rises again.
+    """Search the grid of ridges from its middle, in one direction, until the held-out error rises.
 
-    The problem with that ridge comes back too, with what fitting it has already worked out.
+    Returns:
+        The ridge, and the problem regularised with it, which caches what fitting it has computed.
     """
 
-    def tried(i: int) -> tuple[float, Problem]:
-        regular = problem.regularized(RIDGES[i])
-        return held_back_error(problem, held_back, fit(regular)), regular
+    def evaluate(i: int) -> tuple[float, Problem]:
+        regularized = problem.regularized(RIDGES[i])
+        return held_back_error(problem, held_back, fit(regularized)), regularized
 
-    at, (least, best) = START, tried(START)
+    best, (least, best_problem) = START, evaluate(START)
     for step in (1, -1):
-        while 0 <= at + step < len(RIDGES):
-            error, regular = tried(at + step)
-            if not error < WORTH * least or least <= EXACT * held_back.variance:
+        while 0 <= best + step < len(RIDGES):
+            error, regularized = evaluate(best + step)
+            if not error < STEP * least or least <= EXACT * held_back.variance:
                 break
-            at, least, best = at + step, error, regular
-        if at != START:
+            best, least, best_problem = best + step, error, regularized
+        if best != START:
             break
-    return RIDGES[at], best
+    return RIDGES[best], best_problem

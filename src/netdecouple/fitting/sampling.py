@@ -1,4 +1,4 @@
-"""Which images are fitted on, which are held back, and which output positions of a layer are looked at."""
+"""Which inputs are fitted to, which are held out, and which output positions of a layer are sampled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from netdecouple.errors import CalibrationError
 from netdecouple.moments import Moments
 from netdecouple.network import Array, Images, Layer
 
-HELD_BACK = 5  # one image in so many is never fitted on
-ROWS = 50_000  # samples per layer, where they are cheap …
-FLOPS = 2.7e11  # … and the work per layer they may cost where they are not
+HELD_BACK = 5  # one input in so many is held out
+ROWS = 50_000  # samples per layer at most
+FLOPS = 2.7e11  # multiply-adds of a layer's moments at most, beyond 4 samples per unknown
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Calibration images, shuffled once: those that are fitted on first, those held back last."""
+    """Calibration inputs, shuffled once: first those that are fitted to, then those that are held out."""
 
     images: Images
     fitted: int
@@ -27,10 +27,10 @@ class Inputs:
 
     @classmethod
     def split(cls, images: Images, seed: int, fingerprint: str | None = None) -> Inputs:
-        """Shuffle and hold back a fifth. Without a ``fingerprint`` it is the numbers' hash.
+        """Shuffle the inputs and hold out a fifth. The default ``fingerprint`` is a hash of their values.
 
         Raises:
-            CalibrationError: fewer than ten images.
+            CalibrationError: there are fewer than ten inputs.
         """
         if len(images) < 10:
             raise CalibrationError(
@@ -45,22 +45,23 @@ class Inputs:
         return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
 
     def shard(self, part: slice) -> Inputs:
-        """Some of the inputs, in their order."""
+        """Return a part of the inputs, in their order."""
         images = self.images[part]
         return Inputs(images, int(np.clip(self.fitted - part.start, 0, len(images))), self.fingerprint)
 
     @property
     def held_back(self) -> Images:
+        """The held-out inputs."""
         return self.images[self.fitted :]
 
 
 def shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """Where every one of the shuffled images stood before."""
+    """Return the index that each of the shuffled inputs had before."""
     return np.random.default_rng(seed).permutation(count)
 
 
 def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
-    """Draw output positions of a layer, spread evenly over each image's map: (images, p)."""
+    """Draw p flat output positions of a layer for each image, evenly spread over the map: (images, p)."""
     assert layer.geometry is not None
     d = layer.geometry.unknowns
     pixels = int(np.prod(layer.output_size))
@@ -74,7 +75,7 @@ def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Split:
-    """Moments of one layer, to fit on and to judge by."""
+    """Moments of one layer on the inputs that are fitted to, and on the held-out inputs."""
 
     fitted: Moments
     held_back: Moments
@@ -86,66 +87,67 @@ class Split:
 
 
 class SplitMoments:
-    """Moments of one layer on the images fitted on, and on those held back.
+    """Adds up moments of one layer, on the inputs that are fitted to and on the held-out inputs.
 
-    Samples are gathered until there are as many as unknowns: one product of tall matrices costs far
-    less than many of flat ones, and what waits never takes more memory than the moments themselves.
+    Samples are buffered until there are as many as unknowns: one product of tall matrices costs far less than
+    many products of flat ones, and the buffer never takes more memory than the moments themselves.
     """
 
     def __init__(self, layer: Layer, inputs: Inputs) -> None:
-        g = layer.geometry
-        assert g is not None
+        groups, d, m = _sizes(layer)
         self._cut = inputs.fitted
-        self._size = g.unknowns
-        shape = (g.groups, self._size, g.n_o // g.groups)
-        self._sides = (Moments.empty(*shape), Moments.empty(*shape))
-        self._waiting: tuple[list[tuple[Array, Array]], ...] = ([], [])
+        self._unknowns = d
+        self._moments = (Moments.empty(groups, d, m), Moments.empty(groups, d, m))
+        self._buffers: tuple[list[tuple[Array, Array]], ...] = ([], [])
 
     @staticmethod
     def nbytes(layer: Layer) -> int:
-        """Memory that a layer's moments take, waiting samples included."""
-        g = layer.geometry
-        assert g is not None
-        d, m = g.unknowns, g.n_o // g.groups
-        return 2 * 8 * g.groups * d * (d + m) + 2 * 4 * g.groups * d * (d + m)
+        """Return the memory that a layer's moments take, with the buffer."""
+        groups, d, m = _sizes(layer)
+        return 2 * 8 * groups * d * (d + m) + 2 * 4 * groups * d * (d + m)
 
     @staticmethod
     def fit_bytes(layer: Layer) -> int:
-        """Memory that fitting a layer takes at its worst, moments included: measured, in Gram matrices."""
-        g = layer.geometry
-        assert g is not None
-        d, m = g.unknowns, g.n_o // g.groups
-        return int(8.5 * 8 * g.groups * d * (d + m))
+        """Return the peak memory of fitting a layer, with its moments: 8.5 Gram matrices, measured."""
+        groups, d, m = _sizes(layer)
+        return int(8.5 * 8 * groups * d * (d + m))
 
     @property
     def both(self) -> Split:
-        """Both, together."""
+        """The moments of all samples so far."""
         return Split(self.fitted, self.held_back)
 
     @property
     def fitted(self) -> Moments:
-        """Moments to fit on."""
+        """Moments on the inputs that are fitted to."""
         return self._flushed(0)
 
     @property
     def held_back(self) -> Moments:
-        """Moments that no fit has seen."""
+        """Moments on the held-out inputs."""
         return self._flushed(1)
 
     def add(self, batch: slice, x: Array, y: Array) -> None:
-        """Add a batch of images' samples, x (n · p, groups, d) and y (n · p, n_o), each to its own side."""
+        """Add the samples of a batch of images: patches x (n · p, groups, d) and targets y (n · p, n_o)."""
         y = y.reshape(len(x), x.shape[1], -1)
         images = batch.stop - batch.start
         cut = int(np.clip(self._cut - batch.start, 0, images)) * len(x) // images
         for side, rows in enumerate((slice(0, cut), slice(cut, len(x)))):
-            # copies: a frontend's arrays may be parts of larger ones, which would be kept too
-            self._waiting[side].append((x[rows].copy(), y[rows].copy()))
-            if sum(len(waiting) for waiting, _ in self._waiting[side]) >= self._size:
+            # copies, because a frontend's arrays may be views, and would keep the larger arrays in memory
+            self._buffers[side].append((x[rows].copy(), y[rows].copy()))
+            if sum(len(samples) for samples, _ in self._buffers[side]) >= self._unknowns:
                 self._flushed(side)
 
     def _flushed(self, side: int) -> Moments:
-        waiting = self._waiting[side]
-        if sum(len(x) for x, _ in waiting):
-            self._sides[side].add(*(np.concatenate(parts) for parts in zip(*waiting, strict=True)))
-        waiting.clear()
-        return self._sides[side]
+        buffer = self._buffers[side]
+        if sum(len(samples) for samples, _ in buffer):
+            self._moments[side].add(*(np.concatenate(parts) for parts in zip(*buffer, strict=True)))
+        buffer.clear()
+        return self._moments[side]
+
+
+def _sizes(layer: Layer) -> tuple[int, int, int]:
+    """Return a layer's groups, unknowns per output d, and outputs per group m."""
+    g = layer.geometry
+    assert g is not None
+    return g.groups, g.unknowns, g.n_o // g.groups

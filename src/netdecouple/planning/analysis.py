@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from netdecouple.execution import threads
-from netdecouple.execution.executors import Common, each, same
+from netdecouple.execution.executors import Shared
 from netdecouple.execution.progress import Progress, quiet
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import LayerCandidates, candidates
-from netdecouple.planning.collection import MomentCollector, groups_of, network_key
+from netdecouple.planning.collection import MomentCollector, groups_of
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.eligibility import is_too_wide_to_fit, kept_reasons
 from netdecouple.planning.sensitivity import (
@@ -56,7 +56,7 @@ def analyze(
     inputs: Inputs,
     settings: Settings,
     progress: Progress = quiet,
-    resources: Resources = Resources(),
+    run: Run = Run(),
 ) -> Analysis:
     """Evaluate the candidates of every layer that may change: their errors, and their effect on the outputs.
 
@@ -64,23 +64,18 @@ def analyze(
         ModelError: activations are NaN or Inf, or there is nothing to decouple.
         OutputError: the work folder cannot be written.
     """
-    reasons = kept_reasons(network.layers, settings, resources)
+    reasons = kept_reasons(network.layers, settings, run.memory)
     layers = [la for la in network.layers if la.name not in reasons]
     original = OriginalOutputs(network, inputs, layers)
     held_out = len(inputs.held_back)
-    loss = resources.checkpoint.once(
-        "loss", str, lambda: loss_kind(original.outputs, held_out, settings.loss)
-    )
+    loss = run.checkpoint.once("loss", str, lambda: loss_kind(original.outputs, held_out, settings.loss))
     macs = sum(layer.macs for layer in network.layers)
     probes, samples = probe_counts(len(layers), macs, held_out, loss)
-    shown = Common(
-        f"{samples} outputs, seed {settings.seed}, {network_key(network, inputs, resources)}",
-        lambda: original.probe_samples(samples),
-        lambda: same(original.probe_samples(samples)),
-    )
     collector = MomentCollector(
-        network=network, inputs=inputs, seed=settings.seed, resources=resources, progress=progress
+        network=network, inputs=inputs, seed=settings.seed, run=run, progress=progress
     )
+    key = f"{samples} outputs, seed {settings.seed}, {collector.shared.key}"
+    shown = Shared(key, lambda: original.probe_samples(samples))
     evaluated: dict[str, EvaluatedLayer] = {}
     for layer in _evaluated(collector, layers, shown, (settings, probes, loss)):
         name = layer.candidates.layer
@@ -101,14 +96,14 @@ def analyze(
 
 
 def _evaluated(
-    collector: MomentCollector, layers: Sequence[Layer], shown: Common, options: tuple[Settings, int, Loss]
+    collector: MomentCollector, layers: Sequence[Layer], shown: Shared, options: tuple[Settings, int, Loss]
 ) -> Iterator[EvaluatedLayer]:
     """Evaluate layers in groups, so that the moments in memory at one time are bounded."""
-    settings, resources = options[0], collector.resources
-    checkpoint, workers = resources.checkpoint, resources.workers
+    settings, run = options[0], collector.run
+    checkpoint = run.checkpoint
     entry = {layer.name: f"evaluated-{index:04}" for index, layer in enumerate(layers)}
-    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, resources)}
-    groups = [layers] if settings.data_free else groups_of(layers, blind, resources.moment_bytes)
+    blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, run.memory)}
+    groups = [layers] if settings.data_free else groups_of(layers, blind, run.memory.moment_bytes)
     for index, group in enumerate(groups):
         missing = []
         for layer in group:
@@ -121,10 +116,13 @@ def _evaluated(
         moments: dict[str, Split] = {}
         if any(la in missing for la in with_moments):
             moments = collector.collect(with_moments, f"moments-{index:04}")
-        if workers is not None:  # the longest tasks first, so that none of them is alone at the end
+        if run.workers is not None:  # the longest tasks first, so that none of them is alone at the end
             missing.sort(key=SplitMoments.fit_bytes, reverse=True)
-        tasks = ((layer.name, moments.pop(layer.name, None), *options) for layer in missing)
-        for evaluated in each(workers, _evaluate, (collector.common, shown), tasks, ordered=False):
+        tasks = (
+            (collector.shared, shown, layer.name, moments.pop(layer.name, None), *options)
+            for layer in missing
+        )
+        for evaluated in run.map(_evaluate, tasks, ordered=False):
             checkpoint.save(entry[evaluated.candidates.layer], evaluated)
             yield evaluated
         checkpoint.drop(f"moments-{index:04}")

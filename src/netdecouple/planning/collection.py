@@ -5,28 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
-from netdecouple.execution.executors import Common, each
+from netdecouple.execution.executors import Shared
 from netdecouple.execution.progress import Progress, quiet
-from netdecouple.execution.run import Resources
+from netdecouple.execution.run import Run
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Layer, Network
 
 STEP = "Collecting moments"  # name of this step in progress reports
 
 
-def network_key(network: Network, inputs: Inputs, resources: Resources) -> str:
-    """Return a hash that identifies a network as it is opened for some inputs."""
+def shared_network(network: Network, inputs: Inputs) -> Shared:
+    """Return the network as an argument of tasks; its key is of the network as opened for these inputs."""
     layers = [(la.name, la.reason, la.size) for la in network.layers]
-    return hashlib.sha256(
-        repr([network.fingerprint, inputs.fingerprint, resources.memory, layers]).encode()
-    ).hexdigest()
-
-
-def common_network(network: Network, inputs: Inputs, resources: Resources) -> Common:
-    """Return the network in the form in which all workers share it."""
-    return Common(network_key(network, inputs, resources), lambda: network, network.recipe)
+    identity = [network.fingerprint, inputs.fingerprint, network.memory.in_worker, layers]
+    return Shared(hashlib.sha256(repr(identity).encode()).hexdigest(), lambda: network)
 
 
 @dataclass(frozen=True)
@@ -44,26 +38,25 @@ class MomentCollector:
     network: Network
     inputs: Inputs
     seed: int
-    resources: Resources
+    run: Run
     progress: Progress
 
     @cached_property
-    def common(self) -> Common:
-        """The network, as workers share it."""
-        return common_network(self.network, self.inputs, self.resources)
+    def shared(self) -> Shared:
+        """The network, as an argument of tasks."""
+        return shared_network(self.network, self.inputs)
 
     def collect(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
         """Return the moments of some layers; checkpoint ``entry`` holds those of the shards that are done."""
-        checkpoint, inputs, count = self.resources.checkpoint, self.inputs, len(self.inputs.images)
-        shards, workers = self.resources.shards_of(count), self.resources.workers
-        names = tuple(layer.name for layer in layers)
+        checkpoint, inputs, count = self.run.checkpoint, self.inputs, len(self.inputs.images)
+        shards, names = self.run.parts(count), tuple(layer.name for layer in layers)
+        progress = self.progress if self.run.workers is None else quiet
         collected: CollectedMoments = checkpoint.load(entry, CollectedMoments) or CollectedMoments(0, {})
         tasks = (
-            (inputs.shard(shard), shard.start, count, names, self.seed)
+            (self.shared, inputs.shard(shard), shard.start, count, names, self.seed, progress)
             for shard in shards[collected.shards :]
         )
-        work = partial(_collect_shard, progress=self.progress) if workers is None else _collect_shard
-        for moments in each(workers, work, (self.common,), tasks):
+        for moments in self.run.map(_collect_shard, tasks):
             if collected.shards:
                 for name, total in collected.moments.items():
                     total.absorb(moments[name])
@@ -81,7 +74,7 @@ def _collect_shard(
     total: int,
     names: Sequence[str],
     seed: int,
-    progress: Progress = quiet,
+    progress: Progress,
 ) -> dict[str, Split]:
     """Return moments of the named layers over one shard, which starts at input ``start`` of ``total``."""
     layers = [layer for layer in network.layers if layer.name in names]

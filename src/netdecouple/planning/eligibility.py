@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from netdecouple.errors import ModelError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.fitting.sampling import SplitMoments
 from netdecouple.network import Layer
 from netdecouple.planning.candidates import LARGE, applicable, smallest, suitable
@@ -17,9 +17,7 @@ EXCLUDED = "excluded"  # the reason of layers that the user names
 LEAST_RETURN = 0.1  # least ratio of a wide layer's share of the network to its share of the fitting work
 
 
-def kept_reasons(
-    layers: Sequence[Layer], settings: Settings, resources: Resources = Resources()
-) -> dict[str, str]:
+def kept_reasons(layers: Sequence[Layer], settings: Settings, memory: Memory = Memory()) -> dict[str, str]:
     """Return the reason for every layer that is kept before any planning, by the layer's name.
 
     Raises:
@@ -30,7 +28,7 @@ def kept_reasons(
             raise ModelError(
                 f"exclude={pattern!r} matches no layer; `netdecouple inspect` lists the names of all layers"
             )
-    reasons = {layer.name: _reason(layer, settings, resources) for layer in layers}
+    reasons = {layer.name: _reason(layer, settings, memory) for layer in layers}
     reasons = {name: reason for name, reason in reasons.items() if reason}
     if settings.procedure != "rule" and not settings.data_free:
         reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
@@ -42,7 +40,7 @@ def kept_reasons(
     return reasons
 
 
-def _reason(layer: Layer, settings: Settings, resources: Resources) -> str:
+def _reason(layer: Layer, settings: Settings, memory: Memory) -> str:
     """Return why a layer is kept, or an empty string."""
     if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in settings.exclude):
         return EXCLUDED
@@ -52,7 +50,7 @@ def _reason(layer: Layer, settings: Settings, resources: Resources) -> str:
         return "too small: nothing costs less than the layer itself"
     if (layer.is_linear or layer.upsamples) and not suitable(layer, settings.methods, settings.rule):
         return f"only {' or '.join(applicable(layer))} would do, which is not asked for"
-    size, limit = SplitMoments.nbytes(layer), resources.row_bytes
+    size, limit = SplitMoments.nbytes(layer), memory.row_bytes
     # one sample per input does not justify the memory; convolutions of the same width have many
     if not settings.data_free and layer.output_size == (1, 1) and size > limit:
         return f"too wide: the moments of its inputs take {size / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB"
@@ -75,6 +73,6 @@ def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict
     return reasons
 
 
-def is_too_wide_to_fit(layer: Layer, resources: Resources) -> bool:
+def is_too_wide_to_fit(layer: Layer, memory: Memory) -> bool:
     """Return whether a layer is fitted from its weights alone because memory does not suffice."""
-    return SplitMoments.fit_bytes(layer) > resources.fit_bytes
+    return SplitMoments.fit_bytes(layer) > memory.fit_bytes

@@ -57,7 +57,7 @@ class Cache:
         self._times |= times
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with Scratch(beside=self.path.parent) as folder:
+            with Scratch(parent=self.path.parent) as folder:
                 partial = Path(folder) / self.path.name
                 partial.write_text(json.dumps(self._times, indent=0, sort_keys=True), encoding="utf-8")
                 os.replace(partial, self.path)

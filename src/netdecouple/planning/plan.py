@@ -11,6 +11,7 @@ import numpy as np
 
 from netdecouple import records
 from netdecouple.errors import PlanError
+from netdecouple.execution import limits
 from netdecouple.families.chain import Step
 from netdecouple.network import Layer
 from netdecouple.planning.cost import Costs
@@ -158,7 +159,7 @@ class Plan:
             PlanError: the file cannot be read, or `from_json` refuses its text.
         """
         try:
-            text = records.read_text(path)
+            text = limits.read_text(path)
         except PlanError:  # it is too large
             raise
         except (OSError, ValueError) as error:

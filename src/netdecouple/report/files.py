@@ -61,7 +61,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     target = check_writable(path)
     try:
-        with Scratch(beside=target.parent) as folder:
+        with Scratch(parent=target.parent) as folder:
             partial = Path(folder) / target.name
             # file names in the text may hold bytes that are not Unicode
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")

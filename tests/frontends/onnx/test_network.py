@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 import netdecouple
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, OutputError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.families import Problem, nd
 from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
@@ -378,11 +378,10 @@ def test_a_walk_takes_local_functions():
     assert_same(walk.outputs(), network.run(images), 1e-3)
 
 
-def test_a_walk_spills_to_disk(monkeypatch: pytest.MonkeyPatch):
+def test_a_walk_spills_to_disk():
     """What memory should not hold is held in files, and the outputs stay."""
-    monkeypatch.setattr(Resources, "store_bytes", 10_000)
-    network = opened(networks.residual())
     images = images_for(networks.residual(), 40)
+    network = OnnxNetwork(read_model(networks.residual()), images, Memory(store_bytes=10_000))
     walk = network.walk(images)
     for name, where in positions_of(network, 40).items():
         list(walk.observe(name, where))
@@ -564,7 +563,7 @@ def test_with_little_memory_weights_are_read_from_a_file(
     """Outputs, what layers see, and replaced kernels are the same as without."""
     monkeypatch.setattr("netdecouple.frontends.onnx.external.SMALL", 64)
     images = images_for(model)
-    plain, lean = (OnnxNetwork(read_model(model), images, r) for r in (Resources(), Resources(memory="1GB")))
+    plain, lean = (OnnxNetwork(read_model(model), images, r) for r in (Memory(), Memory(limit=10**9)))
     assert any(t.external_data for t in lean._proto.graph.initializer)
     assert_same(lean.run(images), plain.run(images), 1e-6)
     layer = can_change(plain)[0]
@@ -578,7 +577,7 @@ def test_with_little_memory_weights_are_read_from_a_file(
 
 def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
     model = networks.classifier()
-    network = OnnxNetwork(read_model(model), images_for(model), Resources(memory="1GB"))
+    network = OnnxNetwork(read_model(model), images_for(model), Memory(limit=10**9))
 
     def full(tensor: onnx.TensorProto) -> np.ndarray:
         raise OSError(28, "No space left on device")

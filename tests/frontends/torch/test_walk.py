@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import netdecouple  # noqa: E402
 from netdecouple import Settings  # noqa: E402
 from netdecouple.convolution import Factorization  # noqa: E402
 from netdecouple.errors import ModelError  # noqa: E402
-from netdecouple.execution.run import Resources  # noqa: E402
+from netdecouple.execution.memory import Memory  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.fitting.sampling import sample_positions  # noqa: E402
@@ -75,10 +76,9 @@ def samples(module: Any, x: Any) -> Samples:
 
 
 @pytest.fixture(params=[1, 4, 128])
-def network(request: Any, module: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> TorchNetwork:
+def network(request: Any, module: Any, samples: Samples) -> TorchNetwork:
     """In batches of several sizes."""
-    monkeypatch.setattr(Resources, "batch_bytes", request.param * 16 * 8 * 64)
-    opened = TorchNetwork(module, samples)
+    opened = TorchNetwork(module, samples, memory=Memory(batch_bytes=request.param * 16 * 8 * 64))
     assert len(opened.batches(12)) == -(-12 // request.param)
     return opened
 
@@ -109,11 +109,9 @@ def seen_again(
 
 
 @pytest.mark.parametrize("held", [1 << 30, 0])
-def test_sees_what_running_again_would_show(
-    network: TorchNetwork, samples: Samples, held: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_sees_what_running_again_would_show(network: TorchNetwork, samples: Samples, held: int):
     """Inputs and shortcuts, layer after layer, whether passes wait or are given up and begun again."""
-    monkeypatch.setattr(Resources, "store_bytes", held)
+    network.memory = replace(network.memory, store_bytes=held)
     walk = network.walk(samples)
     done: dict[str, Factorization] = {}
     for layer in network.layers:
@@ -249,7 +247,7 @@ def test_the_last_reference_may_be_dropped_in_a_pass(samples: Samples):
 @pytest.mark.parametrize("batch", [1, 3, 128])
 def test_layers_that_not_every_batch_runs(module: Any, x: Any, batch: int, monkeypatch: pytest.MonkeyPatch):
     """They are fitted where original and decoupled network both run them, whatever the batches."""
-    monkeypatch.setattr(Resources, "batch_bytes", batch * 16 * 8 * 64)
+    monkeypatch.setattr(Memory, "within", lambda *_: Memory(batch_bytes=batch * 16 * 8 * 64))
     settings = Settings(rule=Rule("nd-dp", "share", 0.5))
     new = netdecouple.decouple(module, x, settings=settings)
     assert {row.name: row.changed for row in new.decoupling.plan.layers}["bright"]

@@ -496,7 +496,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """
     target = check_writable(path)
     try:
-        with Scratch(beside=target.parent) as folder:
+        with Scratch(parent=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
             if size_of(proto) < PROTOBUF_LIMIT:

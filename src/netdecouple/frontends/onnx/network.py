@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from onnx import helper, numpy_helper
 from netdecouple import runtimes
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
-from netdecouple.execution.memory import ArrayStore
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
 from netdecouple.frontends.onnx.external import Lean
 from netdecouple.frontends.onnx.fallback import add_fallbacks
@@ -39,9 +37,9 @@ class OnnxNetwork:
     ``sample`` (n, c, h, w) is run once to learn every layer's shapes.
     """
 
-    def __init__(self, model: OnnxModel, sample: Array, resources: Resources = Resources()) -> None:
+    def __init__(self, model: OnnxModel, sample: Array, memory: Memory = Memory()) -> None:
         self.model = model
-        self.resources = resources
+        self.memory = memory
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
         self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
@@ -62,9 +60,9 @@ class OnnxNetwork:
     def _lean(self) -> Lean | None:
         """The model with its weights in a file, where copies of them would take too much memory."""
         large = size_of(self.model.proto) >= PROTOBUF_LIMIT
-        if self.resources.memory is None and not large:
+        if self.memory.limit is None and not large:
             return None
-        return Lean(self.model.proto, self.resources.checkpoint.scratch)
+        return Lean(self.model.proto, self.memory.scratch)
 
     @property
     def _proto(self) -> onnx.ModelProto:
@@ -85,7 +83,7 @@ class OnnxNetwork:
             (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
         )
         step = self.model.batch or int(
-            np.clip(self.resources.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
+            np.clip(self.memory.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
         )
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
@@ -128,7 +126,7 @@ class OnnxNetwork:
         """Return every output of another model with this one's input and outputs."""
         if self._lean is None:
             return self._run(open_session(model), images)
-        lean = Lean(model, self.resources.checkpoint.scratch)
+        lean = Lean(model, self.memory.scratch)
         return self._run(lean.opened(lean.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
@@ -241,19 +239,21 @@ class OnnxNetwork:
     def _constants(self) -> dict[str, onnx.TensorProto]:
         return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
 
-    def recipe(self) -> Callable[[], OnnxNetwork]:
-        """Make the same network in another process.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the same network where it is unpickled.
 
         Raises:
             ModelError: it is too large to be sent.
         """
         if size_of(self.model.proto) >= PROTOBUF_LIMIT:
-            raise ModelError(f"{self.model.origin}: models above 2 GB are not sent to workers; run without")
-        return partial(OnnxNetwork, self.model, self._sample, self.resources.elsewhere)
+            raise ModelError(
+                f"{self.model.origin}: models above 2 GB cannot be sent to workers; omit workers="
+            )
+        return OnnxNetwork, (self.model, self._sample, self.memory.in_worker)
 
-    def walk(self, images: Array, scratch: Path | None = None) -> OnnxWalk:
+    def walk(self, images: Array) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""
-        return OnnxWalk(self, images, scratch)
+        return OnnxWalk(self, images)
 
     @property
     def counts_everything(self) -> bool:
@@ -338,7 +338,7 @@ class OnnxWalk:
     Walking on runs each node once more, so a network of any depth costs one forward pass (DESIGN §4).
     """
 
-    def __init__(self, network: OnnxNetwork, images: Array, scratch: Path | None = None) -> None:
+    def __init__(self, network: OnnxNetwork, images: Array) -> None:
         self._network = network
         self._count = len(images)
         self._batches = network.batches(len(images))
@@ -348,7 +348,7 @@ class OnnxWalk:
         self._constants = dict(network._constants)
         self._at = 0
         self._live = [network.model.input_name]
-        self._store = ArrayStore(network.resources.store_bytes, scratch)
+        self._store = ArrayStore(network.memory.store_bytes, network.memory.scratch)
         for index, batch in enumerate(self._batches):
             self._store[index, network.model.input_name] = network.padded(images, batch)
 

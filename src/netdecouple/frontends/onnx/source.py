@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Array, Calibration, Executable
@@ -89,9 +89,9 @@ class OnnxSource:
         inputs = calibration.load(labels[0], **shape, samples=None, seed=0).images
         return inputs, calibration.class_labels(labels[1], len(inputs))
 
-    def open(self, inputs: Array, resources: Resources) -> OnnxNetwork:
+    def open(self, inputs: Array, memory: Memory) -> OnnxNetwork:
         """Open the network for such images."""
-        return OnnxNetwork(self.model, inputs, resources)
+        return OnnxNetwork(self.model, inputs, memory)
 
     def outputs(self, inputs: Array) -> list[Array]:
         """Run the network as it was read."""

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from netdecouple import records
 from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.errors import ModelError, OutputError, PlanError, first_line
+from netdecouple.execution import limits
 from netdecouple.execution.scratch import Scratch, publishing
 from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
 from netdecouple.frontends.torch.replacement import duplicate, install
@@ -97,12 +98,12 @@ def write(
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:
         check_replaceable(target)
-        with Scratch(beside=target.parent) as scratch:
+        with Scratch(parent=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             (new / DESCRIPTION).write_text(text, encoding="utf-8")
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
-            if records.read_text(new / DESCRIPTION) != text or not _equal(_weights(new), state):
+            if limits.read_text(new / DESCRIPTION) != text or not _equal(_weights(new), state):
                 raise ModelError(f"{target}: reading back gave other data than written; choose another place")
             with publishing(folder):
                 _put(new, target, Path(scratch) / "old")
@@ -213,7 +214,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _described(path: Path) -> tuple[Json, Json | None, Description]:
     """The plan, the report and the rest of a description."""
     try:
-        data = json.loads(records.read_text(path))
+        data = json.loads(limits.read_text(path))
     except PlanError:  # it is too large
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -237,7 +238,7 @@ def _weights(folder: Path) -> State:
     try:
         if not os.path.exists(path) and os.path.exists(folder / SHARDS):
             path = folder / SHARDS
-            names = sorted(set(json.loads(records.read_text(path))["weight_map"].values()))
+            names = sorted(set(json.loads(limits.read_text(path))["weight_map"].values()))
         for name in names:
             path = folder / Path(name).name  # never outside the folder
             state |= load_file(path)

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch.utils import _pytree as tree
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import threads
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.frontends.common import batch_slices
 from netdecouple.frontends.torch.convolutions import Factorized
 from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
@@ -54,7 +53,7 @@ class TorchNetwork:
         samples: at least two.
         device: where to run.
         chosen: decides by name and module whether a layer may be decoupled; None: all may.
-        resources: how much memory it may take.
+        memory: how much of it batches and walks may take.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -66,10 +65,10 @@ class TorchNetwork:
         samples: Samples,
         device: str = "cpu",
         chosen: Callable[[str, nn.Module], bool] | None = None,
-        resources: Resources = Resources(),
+        memory: Memory = Memory(),
         name: str | None = None,
     ) -> None:
-        self.resources = resources
+        self.memory = memory
         self.name = name or type(module).__name__
         check(module)
         try:
@@ -267,7 +266,7 @@ class TorchNetwork:
     def batches(self, count: int, bytes_per_sample: int = 0) -> list[slice]:
         """Cut ``count`` samples into batches whose activations fit in memory."""
         fixed = None if self.batchable else 1
-        return batch_slices(count, self.layers, self.resources.batch_bytes, bytes_per_sample, fixed)
+        return batch_slices(count, self.layers, self.memory.batch_bytes, bytes_per_sample, fixed)
 
     def run(self, images: Samples, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return the captured outputs on some samples, with some layers' weight and bias replaced."""
@@ -368,23 +367,16 @@ class TorchNetwork:
         maps = g.n_i * math.prod(layer.size) + g.n_o * math.prod(layer.output_size)
         return 4 * (taken if self.torch_layers[name].single_map else int(layer.maps * maps))
 
-    def recipe(self) -> Callable[[], TorchNetwork]:
-        """Return a function, to be pickled, that opens the same network in another process."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the same network where it is unpickled."""
         excluded: frozenset[str] = frozenset()
         if self._chosen is not None:
             modules = self.original.named_modules()
             excluded = frozenset(name for name, module in modules if not self._chosen(name, module))
-        return partial(
-            _reopened,
-            self.original,
-            self.example,
-            str(self.device),
-            excluded,
-            self.batchable,
-            self.resources.elsewhere,
-        )
+        device, memory = str(self.device), self.memory.in_worker
+        return _reopened, (self.original, self.example, device, excluded, self.batchable, memory)
 
-    def walk(self, images: Samples, scratch: Path | None = None) -> Any:
+    def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         walk = TorchWalk(
             duplicate(self.module),
@@ -393,7 +385,7 @@ class TorchNetwork:
             self.batches(len(images)),
             forward=self.forward,
             observe=self.observe,
-            store_bytes=self.resources.store_bytes,
+            store_bytes=self.memory.store_bytes,
         )
         self._walks.add(walk)
         return walk
@@ -479,11 +471,11 @@ def _reopened(
     device: str,
     excluded: frozenset[str],
     batchable: bool,
-    resources: Resources,
+    memory: Memory,
 ) -> TorchNetwork:
     """Open a network in another process; ``batchable`` depends on samples that it does not get."""
     torch.set_num_threads(threads.available())
-    network = TorchNetwork(module, two, device, lambda name, _: name not in excluded, resources)
+    network = TorchNetwork(module, two, device, lambda name, _: name not in excluded, memory)
     network.batchable = batchable
     return network
 

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
-from netdecouple.execution.run import Resources
+from netdecouple.execution.memory import Memory
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch import folder
 from netdecouple.frontends.torch.export import export, image_tensor
@@ -175,9 +175,9 @@ class TorchSource:
         samples = collect(inputs, self.module, None, self._arguments if isinstance(labels, tuple) else None)
         return samples, calibration.class_labels(classes, len(samples))
 
-    def open(self, inputs: Samples, resources: Resources) -> TorchNetwork:
+    def open(self, inputs: Samples, memory: Memory) -> TorchNetwork:
         """Open the module for such samples."""
-        return TorchNetwork(self.module, inputs, self._device, self._filter, resources, self.name)
+        return TorchNetwork(self.module, inputs, self._device, self._filter, memory, self.name)
 
     def outputs(self, inputs: Samples) -> list[Array]:
         """Run the module as it was given, in evaluation mode."""
