@@ -31,3 +31,8 @@ class OutputError(NetDecoupleError):
 
 class UnavailableError(NetDecoupleError):
     """A runtime is not known, or the package it needs is not installed."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """Shorten an error's message to its first line; those of runtimes run over several."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

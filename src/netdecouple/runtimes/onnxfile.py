@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import limits
 
 TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
@@ -117,11 +117,6 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
         of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
         limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; those of runtimes run over several."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int:

@@ -15,11 +15,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from netdecouple import kernels
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
 from netdecouple.runtimes import Feeds, Input, onnxfile
-from netdecouple.runtimes.onnxfile import first_line
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart

@@ -11,9 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
 
 

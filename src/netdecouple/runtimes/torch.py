@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxfile import first_line
 
 
 class Torch:

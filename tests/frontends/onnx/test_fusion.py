@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem, nd
 from netdecouple.families.chain import Step, method
 from netdecouple.frontends.onnx.emission import emit
 from netdecouple.frontends.onnx.fusion import absorb
@@ -229,8 +229,8 @@ def decoupled(make: Callable[[], onnx.ModelProto], form: Any) -> tuple[onnx.Mode
         g = layer.geometry
         if not layer.reason and not g.is_pointwise:
             problem = Problem.data_free(g, layer.weight.astype(np.float64), layer.bias.astype(np.float64))
-            ranks = np.full(g.n_i, decoupling.full_rank(g))
-            exact[layer.name] = decoupling.fit(problem, ranks)
+            ranks = np.full(g.n_i, nd.full_rank(g))
+            exact[layer.name] = nd.fit(problem, ranks)
     return network.decoupled(exact, dict.fromkeys(exact, form)), images
 
 

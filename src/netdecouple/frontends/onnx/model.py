@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto

@@ -17,6 +17,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.execution.run import Resources
+from netdecouple.frontends.common import batch_slices, pick
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.external import Lean
 from netdecouple.frontends.onnx.fallback import add_fallbacks
@@ -74,13 +75,9 @@ class OnnxNetwork:
 
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches whose activations fit in memory; a fixed batch is kept to."""
-        largest = max(
-            (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
+        return batch_slices(
+            count, self.layers, self.resources.batch_bytes, bytes_per_image, fixed=self.model.batch
         )
-        step = self.model.batch or int(
-            np.clip(self.resources.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
-        )
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def padded(self, images: Array, batch: slice) -> Array:
         """Take a batch of images, in the network's type; the last is repeated if it takes a fixed number."""
@@ -428,12 +425,6 @@ def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:
 def _alike(parts: Sequence[Array]) -> bool:
     """Whether they can be joined along the first axis."""
     return len({part.shape[1:] for part in parts}) == 1
-
-
-def pick(values: Array, positions: NDArray[np.int64]) -> Array:
-    """Take (n, p) flat positions out of maps (n, c, h, w): (n·p, c)."""
-    flat = values.reshape(*values.shape[:2], -1)
-    return flat[np.arange(len(positions))[:, None], :, positions].reshape(-1, values.shape[1])
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
