@@ -34,8 +34,9 @@ from netdecouple.errors import UnavailableError
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
-from netdecouple.frontends.onnx.model import read_model, up_to
+from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.proto import up_to
 from netdecouple.planning.analysis import Settings, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.latency import machine, placeholder

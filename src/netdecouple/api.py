@@ -47,7 +47,7 @@ from netdecouple.report.report import (
     quality_of,
 )
 from netdecouple.runtimes import benchmark
-from netdecouple.runtimes.onnxruntime import size_of
+from netdecouple.runtimes.onnxfile import size_of
 from netdecouple.version import __version__
 
 SAMPLES = 1000  # calibration images taken unless more or fewer are asked for

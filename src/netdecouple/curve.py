@@ -24,7 +24,7 @@ from netdecouple.planning.solve import plan_within
 from netdecouple.report.provenance import identity
 from netdecouple.report.report import Agreement
 from netdecouple.report.sweep import Compared, LayerChoice, Sweep, SweepPoint
-from netdecouple.runtimes.onnxruntime import size_of
+from netdecouple.runtimes.onnxfile import size_of
 
 Show = Callable[[SweepPoint], None]
 

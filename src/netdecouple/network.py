@@ -95,10 +95,6 @@ class Walk(Protocol):
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
         ...
 
-    def outputs(self) -> list[Array]:
-        """Run to the end and return the decoupled network's outputs on every image."""
-        ...
-
 
 class Network(Protocol):
     """A pretrained network, opened."""

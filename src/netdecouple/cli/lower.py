@@ -7,7 +7,8 @@ from netdecouple.cli.results import check_outputs, tell_written
 from netdecouple.cli.terminal import Json, Quiet, Terminal
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx import lowering
-from netdecouple.frontends.onnx.model import load, nodes_of, write_model
+from netdecouple.frontends.onnx.model import load, write_model
+from netdecouple.frontends.onnx.proto import nodes_of
 
 
 def lower(model: options.Model, output: options.Output, quiet: Quiet = False, as_json: Json = False) -> None:

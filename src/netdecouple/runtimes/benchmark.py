@@ -14,8 +14,9 @@ import onnx
 
 from netdecouple.errors import ModelError
 from netdecouple.execution.scratch import Scratch
-from netdecouple.frontends.onnx.model import nodes_of, read_model
+from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.report.benchmark import Benchmark, LayerTimes, TimedLayer, TimedModel
 from netdecouple.report.report import Report
 from netdecouple.runtimes import Feeds, Runtime, runtime

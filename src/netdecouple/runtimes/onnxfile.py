@@ -1,10 +1,10 @@
-"""Read ONNX files that nobody vouches for: within limits, and no file but those that belong to the model."""
+"""Read ONNX files that may be damaged or hostile, within limits; write them; copy models in memory."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,61 @@ from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import limits
 
 TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
+PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
+
+
+def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model, weights included."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def with_graph(
+    model: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    inputs: Iterable[onnx.ValueInfoProto],
+    outputs: Iterable[onnx.ValueInfoProto],
+    initializers: Iterable[onnx.TensorProto] = (),
+) -> onnx.ModelProto:
+    """Make a model of these nodes, with the versions and the functions of another."""
+    made = onnx.ModelProto(ir_version=model.ir_version)
+    made.opset_import.extend(model.opset_import)
+    made.functions.extend(model.functions)
+    made.graph.name = model.graph.name or "graph"
+    made.graph.node.extend(nodes)
+    made.graph.input.extend(inputs)
+    made.graph.output.extend(outputs)
+    made.graph.initializer.extend(initializers)
+    return made
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Count a model's bytes; beyond protobuf's limit, where it cannot, those of the weights."""
+    tensors = [
+        *model.graph.initializer,
+        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
+    ]
+    weights = sum(
+        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in tensors
+        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
+    )
+    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether a model is beyond protobuf's limit, and its weights need a file of their own."""
+    return size_of(model) >= PROTOBUF_LIMIT
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model; the weights of a large one go to a file beside it, ``path`` with ``.data`` appended."""
+    if is_large(model):
+        copy = copy_of(model)  # saving moves the weights out of what is saved
+        onnx.save_model(copy, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, path)
 
 
 def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -93,12 +148,7 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
     Raises:
         ModelError: a tensor is too large; it, and what makes it, are named.
     """
-    copy = onnx.ModelProto(ir_version=proto.ir_version)
-    copy.opset_import.extend(proto.opset_import)
-    copy.functions.extend(proto.functions)
-    for field in ("node", "input", "output"):
-        getattr(copy.graph, field).extend(getattr(proto.graph, field))
-    copy.graph.name = proto.graph.name or "graph"
+    copy = with_graph(proto, proto.graph.node, proto.graph.input, proto.graph.output)
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() < 1000:  # may be a shape
             copy.graph.initializer.add().CopyFrom(tensor)

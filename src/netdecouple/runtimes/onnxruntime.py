@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
 from netdecouple.runtimes import Feeds, Input, onnxfile
 
-PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 
 
@@ -41,20 +40,6 @@ def options(threads: int | None = None) -> ort.SessionOptions:
     return chosen
 
 
-def size_of(model: onnx.ModelProto) -> int:
-    """A model's bytes. Beyond what protobuf can count, as counting is writing to it, those of its weights."""
-    tensors = [
-        *model.graph.initializer,
-        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
-    ]
-    weights = sum(
-        math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for t in tensors
-        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
-    )
-    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
-
-
 def open_session(
     model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions | None = None
 ) -> Any:
@@ -66,23 +51,22 @@ def open_session(
             say how else they are computed.
     """
     chosen = chosen or options()
-    _teach(model, chosen)
+    _register_kernels(model, chosen)
+    start = partial(ort.InferenceSession, sess_options=chosen, providers=["CPUExecutionProvider"])
     try:
         if not isinstance(model, onnx.ModelProto):
-            return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
-        if size_of(model) < PROTOBUF_LIMIT:
-            return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+            return start(os.fspath(model))
+        if not onnxfile.is_large(model):
+            return start(model.SerializeToString())
         with Scratch() as folder:
             path = Path(folder) / "model.onnx"
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            onnx.save_model(copy, path, save_as_external_data=True, location="model.data")
-            return ort.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+            onnxfile.save(model, path)
+            return start(str(path))
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
 
 
-def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
+def _register_kernels(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
     """Register our operators if the model uses them; not where it must, and can, do without."""
     proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
     if not uses_kernels(proto):

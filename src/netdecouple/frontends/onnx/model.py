@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,10 +21,20 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.frontends.onnx.proto import (
+    attributes_of,
+    drop_unread,
+    nodes_of,
+    reads,
+    remove_named,
+    replace_items,
+    up_to,
+)
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
+from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
+from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_kernels
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -85,13 +95,10 @@ def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
         ModelError: there is no such file, or it or its external data cannot be read.
     """
     if isinstance(source, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(source)
+        copy = copy_of(source)
         onnxfile.check(copy, "the model")
         return copy, source.graph.name or "the model"
-    path = Path(source)
-    proto = onnxfile.read(path)
-    return proto, path.name
+    return onnxfile.read(source), Path(source).name
 
 
 def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
@@ -139,8 +146,7 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
 def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Copy a model with every constant, under every name it has, as an initializer, none of them as an input
     (as before IR 4), and its nodes in an order in which they can be run."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = copy_of(proto)
     graph, outputs = copy.graph, {value.name for value in copy.graph.output}
     for node in nodes_of(graph):
         node.domain = "" if node.domain == "ai.onnx" else node.domain  # two names of one
@@ -158,10 +164,10 @@ def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
             tensor.name = node.output[0]
         else:
             nodes.append(node)
-    _replace(graph.node, nodes)
+    replace_items(graph.node, nodes)
     for tensor in graph.initializer:
         tensor.ClearField("data_location")  # whatever file they came from, they are here now
-    _replace(graph.input, [value for value in proto.graph.input if value.name not in constants])
+    remove_named(graph.input, constants)
     copy.ir_version = max(copy.ir_version, 4)
     return copy
 
@@ -178,22 +184,6 @@ def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         return nodes  # ONNX Runtime will say so
 
 
-def _replace(field: Any, items: Iterable[Any]) -> None:
-    """Put other messages in the place of a repeated field's."""
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field[:]
-    field.extend(copies)
-
-
-def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node of a graph, those of its subgraphs included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from nodes_of(inner)
-
-
 def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
 
@@ -205,7 +195,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     with Scratch() as folder:
         path = Path(folder) / "folded.onnx"
         chosen.optimized_model_filepath = str(path)
-        if size_of(proto) >= PROTOBUF_LIMIT:
+        if is_large(proto):
             chosen.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "folded.data"
             )
@@ -227,12 +217,11 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         (proto.graph.output, folded.graph.output),
         (proto.metadata_props, folded.metadata_props),
     ):
-        _replace(field, given)
-    _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
-    _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
-    if size_of(folded) < PROTOBUF_LIMIT:  # what was replaced takes memory until the whole message goes
-        folded = onnx.ModelProto.FromString(folded.SerializeToString())
-    return folded
+        replace_items(field, given)
+    replace_items(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
+    replace_items(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
+    # messages that were replaced take memory until the model that held them is freed
+    return folded if is_large(folded) else copy_of(folded)
 
 
 def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -240,8 +229,7 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     ONNX Runtime's optimizer does so for float32; float16 it can only run between casts.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = copy_of(proto)
     graph = copy.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
@@ -272,8 +260,7 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
         convolution.input[:] = [convolution.input[0], *new]
         convolution.output[:] = norm.output
         graph.node.remove(norm)
-    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    drop_unread(graph)
     return copy
 
 
@@ -341,7 +328,7 @@ def _read_conv(
     if weight.dtype not in DTYPES:
         reason = f"its weights are {weight.dtype}, not float32 or float16"
         return Layer(name, node.op_type, macs, parameters, reason=reason)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
     auto = attributes.get("auto_pad", b"NOTSET").decode()
@@ -387,7 +374,7 @@ def _read_matmul(
     model: OnnxModel,
 ) -> Layer:
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     turned = bool(attributes.get("transB", 0))
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     images = shapes[model.input_name][0]
@@ -457,35 +444,6 @@ _READERS = {
 }
 
 
-def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """Copy as much of a model as some of its tensors need, with those as its only outputs."""
-    needed = set(tensors)
-    nodes = []
-    for node in reversed(proto.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(reads(node))
-    copy = onnx.ModelProto(ir_version=proto.ir_version)
-    _replace(copy.opset_import, proto.opset_import)
-    _replace(copy.functions, proto.functions)
-    copy.graph.name = proto.graph.name
-    _replace(copy.graph.node, reversed(nodes))
-    _replace(copy.graph.input, proto.graph.input)
-    _replace(copy.graph.initializer, (t for t in proto.graph.initializer if t.name in needed))
-    copy.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors)
-    return copy
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Every tensor a node reads, those of its subgraphs included."""
-    yield from (t for t in node.input if t)
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                yield from reads(inner)
-            yield from (value.name for value in graph.output)
-
-
 def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """Write a model under a temporary name, read it again, and rename it: a killed run leaves no half file.
 
@@ -498,12 +456,7 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         with Scratch(beside=target.parent) as folder:
             partial = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
-            if size_of(proto) < PROTOBUF_LIMIT:
-                onnx.save_model(proto, partial)
-            else:
-                copy = onnx.ModelProto()  # saving moves the weights out of what is saved
-                copy.CopyFrom(proto)
-                onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
+            save(proto, partial)
             _check_written(partial, proto)
             with publishing(path):
                 if data.exists():
