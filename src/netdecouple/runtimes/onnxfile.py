@@ -76,7 +76,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model, with the weights that lie beside it.
+    """Read a model with its external data.
 
     Raises:
         ModelError: as `definition`, or its weights cannot be read.
@@ -90,10 +90,10 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model without the weights that lie beside it, which are only looked for.
+    """Read a model without its external data, but check that they exist.
 
     Raises:
-        ModelError: there is no such file, it is no ONNX model, too large, or its weights lie elsewhere.
+        ModelError: there is no such file, it is no ONNX model, too large, or its weights are missing.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -113,17 +113,17 @@ def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size: int = 0) -> None:
-    """Refuse what no runtime should be given.
+    """Refuse a model that no runtime should open.
 
     Args:
         proto: a model, whose external data have not been loaded.
         origin: its name, for messages.
-        folder: where its external data may lie; nowhere if it is in memory.
-        size: bytes that it takes itself.
+        folder: of its external data; None if the model is in memory.
+        size: bytes of its file.
 
     Raises:
-        ModelError: names that are no text, nodes without outputs, external data that are missing, too large
-            or somewhere else than they should be, or a tensor that is too large.
+        ModelError: it has names that are no text, nodes without outputs, external data that are missing, too
+            large or outside its folder, or a tensor that is too large.
     """
     if not _is_text(proto):
         raise ModelError(
@@ -141,12 +141,12 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
 
 
 def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None = None) -> None:
-    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
+    """Refuse, before it is run, a model with a tensor larger than `limits.TENSOR_BYTES`.
 
-    What can be told of shapes without running is looked at, for images of the size of ``sample``.
+    Shapes are inferred, for images of the size of ``sample``.
 
     Raises:
-        ModelError: a tensor is too large; it, and what makes it, are named.
+        ModelError: a tensor is too large; the message names it and its layer.
     """
     copy = with_graph(proto, proto.graph.node, proto.graph.input, proto.graph.output)
     for tensor in proto.graph.initializer:
@@ -160,17 +160,17 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
                 dim.dim_value = dim.dim_value or size
     try:
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    except Exception:  # whatever is wrong, running the model tells better
+    except Exception:  # whatever is wrong, running the model gives a better message
         return
-    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
+    producer = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
-        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
+        of = f" of layer {producer[value.name]!r}" if value.name in producer else ""
         limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
 
 
 def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int:
-    """The bytes that a tensor takes in another file, which has to lie beside the model."""
+    """Check where a tensor's external data are, which must be in the model's folder; return their bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"{origin}: external data of {tensor.name!r}"
@@ -210,7 +210,7 @@ def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
 
 
 def _is_text(message: Message) -> bool:
-    """Whether all names are text: what is no UTF-8 comes as bytes."""
+    """Whether all names are text: protobuf returns what is not UTF-8 as bytes."""
     if message.DESCRIPTOR.full_name == TENSOR:  # not its numbers
         entries = (text for entry in message.external_data for text in (entry.key, entry.value))
         return all(isinstance(text, str) for text in (message.name, *entries))

@@ -18,7 +18,7 @@ from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Within, OpenVINO finds its telemetry package missing: importing it would report home."""
+    """Hide OpenVINO's telemetry package while it is imported; it would send data to its authors."""
     package = "openvino_telemetry"
     missing = package not in sys.modules
     if missing:
@@ -57,7 +57,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # some processors would be given bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",  # on some processors the default is bfloat16
         }
         try:
             read = core.read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
@@ -100,7 +100,7 @@ def _input(port: Any) -> Input:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error's message that says something; others tell where OpenVINO was."""
+    """Return the line of a message that gives the reason; others name places in OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [t for t in lines if t and not t.startswith(("Exception from", "Check '")) and t[-1] != ":"]
-    return told[0].rstrip(".") if told else first_line(error)
+    reasons = [t for t in lines if t and not t.startswith(("Exception from", "Check '")) and t[-1] != ":"]
+    return reasons[0].rstrip(".") if reasons else first_line(error)

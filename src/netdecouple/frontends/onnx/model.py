@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,10 @@ from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_ke
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
-SINGLE = np.dtype(np.float32)
 DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxModel:
     """A model as it was read, with BatchNorm folded; nothing has been run yet."""
 
@@ -53,8 +53,8 @@ class OnnxModel:
     batch: int | None  # None if dynamic
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
-    bytes: int = 0  # as read, external data included
-    dtype: np.dtype[Any] = SINGLE  # of the input
+    bytes: int  # as read, external data included
+    dtype: np.dtype[Any]  # of the input
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -78,13 +78,21 @@ def read_model(source: ModelSource) -> OnnxModel:
     kind = inputs[0].type.tensor_type
     dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
     if len(dims) != 4 or kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
-        found = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
-        wanted = "float32 or float16 images (N, C, H, W)"
-        raise ModelError(f"{origin}: input {inputs[0].name!r} is {found}; {wanted} are supported")
-    size = (dims[2], dims[3]) if dims[2] and dims[3] else None
-    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        declared = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
+        raise ModelError(
+            f"{origin}: input {inputs[0].name!r} is {declared}; "
+            "float32 or float16 images (N, C, H, W) are supported"
+        )
     return OnnxModel(
-        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, size_of(proto), dtype
+        proto=folded,
+        fingerprint=_fingerprint(proto),
+        origin=origin,
+        input_name=inputs[0].name,
+        batch=dims[0],
+        channels=dims[1],
+        size=(dims[2], dims[3]) if dims[2] and dims[3] else None,
+        bytes=size_of(proto),
+        dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type),
     )
 
 
@@ -166,29 +174,30 @@ def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
     replace_items(graph.node, nodes)
     for tensor in graph.initializer:
-        tensor.ClearField("data_location")  # whatever file they came from, they are here now
+        tensor.ClearField("data_location")  # external data have been loaded
     remove_named(graph.input, constants)
     copy.ir_version = max(copy.ir_version, 4)
     return copy
 
 
 def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Put nodes behind those whose outputs they read, which ONNX asks for and ONNX Runtime does without."""
-    makers = {t: i for i, node in enumerate(nodes) for t in node.output}
-    needs = {i: [makers[t] for t in reads(node) if t in makers] for i, node in enumerate(nodes)}
-    if all(maker < i for i, own in needs.items() for maker in own):
+    """Put nodes behind those whose outputs they read: ONNX requires that, ONNX Runtime does not."""
+    producers = {t: i for i, node in enumerate(nodes) for t in node.output}
+    needs = {i: [producers[t] for t in reads(node) if t in producers] for i, node in enumerate(nodes)}
+    if all(producer < i for i, producers_of in needs.items() for producer in producers_of):
         return nodes
     try:
         return [nodes[i] for i in TopologicalSorter(needs).static_order()]
     except CycleError:
-        return nodes  # ONNX Runtime will say so
+        return nodes  # ONNX Runtime refuses the model, and says why
 
 
 def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
 
-    The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would bring in
-    operators of its own or change types, or write out ours, the model is returned as it is.
+    The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would add operators
+    of its own or change types, only BatchNorm is folded; where it would replace the fused operator by its
+    function, the model is returned as it is.
     """
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -209,7 +218,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     before |= {n.output[0] for n in nodes_of(proto.graph) if n.op_type == "Identity" and n.input[0] in before}
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
         folded = _with_norms_folded(proto)
-    if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there
+    if uses_kernels(proto) and not uses_kernels(folded):  # inlined, as they are not available
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
     for given, field in (
@@ -225,9 +234,9 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every BatchNorm behind a convolution in that one's weights, whatever their type.
+    """Copy a model with every BatchNorm behind a convolution folded into its weights, of any type.
 
-    ONNX Runtime's optimizer does so for float32; float16 it can only run between casts.
+    ONNX Runtime's optimizer does so for float32; float16 it runs between casts only.
     """
     copy = copy_of(proto)
     graph = copy.graph
@@ -316,18 +325,18 @@ def _read_conv(
     has_bias = len(node.input) > 2 and bool(node.input[2])
     macs = math.prod(kernel) * math.prod(out[2:] if node.op_type == "Conv" else spatial) * maps // images
     parameters = math.prod(kernel) + (out[1] if has_bias else 0)
+    layer = partial(Layer, name=name, operator=node.op_type, macs=macs, parameters=parameters)
     if node.op_type == "ConvTranspose":
-        return Layer(name, node.op_type, macs, parameters, reason="transposed convolution")
+        return layer(reason="transposed convolution")
     if any(t not in constants for t in node.input[1:] if t):
-        return Layer(name, node.op_type, macs, parameters, reason="its weights are computed, not constant")
+        return layer(reason="its weights are computed, not constant")
     if maps != images:
-        return Layer(name, node.op_type, macs, parameters, reason="it does not see one map per image")
-    weight = numpy_helper.to_array(constants[node.input[1]])
+        return layer(reason="it does not see one map per image")
     if len(spatial) != 2:
-        return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
+        return layer(reason=f"{len(spatial)}-D convolution")
+    weight = numpy_helper.to_array(constants[node.input[1]])
     if weight.dtype not in DTYPES:
-        reason = f"its weights are {weight.dtype}, not float32 or float16"
-        return Layer(name, node.op_type, macs, parameters, reason=reason)
+        return layer(reason=f"its weights are {weight.dtype}, not float32 or float16")
     attributes = attributes_of(node)
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
@@ -348,15 +357,13 @@ def _read_conv(
         reason = "negative padding"
     elif auto.startswith("SAME") and model.size is None and max(strides) > 1:
         reason = f"its padding ({auto}) depends on the image size, which is dynamic"
-    return Layer(
-        name, node.op_type, macs, parameters, geometry, weight, bias, (spatial[0], spatial[1]), reason
-    )
+    return layer(geometry=geometry, weight=weight, bias=bias, size=(spatial[0], spatial[1]), reason=reason)
 
 
 def _same_pads(
     size: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], mode: str
 ) -> tuple[int, int, int, int]:
-    """Pads of auto_pad SAME_*: output = ceil(input / stride), an odd pixel last (UPPER) or first."""
+    """Compute the pads of auto_pad SAME_*: an odd pixel is last (UPPER) or first."""
     begin, end = [], []
     for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
@@ -408,7 +415,7 @@ def _read_matmul(
 
 
 def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attributes: dict[str, Any]) -> str:
-    """Why a matrix product is no fully connected layer that sees one row per image; empty if it is."""
+    """Say why a matrix product is no fully connected layer with one row per image; empty if it is."""
     if attributes.get("transA", 0):
         return "its input is transposed"
     if scales := [n for n in ("alpha", "beta") if attributes.get(n, 1.0) != 1]:
@@ -427,11 +434,14 @@ def _read_fused(
     shapes: Shapes,
     model: OnnxModel,
 ) -> Layer:
-    weights = [shapes[t] for t in node.input[1:4]]
-    maps = math.prod(shapes[node.output[0]][2:])
-    macs = maps * sum(math.prod(shape) for shape in weights[:2])
-    parameters = sum(math.prod(shape) for shape in weights)
-    return Layer(name, node.op_type, macs, parameters, reason="already decoupled")
+    sizes = [math.prod(shapes[t]) for t in node.input[1:4]]  # depthwise, pointwise, bias
+    return Layer(
+        name=name,
+        operator=node.op_type,
+        macs=math.prod(shapes[node.output[0]][2:]) * sum(sizes[:2]),
+        parameters=sum(sizes),
+        reason="already decoupled",
+    )
 
 
 _ALWAYS = ("Conv", "ConvTranspose", OPERATOR)  # others only if they have weights
@@ -449,19 +459,19 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OutputError: the folder is missing or not writable.
-        ModelError: what was written is not what was to be written.
+        ModelError: the file holds another network than ``proto``.
     """
     target = check_writable(path)
     try:
         with Scratch(beside=target.parent) as folder:
-            partial = Path(folder) / target.name
+            written = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
-            save(proto, partial)
-            _check_written(partial, proto)
+            save(proto, written)
+            _check_written(written, proto)
             with publishing(path):
                 if data.exists():
                     os.replace(data, target.parent / data.name)
-                os.replace(partial, target)
+                os.replace(written, target)
     except OSError as error:
         raise unwritable(path, error) from error
 
