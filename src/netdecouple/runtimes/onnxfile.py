@@ -125,11 +125,13 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
         ModelError: it has names that are no text, nodes without outputs, external data that are missing, too
             large or outside its folder, or a tensor that is too large.
     """
-    if not _is_text(proto):
+    messages = list(_messages(proto))
+    if not all(map(_is_text, messages)):
         raise ModelError(
             f"{origin}: not an ONNX file, or damaged (names are no text); export or copy it again"
         )
-    for tensor in _tensors(proto):
+    tensors: list[Any] = [message for message in messages if message.DESCRIPTOR.full_name == TENSOR]
+    for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             size += _external(tensor, origin, folder)
             limits.MODEL_BYTES.check(size, f"{origin}: the model with its external data", ModelError)
@@ -199,28 +201,28 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
     return length
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+def _messages(message: Message) -> Iterator[Message]:
+    """Yield a message and all messages in it; of a tensor, which may be large, only its external data."""
+    yield message
+    if message.DESCRIPTOR.full_name == TENSOR:
+        yield from message.external_data
+        return
     for field, value in message.ListFields():
         if field.type == FieldDescriptor.TYPE_MESSAGE:
             for inner in value if _is_repeated(field) else [value]:
-                if inner.DESCRIPTOR.full_name == TENSOR:
-                    yield inner
-                else:
-                    yield from _tensors(inner)
+                yield from _messages(inner)
 
 
 def _is_text(message: Message) -> bool:
-    """Whether all names are text: protobuf returns what is not UTF-8 as bytes."""
-    if message.DESCRIPTOR.full_name == TENSOR:  # not its numbers
-        entries = (text for entry in message.external_data for text in (entry.key, entry.value))
-        return all(isinstance(text, str) for text in (message.name, *entries))
-    for field, value in message.ListFields():
-        values = value if _is_repeated(field) else [value]
-        if field.type == FieldDescriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
-            return False
-        if field.type == FieldDescriptor.TYPE_MESSAGE and not all(_is_text(inner) for inner in values):
-            return False
-    return True
+    """Whether a message's names are text: protobuf returns what is not UTF-8 as bytes."""
+    if message.DESCRIPTOR.full_name == TENSOR:
+        return isinstance(message.name, str)
+    return all(
+        isinstance(text, str)
+        for field, value in message.ListFields()
+        if field.type == FieldDescriptor.TYPE_STRING
+        for text in (value if _is_repeated(field) else [value])
+    )
 
 
 def _is_repeated(field: FieldDescriptor) -> bool:

@@ -148,27 +148,14 @@ class OnnxRuntimeSession:
         self.inputs = tuple(_input(value) for value in session.get_inputs())
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+        """See `Session`."""
         return run(self._session, None, feeds)
 
 
 _TYPES = {
-    f"tensor({name})": np.dtype(kind)
-    for name, kind in (
-        ("float", "float32"),
-        ("double", "float64"),
-        ("float16", "float16"),
-        ("uint8", "uint8"),
-        ("int8", "int8"),
-        ("int32", "int32"),
-        ("int64", "int64"),
-        ("bool", "bool"),
-    )
+    f"tensor({name})": np.dtype(name) for name in ("float16", "uint8", "int8", "int32", "int64", "bool")
 }
+_TYPES |= {"tensor(float)": np.dtype(np.float32), "tensor(double)": np.dtype(np.float64)}
 
 
 def _input(value: Any) -> Input:

@@ -81,11 +81,7 @@ class OpenVinoSession:
         self.inputs = tuple(_input(port) for port in compiled.inputs)
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+        """See `Session`."""
         try:
             results = self._request.infer(feeds, share_inputs=True)
         except (RuntimeError, ValueError, TypeError) as error:

@@ -73,11 +73,7 @@ class TorchSession:
         self.inputs = inputs
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+        """See `Session`."""
         before = torch.get_num_threads()  # a setting of the process, not of the session
         torch.set_num_threads(self._threads)
         try:

@@ -41,7 +41,6 @@ class Link:
 
     @property
     def target(self) -> slice:
-        """The output channels."""
         return slice(self.start, self.start + len(self.source))
 
 
@@ -412,9 +411,7 @@ def _cut_padded(graph: Graph, node: onnx.NodeProto) -> None:
 
 def _axes(shape: Shape, axes: list[int] | None) -> set[int]:
     """Count axes from the front; all, if none are given."""
-    return {axis % len(shape) for axis in range(len(shape)) if axes is None} | {
-        axis % len(shape) for axis in axes or ()
-    }
+    return {axis % len(shape) for axis in (range(len(shape)) if axes is None else axes)}
 
 
 def _sliced(graph: Graph, node: onnx.NodeProto) -> Flow | None:

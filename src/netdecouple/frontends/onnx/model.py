@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -34,6 +34,7 @@ from netdecouple.frontends.onnx.proto import (
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.layers import node_name
 from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
 from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_kernels
 
@@ -300,24 +301,26 @@ def find_layers(
     shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    layers: list[Layer] = []
-    by_name: dict[str, onnx.NodeProto] = {}
-    for node in nodes:
-        name = node.name or f"{node.op_type}:{node.output[0]}"  # names are unique where there are any
-        by_name[name] = node
-        layers.append(_READERS[node.op_type](name, node, constants, shapes, model))
-        if not all(np.isfinite(array).all() for array in (layers[-1].weight, layers[-1].bias)):
-            raise ModelError(f"{model.origin}: the weights of layer {name!r} overflow once they are folded")
-    return tuple(layers), by_name, shapes
+    context = _Context(model, constants, shapes)
+    layers = tuple(_READERS[node.op_type](node_name(node), node, context) for node in nodes)
+    for la in layers:
+        if not all(np.isfinite(array).all() for array in (la.weight, la.bias)):
+            raise ModelError(
+                f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
+            )
+    return layers, {node_name(node): node for node in nodes}, shapes
 
 
-def _read_conv(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
+class _Context(NamedTuple):
+    """What is known of the graph in which a layer is."""
+
+    model: OnnxModel
+    constants: dict[str, onnx.TensorProto]
+    shapes: Shapes
+
+
+def _read_conv(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    model, constants, shapes = context
     maps, _, *spatial = shapes[node.input[0]]
     images = shapes[model.input_name][0]
     kernel = shapes[node.input[1]]
@@ -373,13 +376,8 @@ def _same_pads(
     return (begin[0], begin[1], end[0], end[1])
 
 
-def _read_matmul(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
+def _read_matmul(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    model, constants, shapes = context
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
     attributes = attributes_of(node)
     turned = bool(attributes.get("transB", 0))
@@ -427,13 +425,8 @@ def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attri
     return "" if len(kernel) == 2 else f"its weights have {len(kernel)} axes, not 2"
 
 
-def _read_fused(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
+def _read_fused(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    shapes = context.shapes
     sizes = [math.prod(shapes[t]) for t in node.input[1:4]]  # depthwise, pointwise, bias
     return Layer(
         name=name,
@@ -467,15 +460,11 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
             written = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
             save(proto, written)
-            _check_written(written, proto)
+            if _fingerprint(load(written)[0]) != _fingerprint(proto):
+                raise ModelError(f"{target.name}: another network once written; choose another place")
             with publishing(path):
                 if data.exists():
                     os.replace(data, target.parent / data.name)
                 os.replace(written, target)
     except OSError as error:
         raise unwritable(path, error) from error
-
-
-def _check_written(path: Path, proto: onnx.ModelProto) -> None:
-    if _fingerprint(load(path)[0]) != _fingerprint(proto):
-        raise ModelError(f"{path.name}: another network once written; choose another place")

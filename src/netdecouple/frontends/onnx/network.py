@@ -51,24 +51,15 @@ class OnnxNetwork:
         self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
 
-    @property
-    def _batch_bytes(self) -> int:
-        return self.resources.batch_bytes
-
-    @property
-    def _store_bytes(self) -> int:
-        return self.resources.store_bytes
-
-    @property
-    def _scratch(self) -> Path | None:
-        return self.resources.checkpoint.scratch
-
     @cached_property
     def _external(self) -> ExternalWeights | None:
         """The model with its weights in a file, where copies of them would take too much memory."""
         if self.resources.memory is None and not is_large(self.model.proto):
             return None
-        return ExternalWeights(self.model.proto, self._scratch)
+        return self._with_external_weights(self.model.proto)
+
+    def _with_external_weights(self, proto: onnx.ModelProto) -> ExternalWeights:
+        return ExternalWeights(proto, self.resources.checkpoint.scratch)
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +81,9 @@ class OnnxNetwork:
 
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches that fit in memory, or have the network's fixed size."""
-        return batch_slices(count, self.layers, self._batch_bytes, bytes_per_image, fixed=self.model.batch)
+        return batch_slices(
+            count, self.layers, self.resources.batch_bytes, bytes_per_image, fixed=self.model.batch
+        )
 
     def padded(self, images: Array, batch: slice) -> Array:
         """Take a batch of images in the network's type; a fixed batch is filled up with the last image."""
@@ -126,7 +119,7 @@ class OnnxNetwork:
         """Return every output of another model with this one's input and outputs."""
         if self._external is None:
             return self._run(open_session(proto), images)
-        external = ExternalWeights(proto, self._scratch)
+        external = self._with_external_weights(proto)
         return self._run(external.opened(external.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
@@ -216,7 +209,7 @@ class OnnxNetwork:
     def walk(self, images: Array, scratch: Path | None = None) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""
         inputs = ((batch, self.padded(images, batch)) for batch in self.batches(len(images)))
-        return OnnxWalk(self.model, self._places, inputs, ArrayStore(self._store_bytes, scratch))
+        return OnnxWalk(self.model, self._places, inputs, ArrayStore(self.resources.store_bytes, scratch))
 
     def decoupled(
         self,

@@ -79,18 +79,13 @@ def remove_named(field: Any, names: Collection[str]) -> None:
 
 
 def drop_unread(graph: onnx.GraphProto, among: Collection[str] | None = None) -> None:
-    """Remove the initializers that nothing reads, those of subgraphs included.
-
-    Args:
-        graph: is changed in place.
-        among: names of the only ones to remove; None: all.
-    """
+    """Remove initializers that nothing reads, in subgraphs too; only those in ``among``, if given."""
     graphs = list(graphs_of(graph))
     read = {t for inner in graphs for node in inner.node for t in node.input}
     read |= {value.name for inner in graphs for value in inner.output}
     for inner in graphs:
-        names = {tensor.name for tensor in inner.initializer} - read
-        unread = names if among is None else names.intersection(among)
+        unread = {t.name for t in inner.initializer} - read
+        unread &= unread if among is None else set(among)
         remove_named(inner.initializer, unread)
         remove_named(inner.input, unread)  # before IR 4, initializers are inputs too
 
