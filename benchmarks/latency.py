@@ -35,8 +35,9 @@ from netdecouple.execution.machine import machine
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.emission import Form
-from netdecouple.frontends.onnx.model import read_model, up_to
+from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.proto import up_to
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.planner import make_plan

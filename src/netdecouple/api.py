@@ -26,8 +26,9 @@ from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.families.chain import method
 from netdecouple.frontends.onnx import lowering
-from netdecouple.frontends.onnx.model import ModelSource, nodes_of, write_model
+from netdecouple.frontends.onnx.model import ModelSource, write_model
 from netdecouple.frontends.onnx.model import load as read_proto
+from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
 from netdecouple.goal import Budgets, Emission, Share, parse_goal, parse_sweep
 from netdecouple.network import Array, Source

@@ -70,9 +70,9 @@ def test_a_network_that_does_not_say_takes_the_shape():
 @pytest.mark.parametrize(
     ("inputs", "shape", "message"),
     [
-        ([], None, "give --shape"),
-        ([Input("image", (None, 3, None, None), FLOAT)], None, r"'image' is \?×3×\?×\?; .*--shape"),
-        ([Input("image", (None, 3, 8, 8), FLOAT)], (1, 3, 9, 8), "--shape 1x3x9x8 does not fit"),
+        ([], None, "give shape="),
+        ([Input("image", (None, 3, None, None), FLOAT)], None, r"'image' is \?×3×\?×\?; .*shape="),
+        ([Input("image", (None, 3, 8, 8), FLOAT)], (1, 3, 9, 8), "shape=1x3x9x8 does not fit"),
         ([Input("image", (None, 3, 8, 8), FLOAT)], (3, 8, 8), "does not fit"),
         ([Input("a", (1,), FLOAT), Input("b", (1,), FLOAT)], (1,), "2 inputs"),
     ],

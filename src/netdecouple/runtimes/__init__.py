@@ -1,6 +1,6 @@
-"""Opening, running and timing a network in the runtimes it will live in.
+"""Open, run and time networks in the runtimes that deploy them.
 
-A runtime opens a model for a number of threads; what it returns runs. Everything else is built on that.
+A runtime opens a model for a number of threads and returns a session, which runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Session(Protocol):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What the model takes; empty where it does not say."""
+        """The inputs that the model declares; empty if it declares none."""
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
         """Run once and return every output.
@@ -42,7 +42,7 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """Something that runs networks on the CPU."""
+    """Runs networks on the CPU."""
 
     @property
     def name(self) -> str:
@@ -50,20 +50,20 @@ class Runtime(Protocol):
 
     @property
     def version(self) -> str:
-        """The package's own."""
+        """The version of its package."""
 
     def open(self, model: object, threads: int) -> Session:
         """Open ``model`` (a path, or the runtime's own kind of object) to run with so many threads.
 
         Raises:
-            ModelError: it is nothing that this runtime can open.
+            ModelError: this runtime cannot open it.
         """
 
 
 def runtime(name: str, *, trust: bool = False) -> Runtime:
     """Find a runtime by its name.
 
-    ``trust`` allows it to open files that may run code of their maker's, as PyTorch's do.
+    ``trust`` allows it to open files that may run any code, as PyTorch's do.
 
     Raises:
         UnavailableError: there is none of this name, or its package is not installed.

@@ -16,24 +16,24 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """Read a shape such as 1x3x224x224.
 
     Raises:
-        ModelError: it is none.
+        ModelError: the text is no shape.
     """
     try:
         shape = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
     except ValueError as error:
-        raise ModelError(f"--shape {text!r}: write 1x3x224x224") from error
+        raise ModelError(f"shape={text!r}: write 1x3x224x224") from error
     if min(shape) < 1:
-        raise ModelError(f"--shape {text!r}: write 1x3x224x224, every size 1 or more")
+        raise ModelError(f"shape={text!r}: write 1x3x224x224, every size 1 or more")
     return shape
 
 
 def describe_shape(shape: Sequence[int | None]) -> str:
-    """A shape in a few characters, open sizes as question marks: ?×3×224×224."""
+    """Format a shape, with question marks for open sizes: ?×3×224×224."""
     return "×".join("?" if size is None else str(size) for size in shape)
 
 
 def random_feeds(inputs: Sequence[Input], shape: tuple[int, ...] | None = None, seed: int = 0) -> Feeds:
-    """Make up inputs: one image where the batch is open, and ``shape`` where more is.
+    """Make random inputs: one image where the batch is open, and ``shape`` where other sizes are.
 
     Raises:
         ModelError: the shape is needed and not given, or does not fit.
@@ -41,10 +41,10 @@ def random_feeds(inputs: Sequence[Input], shape: tuple[int, ...] | None = None, 
     rng = np.random.default_rng(seed)
     if not inputs:
         if shape is None:
-            raise ModelError("it does not say what it takes; give --shape, such as 1x3x224x224")
+            raise ModelError("it does not declare its inputs; give shape=, such as 1x3x224x224")
         return {"input": _numbers(rng, shape, np.dtype(np.float32))}
     if shape is not None and len(inputs) != 1:
-        raise ModelError(f"it has {len(inputs)} inputs; --shape is for networks with one")
+        raise ModelError(f"it has {len(inputs)} inputs; shape= is for networks with one")
     return {i.name: _numbers(rng, _resolve(i, shape), i.dtype) for i in inputs}
 
 
@@ -52,18 +52,18 @@ def _resolve(declared: Input, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     what = f"input {declared.name!r} is {describe_shape(declared.shape)}"
     if shape is None:
         if None in declared.shape[1:]:
-            raise ModelError(f"{what}; say which size with --shape, such as 1x3x224x224")
+            raise ModelError(f"{what}; give its size with shape=, such as 1x3x224x224")
         return tuple(size or 1 for size in declared.shape)
     fits = len(shape) == len(declared.shape) and all(
         wanted in (None, given) for wanted, given in zip(declared.shape, shape, strict=True)
     )
     if not fits:
-        raise ModelError(f"{what}, which --shape {'x'.join(map(str, shape))} does not fit")
+        raise ModelError(f"{what}, which shape={'x'.join(map(str, shape))} does not fit")
     return shape
 
 
 def _numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Standard normal, or bytes; other integers are mostly indices, of which 0 always exists."""
+    """Make numbers: standard normal, or random bytes; other integers are 0, an index that always exists."""
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
     return rng.integers(0, 256, shape, np.uint8) if dtype == np.uint8 else np.zeros(shape, dtype)

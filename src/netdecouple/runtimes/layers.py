@@ -1,10 +1,10 @@
-"""Time per original layer: which nodes of an optimised network belong to which layer.
+"""Sum profiled times by layer: which nodes of an optimised network belong to which original layer.
 
-ONNX Runtime renames and fuses nodes before it runs them, and its profiler speaks of what is left. A
-node belongs to a layer if it has the layer's name or stands below it (``conv1/depthwise0.2``). In the
-blocked layout a convolution is named after the tensor it writes, which is that of the normalisation or
-the activation it was fused with. What stands in the place of a fused operator is called as in its function,
-behind a prefix.
+ONNX Runtime renames and fuses nodes before it runs them, and its profiler names the nodes that result. A node
+belongs to a layer if it has the layer's name, or a name below it (``conv1/depthwise0.2``). In the blocked
+layout a convolution is named after the tensor it writes, which is that of the normalisation or the activation
+it was fused with. Where a fused operator was replaced by its function, the nodes have the function's names
+with a prefix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from netdecouple.runtimes.onnxfile import copy_of
+
 REORDER = "changes of layout"
 REST = "rest"
 TOTAL = "all nodes"
@@ -24,21 +26,21 @@ _BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")
 
 
 def original_layers(names: Iterable[str]) -> tuple[str, ...]:
-    """Leave out the names that stand below another: the stages of a layer that is decoupled elsewhere."""
+    """Leave out names below another one: the stages of a layer that is decoupled in another network."""
     every = tuple(dict.fromkeys(names))
     return tuple(name for name in every if name.rpartition("/")[0] not in every)
 
 
 @dataclass(frozen=True)
 class Owners:
-    """Which layer each node, and each tensor that a layer's last node may be made to write, belongs to."""
+    """The layers that nodes, and the tensors they may write after fusion, belong to."""
 
     nodes: Mapping[str, str]
     tensors: Mapping[str, str]
 
     @classmethod
     def of(cls, graph: onnx.GraphProto, layers: Iterable[str]) -> Owners:
-        """Walk a graph, in the order of its nodes."""
+        """Assign a graph's nodes and tensors to layers."""
         known = frozenset(layers)
         nodes: dict[str, str] = {}
         tensors: dict[str, str] = {}
@@ -47,7 +49,7 @@ class Owners:
             layer = next((n for n in (name, name.rpartition("/")[0]) if n in known), None)
             if layer is not None:
                 nodes[name] = layer
-                if node.overload:  # which what stands in its place is named after
+                if node.overload:  # after which the nodes in its place are named
                     nodes[node.overload] = layer
             elif node.op_type in _FUSED:
                 layer = tensors.get(node.input[0])
@@ -56,7 +58,7 @@ class Owners:
         return cls(nodes, tensors)
 
     def find(self, name: str, operator: str) -> str:
-        """The layer of a profiled node, or what it is summed under if it is of no layer."""
+        """Return the layer of a profiled node, or `REORDER` or `REST` if it belongs to none."""
         name = _INLINED.sub("", name)
         layer = self.nodes.get(name) or self.nodes.get(name.rpartition("/")[0])
         if layer is None and _BLOCKED.search(name):
@@ -65,14 +67,13 @@ class Owners:
 
 
 def node_name(node: onnx.NodeProto) -> str:
-    """A node's name, or one made of what it writes; as the layers of a network are named."""
+    """Return a node's name, or one made from its output, as layers are named."""
     return node.name or f"{node.op_type}:{node.output[0]}"
 
 
 def with_names(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every node named; the profiler would number those that are not."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    """Copy a model and name every node; the profiler would number nodes without names."""
+    copy = copy_of(model)
     for node in copy.graph.node:
         node.name = node_name(node)
     return copy

@@ -1,10 +1,10 @@
-"""Read ONNX files that nobody vouches for: within limits, and no file but those that belong to the model."""
+"""Read ONNX files that may be damaged or hostile, within limits; write them; copy models in memory."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,69 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import limits
 
 TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
+PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
+
+
+def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model, weights included."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def with_graph(
+    model: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    inputs: Iterable[onnx.ValueInfoProto],
+    outputs: Iterable[onnx.ValueInfoProto],
+    initializers: Iterable[onnx.TensorProto] = (),
+) -> onnx.ModelProto:
+    """Make a model of these nodes, with the versions and the functions of another."""
+    made = onnx.ModelProto(ir_version=model.ir_version)
+    made.opset_import.extend(model.opset_import)
+    made.functions.extend(model.functions)
+    made.graph.name = model.graph.name or "graph"
+    made.graph.node.extend(nodes)
+    made.graph.input.extend(inputs)
+    made.graph.output.extend(outputs)
+    made.graph.initializer.extend(initializers)
+    return made
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Count a model's bytes; beyond protobuf's limit, where it cannot, those of the weights."""
+    tensors = [
+        *model.graph.initializer,
+        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
+    ]
+    weights = sum(
+        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in tensors
+        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
+    )
+    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether a model is beyond protobuf's limit, and its weights need a file of their own."""
+    return size_of(model) >= PROTOBUF_LIMIT
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model; the weights of a large one go to a file beside it, ``path`` with ``.data`` appended."""
+    if is_large(model):
+        copy = copy_of(model)  # saving moves the weights out of what is saved
+        onnx.save_model(copy, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, path)
 
 
 def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model, with the weights that lie beside it.
+    """Read a model with its external data.
 
     Raises:
         ModelError: as `definition`, or its weights cannot be read.
@@ -35,10 +90,10 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model without the weights that lie beside it, which are only looked for.
+    """Read a model without its external data, but check that they exist.
 
     Raises:
-        ModelError: there is no such file, it is no ONNX model, too large, or its weights lie elsewhere.
+        ModelError: there is no such file, it is no ONNX model, too large, or its weights are missing.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -58,23 +113,25 @@ def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size: int = 0) -> None:
-    """Refuse what no runtime should be given.
+    """Refuse a model that no runtime should open.
 
     Args:
         proto: a model, whose external data have not been loaded.
         origin: its name, for messages.
-        folder: where its external data may lie; nowhere if it is in memory.
-        size: bytes that it takes itself.
+        folder: of its external data; None if the model is in memory.
+        size: bytes of its file.
 
     Raises:
-        ModelError: names that are no text, nodes without outputs, external data that are missing, too large
-            or somewhere else than they should be, or a tensor that is too large.
+        ModelError: it has names that are no text, nodes without outputs, external data that are missing, too
+            large or outside its folder, or a tensor that is too large.
     """
-    if not _is_text(proto):
+    messages = list(_messages(proto))
+    if not all(map(_is_text, messages)):
         raise ModelError(
             f"{origin}: not an ONNX file, or damaged (names are no text); export or copy it again"
         )
-    for tensor in _tensors(proto):
+    tensors: list[Any] = [message for message in messages if message.DESCRIPTOR.full_name == TENSOR]
+    for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             size += _external(tensor, origin, folder)
             limits.MODEL_BYTES.check(size, f"{origin}: the model with its external data", ModelError)
@@ -86,19 +143,14 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
 
 
 def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None = None) -> None:
-    """Refuse, before it is run, a model that makes a tensor larger than `limits.TENSOR_BYTES`.
+    """Refuse, before it is run, a model with a tensor larger than `limits.TENSOR_BYTES`.
 
-    What can be told of shapes without running is looked at, for images of the size of ``sample``.
+    Shapes are inferred, for images of the size of ``sample``.
 
     Raises:
-        ModelError: a tensor is too large; it, and what makes it, are named.
+        ModelError: a tensor is too large; the message names it and its layer.
     """
-    copy = onnx.ModelProto(ir_version=proto.ir_version)
-    copy.opset_import.extend(proto.opset_import)
-    copy.functions.extend(proto.functions)
-    for field in ("node", "input", "output"):
-        getattr(copy.graph, field).extend(getattr(proto.graph, field))
-    copy.graph.name = proto.graph.name or "graph"
+    copy = with_graph(proto, proto.graph.node, proto.graph.input, proto.graph.output)
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() < 1000:  # may be a shape
             copy.graph.initializer.add().CopyFrom(tensor)
@@ -110,22 +162,17 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
                 dim.dim_value = dim.dim_value or size
     try:
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    except Exception:  # whatever is wrong, running the model tells better
+    except Exception:  # whatever is wrong, running the model gives a better message
         return
-    maker = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
+    producer = {name: node.name or node.op_type for node in proto.graph.node for name in node.output}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.dim_value > 0]
-        of = f" of layer {maker[value.name]!r}" if value.name in maker else ""
+        of = f" of layer {producer[value.name]!r}" if value.name in producer else ""
         limits.TENSOR_BYTES.check(4 * math.prod(dims), f"{origin}: tensor {value.name!r}{of}", ModelError)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; those of runtimes run over several."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int:
-    """The bytes that a tensor takes in another file, which has to lie beside the model."""
+    """Check where a tensor's external data are, which must be in the model's folder; return their bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"{origin}: external data of {tensor.name!r}"
@@ -154,28 +201,28 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
     return length
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+def _messages(message: Message) -> Iterator[Message]:
+    """Yield a message and all messages in it; of a tensor, which may be large, only its external data."""
+    yield message
+    if message.DESCRIPTOR.full_name == TENSOR:
+        yield from message.external_data
+        return
     for field, value in message.ListFields():
         if field.type == FieldDescriptor.TYPE_MESSAGE:
             for inner in value if _is_repeated(field) else [value]:
-                if inner.DESCRIPTOR.full_name == TENSOR:
-                    yield inner
-                else:
-                    yield from _tensors(inner)
+                yield from _messages(inner)
 
 
 def _is_text(message: Message) -> bool:
-    """Whether all names are text: what is no UTF-8 comes as bytes."""
-    if message.DESCRIPTOR.full_name == TENSOR:  # not its numbers
-        entries = (text for entry in message.external_data for text in (entry.key, entry.value))
-        return all(isinstance(text, str) for text in (message.name, *entries))
-    for field, value in message.ListFields():
-        values = value if _is_repeated(field) else [value]
-        if field.type == FieldDescriptor.TYPE_STRING and not all(isinstance(text, str) for text in values):
-            return False
-        if field.type == FieldDescriptor.TYPE_MESSAGE and not all(_is_text(inner) for inner in values):
-            return False
-    return True
+    """Whether a message's names are text: protobuf returns what is not UTF-8 as bytes."""
+    if message.DESCRIPTOR.full_name == TENSOR:
+        return isinstance(message.name, str)
+    return all(
+        isinstance(text, str)
+        for field, value in message.ListFields()
+        if field.type == FieldDescriptor.TYPE_STRING
+        for text in (value if _is_repeated(field) else [value])
+    )
 
 
 def _is_repeated(field: FieldDescriptor) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,19 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from netdecouple import kernels
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
 from netdecouple.runtimes import Feeds, Input, onnxfile
-from netdecouple.runtimes.onnxfile import first_line
 
-PROTOBUF_LIMIT = 1_900_000_000  # bytes; protobuf itself refuses 2 GiB
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 
 
 def options(threads: int | None = None) -> ort.SessionOptions:
-    """Session options: quiet, CPU, ``threads`` intra-op threads (default: all this process may use).
+    """Make session options: no messages, ``threads`` intra-op threads (default: all this process may use).
 
-    With ``threads`` given the session is one to be timed: its threads spin while it runs, as they do by
-    default, but not after, when it is another session's turn.
+    With ``threads`` given, the session is to be timed: its threads spin while it runs, as they do by default,
+    but not afterwards, when another session runs.
     """
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
@@ -42,20 +40,6 @@ def options(threads: int | None = None) -> ort.SessionOptions:
     return chosen
 
 
-def size_of(model: onnx.ModelProto) -> int:
-    """A model's bytes. Beyond what protobuf can count, as counting is writing to it, those of its weights."""
-    tensors = [
-        *model.graph.initializer,
-        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
-    ]
-    weights = sum(
-        math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for t in tensors
-        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
-    )
-    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
-
-
 def open_session(
     model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions | None = None
 ) -> Any:
@@ -63,28 +47,27 @@ def open_session(
 
     Raises:
         ModelError: ONNX Runtime refuses it.
-        NetDecoupleError: it uses netdecouple's own operators, which are not to be had here, and does not
-            say how else they are computed.
+        NetDecoupleError: it uses netdecouple's own operators, which are not available, and has no functions
+            that define them.
     """
     chosen = chosen or options()
-    _teach(model, chosen)
+    _register_kernels(model, chosen)
+    start = partial(ort.InferenceSession, sess_options=chosen, providers=["CPUExecutionProvider"])
     try:
         if not isinstance(model, onnx.ModelProto):
-            return ort.InferenceSession(os.fspath(model), chosen, providers=["CPUExecutionProvider"])
-        if size_of(model) < PROTOBUF_LIMIT:
-            return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+            return start(os.fspath(model))
+        if not onnxfile.is_large(model):
+            return start(model.SerializeToString())
         with Scratch() as folder:
             path = Path(folder) / "model.onnx"
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            onnx.save_model(copy, path, save_as_external_data=True, location="model.data")
-            return ort.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+            onnxfile.save(model, path)
+            return start(str(path))
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
 
 
-def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
-    """Register our operators if the model uses them; not where it must, and can, do without."""
+def _register_kernels(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
+    """Register our operators if the model uses them, unless they are not available and it has functions."""
     proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
     if not uses_kernels(proto):
         return
@@ -94,26 +77,26 @@ def _teach(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionO
 
 
 def _has_fallbacks(proto: onnx.ModelProto) -> bool:
-    """Tell whether there is a function for every operator of ours."""
+    """Whether a model has a function for every operator of ours."""
     functions = {(f.name, f.overload) for f in proto.functions if f.domain == kernels.DOMAIN}
     nodes = (node for node in proto.graph.node if node.domain == kernels.DOMAIN)
     return all((node.op_type, node.overload) in functions for node in nodes)
 
 
 def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
-    """Tell whether a model holds operators of our own, which only ONNX Runtime is taught."""
+    """Whether a model has operators of ours, which run in ONNX Runtime only."""
     proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
     return any(node.domain == kernels.DOMAIN for node in proto.graph.node)
 
 
 def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """A file without the weights that lie beside it; an empty model if it is one of another runtime's."""
+    """Read a file without external data; an empty model if it is a file for another runtime."""
     is_others = Path(path).suffix != ".onnx" and os.path.exists(path)
     return onnx.ModelProto() if is_others else onnxfile.definition(path)
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
-    """Return what a runtime that opens ONNX files is given: a ModelProto, or the path of a file.
+    """Check a model for a runtime that opens ONNX files, and return it: a ModelProto or a path.
 
     Raises:
         ModelError: it is neither, or there is no such file, or it is cut short.
@@ -124,7 +107,7 @@ def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
         raise ModelError(f"{runtime} runs .onnx files and not a {type(model).__name__}; export it first")
     try:
         _definition(model)
-    except ModelError as error:  # who calls names the model
+    except ModelError as error:  # the caller names the model
         raise ModelError(str(error).removeprefix(f"{model}: ")) from error
     return os.fspath(model)
 
@@ -165,27 +148,14 @@ class OnnxRuntimeSession:
         self.inputs = tuple(_input(value) for value in session.get_inputs())
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+        """See `Session`."""
         return run(self._session, None, feeds)
 
 
 _TYPES = {
-    f"tensor({name})": np.dtype(kind)
-    for name, kind in (
-        ("float", "float32"),
-        ("double", "float64"),
-        ("float16", "float16"),
-        ("uint8", "uint8"),
-        ("int8", "int8"),
-        ("int32", "int32"),
-        ("int64", "int64"),
-        ("bool", "bool"),
-    )
+    f"tensor({name})": np.dtype(name) for name in ("float16", "uint8", "int8", "int32", "int64", "bool")
 }
+_TYPES |= {"tensor(float)": np.dtype(np.float32), "tensor(double)": np.dtype(np.float64)}
 
 
 def _input(value: Any) -> Input:
@@ -195,26 +165,17 @@ def _input(value: Any) -> Input:
     return Input(value.name, shape, _TYPES[value.type])
 
 
-class Profiled:
-    """A model that is run while ONNX Runtime's profiler looks on.
+class Profiled(OnnxRuntimeSession):
+    """A model that runs with ONNX Runtime's profiler.
 
-    It writes to a file whose name begins with ``prefix``, goes on with the time, and ends in milliseconds:
-    two models need two prefixes.
+    The profile's file is named ``prefix`` and the time in milliseconds: two models need two prefixes.
     """
 
     def __init__(self, model: onnx.ModelProto, threads: int, prefix: Path) -> None:
         chosen = options(threads)
         chosen.enable_profiling = True
         chosen.profile_file_prefix = str(prefix)
-        self._session = open_session(model, chosen)
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
-        return run(self._session, None, feeds)
+        super().__init__(open_session(model, chosen))
 
     def finish(self) -> list[dict[tuple[str, str], float]]:
         """End profiling; return every run's milliseconds by a node's name and operator."""

@@ -11,15 +11,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxfile import first_line
 from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
 
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Within, OpenVINO finds its telemetry package missing: importing it would report home."""
+    """Hide OpenVINO's telemetry package while it is imported; it would send data to its authors."""
     package = "openvino_telemetry"
     missing = package not in sys.modules
     if missing:
@@ -58,7 +57,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # some processors would be given bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",  # on some processors the default is bfloat16
         }
         try:
             read = core.read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
@@ -82,11 +81,7 @@ class OpenVinoSession:
         self.inputs = tuple(_input(port) for port in compiled.inputs)
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+        """See `Session`."""
         try:
             results = self._request.infer(feeds, share_inputs=True)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -101,7 +96,7 @@ def _input(port: Any) -> Input:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error's message that says something; others tell where OpenVINO was."""
+    """Return the line of a message that gives the reason; others name places in OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [t for t in lines if t and not t.startswith(("Exception from", "Check '")) and t[-1] != ":"]
-    return told[0].rstrip(".") if told else first_line(error)
+    reasons = [t for t in lines if t and not t.startswith(("Exception from", "Check '")) and t[-1] != ":"]
+    return reasons[0].rstrip(".") if reasons else first_line(error)

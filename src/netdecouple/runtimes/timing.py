@@ -1,8 +1,8 @@
-"""The stopwatch: the only place where networks are timed.
+"""Measure time: the only place where networks are timed.
 
-What is compared takes turns: round by round, in a new random order each time, so that whatever else the
-machine does hits all alike and none always runs after the same other. A speedup is read from the ratios
-within the rounds, and is not quoted where they spread further than they are from 1.
+Networks that are compared run in turn, round by round, in a new random order each time: other load of the
+machine affects all alike, and none always runs after the same other. A speedup is the median of the ratios
+within rounds; there is none where the quartiles are on both sides of 1.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 WARM_UP = 3  # calls before the first round
-FEWEST = 5  # rounds, whatever the time
-TURN = 5.0  # ms that a turn lasts at least: long enough for the caches to be the network's own
+FEWEST = 5  # rounds, however short the time
+TURN = 5.0  # ms that a turn lasts at least: long enough for the caches to hold the network's data
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Ratio:
     """How many times faster one network is than another: quartiles of the ratios within each round."""
 
     lower: float
-    median: float | None  # None: no measurable difference, the quartiles lie on either side of 1
+    median: float | None  # None: no measurable difference, the quartiles are on both sides of 1
     upper: float
 
     @classmethod
@@ -52,7 +52,7 @@ class Ratio:
 
 
 def rounds(count: int, seconds: float, *, most: int | None = None, seed: int = 0) -> Iterator[list[int]]:
-    """Yield orders in which ``count`` networks take their turns, until the time is up."""
+    """Yield the order in which ``count`` networks run, round by round, until the time is over."""
     rng = np.random.default_rng(seed)
     end = time.perf_counter() + seconds
     done = 0
@@ -74,13 +74,13 @@ def measure(calls: Sequence[Callable[[], Any]], seconds: float, *, seed: int = 0
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """Warm up, and tell how many calls fill a turn."""
+    """Warm up, and return how many calls fill a turn."""
     last = min(_turn(call, 1) for _ in range(WARM_UP))
     return max(1, ceil(TURN / max(last, 1e-3)))
 
 
 def _turn(call: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds per call."""
+    """Measure milliseconds per call."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

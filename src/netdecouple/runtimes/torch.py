@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes import Feeds, Input
-from netdecouple.runtimes.onnxfile import first_line
 
 
 class Torch:
-    """PyTorch on the CPU; ``trust`` allows it to open files, whose makers can have them run any code."""
+    """PyTorch on the CPU; ``trust`` allows it to open files, which can run any code of their authors."""
 
     def __init__(self, *, compiled: bool = False, trust: bool = False) -> None:
         self.name = "torch.compile" if compiled else "torch"
@@ -48,21 +47,20 @@ class Torch:
         if path.suffix != ".pt2":
             raise ModelError(
                 "PyTorch runs modules and exported programs (.pt2), not ONNX files; "
-                "run it with --runtime onnxruntime or openvino"
+                "run it with runtime='onnxruntime' or 'openvino'"
             )
         if not os.path.isfile(path):
             raise ModelError("no such file; give the path of an exported program (.pt2)")
         if not self._trust:
             raise ModelError(
-                "PyTorch unpickles .pt2 files, which can run any code; if you trust its maker, add --trust "
-                "(in Python: runtime(name, trust=True))"
+                "PyTorch unpickles .pt2 files, which can run any code; if you trust its author, give trust="
             )
         if not zipfile.is_zipfile(path):  # PyTorch would print a stack trace of its own
             raise ModelError("not an exported program, or cut short; export or copy it again")
         import_module("netdecouple.kernels.torch")  # registers our operator, which the program may hold
         try:
             return torch.export.load(path)
-        except Exception as error:  # whatever unpickling comes upon
+        except Exception as error:  # unpickling raises anything
             raise ModelError(f"PyTorch cannot open the file: {first_line(error)}") from error
 
 
@@ -75,18 +73,14 @@ class TorchSession:
         self.inputs = inputs
 
     def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
-        before = torch.get_num_threads()  # of the process, not of the session
+        """See `Session`."""
+        before = torch.get_num_threads()  # a setting of the process, not of the session
         torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
                 outputs = self._call(*(torch.from_numpy(array) for array in feeds.values()))
             return [tensor.numpy() for tensor in _tensors(outputs)]
-        except Exception as error:  # modules raise what they like
+        except Exception as error:  # modules raise anything
             raise ModelError(f"the network failed on its input: {first_line(error)}") from error
         finally:
             torch.set_num_threads(before)

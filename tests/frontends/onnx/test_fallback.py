@@ -283,8 +283,11 @@ def test_a_network_is_the_same_to_read_and_write_without_the_library(
         layers.append([(la.name, la.operator, la.macs, la.reason) for la in network.layers])
         results.append(network.run(images)[0])
         written.append(network.build({}))
-        walk = network.walk(images)
-        np.testing.assert_allclose(walk.outputs()[0], results[-1], rtol=0, atol=1e-5)
+        last = next(la for la in reversed(network.layers) if la.geometry is not None and not la.reason)
+        where = np.zeros((len(images), 1), int)
+        (found,) = network.walk(images).observe(last.name, where)
+        (expected,) = network.observe(images, {last.name: where})
+        np.testing.assert_allclose(found.patches, expected.patches, rtol=0, atol=1e-5)
     assert layers[0] == layers[1]
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5)
     for again in written:
@@ -292,5 +295,5 @@ def test_a_network_is_the_same_to_read_and_write_without_the_library(
         assert [n.overload for n in again.graph.node if n.domain] == [
             n.overload for n in model.graph.node if n.domain
         ]
-        found = stock(again).run(None, {"image": images})[0]
-        np.testing.assert_allclose(found, results[0], rtol=0, atol=1e-5)
+        outputs = stock(again).run(None, {"image": images})[0]
+        np.testing.assert_allclose(outputs, results[0], rtol=0, atol=1e-5)

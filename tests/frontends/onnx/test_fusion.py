@@ -16,8 +16,9 @@ from netdecouple.families import Problem, nd
 from netdecouple.families.chain import Step, method
 from netdecouple.frontends.onnx.emission import emit
 from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.model import read_model, up_to
+from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.proto import up_to
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.kernels.cases import rows_of, separable

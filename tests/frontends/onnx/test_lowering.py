@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from netdecouple import kernels
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.lowering import lower
-from netdecouple.frontends.onnx.model import nodes_of
+from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.frontends.onnx.test_fusion import Graph, absorbed, decoupled

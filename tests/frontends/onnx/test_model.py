@@ -15,8 +15,9 @@ import netdecouple
 from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError
-from netdecouple.frontends.onnx.model import nodes_of, read_model, write_model
+from netdecouple.frontends.onnx.model import read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.network import Layer
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
@@ -647,7 +648,7 @@ def test_write_keeps_what_was_there_if_the_file_is_not_the_model(
 
 def test_write_large_models_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Beyond what protobuf can hold the weights go beside the file, under a name that stays valid."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.model.PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("netdecouple.runtimes.onnxfile.PROTOBUF_LIMIT", 1000)
     model = networks.classifier()
     write_model(model, tmp_path / "out.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
@@ -660,7 +661,7 @@ def test_write_large_models_with_external_data(tmp_path: Path, monkeypatch: pyte
 
 def test_write_leaves_the_proto_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also when its weights go to another file."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.model.PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("netdecouple.runtimes.onnxfile.PROTOBUF_LIMIT", 1000)
     model = networks.classifier()
     write_model(model, tmp_path / "out.onnx")
     assert model == networks.classifier()

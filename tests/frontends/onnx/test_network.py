@@ -12,15 +12,17 @@ import pytest
 from onnx import TensorProto, helper
 
 import netdecouple
-from netdecouple.convolution import Factorization
+from netdecouple.convolution import ConvStage, Factorization
 from netdecouple.errors import ModelError, OutputError
-from netdecouple.execution.memory import Memory
+from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.families import Problem, nd
 from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
+from netdecouple.frontends.onnx.external import ExternalWeights
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.network import Layer
+from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk
+from netdecouple.network import Layer, Walk
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
@@ -80,7 +82,7 @@ def test_a_fixed_batch_takes_any_number_of_images(count: int):
     expected = opened(networks.classifier()).run(images)
     network = opened(networks.classifier(batch=4))
     assert_same(network.run(images), expected, 1e-6)
-    assert_same(network.walk(images).outputs(), expected, 1e-6)
+    assert_sees(network.walk(images), "conv2", network, images, 1e-6)
     seen = {
         la: np.concatenate([s.outputs for s in network.observe(images, {la: np.zeros((count, 1), int)})])
         for la in ("conv1", "conv2")
@@ -97,7 +99,7 @@ def test_outputs_without_a_batch_axis_are_returned():
 
 
 @pytest.mark.parametrize("batch", ["N", 4])
-def test_outputs_need_not_begin_with_the_images(batch, monkeypatch: pytest.MonkeyPatch):
+def test_outputs_need_not_begin_with_the_images(batch):
     """A sequence head, (time, N, classes), comes out with images first, whatever the batches."""
     b = Builder()
     x = b.node("Relu", b.conv("image", 3, 8, 3, "conv"))
@@ -106,15 +108,13 @@ def test_outputs_need_not_begin_with_the_images(batch, monkeypatch: pytest.Monke
     b.node("Identity", b.constant("anchors", np.eye(5)), out="boxes")
     model = b.model([("sequence", ("T", batch, 8)), ("boxes", (5, 5))], (batch, 3, 6, 9))
     images = images_for(model, 6)
-    network = opened(model)
-    monkeypatch.setattr(
-        OnnxNetwork, "batches", lambda self, n, held=0: [slice(i, min(i + 4, n)) for i in range(0, n, 4)]
-    )
-    for outputs in (network.run(images), network.walk(images).outputs()):
-        assert outputs[0].shape == (6, 9, 8)
-        for i in (0, 3, 4, 5):
-            alone = network.run(np.repeat(images[i : i + 1], 4, axis=0))[0][0]
-            np.testing.assert_allclose(outputs[0][i], alone, atol=1e-5)
+    network = OnnxNetwork(read_model(model), images, Resources(memory=170_000))
+    assert network.batches(6) == [slice(0, 4), slice(4, 6)]
+    outputs = network.run(images)
+    assert outputs[0].shape == (6, 9, 8)
+    for i in (0, 3, 4, 5):
+        alone = network.run(np.repeat(images[i : i + 1], 4, axis=0))[0][0]
+        np.testing.assert_allclose(outputs[0][i], alone, atol=1e-5)
 
 
 def test_outputs_that_are_no_numbers_are_left_out():
@@ -158,19 +158,20 @@ def test_batches_hold_bounded_memory():
     assert [i for b in batches for i in range(300)[b]] == list(range(300))
 
 
-def test_with_kernels_replaces_weight_and_bias():
-    """A layer with other numbers, computed by NumPy; the network itself stays as it is."""
-    network = opened(networks.classifier())
-    images = images_for(networks.classifier())
-    layer = network.layers[0]
+def test_run_takes_other_kernels():
+    """A layer with other weights and bias, computed by NumPy; the network itself stays as it is."""
+    b = Builder()
+    b.conv("image", 3, 8, 3, "conv")
+    model = b.model([("conv", ("N", 8, "h", "w"))])
+    network, images = opened(model), images_for(model)
+    (layer,) = network.layers
     weight, bias = -layer.weight, layer.bias + 1
-    changed = OnnxNetwork(read_model(network.with_kernels({layer.name: (weight, bias)})), images)
-    where = {layer.name: np.zeros((len(images), 1), int)}
-    before = next(iter(network.observe(images, where)))
-    after = next(iter(changed.observe(images, where)))
-    patches = after.patches.reshape(len(images), -1)
-    np.testing.assert_allclose(after.outputs, patches @ weight.reshape(len(weight), -1).T + bias, atol=1e-4)
-    assert not np.allclose(before.outputs, after.outputs)
+    before = network.run(images)[0]
+    after = network.run(images, {layer.name: (weight, bias)})[0]
+    (seen,) = network.observe(images, {layer.name: np.tile(np.arange(before[0, 0].size), (len(images), 1))})
+    expected = seen.patches[:, 0] @ weight.reshape(len(weight), -1).T + bias
+    np.testing.assert_allclose(np.moveaxis(after, 1, -1).reshape(-1, 8), expected, atol=1e-4)
+    np.testing.assert_array_equal(network.run(images)[0], before)
 
 
 def test_run_says_what_does_not_fit():
@@ -301,50 +302,45 @@ def test_an_output_of_the_network_has_no_shortcut():
 # --- walking
 
 
-def test_a_walk_without_replacement_reproduces_the_outputs(model: onnx.ModelProto, images: np.ndarray):
-    """Cut at every layer, the network computes what it computes in one piece."""
-    network = opened(model)
-    walk = network.walk(images)
-    for name, where in positions_of(network, len(images)).items():
-        list(walk.observe(name, where))
-    assert_same(walk.outputs(), network.run(images), 0.1 * tolerance(network))
+def assert_sees(walk: Walk, name: str, network: OnnxNetwork, images: np.ndarray, atol: float = 1e-4) -> None:
+    """At a layer, the walk has computed what the network has, shortcuts included."""
+    where = positions_of(network, len(images))[name]
+    expected = list(network.observe(images, {name: where}))
+    for one, other in zip(walk.observe(name, where), expected, strict=True):
+        np.testing.assert_allclose(one.patches, other.patches, atol=atol)
+        assert (one.shortcut is None) == (other.shortcut is None)
+        if one.shortcut is not None:
+            np.testing.assert_allclose(one.shortcut, other.shortcut, atol=atol)
 
 
 def test_a_walk_sees_what_the_network_sees(model: onnx.ModelProto, images: np.ndarray):
-    """Patches and shortcuts of an unchanged network are those that observe() yields."""
-    network = opened(model)
-    positions = positions_of(network, len(images))
-    expected = {seen.layer: seen for seen in network.observe(images, positions)}
-    walk = network.walk(images)
-    for name, where in positions.items():
-        (seen,) = walk.observe(name, where)
-        np.testing.assert_allclose(seen.patches, expected[name].patches, atol=tolerance(network))
-        assert (seen.shortcut is None) == (expected[name].shortcut is None)
-        if seen.shortcut is not None:
-            np.testing.assert_allclose(seen.shortcut, expected[name].shortcut, atol=tolerance(network))
-
-
-def test_a_walk_with_full_rank_factorizations_is_lossless(model: onnx.ModelProto, images: np.ndarray):
-    """Every layer replaced by its exact expansion: the outputs stay."""
+    """Cut at every layer, the network computes what it computes in one piece."""
     network = opened(model)
     walk = network.walk(images)
     for layer in can_change(network):
-        list(walk.observe(layer.name, np.zeros((len(images), 1), int)))
-        walk.replace(layer.name, full_rank(layer))
-    assert_same(walk.outputs(), network.run(images), tolerance(network))
+        assert_sees(walk, layer.name, network, images, tolerance(network))
 
 
-def test_a_walk_ends_at_the_decoupled_network(model: onnx.ModelProto, images: np.ndarray):
-    """What the walk computes with lossy stages is what the written model computes."""
+def test_a_walk_with_full_rank_factorizations_is_lossless(model: onnx.ModelProto, images: np.ndarray):
+    """Every layer replaced by its exact expansion: what the layers behind it see stays."""
     network = opened(model)
     walk = network.walk(images)
-    chosen = {la.name: low_rank(la) for la in can_change(network)}
+    for layer in can_change(network):
+        assert_sees(walk, layer.name, network, images, tolerance(network))
+        walk.replace(layer.name, full_rank(layer))
+
+
+def test_a_walk_computes_the_decoupled_network(model: onnx.ModelProto, images: np.ndarray):
+    """With lossy stages in place, the last layer sees what it sees in the written model."""
+    network = opened(model)
+    walk = network.walk(images)
+    *layers, last = can_change(network)
+    chosen = {la.name: low_rank(la) for la in layers}
     for name, factorization in chosen.items():
-        list(walk.observe(name, np.zeros((len(images), 1), int)))
+        walk.advance(name)
         walk.replace(name, factorization)
-    found = walk.outputs()
-    assert_same(found, network.run_built(network.build(chosen), images))
-    assert not np.allclose(found[0], network.run(images)[0], atol=1e-3)
+    written = OnnxNetwork(read_model(network.build(chosen)), images)
+    assert_sees(walk, last.name, written, images, 10 * tolerance(network))
 
 
 def test_a_walk_may_skip_layers_and_dead_nodes():
@@ -355,8 +351,7 @@ def test_a_walk_may_skip_layers_and_dead_nodes():
     images = images_for(model)
     walk = network.walk(images)
     list(walk.observe("before", np.zeros((len(images), 1), int)))
-    list(walk.observe("after", np.zeros((len(images), 1), int)))
-    assert_same(walk.outputs(), network.run(images), 1e-3)
+    assert_sees(walk, "after", network, images, 1e-3)
 
 
 def test_a_walk_takes_local_functions():
@@ -373,29 +368,34 @@ def test_a_walk_takes_local_functions():
     network = opened(model)
     assert {la.name for la in can_change(network)} == {"before", "half", "after", "logits"}
     images = images_for(model)
-    walk = network.walk(images)
-    list(walk.observe("after", np.zeros((len(images), 1), int)))
-    assert_same(walk.outputs(), network.run(images), 1e-3)
+    assert_sees(network.walk(images), "after", network, images, 1e-3)
 
 
-def test_a_walk_spills_to_disk():
-    """What memory should not hold is held in files, and the outputs stay."""
+def walk_with(store: ArrayStore, network: OnnxNetwork, images: np.ndarray) -> OnnxWalk:
+    layers = {
+        la.name: LayerNode(la, network.nodes[la.name], network.shortcut(la.name)) for la in network.layers
+    }
+    return OnnxWalk(network.model, layers, [(slice(0, len(images)), images)], store)
+
+
+def test_a_walk_spills_to_disk(tmp_path: Path):
+    """What memory should not hold is held in files, and what layers see stays."""
+    network = opened(networks.residual())
     images = images_for(networks.residual(), 40)
-    network = OnnxNetwork(read_model(networks.residual()), images, Memory(store_bytes=10_000))
-    walk = network.walk(images)
-    for name, where in positions_of(network, 40).items():
-        list(walk.observe(name, where))
-    assert_same(walk.outputs(), network.run(images), 1e-5)
+    walk = walk_with(ArrayStore(10_000, tmp_path), network, images)
+    assert len(list(tmp_path.rglob("*.npy"))) == 1  # the images
+    for layer in can_change(network):
+        assert_sees(walk, layer.name, network, images, 1e-5)
 
 
 def test_a_walk_holds_live_tensors_only():
     """After every step the store holds what the rest of the network reads, and nothing else."""
     network = opened(networks.residual())
-    images = images_for(networks.residual())
-    walk = network.walk(images)
-    list(walk.observe("b1.second", np.zeros((len(images), 1), int)))
-    assert sorted(walk._live) == ["relu1", "relu3"]
-    assert len(walk._store) == 2
+    store = ArrayStore(10**9)
+    walk = walk_with(store, network, images_for(networks.residual()))
+    walk.advance("b1.second")
+    assert all((0, tensor) in store for tensor in ("relu1", "relu3"))
+    assert len(store) == 2
 
 
 # --- decoupling
@@ -462,12 +462,11 @@ def test_fully_connected_layers_take_other_kernels():
     same = {la.name: (la.weight, la.bias) for la in products_of(network)}
     assert_same(network.run(images, same), network.run(images), 1e-6)
     for layer in products_of(network):
-        moved = network.with_kernels({layer.name: (2 * layer.weight, layer.bias + 1)})
-        where = {layer.name: np.zeros((len(images), 1), int)}
-        (before,) = network.observe(images, where)
-        (after,) = opened(moved).observe(images, where)
-        expected = 2 * (before.outputs - layer.bias) + layer.bias + 1
-        np.testing.assert_allclose(after.outputs, expected, atol=1e-4)
+        weight, bias = 2 * layer.weight, layer.bias + 1
+        written = network.build(
+            {layer.name: Factorization(layer.geometry, (ConvStage(layer.geometry, weight),), bias)}
+        )
+        assert_same(network.run(images, {layer.name: (weight, bias)}), network.run_built(written, images))
 
 
 def test_the_shortcut_of_a_fully_connected_layer_is_found():
@@ -545,7 +544,7 @@ def test_pretrained_networks_are_walked_and_rebuilt_without_loss(shared: Path, n
     network = opened(model)
     original = run(open_session(model), None, {model.graph.input[0].name: images})
     assert_same(network.run(images), original)
-    assert_same(network.walk(images).outputs(), original)
+    assert_sees(network.walk(images), can_change(network)[-1].name, network, images)
     small = [la for la in can_change(network) if la.weight.size < 100_000]
     chosen = {la.name: full_rank(la) for la in small[::3]}
     assert_same(network.run_built(network.build(chosen), images), original, 1e-3)
@@ -557,14 +556,24 @@ def test_the_shortcuts_of_resnet20_are_found(shared: Path):
     assert len(shortcuts(onnx.load(shared / "models" / "resnet20.onnx"))) == 9
 
 
-def test_with_little_memory_weights_are_read_from_a_file(
-    model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
-):
+def test_large_weights_are_written_to_a_file(tmp_path: Path):
+    """And no others; a model that was made of it is opened with them."""
+    model = networks.classifier()
+    images = images_for(model)
+    external = ExternalWeights(model, tmp_path)
+    outside = {t.name for t in external.proto.graph.initializer if t.external_data}
+    assert outside == {t.name for t in model.graph.initializer if len(t.raw_data) >= 4096}
+    assert sum(path.stat().st_size for path in tmp_path.rglob("weights")) >= 4096
+    found, expected = (
+        run(s, None, {"image": images}) for s in (external.opened(external.proto), open_session(model))
+    )
+    assert_same(found, expected, 1e-6)
+
+
+def test_with_little_memory_weights_are_read_from_a_file(model: onnx.ModelProto):
     """Outputs, what layers see, and replaced kernels are the same as without."""
-    monkeypatch.setattr("netdecouple.frontends.onnx.external.SMALL", 64)
     images = images_for(model)
     plain, lean = (OnnxNetwork(read_model(model), images, r) for r in (Memory(), Memory(limit=10**9)))
-    assert any(t.external_data for t in lean._proto.graph.initializer)
     assert_same(lean.run(images), plain.run(images), 1e-6)
     layer = can_change(plain)[0]
     kernels = {layer.name: (layer.weight / 2, layer.bias)}
@@ -593,9 +602,7 @@ def test_models_beyond_protobuf_s_limit_are_decoupled(tmp_path: Path, monkeypatc
     images = images_for(model, 20)
     settings = netdecouple.Settings(families=("nd",))
     expected = netdecouple.decouple(model, images, macs=0.6, settings=settings)
-    for place in ("runtimes.onnxruntime", "frontends.onnx.model", "frontends.onnx.network"):
-        monkeypatch.setattr(f"netdecouple.{place}.PROTOBUF_LIMIT", 5000)
-    monkeypatch.setattr("netdecouple.frontends.onnx.external.SMALL", 64)
+    monkeypatch.setattr("netdecouple.runtimes.onnxfile.PROTOBUF_LIMIT", 5000)
     onnx.save_model(
         model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=64
     )

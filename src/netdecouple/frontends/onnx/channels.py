@@ -1,6 +1,7 @@
-"""What operators do to the channels of the tensors that they read, and how they do with fewer of them.
+"""Rules, per operator, that trace the channels of its inputs to its output, and that remove channels.
 
-An operator that is not in the table at the end, or not understood, has no `Flow`: nothing is known then.
+An operator that is not in the table at the end, or whose attributes are not supported, has no `Flow`: then
+nothing is assumed about it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import IntArray
 from netdecouple.frontends.onnx.fusion import RESIDUAL, SLOPE
 from netdecouple.frontends.onnx.lowering import is_fused
-from netdecouple.frontends.onnx.model import reads
+from netdecouple.frontends.onnx.proto import drop_unread, readers_of, reads, remove_named, replace_items
 
-Shape = tuple[int | None, ...]  # None where it is not known, or may differ from run to run
+Shape = tuple[int | None, ...]  # None: not known, or may differ from run to run
 Mask = NDArray[np.bool_]  # of a tensor's channels, (c,)
 
 
 @dataclass(frozen=True)
 class Link:
-    """Output channel ``start + j`` is made of channel ``source[j]`` of a tensor.
+    """Output channel ``start + j`` is computed from channel ``source[j]`` of a tensor, and from no other.
 
-    Where they are ``tied``, it is there whenever that is.
+    Where they are ``tied``, the output channel cannot be removed while that channel stays.
     """
 
     tensor: str
@@ -39,21 +40,24 @@ class Link:
     tied: bool = True
 
     @property
-    def made(self) -> slice:
+    def target(self) -> slice:
         return slice(self.start, self.start + len(self.source))
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which channels of a tensor (columns) go into which outputs (rows)."""
+    """The channels of a tensor (columns) from which output channels (rows) are computed."""
 
     tensor: str
-    used: Mask  # (n_o, n_i), or (1, n_i) where the outputs are not told apart
+    used: Mask  # (n_o, n_i), or (1, n_i) for all outputs at once
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What a node does to channels: its output's shape, None if all of that stays; what it is made of."""
+    """How a node's output depends on its inputs' channels.
+
+    ``shape`` is the output's; None if no channel of the output may be removed.
+    """
 
     shape: Shape | None
     links: Sequence[Link | Mix]
@@ -64,22 +68,21 @@ class Flow:
 
 
 class Graph:
-    """A graph to be changed: what is known of its tensors, and which of their channels are to stay.
+    """A graph from which channels are removed: its tensors' shapes, and the channels that stay.
 
-    ``given`` are shapes seen when it was run; the channels are counted anew.
+    Args:
+        proto: is changed by `cut` and `clean`.
+        given: shapes of tensors in a run; their numbers of channels are computed again from the weights.
     """
 
     def __init__(self, proto: onnx.GraphProto, given: Mapping[str, tuple[int, ...]]) -> None:
         self.proto = proto
         self.given = given
-        self.inputs = {value.name for value in proto.input}  # constants among them may be given anew
+        self.inputs = {value.name for value in proto.input}  # constants among them may be overridden
         self.outputs = {value.name for value in proto.output}
         self.constants = {t.name: t for t in proto.initializer if t.name not in self.inputs}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in proto.node:
-            for tensor in reads(node):
-                self.readers.setdefault(tensor, []).append(node)
-        self.shapes: dict[str, Shape] = {}  # of what has channels that are known
+        self.readers = readers_of(proto.node)
+        self.shapes: dict[str, Shape] = {}  # of tensors with a known number of channels
         for value in proto.input:
             self._learn(
                 value.name,
@@ -87,17 +90,17 @@ class Graph:
             )
         self.flows = [self._flow(node) for node in proto.node]
         self.live: dict[str, Mask] = {t: np.ones(self.width(t) or 0, bool) for t in self.shapes}
-        self._uses = Counter(t for node in proto.node for t in reads(node)) + Counter(self.outputs)
+        self._uses = Counter({t: len(nodes) for t, nodes in self.readers.items()}) + Counter(self.outputs)
         self._taken = {t for n in proto.node for t in chain(reads(n), n.output)} | self.inputs
-        self._aliases: dict[str, str] = {}  # of nodes that are bypassed
+        self._aliases: dict[str, str] = {}  # outputs of bypassed nodes: the tensors to read instead
 
     def _learn(self, tensor: str, shape: Shape) -> None:
-        """Remember a shape; what was seen says what is missing, but for the channels."""
+        """Keep a shape with a known number of channels; other missing sizes are those in the run."""
         if len(shape) < 2 or shape[1] is None:
             return
-        seen = self.given.get(tensor, ())
-        if len(seen) == len(shape):
-            shape = tuple(b if a is None else a for a, b in zip(shape, seen, strict=True))
+        given = self.given.get(tensor, ())
+        if len(given) == len(shape):
+            shape = tuple(b if a is None else a for a, b in zip(shape, given, strict=True))
         self.shapes[tensor] = shape
 
     def _flow(self, node: onnx.NodeProto) -> Flow | None:
@@ -113,45 +116,42 @@ class Graph:
         return flow
 
     def width(self, tensor: str) -> int | None:
-        """How many channels a tensor has."""
+        """The number of a tensor's channels, if it is known."""
         return self.shapes[tensor][1] if tensor in self.shapes else None
 
     def images(self, tensor: str) -> int | None:
-        """How long a tensor's first axis was when it was seen."""
+        """The size of a tensor's first axis in the run, if it is known."""
         return self.shapes[tensor][0] if tensor in self.shapes else None
 
     def array(self, node: onnx.NodeProto, index: int) -> NDArray[Any] | None:
-        """An input that is constant; None if it is not, or missing."""
+        """Return a constant input; None if it is not constant, or missing."""
         if index >= len(node.input) or node.input[index] not in self.constants:
             return None
         return numpy_helper.to_array(self.constants[node.input[index]])
 
     def integers(self, node: onnx.NodeProto, index: int, name: str) -> list[int] | None:
-        """A list that is an attribute in older operators, and a constant input in newer ones."""
+        """Return a list that is an attribute in older operators, and a constant input in newer ones."""
         if index < len(node.input) and node.input[index]:
             array = self.array(node, index)
             return None if array is None else [int(number) for number in array.ravel()]
         value = _attribute(node, name, None)
         return None if value is None else list(value)
 
-    def cut(self, node: onnx.NodeProto, flow: Flow | None) -> bool:
-        """Change a node to what stays of the tensors that it reads and writes; tell whether it is another."""
+    def cut(self, node: onnx.NodeProto, flow: Flow | None) -> None:
+        """Adapt a node to the channels that stay of the tensors that it reads and writes."""
         rule = rule_of(node)
-        if rule is None or flow is None:
-            return False
-        if all(self.live[tensor].all() for tensor in flow.tensors(node) if tensor in self.live):
-            return False
-        rule.cut(self, node)
-        return True
+        tensors = flow.tensors(node) if flow else ()
+        if rule and not all(self.live[tensor].all() for tensor in tensors if tensor in self.live):
+            rule.cut(self, node)
 
     def take(self, node: onnx.NodeProto, index: int, tensor: str, axis: int) -> None:
-        """Keep of a node's constant, if it has that input, what belongs to a tensor's live channels."""
+        """Keep of a node's constant input, if it has one, the part for a tensor's live channels."""
         array = self.array(node, index)
         if array is not None and tensor in self.live and not self.live[tensor].all():
             self.store(node, index, np.compress(self.live[tensor], array, axis))
 
     def store(self, node: onnx.NodeProto, index: int, array: NDArray[Any]) -> None:
-        """Put another constant in the place of a node's; other nodes keep that."""
+        """Replace a node's constant input; other nodes that read the constant keep the old one."""
         name = node.input[index]
         if self._uses[name] > 1:
             self._uses[name] -= 1
@@ -163,7 +163,10 @@ class Graph:
         self.constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def bypass(self, node: onnx.NodeProto) -> None:
-        """Let whoever reads a node's output read its input instead, unless that must keep its name."""
+        """Let the readers of a node's output read its input instead.
+
+        Nothing happens if the output is one of the graph, or read within a subgraph.
+        """
         output = node.output[0]
         readers = self.readers.get(output, [])
         inside = any([*reads(reader)].count(output) > [*reader.input].count(output) for reader in readers)
@@ -171,38 +174,25 @@ class Graph:
             self._aliases[output] = self._aliases.get(node.input[0], node.input[0])
 
     def clean(self) -> None:
-        """Remove the nodes that were bypassed, their constants, and shapes that are no longer true."""
+        """Remove bypassed nodes, constants that nothing reads, and shapes that are no longer true."""
         nodes = self.proto.node
-        for index in reversed(range(len(nodes))):
-            if nodes[index].output[0] in self._aliases:
-                self._uses.subtract(nodes[index].input)
-                del nodes[index]
+        replace_items(nodes, [node for node in nodes if node.output[0] not in self._aliases])
         for node in nodes:
             for index, tensor in enumerate(node.input):
                 if tensor in self._aliases:
                     node.input[index] = self._aliases[tensor]
-        unread = {name for name in self.constants if name in self._uses and not self._uses[name]}
-        _remove(self.proto.initializer, unread)
+        drop_unread(self.proto)
         changed = {tensor for tensor, mask in self.live.items() if not mask.all()}
-        _remove(self.proto.value_info, changed | set(self._aliases))
-
-
-def is_convolution(node: onnx.NodeProto) -> bool:
-    """Whether a node is one of those whose filters can be dropped."""
-    return rule_of(node) in (_CONVOLUTION, _FUSED)
-
-
-def _remove(field: Any, names: set[str]) -> None:
-    for index in reversed(range(len(field))):
-        if field[index].name in names:
-            del field[index]
-
-
-# ``flow`` functions return None for what they do not understand; ``cut`` functions change a node to what its
-# input's and output's live channels ask for.
+        remove_named(self.proto.value_info, changed | set(self._aliases))
 
 
 class Rule(NamedTuple):
+    """How an operator treats channels.
+
+    ``flow`` returns None for what is not supported; ``cut`` adapts a node to the live channels of its inputs
+    and output.
+    """
+
     flow: Callable[[Graph, onnx.NodeProto], Flow | None]
     cut: Callable[[Graph, onnx.NodeProto], None]
 
@@ -218,21 +208,21 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def _set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
-    _remove(node.attribute, {name})
+    remove_named(node.attribute, {name})
     node.attribute.append(helper.make_attribute(name, value))
 
 
 def _tied(graph: Graph, node: onnx.NodeProto, shape: Shape) -> Flow:
-    """Every channel is made of the same one of the first input."""
+    """Compute every channel from the same channel of the first input."""
     return Flow(shape, [Link(node.input[0], np.arange(graph.width(node.input[0]) or 0))])
 
 
 def _leave(graph: Graph, node: onnx.NodeProto) -> None:
-    """Nothing in the node depends on the number of channels."""
+    """Change nothing: the node does not depend on the number of channels."""
 
 
 def _elementwise(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Further inputs, if any, are scalars."""
+    """Trace operators whose further inputs, if any, are scalars."""
     shape = graph.shapes.get(node.input[0])
     return _tied(graph, node, shape) if shape else None
 
@@ -250,7 +240,7 @@ def _pooled(graph: Graph, node: onnx.NodeProto) -> Flow | None:
 
 
 def _normalized(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """One number per channel in every further input."""
+    """Trace operators with one number per channel in every further input."""
     width = graph.width(node.input[0])
     parts = [graph.array(node, index) for index in range(1, len(node.input))]
     if _attribute(node, "training_mode", 0) or any(a is None or a.shape != (width,) for a in parts):
@@ -264,7 +254,7 @@ def _cut_normalized(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _broadcast(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Tensors of one rank, and constants that may have fewer axes."""
+    """Trace operators on tensors of one rank, and constants that may have fewer axes."""
     known: list[Shape | None] = [
         tuple(graph.constants[t].dims) if t in graph.constants else graph.shapes.get(t) for t in node.input
     ]
@@ -323,7 +313,7 @@ def _cut_convolution(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _fused(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Any output reads any channel that has rows, but for zeros; the residual is added channel by channel."""
+    """Trace the fused operator: outputs read the channels with non-zero rows; the residual is added."""
     depthwise, pointwise = graph.array(node, 1), graph.array(node, 2)
     constant = all(not t or t in graph.constants for t in node.input[3 : SLOPE + 1])
     if depthwise is None or pointwise is None or not constant or _attribute(node, "group", 1) > 1:
@@ -350,7 +340,7 @@ def _cut_fused(graph: Graph, node: onnx.NodeProto) -> None:
         return
     channels = np.array(_attribute(node, "channels", []), np.int64)
     rows = np.flatnonzero(live[channels])
-    if not len(rows):  # one has to be there; it adds nothing, whatever it reads
+    if not len(rows):  # at least one is needed; its weights are zero, whatever it reads
         rows = np.arange(1)
     for index, axis in ((1, 0), (2, 1)):
         array = graph.array(node, index)
@@ -394,7 +384,7 @@ def _cut_gathered(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _padded(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Channels that padding adds can be left out one by one."""
+    """Trace padding; channels that it adds can be removed one by one."""
     shape, pads = graph.shapes.get(node.input[0]), graph.integers(node, 1, "pads")
     if shape is None or pads is None or len(pads) != 2 * len(shape) or any(node.input[3:]):
         return None
@@ -420,10 +410,8 @@ def _cut_padded(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _axes(shape: Shape, axes: list[int] | None) -> set[int]:
-    """Axes counted from the front; all, if none are given."""
-    return {axis % len(shape) for axis in range(len(shape)) if axes is None} | {
-        axis % len(shape) for axis in axes or ()
-    }
+    """Count axes from the front; all, if none are given."""
+    return {axis % len(shape) for axis in (range(len(shape)) if axes is None else axes)}
 
 
 def _sliced(graph: Graph, node: onnx.NodeProto) -> Flow | None:
@@ -435,7 +423,7 @@ def _sliced(graph: Graph, node: onnx.NodeProto) -> Flow | None:
 
 
 def _reduced(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Reductions, which may keep their axes, and Squeeze, which does not."""
+    """Trace reductions, which may keep their axes, and Squeeze, which does not."""
     shape = graph.shapes.get(node.input[0])
     axes = _axes(shape, graph.integers(node, 1, "axes")) if shape else {1}
     keep = _attribute(node, "keepdims", 1) if node.op_type != "Squeeze" else 0
@@ -447,7 +435,7 @@ def _reduced(graph: Graph, node: onnx.NodeProto) -> Flow | None:
 
 
 def _resized(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """By constant factors, with 1 for the channels."""
+    """Trace resizing by constant factors, with 1 for the channels."""
     shape = graph.shapes.get(node.input[0])
     index = 2 if node.op_type == "Resize" and len(node.input) > 2 else 1
     scales = graph.array(node, index) if len(node.input) > 1 else _attribute(node, "scales", None)
@@ -460,7 +448,7 @@ def _resized(graph: Graph, node: onnx.NodeProto) -> Flow | None:
 
 
 def _flattened(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Every channel becomes a block of features."""
+    """Trace flattening, where every channel becomes a block of features."""
     shape = graph.shapes.get(node.input[0])
     if shape is None or _attribute(node, "axis", 1) not in (1, 1 - len(shape)):
         return None
@@ -478,7 +466,7 @@ def _blocks(graph: Graph, node: onnx.NodeProto, shape: Shape) -> Flow | None:
 
 
 def _features(graph: Graph, tensor: str) -> int | None:
-    """How many features a matrix product wants of a tensor, whatever else is done to them before."""
+    """The number of features that a matrix product behind a tensor, and elementwise operators, reads."""
     for reader in graph.readers.get(tensor, ()):
         weight = _matrix(graph, reader)
         if weight is not None and reader.input[0] == tensor:
@@ -489,12 +477,12 @@ def _features(graph: Graph, tensor: str) -> int | None:
 
 
 def _reshaped(graph: Graph, node: onnx.NodeProto) -> Flow | None:
-    """Only what flattens all but the first axis."""
+    """Trace a reshape that flattens all axes but the first."""
     shape, target = graph.shapes.get(node.input[0]), graph.integers(node, 1, "shape")
     if shape is None or target is None or len(target) != 2 or _attribute(node, "allowzero", 0):
         return None
-    seen = graph.given.get(node.output[0])
-    if target[0] != 0 and (seen is None or seen[0] != shape[0]):
+    given = graph.given.get(node.output[0])
+    if target[0] != 0 and (given is None or given[0] != shape[0]):
         return None
     flow = _blocks(graph, node, shape)
     return flow if flow and flow.shape and target[1] in (-1, flow.shape[1]) else None
@@ -507,7 +495,7 @@ def _cut_reshaped(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _matrix(graph: Graph, node: onnx.NodeProto) -> NDArray[Any] | None:
-    """The weight (n_o, n_i) of a matrix product."""
+    """Return the weight (n_o, n_i) of a matrix product."""
     if node.op_type not in ("Gemm", "MatMul") or _attribute(node, "transA", 0):
         return None
     weight = graph.array(node, 1)

@@ -28,7 +28,7 @@ PRODUCTS = ("Gemm", "MatMul")  # operators of fully connected layers
 
 
 def form_of(name: str) -> Form:
-    """The form of this name.
+    """Return the form with this name.
 
     Raises:
         PlanError: there is none.
@@ -41,10 +41,10 @@ def form_of(name: str) -> Form:
 
 @dataclass
 class Writer:
-    """Nodes and initializers in the making, all under one name."""
+    """Collects nodes and initializers; their names begin with one name."""
 
     name: str
-    dtype: np.dtype[Any] = SINGLE  # of the layer's weights, which those of its stages are, too
+    dtype: np.dtype[Any] = SINGLE  # of the layer's weights, and of its stages'
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
 
@@ -54,13 +54,13 @@ class Writer:
         return name
 
     def weight(self, label: str, array: Array, taken: IntArray | None = None, axis: int = 0) -> str:
-        """A layer's own array, or what is ``taken`` of it along an axis."""
+        """Add an array of a layer as a constant, or the part of it that is ``taken`` along an axis."""
         part = array if taken is None else array.take(taken, axis)
         with np.errstate(over="ignore"):
             stored = part.astype(self.dtype)
         if not np.isfinite(stored).all():
             raise ModelError(
-                f"layer {self.name!r}: its {label} is too large for {self.dtype}; leave it alone (--exclude)"
+                f"layer {self.name!r}: its {label} is too large for {self.dtype}; name it with exclude="
             )
         return self.constant(label, stored)
 
@@ -139,7 +139,7 @@ def emit(
 def write(writer: Writer, factorization: Factorization, x: str, output: str, form: Form = "parallel") -> None:
     """Add the nodes that compute ``output`` from ``x``."""
     stages, channels, index = factorization.stages, factorization.geometry.n_i, 0
-    order: IntArray | None = None  # of the channels that the previous stage put out
+    order: IntArray | None = None  # of the previous stage's output channels
     while index < len(stages):
         stage, rest = stages[index], stages[index + 1 :]
         both = form == "fused" and order is None and bool(rest) and stage.is_separable_with(rest[0])
@@ -180,7 +180,7 @@ def _label(stage: ConvStage, index: int) -> str:
 
 
 def _spreads(stage: ConvStage, rest: Sequence[ConvStage], form: Form) -> bool:
-    """Whether a depthwise stage is written level by level: what follows must not mind the order."""
+    """Whether a depthwise stage is written level by level: the next stage must work in any channel order."""
     g = stage.geometry
     simple = stage.channels is not None and g.n_o == g.n_i == g.groups
     return form != "gather" and simple and bool(rest) and rest[0].geometry.groups == 1
@@ -191,7 +191,7 @@ def _write_parallel(
 ) -> tuple[str, IntArray]:
     """Write a depthwise stage level by level: the first filter of every channel, then the second, …
 
-    Returns the concatenated output, and in which order the stage's own outputs stand in it.
+    Returns the concatenated output, and the order of the stage's output channels in it.
     """
     assert stage.channels is not None
     g = stage.geometry

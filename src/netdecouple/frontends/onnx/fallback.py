@@ -1,11 +1,11 @@
-"""Let a file with fused operators run where nobody knows them: each comes with a function that defines it.
+"""Add functions to a model that define its fused operators, for runtimes that do not have the operator.
 
-Where the operator is registered, a runtime uses that and ignores the functions; elsewhere it puts their
-bodies, standard operators, in the place of the nodes. The weights are in the file once: the functions take
-what they need of the operators' own, which runtimes do when they open the file.
+Where the operator is registered, a runtime uses it and ignores the functions; elsewhere it replaces the nodes
+by the functions' bodies, which are standard operators. The weights are in the file once: the functions select
+what they need from the operators' inputs, and runtimes compute that once, when they open the file.
 
-The functions differ by their ``overload`` only, which ONNX Runtime heeds from 1.27 on. Before, it takes the
-last function there is for every node, without a word; so the first and the last are ones that it refuses.
+The functions differ by their ``overload`` only, which ONNX Runtime supports from 1.27 on. Older versions use
+the last function for every node without a warning; so the first and the last are functions that they refuse.
 """
 
 from __future__ import annotations
@@ -20,32 +20,23 @@ from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, IntArray
 from netdecouple.frontends.onnx.emission import Writer
-from netdecouple.frontends.onnx.lowering import (
-    Fused,
-    constants_of,
-    graphs_of,
-    is_fused,
-    read_fused,
-    standard_opset,
-)
+from netdecouple.frontends.onnx.lowering import Fused, is_fused, read_fused, standard_opset
+from netdecouple.frontends.onnx.proto import constants_of, graphs_of, replace_items
 from netdecouple.kernels import DOMAIN, OPERATOR
 
-IR_VERSION = 10  # the first whose functions are told apart by more than their operator
-FIRST, LAST = ("first: overloads needed", "last: overloads needed")  # no node's
-_OURS = (DOMAIN, OPERATOR)
+IR_VERSION = 10  # the first with overloads of functions
+FIRST, LAST = ("first: overloads needed", "last: overloads needed")  # overloads that no node has
+_FUSED = (DOMAIN, OPERATOR)
 INPUTS = ("x", "depthwise", "pointwise", "bias", "slope", "residual")
 
 
 def add_fallbacks(proto: onnx.ModelProto) -> None:
-    """Give every fused operator of a model a function of its own, in place of any that are there.
+    """Give every fused operator of a model its own function, in place of existing ones.
 
     Raises:
         ModelError: an operator's weights are not constant, or do not fit each other.
     """
-    functions = [function for function in proto.functions if (function.domain, function.name) != _OURS]
-    kept = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in functions]
-    del proto.functions[:]
-    proto.functions.extend(kept)
+    replace_items(proto.functions, [f for f in proto.functions if (f.domain, f.name) != _FUSED])
     graphs = list(graphs_of(proto.graph))
     nodes = [node for graph in graphs for node in graph.node if is_fused(node)]
     if not nodes:
@@ -65,7 +56,7 @@ def add_fallbacks(proto: onnx.ModelProto) -> None:
 
 @dataclass
 class _Body(Writer):
-    """A function's nodes in the making; it holds no weights, but is given them."""
+    """Collect a function's nodes; weights are the function's inputs, not constants in it."""
 
     given: Mapping[str, Array | None] = field(default_factory=dict)
 
@@ -90,14 +81,14 @@ def _function(fused: Fused, name: str, inputs: int, opset: int) -> onnx.Function
     body = _Body(name, given=weights)
     replace(fused, x="x", output="y", residual="residual" if fused.residual else "").write(body, opset)
     return helper.make_function(
-        *_OURS, INPUTS[:inputs], ["y"], body.nodes, [helper.make_opsetid("", opset)], overload=name
+        *_FUSED, INPUTS[:inputs], ["y"], body.nodes, [helper.make_opsetid("", opset)], overload=name
     )
 
 
 def _guard(name: str, opset: int) -> onnx.FunctionProto:
-    """Make a function that no node means, and that none can be computed by: it reads more than they give."""
+    """Make a function that fails if a runtime uses it: it reads one input more than the operator has."""
     inputs = [*INPUTS, "missing"]
     node = helper.make_node("Add", ["x", "missing"], ["y"], "this_runtime_cannot_tell_overloads_apart")
     return helper.make_function(
-        *_OURS, inputs, ["y"], [node], [helper.make_opsetid("", opset)], overload=name
+        *_FUSED, inputs, ["y"], [node], [helper.make_opsetid("", opset)], overload=name
     )

@@ -1,7 +1,7 @@
-"""Let fused operators take over what follows them: the addition of a shortcut, the activation, the clipping.
+"""Merge the addition of a shortcut, the activation and the clipping into the fused operator before them.
 
-The operator computes ``clamp(prelu(conv + bias + residual))``, so that what is absorbed is, in this order,
-an Add, a LeakyRelu or PRelu, and a Relu or Clip.
+The operator computes ``clamp(prelu(conv + bias + residual))``: it absorbs, in this order, an Add, a LeakyRelu
+or PRelu, and a Relu or Clip.
 """
 
 from __future__ import annotations
@@ -14,83 +14,78 @@ import onnx
 from onnx import helper, numpy_helper
 
 from netdecouple.frontends.onnx.lowering import is_fused
-from netdecouple.frontends.onnx.model import reads
+from netdecouple.frontends.onnx.proto import readers_of, replace_items
 
 SLOPE, RESIDUAL = 4, 5  # positions of the optional inputs
 
 
 def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Merge what follows every fused operator into it, in place. ``shapes`` are the tensors' shapes.
+    """Merge what follows every fused operator into it, in place.
 
-    Only what reads the operator's output alone is absorbed; an output of the graph stays as it is.
+    A node is absorbed if it alone reads the operator's output; an output of the graph stays as it is.
+
+    Args:
+        graph: is changed.
+        shapes: of tensors, as far as they are known.
     """
-    nodes = list(graph.node)
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    kept = {value.name for value in graph.output}
-    readers: dict[str, list[int]] = {}
-    for index, node in enumerate(nodes):
-        for tensor in reads(node):
-            readers.setdefault(tensor, []).append(index)
-    dropped: set[int] = set()
-    # one in the middle of a chain of stages has no known shape, and nothing to absorb
-    for index in [i for i, n in enumerate(nodes) if is_fused(n) and n.output[0] in shapes]:
-        at, shape = index, shapes[nodes[index].output[0]]
-        while (output := nodes[at].output[0]) not in kept and len(readers.get(output, [])) == 1:
-            follower = readers[output][0]
-            merged = _merged(nodes[at], nodes[follower], shape, shapes, constants)
-            if merged is None:
+    outputs = {value.name for value in graph.output}
+    readers = readers_of(graph.node)
+    nodes: list[onnx.NodeProto | None] = list(graph.node)
+    position = {tensor: index for index, node in enumerate(graph.node) for tensor in node.output}
+    # a fused operator in the middle of a chain of stages has no known shape, and nothing to absorb
+    for node in [n for n in graph.node if is_fused(n) and n.output[0] in shapes]:
+        shape = shapes[node.output[0]]
+        while (output := node.output[0]) not in outputs and len(readers.get(output, [])) == 1:
+            follower = nodes[position[readers[output][0].output[0]]]  # may be a fused operator by now
+            if follower is None or not _absorb(node, follower, shape, shapes, constants):
                 break
-            # the operator moves to where what it absorbed was: everything that one reads is known there
-            nodes[follower] = merged
-            dropped.add(at)
-            at = follower
-    left = [node for index, node in enumerate(nodes) if index not in dropped]
-    del graph.node[:]
-    graph.node.extend(left)
+            # the operator moves to the place of what it absorbed: everything that one reads is known there
+            nodes[position[node.output[0]]], nodes[position[output]] = node, None
+    replace_items(graph.node, (node for node in nodes if node is not None))
     known = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(tensor for name, tensor in constants.items() if name not in known)
 
 
-def _merged(
+def _absorb(
     node: onnx.NodeProto,
     follower: onnx.NodeProto,
     shape: tuple[int, ...],
     shapes: Mapping[str, tuple[int, ...]],
     constants: dict[str, onnx.TensorProto],
-) -> onnx.NodeProto | None:
-    """Return ``node`` with ``follower`` in it, or None if it cannot do what that does."""
+) -> bool:
+    """Let ``node`` compute what ``follower`` does, if it can."""
     inputs = [*node.input, *[""] * (RESIDUAL + 1 - len(node.input))]
     clipped = any(a.name in ("minimum", "maximum") for a in node.attribute)
     limits: dict[str, float] = {}
     if clipped or follower.domain not in ("", "ai.onnx"):
-        return None
+        return False
     if follower.op_type == "Add" and not inputs[RESIDUAL] and not inputs[SLOPE]:
         other = next((t for t in follower.input if t != node.output[0]), None)
         if other is None or other in constants or shapes.get(other) != shape:
-            return None
+            return False
         inputs[RESIDUAL] = other
     elif follower.op_type in ("LeakyRelu", "PRelu") and not inputs[SLOPE]:
         slope = _slope(follower, shape[1], constants)
         if slope is None:
-            return None
+            return False
         inputs[SLOPE] = f"{node.name}.slope"
         constants[inputs[SLOPE]] = numpy_helper.from_array(slope, inputs[SLOPE])
     elif follower.op_type == "Relu":
         limits = {"minimum": 0.0}
     elif follower.op_type == "Clip":
-        found = _limits(follower, constants)
-        if found is None:
-            return None
-        limits = found
+        bounds = _limits(follower, constants)
+        if bounds is None:
+            return False
+        limits = bounds
     else:
-        return None
+        return False
     while not inputs[-1]:
         inputs.pop()
-    merged: onnx.NodeProto = onnx.NodeProto.FromString(node.SerializeToString())
-    merged.input[:] = inputs
-    merged.output[0] = follower.output[0]
-    merged.attribute.extend(helper.make_attribute(name, value) for name, value in limits.items())
-    return merged
+    node.input[:] = inputs
+    node.output[0] = follower.output[0]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in limits.items())
+    return True
 
 
 def _slope(

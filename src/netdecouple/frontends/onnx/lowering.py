@@ -1,9 +1,9 @@
-"""Turn fused operators back into standard ones, for runtimes that are not taught ours."""
+"""Replace fused operators by standard ones, for runtimes that do not have the fused operator."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
@@ -15,8 +15,16 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.emission import Writer, write
-from netdecouple.frontends.onnx.model import nodes_of
+from netdecouple.frontends.onnx.proto import (
+    attributes_of,
+    constants_of,
+    drop_unread,
+    graphs_of,
+    nodes_of,
+    replace_items,
+)
 from netdecouple.kernels import DOMAIN, OPERATOR
+from netdecouple.runtimes.onnxfile import copy_of
 
 Constants = Mapping[str, onnx.TensorProto]
 
@@ -27,8 +35,7 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ModelError: an operator's weights are not constant, or do not fit each other.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = copy_of(proto)
     opset = standard_opset(copy)
     graphs = list(graphs_of(copy.graph))
     names = {
@@ -37,24 +44,21 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
     names.update(tensor.name for graph in graphs for tensor in graph.initializer)
     constants = constants_of(graphs)
     weights: set[str] = set()
-    for graph in reversed(graphs):  # inner ones first: a graph that is changed is made of new nodes
+    for graph in reversed(graphs):  # inner ones first: replacing a graph's nodes copies their subgraphs
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
             if not is_fused(node):
-                nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+                nodes.append(node)
                 continue
             new, initializers = _named(read_fused(node, constants), names, opset)
             nodes += new
             graph.initializer.extend(initializers)
             weights.update(node.input[1:5])
-        del graph.node[:]
-        graph.node.extend(nodes)
-    _drop(copy.graph, weights)
+        replace_items(graph.node, nodes)
+    drop_unread(copy.graph, weights)
     if not any(node.domain == DOMAIN for node in nodes_of(copy.graph)):
         for field in (copy.opset_import, copy.functions):
-            for index in reversed(range(len(field))):
-                if field[index].domain == DOMAIN:
-                    del field[index]
+            replace_items(field, [entry for entry in field if entry.domain != DOMAIN])
     return copy
 
 
@@ -64,7 +68,7 @@ def is_fused(node: onnx.NodeProto) -> bool:
 
 
 def standard_opset(proto: onnx.ModelProto) -> int:
-    """The version of the standard operators that a model may hold; it is added if the model names none."""
+    """Return the version of a model's standard operators, which is added if the model names none."""
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
     if opset is None:  # nothing but fused operators
         opset = onnx.defs.onnx_opset_version()
@@ -72,45 +76,16 @@ def standard_opset(proto: onnx.ModelProto) -> int:
     return opset
 
 
-def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph, and those inside of it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from graphs_of(inner)
-
-
-def constants_of(graphs: Sequence[onnx.GraphProto]) -> dict[str, onnx.TensorProto]:
-    """What graphs hold as initializers or as Constant nodes, by name."""
-    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
-    for node in (node for graph in graphs for node in graph.node if node.op_type == "Constant"):
-        constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
-    return constants
-
-
-def _drop(graph: onnx.GraphProto, weights: set[str]) -> None:
-    """Remove those of ``weights`` that nothing reads any more."""
-    graphs = list(graphs_of(graph))
-    gone = weights - {t for node in nodes_of(graph) for t in node.input}
-    gone -= {value.name for inner in graphs for value in inner.output}
-    for inner in graphs:
-        for field in (inner.initializer, inner.input):  # old models list initializers among the inputs too
-            for index in reversed(range(len(field))):
-                if field[index].name in gone:
-                    del field[index]
-
-
 def _named(fused: Fused, names: set[str], opset: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Write standard operators under names that are not taken, which they are then."""
+    """Write standard operators under names that are not in ``names``, and add theirs."""
     for name in chain([fused.name], (f"{fused.name}_{i}" for i in count(2))):
         writer = Writer(name)
         fused.write(writer, opset)
-        made = {node.name for node in writer.nodes} | {tensor.name for tensor in writer.initializers}
-        made.update(t for node in writer.nodes for t in node.output if t != fused.output)
-        if not made & names:
+        new = {node.name for node in writer.nodes} | {tensor.name for tensor in writer.initializers}
+        new.update(t for node in writer.nodes for t in node.output if t != fused.output)
+        if not new & names:
             break
-    names |= made
+    names |= new
     return writer.nodes, writer.initializers
 
 
@@ -162,7 +137,7 @@ def read_fused(node: onnx.NodeProto, constants: Constants) -> Fused:
         ModelError: its weights are not constant, or do not fit each other.
     """
     name = node.name or node.output[0]
-    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    values = attributes_of(node)
     inputs = [*node.input, *[""] * (6 - len(node.input))]
     for tensor in inputs[1:5]:
         if tensor and tensor not in constants:

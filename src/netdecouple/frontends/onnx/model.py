@@ -6,11 +6,12 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,21 +20,30 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.frontends.onnx.proto import (
+    attributes_of,
+    drop_unread,
+    nodes_of,
+    reads,
+    remove_named,
+    replace_items,
+    up_to,
+)
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.onnxfile import first_line
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, options, run, size_of, uses_kernels
+from netdecouple.runtimes.layers import node_name
+from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
+from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_kernels
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
-SINGLE = np.dtype(np.float32)
 DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxModel:
     """A model as it was read, with BatchNorm folded; nothing has been run yet."""
 
@@ -44,8 +54,8 @@ class OnnxModel:
     batch: int | None  # None if dynamic
     channels: int | None
     size: tuple[int, int] | None  # h, w; None if dynamic
-    bytes: int = 0  # as read, external data included
-    dtype: np.dtype[Any] = SINGLE  # of the input
+    bytes: int  # as read, external data included
+    dtype: np.dtype[Any]  # of the input
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -69,13 +79,21 @@ def read_model(source: ModelSource) -> OnnxModel:
     kind = inputs[0].type.tensor_type
     dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
     if len(dims) != 4 or kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
-        found = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
-        wanted = "float32 or float16 images (N, C, H, W)"
-        raise ModelError(f"{origin}: input {inputs[0].name!r} is {found}; {wanted} are supported")
-    size = (dims[2], dims[3]) if dims[2] and dims[3] else None
-    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        declared = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
+        raise ModelError(
+            f"{origin}: input {inputs[0].name!r} is {declared}; "
+            "float32 or float16 images (N, C, H, W) are supported"
+        )
     return OnnxModel(
-        folded, _fingerprint(proto), origin, inputs[0].name, dims[0], dims[1], size, size_of(proto), dtype
+        proto=folded,
+        fingerprint=_fingerprint(proto),
+        origin=origin,
+        input_name=inputs[0].name,
+        batch=dims[0],
+        channels=dims[1],
+        size=(dims[2], dims[3]) if dims[2] and dims[3] else None,
+        bytes=size_of(proto),
+        dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type),
     )
 
 
@@ -86,13 +104,10 @@ def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
         ModelError: there is no such file, or it or its external data cannot be read.
     """
     if isinstance(source, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(source)
+        copy = copy_of(source)
         onnxfile.check(copy, "the model")
         return copy, source.graph.name or "the model"
-    path = Path(source)
-    proto = onnxfile.read(path)
-    return proto, path.name
+    return onnxfile.read(source), Path(source).name
 
 
 def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
@@ -140,8 +155,7 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
 def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Copy a model with every constant, under every name it has, as an initializer, none of them as an input
     (as before IR 4), and its nodes in an order in which they can be run."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = copy_of(proto)
     graph, outputs = copy.graph, {value.name for value in copy.graph.output}
     for node in nodes_of(graph):
         node.domain = "" if node.domain == "ai.onnx" else node.domain  # two names of one
@@ -159,54 +173,39 @@ def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
             tensor.name = node.output[0]
         else:
             nodes.append(node)
-    _replace(graph.node, nodes)
+    replace_items(graph.node, nodes)
     for tensor in graph.initializer:
-        tensor.ClearField("data_location")  # whatever file they came from, they are here now
-    _replace(graph.input, [value for value in proto.graph.input if value.name not in constants])
+        tensor.ClearField("data_location")  # external data have been loaded
+    remove_named(graph.input, constants)
     copy.ir_version = max(copy.ir_version, 4)
     return copy
 
 
 def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Put nodes behind those whose outputs they read, which ONNX asks for and ONNX Runtime does without."""
-    makers = {t: i for i, node in enumerate(nodes) for t in node.output}
-    needs = {i: [makers[t] for t in reads(node) if t in makers] for i, node in enumerate(nodes)}
-    if all(maker < i for i, own in needs.items() for maker in own):
+    """Put nodes behind those whose outputs they read: ONNX requires that, ONNX Runtime does not."""
+    producers = {t: i for i, node in enumerate(nodes) for t in node.output}
+    needs = {i: [producers[t] for t in reads(node) if t in producers] for i, node in enumerate(nodes)}
+    if all(producer < i for i, producers_of in needs.items() for producer in producers_of):
         return nodes
     try:
         return [nodes[i] for i in TopologicalSorter(needs).static_order()]
     except CycleError:
-        return nodes  # ONNX Runtime will say so
-
-
-def _replace(field: Any, items: Iterable[Any]) -> None:
-    """Put other messages in the place of a repeated field's."""
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field[:]
-    field.extend(copies)
-
-
-def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node of a graph, those of its subgraphs included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from nodes_of(inner)
+        return nodes  # ONNX Runtime refuses the model, and says why
 
 
 def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
 
-    The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would bring in
-    operators of its own or change types, or write out ours, the model is returned as it is.
+    The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would add operators
+    of its own or change types, only BatchNorm is folded; where it would replace the fused operator by its
+    function, the model is returned as it is.
     """
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with Scratch() as folder:
         path = Path(folder) / "folded.onnx"
         chosen.optimized_model_filepath = str(path)
-        if size_of(proto) >= PROTOBUF_LIMIT:
+        if is_large(proto):
             chosen.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "folded.data"
             )
@@ -220,7 +219,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     before |= {n.output[0] for n in nodes_of(proto.graph) if n.op_type == "Identity" and n.input[0] in before}
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
         folded = _with_norms_folded(proto)
-    if uses_kernels(proto) and not uses_kernels(folded):  # not to be had here; their functions stand there
+    if uses_kernels(proto) and not uses_kernels(folded):  # inlined, as they are not available
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
     for given, field in (
@@ -228,21 +227,19 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
         (proto.graph.output, folded.graph.output),
         (proto.metadata_props, folded.metadata_props),
     ):
-        _replace(field, given)
-    _replace(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
-    _replace(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
-    if size_of(folded) < PROTOBUF_LIMIT:  # what was replaced takes memory until the whole message goes
-        folded = onnx.ModelProto.FromString(folded.SerializeToString())
-    return folded
+        replace_items(field, given)
+    replace_items(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
+    replace_items(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
+    # messages that were replaced take memory until the model that held them is freed
+    return folded if is_large(folded) else copy_of(folded)
 
 
 def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every BatchNorm behind a convolution in that one's weights, whatever their type.
+    """Copy a model with every BatchNorm behind a convolution folded into its weights, of any type.
 
-    ONNX Runtime's optimizer does so for float32; float16 it can only run between casts.
+    ONNX Runtime's optimizer does so for float32; float16 it runs between casts only.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = copy_of(proto)
     graph = copy.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
@@ -273,8 +270,7 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
         convolution.input[:] = [convolution.input[0], *new]
         convolution.output[:] = norm.output
         graph.node.remove(norm)
-    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    drop_unread(graph)
     return copy
 
 
@@ -305,24 +301,26 @@ def find_layers(
     shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    layers: list[Layer] = []
-    by_name: dict[str, onnx.NodeProto] = {}
-    for node in nodes:
-        name = node.name or f"{node.op_type}:{node.output[0]}"  # names are unique where there are any
-        by_name[name] = node
-        layers.append(_READERS[node.op_type](name, node, constants, shapes, model))
-        if not all(np.isfinite(array).all() for array in (layers[-1].weight, layers[-1].bias)):
-            raise ModelError(f"{model.origin}: the weights of layer {name!r} overflow once they are folded")
-    return tuple(layers), by_name, shapes
+    context = _Context(model, constants, shapes)
+    layers = tuple(_READERS[node.op_type](node_name(node), node, context) for node in nodes)
+    for la in layers:
+        if not all(np.isfinite(array).all() for array in (la.weight, la.bias)):
+            raise ModelError(
+                f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
+            )
+    return layers, {node_name(node): node for node in nodes}, shapes
 
 
-def _read_conv(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
+class _Context(NamedTuple):
+    """What is known of the graph in which a layer is."""
+
+    model: OnnxModel
+    constants: dict[str, onnx.TensorProto]
+    shapes: Shapes
+
+
+def _read_conv(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    model, constants, shapes = context
     maps, _, *spatial = shapes[node.input[0]]
     images = shapes[model.input_name][0]
     kernel = shapes[node.input[1]]
@@ -330,19 +328,19 @@ def _read_conv(
     has_bias = len(node.input) > 2 and bool(node.input[2])
     macs = math.prod(kernel) * math.prod(out[2:] if node.op_type == "Conv" else spatial) * maps // images
     parameters = math.prod(kernel) + (out[1] if has_bias else 0)
+    layer = partial(Layer, name=name, operator=node.op_type, macs=macs, parameters=parameters)
     if node.op_type == "ConvTranspose":
-        return Layer(name, node.op_type, macs, parameters, reason="transposed convolution")
+        return layer(reason="transposed convolution")
     if any(t not in constants for t in node.input[1:] if t):
-        return Layer(name, node.op_type, macs, parameters, reason="its weights are computed, not constant")
+        return layer(reason="its weights are computed, not constant")
     if maps != images:
-        return Layer(name, node.op_type, macs, parameters, reason="it does not see one map per image")
-    weight = numpy_helper.to_array(constants[node.input[1]])
+        return layer(reason="it does not see one map per image")
     if len(spatial) != 2:
-        return Layer(name, node.op_type, macs, parameters, reason=f"{len(spatial)}-D convolution")
+        return layer(reason=f"{len(spatial)}-D convolution")
+    weight = numpy_helper.to_array(constants[node.input[1]])
     if weight.dtype not in DTYPES:
-        reason = f"its weights are {weight.dtype}, not float32 or float16"
-        return Layer(name, node.op_type, macs, parameters, reason=reason)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        return layer(reason=f"its weights are {weight.dtype}, not float32 or float16")
+    attributes = attributes_of(node)
     strides = tuple(attributes.get("strides", (1, 1)))
     dilations = tuple(attributes.get("dilations", (1, 1)))
     auto = attributes.get("auto_pad", b"NOTSET").decode()
@@ -362,15 +360,13 @@ def _read_conv(
         reason = "negative padding"
     elif auto.startswith("SAME") and model.size is None and max(strides) > 1:
         reason = f"its padding ({auto}) depends on the image size, which is dynamic"
-    return Layer(
-        name, node.op_type, macs, parameters, geometry, weight, bias, (spatial[0], spatial[1]), reason
-    )
+    return layer(geometry=geometry, weight=weight, bias=bias, size=(spatial[0], spatial[1]), reason=reason)
 
 
 def _same_pads(
     size: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], mode: str
 ) -> tuple[int, int, int, int]:
-    """Pads of auto_pad SAME_*: output = ceil(input / stride), an odd pixel last (UPPER) or first."""
+    """Compute the pads of auto_pad SAME_*: an odd pixel is last (UPPER) or first."""
     begin, end = [], []
     for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
@@ -380,15 +376,10 @@ def _same_pads(
     return (begin[0], begin[1], end[0], end[1])
 
 
-def _read_matmul(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
+def _read_matmul(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    model, constants, shapes = context
     kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     turned = bool(attributes.get("transB", 0))
     inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     images = shapes[model.input_name][0]
@@ -422,7 +413,7 @@ def _read_matmul(
 
 
 def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attributes: dict[str, Any]) -> str:
-    """Why a matrix product is no fully connected layer that sees one row per image; empty if it is."""
+    """Say why a matrix product is no fully connected layer with one row per image; empty if it is."""
     if attributes.get("transA", 0):
         return "its input is transposed"
     if scales := [n for n in ("alpha", "beta") if attributes.get(n, 1.0) != 1]:
@@ -434,18 +425,16 @@ def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attri
     return "" if len(kernel) == 2 else f"its weights have {len(kernel)} axes, not 2"
 
 
-def _read_fused(
-    name: str,
-    node: onnx.NodeProto,
-    constants: dict[str, onnx.TensorProto],
-    shapes: Shapes,
-    model: OnnxModel,
-) -> Layer:
-    weights = [shapes[t] for t in node.input[1:4]]
-    maps = math.prod(shapes[node.output[0]][2:])
-    macs = maps * sum(math.prod(shape) for shape in weights[:2])
-    parameters = sum(math.prod(shape) for shape in weights)
-    return Layer(name, node.op_type, macs, parameters, reason="already decoupled")
+def _read_fused(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+    shapes = context.shapes
+    sizes = [math.prod(shapes[t]) for t in node.input[1:4]]  # depthwise, pointwise, bias
+    return Layer(
+        name=name,
+        operator=node.op_type,
+        macs=math.prod(shapes[node.output[0]][2:]) * sum(sizes[:2]),
+        parameters=sum(sizes),
+        reason="already decoupled",
+    )
 
 
 _ALWAYS = ("Conv", "ConvTranspose", OPERATOR)  # others only if they have weights
@@ -458,62 +447,24 @@ _READERS = {
 }
 
 
-def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """Copy as much of a model as some of its tensors need, with those as its only outputs."""
-    needed = set(tensors)
-    nodes = []
-    for node in reversed(proto.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(reads(node))
-    copy = onnx.ModelProto(ir_version=proto.ir_version)
-    _replace(copy.opset_import, proto.opset_import)
-    _replace(copy.functions, proto.functions)
-    copy.graph.name = proto.graph.name
-    _replace(copy.graph.node, reversed(nodes))
-    _replace(copy.graph.input, proto.graph.input)
-    _replace(copy.graph.initializer, (t for t in proto.graph.initializer if t.name in needed))
-    copy.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors)
-    return copy
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Every tensor a node reads, those of its subgraphs included."""
-    yield from (t for t in node.input if t)
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                yield from reads(inner)
-            yield from (value.name for value in graph.output)
-
-
 def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """Write a model under a temporary name, read it again, and rename it: a killed run leaves no half file.
 
     Raises:
         OutputError: the folder is missing or not writable.
-        ModelError: what was written is not what was to be written.
+        ModelError: the file holds another network than ``proto``.
     """
     target = check_writable(path)
     try:
         with Scratch(parent=target.parent) as folder:
-            partial = Path(folder) / target.name
+            written = Path(folder) / target.name
             data = Path(folder) / f"{target.name}.data"
-            if size_of(proto) < PROTOBUF_LIMIT:
-                onnx.save_model(proto, partial)
-            else:
-                copy = onnx.ModelProto()  # saving moves the weights out of what is saved
-                copy.CopyFrom(proto)
-                onnx.save_model(copy, partial, save_as_external_data=True, location=data.name)
-            _check_written(partial, proto)
+            save(proto, written)
+            if _fingerprint(load(written)[0]) != _fingerprint(proto):
+                raise ModelError(f"{target.name}: another network once written; choose another place")
             with publishing(path):
                 if data.exists():
                     os.replace(data, target.parent / data.name)
-                os.replace(partial, target)
+                os.replace(written, target)
     except OSError as error:
         raise unwritable(path, error) from error
-
-
-def _check_written(path: Path, proto: onnx.ModelProto) -> None:
-    if _fingerprint(load(path)[0]) != _fingerprint(proto):
-        raise ModelError(f"{path.name}: another network once written; choose another place")

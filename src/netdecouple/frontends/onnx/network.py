@@ -1,4 +1,4 @@
-"""An ONNX network at work: run it, watch its layers, walk it while it is being decoupled."""
+"""An ONNX network that is run, observed, and written again with factorized layers."""
 
 from __future__ import annotations
 
@@ -9,32 +9,41 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple import runtimes
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore, Memory
-from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit, form_of
-from netdecouple.frontends.onnx.external import Lean
+from netdecouple.frontends.common import batch_slices
+from netdecouple.frontends.onnx.emission import PRODUCTS, emit, form_of
+from netdecouple.frontends.onnx.external import ExternalWeights
 from netdecouple.frontends.onnx.fallback import add_fallbacks
 from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.model import OnnxModel, find_layers, nodes_of, reads, up_to
+from netdecouple.frontends.onnx.model import OnnxModel, find_layers
+from netdecouple.frontends.onnx.proto import nodes_of, readers_of, replace_items, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.timing import OnnxTimer
+from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
 from netdecouple.kernels import DOMAIN
 from netdecouple.network import Array, Layer, Observation, Positions
-from netdecouple.runtimes.onnxruntime import PROTOBUF_LIMIT, open_session, run, size_of
+from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of
+from netdecouple.runtimes.onnxruntime import open_session, run
 
 TOLERANCE = 1e-3  # relative difference between a built network and its plan's arithmetic
 HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
 
 
 class OnnxNetwork:
-    """A pretrained ONNX network, sized by the images it is going to see.
+    """A pretrained ONNX network, with the shapes that it has for images of one size.
 
-    ``sample`` (n, c, h, w) is run once to learn every layer's shapes.
+    Args:
+        model: is not changed.
+        sample: (n, c, h, w), run once to find every layer's shapes.
+        memory: limits on it, and where temporary files go.
+
+    Raises:
+        ModelError: the network fails on the sample, or its weights or tensors cannot be used.
     """
 
     def __init__(self, model: OnnxModel, sample: Array, memory: Memory = Memory()) -> None:
@@ -50,111 +59,98 @@ class OnnxNetwork:
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
 
+    @cached_property
+    def _external(self) -> ExternalWeights | None:
+        """The model with its weights in a file, where copies of them would take too much memory."""
+        if self.memory.limit is None and not is_large(self.model.proto):
+            return None
+        return self._with_external_weights(self.model.proto)
+
+    def _with_external_weights(self, proto: onnx.ModelProto) -> ExternalWeights:
+        return ExternalWeights(proto, self.memory.scratch)
+
     def layers_of(
         self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
     ) -> tuple[Layer, ...]:
-        """List every layer that costs MACs in another model that was made of this one."""
+        """List the layers of another model that was made of this one."""
         return find_layers(replace(self.model, proto=model), self._sample)[0]
-
-    @cached_property
-    def _lean(self) -> Lean | None:
-        """The model with its weights in a file, where copies of them would take too much memory."""
-        large = size_of(self.model.proto) >= PROTOBUF_LIMIT
-        if self.memory.limit is None and not large:
-            return None
-        return Lean(self.model.proto, self.memory.scratch)
 
     @property
     def _proto(self) -> onnx.ModelProto:
-        """The model to make others of that are to be run."""
-        return self.model.proto if self._lean is None else self._lean.proto
+        """The model of which others are made to be run."""
+        return self.model.proto if self._external is None else self._external.proto
 
     def _opened(self, proto: onnx.ModelProto) -> Any:
         """Open a model that was made of `_proto`."""
-        return open_session(proto) if self._lean is None else self._lean.opened(proto)
-
-    @cached_property
-    def _layer(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
+        return open_session(proto) if self._external is None else self._external.opened(proto)
 
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
-        """Cut ``count`` images into batches whose activations fit in memory; a fixed batch is kept to."""
-        largest = max(
-            (4 * la.geometry.n_i * la.size[0] * la.size[1] for la in self.layers if la.geometry), default=1
+        """Cut ``count`` images into batches that fit in memory, or have the network's fixed size."""
+        return batch_slices(
+            count, self.layers, self.memory.batch_bytes, bytes_per_image, fixed=self.model.batch
         )
-        step = self.model.batch or int(
-            np.clip(self.memory.batch_bytes // max(bytes_per_image, 4 * largest), 1, 128)
-        )
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def padded(self, images: Array, batch: slice) -> Array:
-        """Take a batch of images, in the network's type; the last is repeated if it takes a fixed number."""
+        """Take a batch of images in the network's type; a fixed batch is filled up with the last image."""
         taken = images[batch]
         missing = (self.model.batch or len(taken)) - len(taken)
         whole = np.concatenate([taken, taken[-1:].repeat(missing, axis=0)]) if missing else taken
-        with np.errstate(over="ignore"):  # what becomes infinite is told with the layer's name
+        with np.errstate(over="ignore"):  # an observation refuses infinite values and names the layer
             return whole.astype(self.model.dtype, copy=False)
 
     @cached_property
-    def told(self) -> list[str]:
+    def _outputs(self) -> list[str]:
         """The outputs that can be compared: all that are numbers.
 
         Raises:
             ModelError: there are none.
         """
         kinds = {value.name: value.type for value in self.model.proto.graph.output}
-        found = [
+        numeric = [
             name
             for name, kind in kinds.items()
             if kind.HasField("tensor_type") and kind.tensor_type.elem_type != onnx.TensorProto.STRING
         ]
-        if not found:
+        if not numeric:
             raise ModelError(f"{self.model.origin}: none of its outputs ({', '.join(kinds)}) are numbers")
-        return found
-
-    def joined(self, outputs: Sequence[Sequence[Array]], count: int) -> list[Array]:
-        """Join every output of all batches, images first, without what padding added to ``count``."""
-        sizes = [self.model.batch or batch.stop - batch.start for batch in self.batches(count)]
-        return [single(_joined(parts, sizes, count)) for parts in zip(*outputs, strict=True)]
+        return numeric
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
-        # opened here, so that the copy with other kernels is gone before it runs
-        return self._run(self._opened(self._with_kernels(self._proto, kernels or {})), images)
+        # opened within the call, so that the copy with other kernels is freed before it runs
+        return self._run(self._opened(self._with_kernels(kernels or {})), images)
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
-        if self._lean is None:
+        if self._external is None:
             return self._run(open_session(model), images)
-        lean = Lean(model, self.memory.scratch)
-        return self._run(lean.opened(lean.proto), images)
+        external = self._with_external_weights(model)
+        return self._run(external.opened(external.proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
-        batches = [self.padded(images, batch) for batch in self.batches(len(images))]
-        parts = [run(session, self.told, {self.model.input_name: batch}) for batch in batches]
-        return self.joined(parts, len(images))
+        batches = self.batches(len(images))
+        parts = [
+            run(session, self._outputs, {self.model.input_name: self.padded(images, batch)})
+            for batch in batches
+        ]
+        sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
+        return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
 
-    def with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
-        """Copy the model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
-        return self._with_kernels(self.model.proto, kernels)
-
-    def _with_kernels(
-        self, original: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
-    ) -> onnx.ModelProto:
+    def _with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
+        """Copy `_proto` with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
         if not kernels:
-            return original
-        proto = onnx.ModelProto()
-        proto.CopyFrom(original)
-        for name, arrays in kernels.items():
-            node = proto.graph.node[self._order[self.nodes[name].output[0]]]
+            return self._proto
+        proto = copy_of(self._proto)
+        for name, (weight, bias) in kernels.items():
+            place = self._places[name]
+            node = proto.graph.node[self._order[place.output]]
             names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
-            weight, bias = arrays
             if node.op_type in PRODUCTS:
                 weight = weight[:, :, 0, 0]
                 node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
             node.input[:] = [node.input[0], *names]
             proto.graph.initializer.extend(
-                numpy_helper.from_array(np.ascontiguousarray(a, self._layer[name].weight.dtype), n)
+                numpy_helper.from_array(np.ascontiguousarray(a, place.layer.weight.dtype), n)
                 for a, n in zip((weight, bias), names, strict=True)
             )
         return proto
@@ -162,53 +158,28 @@ class OnnxNetwork:
     def observe(
         self, images: Array, positions: Positions, with_patches: bool = True
     ) -> Iterator[Observation]:
-        """Yield, batch by batch, what the layers named in ``positions`` produce, and see if it is wanted."""
+        """Yield, batch by batch, what the layers named in ``positions`` read and write."""
         if not positions:
             return
-        tensors = list(
-            dict.fromkeys(
-                t
-                for name in positions
-                for t in (self.nodes[name].input[0], self.nodes[name].output[0], self.shortcut(name))
-                if t
-            )
-        )
+        places = [self._places[name] for name in positions]
+        tensors = dict.fromkeys(t for p in places for t in (p.input, p.output, p.shortcut) if t)
         fetched = [t for t in tensors if t != self.model.input_name]
         session = self._opened(up_to(self._proto, fetched))
         held = sum(
             4
             * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
-            for la in self.layers
-            if la.geometry and la.name in positions
+            for la in (place.layer for place in places)
+            if la.geometry
         )
         for batch in self.batches(len(images), held):
             feeds = {self.model.input_name: self.padded(images, batch)}
             values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
-            for name, where in positions.items():
-                node, added = self.nodes[name], self.shortcut(name)
-                shortcut = pick(values[added], where[batch]) if added else None
-                outputs = pick(values[node.output[0]], where[batch])
-                yield self._observation(name, batch, values[node.input[0]], where, outputs, shortcut)
+            for place, where in zip(places, positions.values(), strict=True):
+                yield place.observation(batch, where, values.__getitem__, has_run=True)
 
-    def _observation(
-        self,
-        name: str,
-        batch: slice,
-        x: Array,
-        where: NDArray[np.int64],
-        outputs: Array,
-        shortcut: Array | None,
-    ) -> Observation:
-        geometry = self._layer[name].geometry
-        assert geometry is not None
-        maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # what a fully connected layer sees are rows
-        return Observation(
-            name,
-            batch,
-            lambda: single(geometry.patches(maps, where[batch])),
-            single(outputs),
-            None if shortcut is None else single(shortcut),
-        )
+    @cached_property
+    def _places(self) -> dict[str, LayerNode]:
+        return {la.name: LayerNode(la, self.nodes[la.name], self.shortcut(la.name)) for la in self.layers}
 
     def shortcut(self, name: str) -> str | None:
         """The tensor added to this layer's output by an Add, if it is known before the layer runs.
@@ -217,7 +188,8 @@ class OnnxNetwork:
         """
         output = self.nodes[name].output[0]
         readers = self._readers.get(output, [])
-        if len(readers) != 1 or readers[0].op_type != "Add" or output in self._outputs:
+        is_result = any(value.name == output for value in self.model.proto.graph.output)
+        if len(readers) != 1 or readers[0].op_type != "Add" or is_result:
             return None
         other = next(t for t in readers[0].input if t != output)
         before = self._order.get(other, len(self._order)) < self._order[output]
@@ -225,19 +197,7 @@ class OnnxNetwork:
 
     @cached_property
     def _readers(self) -> dict[str, list[onnx.NodeProto]]:
-        readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.model.proto.graph.node:
-            for tensor in reads(node):
-                readers.setdefault(tensor, []).append(node)
-        return readers
-
-    @cached_property
-    def _outputs(self) -> set[str]:
-        return {value.name for value in self.model.proto.graph.output}
-
-    @cached_property
-    def _constants(self) -> dict[str, onnx.TensorProto]:
-        return {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
+        return readers_of(self.model.proto.graph.node)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the same network where it is unpickled.
@@ -245,15 +205,17 @@ class OnnxNetwork:
         Raises:
             ModelError: it is too large to be sent.
         """
-        if size_of(self.model.proto) >= PROTOBUF_LIMIT:
+        if is_large(self.model.proto):
             raise ModelError(
-                f"{self.model.origin}: models above 2 GB cannot be sent to workers; omit workers="
+                f"{self.model.origin}: models above 2 GB cannot be sent to workers; leave out workers="
             )
         return OnnxNetwork, (self.model, self._sample, self.memory.in_worker)
 
     def walk(self, images: Array) -> OnnxWalk:
         """Start at the network's input, ready to be decoupled layer by layer."""
-        return OnnxWalk(self, images)
+        inputs = ((batch, self.padded(images, batch)) for batch in self.batches(len(images)))
+        store = ArrayStore(self.memory.store_bytes, self.memory.scratch)
+        return OnnxWalk(self.model, self._places, inputs, store)
 
     @property
     def counts_everything(self) -> bool:
@@ -269,7 +231,7 @@ class OnnxNetwork:
         return self.model.bytes if model is None else size_of(model)
 
     def pictures(self, images: Array) -> list[Array]:
-        """All inputs are pictures."""
+        """Return the inputs: all of them are pictures."""
         return list(images)
 
     def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
@@ -285,162 +247,40 @@ class OnnxNetwork:
         forms: Mapping[str, str] = {},
         metadata: Mapping[str, str] = {},
     ) -> onnx.ModelProto:
-        """Build a model with some layers as chains of stages; the rest computes what it did.
+        """Write the network with some layers as chains of stages, without the channels that nothing reads.
 
-        ``forms`` says how each is written; those that are not named are "parallel". Fused operators come with
-        functions for runtimes that do not know them.
+        Fused operators come with functions for runtimes that do not know them.
+
+        Args:
+            factorizations: by layer.
+            forms: how each is written, by layer; "parallel" if it is not among them.
+            metadata: entries to add to the model's.
         """
-        return self.pruned(factorizations, {n: form_of(f) for n, f in forms.items()}, metadata)[0]
-
-    def pruned(
-        self,
-        factorizations: Mapping[str, Factorization],
-        forms: Mapping[str, Form] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> tuple[onnx.ModelProto, dict[str, tuple[int, int]]]:
-        """Do as `decoupled`, and tell which convolutions lost filters that nobody reads any more.
-
-        They are told by their output: how many filters each has kept, of how many.
-        """
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.model.proto)
+        proto = copy_of(self.model.proto)
         by_output = {self.nodes[name].output[0]: name for name in factorizations}
         nodes: list[onnx.NodeProto] = []
         for node in proto.graph.node:
             name = by_output.get(node.output[0])
             if name is None:
-                nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+                nodes.append(node)
                 continue
-            form = (forms or {}).get(name, "parallel")
-            dtype = self._layer[name].weight.dtype
+            form = form_of(forms.get(name, "parallel"))
+            dtype = self._places[name].layer.weight.dtype
             new, constants = emit(
                 factorizations[name], name, node.input[0], node.output[0], form, node.op_type, dtype
             )
             nodes += new
             proto.graph.initializer.extend(constants)
-        del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
+        replace_items(proto.graph.node, nodes)
         if any(node.domain == DOMAIN for node in nodes):
             if all(entry.domain != DOMAIN for entry in proto.opset_import):
                 proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
             absorb(proto.graph, self._shapes)
-        dropped = drop_unread_channels(proto, self._shapes)
-        _drop_unused(proto.graph)
+        drop_unread_channels(proto, self._shapes)
         add_fallbacks(proto)
-        for key, value in (metadata or {}).items():
+        for key, value in metadata.items():
             _set_metadata(proto, key, value)
-        return proto, dropped
-
-
-class OnnxWalk:
-    """The network cut between two layers, with every live tensor of every batch held at the cut.
-
-    Walking on runs each node once more, so a network of any depth costs one forward pass (DESIGN §4).
-    """
-
-    def __init__(self, network: OnnxNetwork, images: Array) -> None:
-        self._network = network
-        self._count = len(images)
-        self._batches = network.batches(len(images))
-        self._nodes = [
-            onnx.NodeProto.FromString(n.SerializeToString()) for n in network.model.proto.graph.node
-        ]
-        self._constants = dict(network._constants)
-        self._at = 0
-        self._live = [network.model.input_name]
-        self._store = ArrayStore(network.memory.store_bytes, network.memory.scratch)
-        for index, batch in enumerate(self._batches):
-            self._store[index, network.model.input_name] = network.padded(images, batch)
-
-    def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
-        """Advance to ``layer`` and yield what it sees in the network as decoupled so far."""
-        network = self._network
-        node, added = network.nodes[layer], network.shortcut(layer)
-        self.advance(layer)
-        for index, batch in enumerate(self._batches):
-            shortcut = pick(self._store[index, added], positions[batch]) if added else None
-            nothing = np.zeros((0, 0), np.float32)
-            yield network._observation(
-                layer, batch, self._store[index, node.input[0]], positions, nothing, shortcut
-            )
-
-    def advance(self, layer: str) -> None:
-        """Go as far as ``layer``. Numbers are what they are because of where the network was cut before."""
-        output = self._network.nodes[layer].output[0]
-        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
-
-    def replace(self, layer: str, factorization: Factorization) -> None:
-        """Put a factorization in the place of ``layer``."""
-        node = self._nodes[self._at]
-        assert node.output[0] == self._network.nodes[layer].output[0], "the walk is not at this layer"
-        dtype = self._network._layer[layer].weight.dtype
-        nodes, constants = emit(
-            factorization, layer, node.input[0], node.output[0], operator=node.op_type, dtype=dtype
-        )
-        self._nodes[self._at : self._at + 1] = nodes
-        self._constants |= {tensor.name: tensor for tensor in constants}
-
-    def outputs(self) -> list[Array]:
-        """Run to the end and return the network's outputs on every image."""
-        self._advance(len(self._nodes))
-        told = self._network.told
-        constants = {name: numpy_helper.to_array(t) for name, t in self._constants.items() if name in told}
-        parts = [
-            [constants[name] if name in constants else self._store[i, name] for name in told]
-            for i in range(len(self._batches))
-        ]
-        return self._network.joined(parts, self._count)
-
-    def _advance(self, target: int) -> None:
-        nodes = self._nodes[self._at : target]
-        wanted = {t for n in self._nodes[target:] for t in reads(n)} | self._network._outputs
-        read = {t for n in nodes for t in reads(n)}
-        fed = [t for t in self._live if t in read]
-        made = [t for n in nodes for t in n.output if t in wanted]
-        session = open_session(self._segment(nodes, fed, made)) if made else None
-        for index in range(len(self._batches)):
-            if session is not None:
-                values = run(session, made, {t: self._store[index, t] for t in fed})
-                for name, value in zip(made, values, strict=True):
-                    if not isinstance(value, np.ndarray):
-                        raise ModelError(
-                            f"{self._network.model.origin}: {name!r}, needed on both sides of a layer, is a "
-                            "sequence of tensors; export without it, or --exclude the layers between"
-                        )
-                    self._store[index, name] = value
-            for name in self._live:
-                if name not in wanted:
-                    self._store.pop((index, name))
-        self._live, self._at = [t for t in self._live if t in wanted] + made, target
-
-    def _segment(
-        self, nodes: Sequence[onnx.NodeProto], fed: Sequence[str], outputs: Sequence[str]
-    ) -> onnx.ModelProto:
-        used = {t for n in nodes for t in reads(n)}
-        inputs = []
-        for name in fed:
-            value = self._store[0, name]
-            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-            inputs.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
-        original = self._network.model.proto
-        graph = helper.make_graph(
-            nodes,
-            "segment",
-            inputs,
-            [onnx.ValueInfoProto(name=t) for t in outputs],
-            [self._constants[t] for t in sorted(used) if t in self._constants],
-        )
-        return helper.make_model(
-            graph,
-            opset_imports=original.opset_import,
-            ir_version=original.ir_version,
-            functions=original.functions,
-        )
-
-
-def single(values: Array) -> Array:
-    """What float16 networks make, in float32, so that sums of it are none of float16."""
-    return values.astype(np.float32) if values.dtype == np.float16 else values
+        return proto
 
 
 def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:
@@ -459,19 +299,6 @@ def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:
 def _alike(parts: Sequence[Array]) -> bool:
     """Whether they can be joined along the first axis."""
     return len({part.shape[1:] for part in parts}) == 1
-
-
-def pick(values: Array, positions: NDArray[np.int64]) -> Array:
-    """Take (n, p) flat positions out of maps (n, c, h, w): (n·p, c)."""
-    flat = values.reshape(*values.shape[:2], -1)
-    return flat[np.arange(len(positions))[:, None], :, positions].reshape(-1, values.shape[1])
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {t for node in graph.node for t in reads(node)} | {value.name for value in graph.output}
-    for index in reversed(range(len(graph.initializer))):  # no copies: those that stay may be large
-        if graph.initializer[index].name not in used:
-            del graph.initializer[index]
 
 
 def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:

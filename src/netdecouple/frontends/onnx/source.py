@@ -17,7 +17,7 @@ from netdecouple.execution.memory import Memory
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Array, Calibration, Executable
-from netdecouple.runtimes.onnxruntime import size_of
+from netdecouple.runtimes.onnxfile import size_of
 
 
 class OnnxSource:

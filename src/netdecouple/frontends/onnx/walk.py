@@ -1,0 +1,170 @@
+"""Run an ONNX network layer by layer while its layers are being replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from netdecouple.convolution import Factorization
+from netdecouple.errors import ModelError
+from netdecouple.execution.memory import ArrayStore
+from netdecouple.frontends.common import pick
+from netdecouple.frontends.onnx.emission import emit
+from netdecouple.frontends.onnx.model import OnnxModel
+from netdecouple.frontends.onnx.proto import reads
+from netdecouple.network import Array, Layer, Observation
+from netdecouple.runtimes.onnxfile import with_graph
+from netdecouple.runtimes.onnxruntime import open_session, run
+
+
+@dataclass(frozen=True)
+class LayerNode:
+    """A layer and its place in the graph."""
+
+    layer: Layer
+    node: onnx.NodeProto
+    shortcut: str | None  # the tensor that an Add adds to the layer's output, if it is known before
+
+    @property
+    def input(self) -> str:
+        return str(self.node.input[0])
+
+    @property
+    def output(self) -> str:
+        return str(self.node.output[0])
+
+    def observation(
+        self, batch: slice, positions: NDArray[np.int64], tensor: Callable[[str], Array], has_run: bool
+    ) -> Observation:
+        """Sample what the layer reads, and what it writes if it has run.
+
+        Args:
+            batch: which samples.
+            positions: (all samples, p), of the output maps.
+            tensor: returns a tensor of this batch by name.
+            has_run: whether the layer's output is among the tensors.
+        """
+        where, geometry = positions[batch], self.layer.geometry
+        assert geometry is not None
+        x = tensor(self.input)
+        maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # a fully connected layer reads rows
+        return Observation(
+            layer=self.layer.name,
+            images=batch,
+            look=lambda: single(geometry.patches(maps, where)),
+            outputs=single(pick(tensor(self.output), where)) if has_run else np.zeros((0, 0), np.float32),
+            shortcut=single(pick(tensor(self.shortcut), where)) if self.shortcut else None,
+        )
+
+
+class OnnxWalk:
+    """The network cut in front of a layer, with every tensor held that the rest of the network reads.
+
+    Advancing runs each node once more, so that a network of any depth costs one forward pass (DESIGN §4).
+
+    Args:
+        model: is not changed.
+        layers: its layers, by name.
+        inputs: the samples of every batch, and the input that the network takes for them.
+        store: holds the live tensors.
+    """
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        layers: Mapping[str, LayerNode],
+        inputs: Iterable[tuple[slice, Array]],
+        store: ArrayStore,
+    ) -> None:
+        graph = model.proto.graph
+        self._model = model
+        self._layers = layers
+        self._nodes = list(graph.node)
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._outputs = {value.name for value in graph.output}
+        self._position = 0  # of the next node to run
+        self._live = [model.input_name]
+        self._store = store
+        self._batches: list[slice] = []
+        for index, (batch, images) in enumerate(inputs):
+            self._batches.append(batch)
+            self._store[index, model.input_name] = images
+
+    def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
+        """Advance to ``layer`` and yield what it reads in the network as decoupled so far."""
+        self.advance(layer)
+        for index, batch in enumerate(self._batches):
+            yield self._layers[layer].observation(batch, positions, partial(self._held, index), has_run=False)
+
+    def _held(self, index: int, tensor: str) -> Array:
+        return self._store[index, tensor]
+
+    def advance(self, layer: str) -> None:
+        """Advance to ``layer``.
+
+        Call this for every replaced layer, even one that is not observed: cutting the graph at other places
+        changes rounding, and results would not be reproducible.
+        """
+        output = self._layers[layer].output
+        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
+
+    def replace(self, layer: str, factorization: Factorization) -> None:
+        """Put a factorization in the place of ``layer``."""
+        place, node = self._layers[layer], self._nodes[self._position]
+        assert node.output[0] == place.output, "the walk is not at this layer"
+        nodes, constants = emit(
+            factorization,
+            layer,
+            node.input[0],
+            node.output[0],
+            operator=node.op_type,
+            dtype=place.layer.weight.dtype,
+        )
+        self._nodes[self._position : self._position + 1] = nodes
+        self._constants |= {tensor.name: tensor for tensor in constants}
+
+    def _advance(self, target: int) -> None:
+        nodes = self._nodes[self._position : target]
+        needed = {t for n in self._nodes[target:] for t in reads(n)} | self._outputs
+        read = {t for n in nodes for t in reads(n)}
+        inputs = [t for t in self._live if t in read]
+        outputs = [t for n in nodes for t in n.output if t in needed]
+        session = open_session(self._segment(nodes, inputs, outputs)) if outputs else None
+        for index in range(len(self._batches)):
+            if session is not None:
+                values = run(session, outputs, {t: self._store[index, t] for t in inputs})
+                for name, value in zip(outputs, values, strict=True):
+                    if not isinstance(value, np.ndarray):
+                        raise ModelError(
+                            f"{self._model.origin}: {name!r}, needed on both sides of a layer, is a sequence "
+                            "of tensors; export without it, or name the layers between with exclude="
+                        )
+                    self._store[index, name] = value
+            for name in self._live:
+                if name not in needed:
+                    self._store.pop((index, name))
+        self._live, self._position = [t for t in self._live if t in needed] + outputs, target
+
+    def _segment(
+        self, nodes: Sequence[onnx.NodeProto], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> onnx.ModelProto:
+        used = {t for n in nodes for t in reads(n)}
+        declared = []
+        for name in inputs:
+            value = self._store[0, name]
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            declared.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+        constants = [self._constants[t] for t in sorted(used) if t in self._constants]
+        ends = [onnx.ValueInfoProto(name=t) for t in outputs]
+        return with_graph(self._model.proto, nodes, declared, ends, constants)
+
+
+def single(values: Array) -> Array:
+    """Convert float16 to float32, so that sums over it are not float16."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
