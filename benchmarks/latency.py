@@ -106,8 +106,8 @@ def main(
             layers = {la.name: la for la in network.layers}
             before = sum(la.macs for la in network.layers)
             saved = sum(layers[n].macs - f.macs(*layers[n].size) for n, f in chosen.items())
-            models = [network.decoupled({})]
-            models += [network.decoupled(chosen, dict.fromkeys(chosen, form)) for form in FORMS]
+            models = [network.build({})]
+            models += [network.build(chosen, dict.fromkeys(chosen, form)) for form in FORMS]
             feeds = {network.model.input_name: network_image(network)}
             for count in threads or [1, 2]:
                 counts = {"onnxruntime": 3, "openvino": 2}

@@ -110,7 +110,7 @@ class Bench:
         return self.right(self.told)
 
     def told_by(self, applied: Applied) -> np.ndarray:
-        model = self.network.decoupled(applied.factorizations)
+        model = self.network.build(applied.factorizations)
         return self.network.run_built(model, self.test)[0].argmax(axis=1)
 
     def right(self, told: np.ndarray) -> float:
@@ -122,7 +122,7 @@ class Bench:
         ort = runtime("onnxruntime")
         chosen = applied.factorizations
         models = [self.network.model.proto]
-        models += [self.network.decoupled(chosen, dict.fromkeys(chosen, form)) for form in FORMS]
+        models += [self.network.build(chosen, dict.fromkeys(chosen, form)) for form in FORMS]
         feeds = {self.network.model.input_name: self.test[:1]}
         times = measure([partial(ort.open(model, 1).run, feeds) for model in models], 2.0)
         return [float(np.median(times[:, 0] / own)) for own in times[:, 1:].T]

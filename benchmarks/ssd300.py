@@ -149,7 +149,7 @@ def run(images: int, macs: str, families: str) -> None:
     before = by_module(module, shown)
 
     opened = TorchNetwork(module, collect(calib[:2], module, None, None))
-    full = opened.decoupled({name: exact(layer) for name, layer in opened.layer.items() if not layer.reason})
+    full = opened.build({name: exact(layer) for name, layer in opened.layer.items() if not layer.reason})
     table.add_row(*row("PyTorch, full rank", before, by_module(full.eval(), shown)))
     start = time.perf_counter()
     new: Any = netdecouple.decouple(module, calib, macs=macs, settings=settings)
@@ -164,7 +164,7 @@ def run(images: int, macs: str, families: str) -> None:
     model = OnnxNetwork(read_model(proto), calib[:2])
     before = by_model(proto, shown)
     layers = {layer.name: exact(layer) for layer in model.layers if not layer.reason}
-    table.add_row(*row("ONNX, full rank", before, by_model(model.decoupled(layers), shown)))
+    table.add_row(*row("ONNX, full rank", before, by_model(model.build(layers), shown)))
     start = time.perf_counter()
     result = netdecouple.decouple(proto, calib, macs=macs, settings=settings)
     ratio = result.report.macs_before / result.report.macs
