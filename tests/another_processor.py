@@ -1,4 +1,6 @@
-"""Run tests as a lesser processor would: `python -m tests.another_processor PROCESSOR THREADS [pytest's arguments]`.
+"""Run tests as a lesser processor would.
+
+`python -m tests.another_processor PROCESSOR THREADS [ARGUMENTS OF PYTEST]`
 
 NumPy, OpenBLAS, PyTorch and the fused operator choose their code by what the processor has; here they are
 restricted to a processor without AVX-512 (avx2), or without AVX2 as well (baseline). ONNX Runtime chooses
@@ -15,7 +17,7 @@ import numpy as np
 
 OPENBLAS = {"avx2": "Haswell", "baseline": "Nehalem"}
 PYTORCH = {"avx2": ("avx2", "AVX2"), "baseline": ("default", "SSE41")}
-# that the processor must not have, by the first letters; NumPy 2.4 names groups, earlier versions single features
+# first letters of what it does not have; NumPy 2.4 names groups, earlier versions single features
 WITHOUT = {"avx2": ("AVX512", "X86_V4"), "baseline": ("AVX", "X86_V", "FMA", "F16C", "XOP")}
 
 

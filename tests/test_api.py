@@ -101,10 +101,11 @@ def test_the_saved_file_computes_the_plans_own_arithmetic(result: Result) -> Non
     assert 0 <= result.report.difference < 1e-5
 
 
-def test_the_same_call_gives_the_same_bytes(result: Result) -> None:
-    again = netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200)
-    assert again.plan == result.plan
-    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(
+def test_the_same_call_gives_the_same_bytes() -> None:
+    model = classifier()
+    once, again = (netdecouple.decouple(model, images_for(model, 40), macs="2x") for _ in range(2))
+    assert again.plan == once.plan
+    assert again.model.SerializeToString(deterministic=True) == once.model.SerializeToString(
         deterministic=True
     )
 
@@ -138,7 +139,7 @@ def test_fitting_to_inputs_beats_the_published_method_by_far() -> None:
     )
     share = paper.report.macs / paper.report.macs_before
     aware = netdecouple.decouple(
-        MODEL, images[..., 0].astype(np.float32)[:, None] / 255, macs=share, samples=100
+        MODEL, images[..., 0].astype(np.float32)[:, None] / 255, macs=share, samples=100, settings=QUICK
     )
     assert aware.report.macs <= paper.report.macs
     assert paper.report.agreement is not None
@@ -234,8 +235,10 @@ def test_a_network_none_of_whose_layers_takes_one_rank_is_refused_as_published()
 
 
 def test_a_budget_in_parameters_holds_too() -> None:
-    result = netdecouple.decouple(MODEL, CALIB, macs="60%", parameters="40%", samples=60, settings=QUICK)
-    assert result.report.parameters <= 0.4 * result.report.parameters_before
+    model = residual()
+    images = images_for(model, 60)
+    result = netdecouple.decouple(model, images, macs="60%", parameters="50%", settings=QUICK)
+    assert result.report.parameters <= 0.5 * result.report.parameters_before
     assert result.report.macs <= 0.6 * result.report.macs_before
 
 
@@ -255,6 +258,7 @@ def test_a_perceptrons_head_is_decoupled_to_a_budget_in_parameters() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_smallest_network_within_a_drop_is_found() -> None:
     result = netdecouple.decouple(MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100, settings=QUICK)
     assert result.report.accuracy is not None
@@ -392,9 +396,9 @@ def test_boxes_of_all_images_in_one_list_are_no_classes(alone: bool) -> None:
 
 
 def test_the_original_is_never_changed() -> None:
-    model = onnx.load(MODEL)
+    model = classifier()
     before = model.SerializeToString(deterministic=True)
-    netdecouple.decouple(model, CALIB, macs="2x", samples=40, settings=QUICK)
+    netdecouple.decouple(model, images_for(model, 40), macs="2x", settings=QUICK)
     assert model.SerializeToString(deterministic=True) == before
 
 

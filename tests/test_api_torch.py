@@ -146,7 +146,7 @@ def rows(plan: Plan) -> list[tuple[str, tuple[int, ...], int]]:
     return [(row.family, row.sizes, row.macs) for row in plan.layers]
 
 
-@pytest.mark.parametrize("families", [("nd-dp",), ("all",)])
+@pytest.mark.parametrize("families", [("nd-dp",), ("nd", "sd", "cd", "cp+nd-dp", "cd+sd+cp+nd-dp")])
 def test_both_doors_agree(module: Any, x: Any, families: tuple[str, ...]):
     """Families, sizes and what comes out, where all positions are sampled."""
     settings = Settings(families=families)
@@ -266,7 +266,11 @@ ERRORS: dict[str, tuple[Callable[[Any, Any], Any], type[NetDecoupleError], str]]
     "no budget": (lambda m, x: netdecouple.decouple(m, x), BudgetError, "give one goal"),
     "both": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, settings=RULED), BudgetError, "give one goal"),
     "budget": (lambda m, x: netdecouple.decouple(m, x, macs="most"), BudgetError, "most"),
-    "out of reach": (lambda m, x: netdecouple.decouple(m, x, macs=0.001), BudgetError, "out of reach"),
+    "out of reach": (
+        lambda m, x: netdecouple.decouple(m, x, macs=0.001, settings=ND),
+        BudgetError,
+        "out of reach",
+    ),
     "samples": (lambda m, x: netdecouple.decouple(m, x[:9], macs=0.5), CalibrationError, "too few"),
     "channels": (lambda m, x: netdecouple.decouple(m, x[:, :2], macs=0.5), ModelError, "fails on a calib"),
     "no calib": (lambda m, x: netdecouple.decouple(m, macs=0.5), CalibrationError, "give calib="),

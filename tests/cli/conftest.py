@@ -29,7 +29,8 @@ class Ended:
 
 @pytest.fixture
 def netdecouple(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Run the command line in this process."""
+    """Run the command line in this process, without the lines of progress that a slow machine prints."""
+    monkeypatch.setattr("netdecouple.cli.terminal.EVERY", float("inf"))
     monkeypatch.delenv("NETDECOUPLE_TRACEBACK", raising=False)
 
     def call(*arguments: str | Path) -> Ended:

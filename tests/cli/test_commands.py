@@ -26,7 +26,7 @@ from tests import networks
 from tests.kernels.test_onnxruntime import chain
 from tests.runtimes.base import installed
 
-RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
 
 
 def total_macs(path: Path) -> int:
@@ -288,7 +288,7 @@ def test_preprocessing_reaches_the_network(netdecouple, folder: Path):
     """Another mean and deviation give other moments, hence another network."""
     found = []
     for more in ([], ["--mean", "0.5,0.5,0.5", "--std", "0.25"], ["--preset", "cifar10"]):
-        ended = netdecouple("run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "images", *more)
+        ended = netdecouple(*RUN[:-1], "images", *more)
         assert ended.code == 0, ended
         found.append((folder / "out.onnx").read_bytes())
     assert len(set(found)) == 3
@@ -507,10 +507,10 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def long_run(folder: Path) -> list[str]:
-    """Arguments of a run that takes seconds, so that a signal finds it at work."""
+    """Arguments of a run that takes many seconds on any machine, so that a signal finds it at work."""
     b = networks.Builder()
     x = b.conv("image", 3, 64, 3, "first")
-    for index in range(12):
+    for index in range(40):
         x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
     b.classifier(x, 64)
     onnx.save(b.model(), folder / "net.onnx")

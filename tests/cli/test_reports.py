@@ -12,7 +12,7 @@ import pytest
 from netdecouple.report.model import Report
 from tests import networks
 
-RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images"]
+RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def batches():
 def waves():
     return torch.randn(24, 2, 40, generator=torch.Generator().manual_seed(0))
 """
-RUN = ["run", "nets:make", "--macs", "2x", "--calib", "data.npz:images"]
+RUN = ["run", "nets:make", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
 
 
 @pytest.fixture(autouse=True)

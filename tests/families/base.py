@@ -19,8 +19,8 @@ from netdecouple.families import Family, Problem
 from netdecouple.moments import Moments
 from tests.strategies import geometries, images, kernel
 
-# every family runs the same test functions; that is the point of a shared base
-INHERITED = settings(deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+# every family runs the same test functions; that is the point of a shared base. There are twenty
+INHERITED = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.differing_executors])
 
 
 def aware_problem(g: ConvGeometry, seed: int, ridge: float = 1e-4, dead: int = 0) -> Problem:

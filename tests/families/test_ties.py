@@ -9,7 +9,7 @@ import pytest
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem
-from netdecouple.families.chain import Step, Trial, method, worthwhile
+from netdecouple.families.chain import Step, Trial, method, pareto
 from netdecouple.families.ties import comparable
 from netdecouple.moments import Moments
 
@@ -54,5 +54,5 @@ def test_trials_that_lose_the_same_but_for_rounding_are_one() -> None:
     one = Trial((Step(3),), (), 100, 1.0)
     trials = [replace(one, steps=(Step(n),), error=float(e)) for n, e in enumerate(NOISE[:5])]
     trials += [replace(one, macs=200, error=1 - 1e-15), replace(one, macs=300, error=0.5)]
-    assert worthwhile(trials) == [trials[-1], trials[0]]
-    assert worthwhile([]) == []
+    assert pareto(trials) == [trials[-1], trials[0]]
+    assert pareto([]) == []

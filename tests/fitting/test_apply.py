@@ -35,7 +35,7 @@ def pieces() -> tuple:
     images = np.load(DEMO / "digits.npz")["calib"][:100].transpose(0, 3, 1, 2).astype(np.float32) / 255
     network = OnnxNetwork(read_model(MODEL), images)
     inputs = Inputs.split(images, 0)
-    analysis = analyze(network, inputs, Settings())
+    analysis = analyze(network, inputs, Settings(families=("nd", "cd")))
     return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
 
 

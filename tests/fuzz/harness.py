@@ -19,7 +19,7 @@ from typing import Self
 from tests.fuzz.case import Case
 
 PATIENCE = 60.0  # seconds of the processor's time that one case may take
-SLEEP = 20.0  # seconds by the clock with next to none of it
+SLEEP = 60.0  # seconds by the clock with next to none of it, however busy the machine is
 REPOSITORY = Path(__file__).parents[2]
 LIMITS = {  # small ones, so that a case that goes beyond them is small, too
     "NETDECOUPLE_MAX_MODEL_BYTES": 50_000_000,

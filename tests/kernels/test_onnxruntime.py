@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,7 +85,7 @@ def model_of_case(one: Case) -> onnx.ModelProto:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_layers_come_out_as_in_float64(threads: int) -> None:
     """With optional inputs there, absent, and given as empty names; one thread or several."""
-    for seed in range(0, COUNT, 6):
+    for seed in range(0, COUNT, 15):
         one = case(seed)
         feeds = {"x": one.x} if one.residual is None else {"x": one.x, "residual": one.residual}
         (y,) = session_of(model_of_case(one), threads).run(None, feeds)
@@ -147,12 +148,12 @@ def test_sessions_may_be_opened_by_several_threads_at_once() -> None:
 
 def resident() -> int:
     """Bytes of memory in use by this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("what", ["good", "refused at opening", "refused at running"])
-def test_a_thousand_sessions_leave_nothing_behind(what: str) -> None:
+def test_hundreds_of_sessions_leave_nothing_behind(what: str) -> None:
     """Layers of 100 kB each, opened and closed; also where the operator refuses them."""
     rng = np.random.default_rng(0)
     constants = {
@@ -169,12 +170,12 @@ def test_a_thousand_sessions_leave_nothing_behind(what: str) -> None:
             with nullcontext() if what == "good" else pytest.raises(Exception, match="DecoupledConv"):
                 session_of(model).run(None, {"x": x})
 
-    use(150)
+    use(100)
     gc.collect()
     before = resident()
-    use(1000)
+    use(300)
     gc.collect()
-    assert resident() - before < 3_000_000  # leaked layers would make it 100 MB
+    assert resident() - before < 3_000_000  # leaked layers would make it 30 MB
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:

@@ -28,8 +28,8 @@ from netdecouple.planning.planner import make_plan
 from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import Feeds
 from netdecouple.runtimes.onnxruntime import open_session
-from tests.networks import images_for, perceptron
-from tests.test_api import DEMO, MODEL
+from tests.networks import images_for, perceptron, residual
+from tests.test_api import MODEL
 
 
 @dataclass
@@ -66,8 +66,9 @@ class WeightTimer:
 
 @pytest.fixture(scope="module")
 def analysis() -> Analysis:
-    images = np.load(DEMO / "digits.npz")["calib"][:40].transpose(0, 3, 1, 2).astype(np.float32) / 255
-    network = OnnxNetwork(read_model(MODEL), images)
+    model = residual()
+    images = images_for(model, 40)
+    network = OnnxNetwork(read_model(model), images)
     return analyze(network, Inputs.split(images, 0), Settings(data_free=True, families=("nd-dp",)))
 
 
