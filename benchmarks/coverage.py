@@ -142,7 +142,7 @@ def looked_at(name: str) -> Outcome:
         before, after = module(*args, **kwargs), new.eval()(*args, **kwargs)
         if _structure(before) != _structure(after):
             problems.append("its outputs changed their structure")
-        full = network.build({name: exact(network.layer[name]) for name in changed}).eval()
+        full = network.build({name: exact(network.torch_layers[name].layer) for name in changed}).eval()
         worst = max(map(_difference, tensors(before), tensors(full(*args, **kwargs))), default=0.0)
         if not worst < 1e-3:
             problems.append(f"full rank differs by {worst:.0e}")

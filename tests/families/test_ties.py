@@ -51,8 +51,8 @@ def test_equal_channels_go_by_index(name: str, size: int, data_free: bool) -> No
 
 def test_trials_that_lose_the_same_but_for_rounding_are_one() -> None:
     """The first of them is kept, and no other costs more for nothing."""
-    one = Trial((Step(3),), (), 100, 1.0)
-    trials = [replace(one, steps=(Step(n),), error=float(e)) for n, e in enumerate(NOISE[:5])]
-    trials += [replace(one, macs=200, error=1 - 1e-15), replace(one, macs=300, error=0.5)]
+    one = Trial(steps=(Step(3),), stages=(), macs=100, squared_error=1.0)
+    trials = [replace(one, steps=(Step(n),), squared_error=float(e)) for n, e in enumerate(NOISE[:5])]
+    trials += [replace(one, macs=200, squared_error=1 - 1e-15), replace(one, macs=300, squared_error=0.5)]
     assert pareto(trials) == [trials[-1], trials[0]]
     assert pareto([]) == []

@@ -1,9 +1,8 @@
 """The fused operator in PyTorch: ``netdecouple::decoupled_conv``, and a module that holds its weights.
 
-Importing this file registers the operator; do that before an exported program that holds it is loaded.
+Importing this file registers the operator, which must be done before an exported program that contains it is
+loaded.
 """
-
-# mypy: allow-subclassing-any
 
 from __future__ import annotations
 
@@ -27,26 +26,29 @@ SCHEMA = (
     "Tensor? residual, int in_channels, int[] strides, int[] pads, int[] dilations, int groups, "
     "float? minimum, float? maximum) -> Tensor"
 )
-TENSORS = 7  # of the arguments, the first
+TENSORS = 7  # the first arguments
 
 
 class DecoupledConv2d(torch.nn.Module):
-    """A convolution written as a depthwise and a pointwise one, computed as one operator on the CPU.
+    """A convolution written as a depthwise and a pointwise one, computed by the fused operator on the CPU.
 
-    It takes and gives float32 tensors, in contiguous memory format. Gradients are those of the standard
-    operators. Where the compiled library is missing the module computes with standard operators
-    throughout, so that a saved state_dict, or an exported program, works on every machine with netdecouple.
+    Unlike a decoupled layer of a network it always uses the operator, and includes what the operator can
+    compute on its outputs: PReLU, limits, and the sum with a residual.
 
-    The library packs the weights when they are first used, whenever they take part in gradients, as
-    optimizers may change them uncounted, and whenever they changed since, as PyTorch counts changes for
-    autograd. Writing through ``weight.data`` or a NumPy view of it escapes that count: use
-    ``torch.no_grad()`` instead, or call `forget` afterwards.
+    Inputs and outputs are float32 tensors in contiguous memory format. Gradients are those of the standard
+    operators. Without the compiled library the module computes with standard operators, so that a saved
+    state_dict, or an exported program, works on every machine with netdecouple.
+
+    The library packs the weights when they are first used, when they have changed since by PyTorch's count of
+    changes, and in every call with gradients, because optimizers may change weights without counting. Writing
+    through ``weight.data`` or a NumPy view is not counted either: use ``torch.no_grad()`` instead, or call
+    `forget` afterwards.
 
     Args:
-        geometry: of the convolution it stands for.
+        geometry: of the convolution that the module replaces.
         rows: number of depthwise filters.
-        slope: whether negative outputs have factors, as PReLU has.
-        limits: what outputs are clipped to; (0, inf) is ReLU.
+        slope: whether negative outputs are multiplied by factors, as in PReLU.
+        limits: least and largest output; (0, inf) is ReLU.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class DecoupledConv2d(torch.nn.Module):
         self.pointwise = torch.nn.Parameter(torch.zeros(g.n_o, rows // g.groups, 1, 1))
         self.bias = torch.nn.Parameter(torch.zeros(g.n_o))
         self.register_parameter("slope", torch.nn.Parameter(torch.zeros(g.n_o)) if slope else None)
-        self.register_buffer("channels", torch.zeros(rows, dtype=torch.int64))  # that the filters read
+        self.register_buffer("channels", torch.zeros(rows, dtype=torch.int64))  # read by the filters
 
     @classmethod
     def of(
@@ -125,7 +127,11 @@ class DecoupledConv2d(torch.nn.Module):
 
 
 def forget(weights: Iterable[torch.Tensor] | None = None) -> None:
-    """Have weights packed anew when they are next used: all, or what belongs to some pointwise ones."""
+    """Discard packed weights, so that the next call packs them again.
+
+    Args:
+        weights: pointwise weights whose layers are discarded; None: all layers.
+    """
     if weights is None:
         _packs.clear()
     for weight in weights or ():
@@ -133,7 +139,7 @@ def forget(weights: Iterable[torch.Tensor] | None = None) -> None:
 
 
 class _Call(NamedTuple):
-    """What the operator is called with."""
+    """The operator's arguments."""
 
     x: torch.Tensor  # (n, n_i, h, w)
     depthwise: torch.Tensor  # (rows, 1, kh, kw)
@@ -151,7 +157,7 @@ class _Call(NamedTuple):
     maximum: float | None
 
     def geometry(self) -> ConvGeometry:
-        """Of the convolution that the weights stand for."""
+        """The geometry of the convolution that the weights replace."""
         (sh, sw), (top, left, bottom, right), (dh, dw) = self.strides, self.pads, self.dilations
         n_o, (kh, kw) = self.pointwise.shape[0], self.depthwise.shape[2:]
         return ConvGeometry(
@@ -159,10 +165,10 @@ class _Call(NamedTuple):
         )
 
     def output_shape(self) -> tuple[int, int, int, int]:
-        """Check that everything fits together.
+        """Check the arguments' types and shapes, and return the output's shape.
 
         Raises:
-            ValueError: something does not.
+            ValueError: an argument has another type, device or shape than it must have.
         """
         for name, tensor in zip(self._fields, self[:TENSORS], strict=False):
             _check_type(name, tensor, torch.int64 if name == "channels" else torch.float32)
@@ -170,14 +176,14 @@ class _Call(NamedTuple):
             if tensor.ndim != 4:
                 raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not four dimensions")
         g, rows = self.geometry(), self.depthwise.shape[0]
-        wanted: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "depthwise": (rows, 1, g.kh, g.kw),
             "pointwise": (g.n_o, rows // g.groups, 1, 1),
             "bias": (g.n_o,),
             "channels": (rows,),
             "slope": (g.n_o,),
         }
-        for name, shape in wanted.items():
+        for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not {shape}")
@@ -193,7 +199,7 @@ class _Call(NamedTuple):
         return y
 
     def standard(self) -> torch.Tensor:
-        """Compute it with standard operators."""
+        """Compute the output with standard operators."""
         top, left, bottom, right = self.pads
         x = functional.pad(self.x, (left, right, top, bottom)).index_select(1, self.channels)
         x = functional.conv2d(
@@ -224,15 +230,14 @@ class _Call(NamedTuple):
 
 def _check_type(name: str, tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> None:
     if tensor is not None and (tensor.dtype != dtype or tensor.device.type not in ("cpu", "meta")):
-        found = f"{tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{NAME}: {name} must be {dtype} on the CPU, not {found}")
+        raise ValueError(f"{NAME}: {name} must be {dtype} on the CPU, not {tensor.dtype} on {tensor.device}")
 
 
 class _Pack:
-    """A packed layer, and what its weights were then.
+    """A packed layer, with the state of its weights when they were packed.
 
-    The weights are only referred to, so that they can be freed. Their storages are held: as long as this
-    is there, no other tensor's numbers can come to lie where theirs were.
+    The weights are held by weak references, so that they can be freed. Their storages are held, so that no
+    other tensor can be allocated at the same address.
     """
 
     def __init__(self, call: _Call) -> None:
@@ -253,19 +258,19 @@ class _Pack:
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[Any, ...]:
-    """Where a tensor's numbers lie, and how often they have changed."""
+    """A tensor's address and layout, and how often it was changed."""
     if tensor is None:
         return ()
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
-# Pointwise weight → the arguments that are no tensors → the layer as it was packed last. Threads that
-# come here at the same time may both pack it; whichever stays is right.
+# Pointwise weight → the arguments that are not tensors → the layer as it was packed last. Two threads may
+# pack the same layer at once; either result is right.
 _packs = WeakTensorKeyDictionary()
 
 
 def _layer(call: _Call) -> kernels.DecoupledConv | None:
-    """Return the packed layer, which is made only of weights that fit; None if the library is missing."""
+    """Return the packed layer; None if the library is missing. Weights that do not fit are refused first."""
     arguments = repr(call[TENSORS:])
     pack = _packs.get(call.pointwise, {}).get(arguments)
     if pack is not None and pack.holds(call):
@@ -275,7 +280,7 @@ def _layer(call: _Call) -> kernels.DecoupledConv | None:
     if not kernels.available():
         return None
     if any(tensor is not None and tensor.is_inference() for tensor in call[1:6]):
-        return call.packed()  # nobody counts how often these change
+        return call.packed()  # PyTorch does not count changes of these
     pack = _Pack(call)
     _packs.setdefault(call.pointwise, {})[arguments] = pack
     return pack.layer
@@ -306,16 +311,16 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needed = ctx.needs_input_grad[:TENSORS]
     with torch.enable_grad():
-        # aliases, because one tensor may have been given twice
+        # aliases, because one tensor may be two of the arguments
         tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         y = _Call(*tensors, *ctx.rest).standard()
-    wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=torch.is_grad_enabled()))
-    return (*(next(found) if is_needed else None for is_needed in needed), *(None for _ in ctx.rest))
+    inputs = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    gradients = iter(torch.autograd.grad(y, inputs, gradient, create_graph=torch.is_grad_enabled()))
+    return (*(next(gradients) if is_needed else None for is_needed in needed), *(None for _ in ctx.rest))
 
 
 def _flops(x: Any, depthwise: Any, pointwise: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
-    """Operations of both stages, two to a MAC, from the arguments' shapes: what PyTorch's counter counts."""
+    """Count the operations of both stages, two to a MAC as PyTorch's counter does, from arguments' shapes."""
     filters, outputs = math.prod(depthwise), math.prod(pointwise)
     return int(2 * out_shape[0] * math.prod(out_shape[2:]) * (filters + outputs))
 

@@ -108,7 +108,7 @@ def test_outputs_need_not_begin_with_the_images(batch):
     b.node("Identity", b.constant("anchors", np.eye(5)), out="boxes")
     model = b.model([("sequence", ("T", batch, 8)), ("boxes", (5, 5))], (batch, 3, 6, 9))
     images = images_for(model, 6)
-    network = OnnxNetwork(read_model(model), images, Resources(memory=170_000))
+    network = OnnxNetwork(read_model(model), images, Memory(batch_bytes=170_000 // 16))
     assert network.batches(6) == [slice(0, 4), slice(4, 6)]
     outputs = network.run(images)
     assert outputs[0].shape == (6, 9, 8)

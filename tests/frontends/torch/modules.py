@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0, channels: int = 8) -> nn.Module:
-    """The network in evaluation mode, with BatchNorms that have seen something."""
+    """The network in evaluation mode, with BatchNorm statistics as after training."""
     torch.manual_seed(seed)
     module = Net(channels)
     for part in module.modules():

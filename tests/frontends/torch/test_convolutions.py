@@ -1,4 +1,4 @@
-"""PyTorch's convolutions, seen by the engine and written as chains; the oracle is the module itself."""
+"""PyTorch's convolutions in the engine, and written as chains, compute what the modules compute."""
 
 from __future__ import annotations
 

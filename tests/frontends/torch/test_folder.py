@@ -1,4 +1,4 @@
-"""A saved module comes back as it was, into a module that was only built; nothing else is believed."""
+"""A saved module is loaded as it was, into a module that was only built; damaged folders are refused."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_replaces_what_it_wrote_before(folder: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["notes.txt", WEIGHTS, "config.json"])
 def test_other_files_are_not_touched(module: Any, tmp_path: Path, name: str):
-    """Weights without a description are someone else's."""
+    """Weights without a description were not written by `save`."""
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match=r"holds other files"):
         netdecouple.save(module, tmp_path)
@@ -130,7 +130,7 @@ def test_other_files_are_not_touched(module: Any, tmp_path: Path, name: str):
 def test_the_current_folder_is_not_replaced(
     module: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whoever works there would lose it, whatever it holds."""
+    """Shells and programs work in it, whatever it holds."""
     (tmp_path / "empty").mkdir()
     for here in (folder, tmp_path / "empty"):
         monkeypatch.chdir(here)
@@ -139,7 +139,7 @@ def test_the_current_folder_is_not_replaced(
 
 
 def test_a_failure_leaves_the_old_folder(folder: Path, module: Any, monkeypatch: pytest.MonkeyPatch):
-    """Nothing half-written, nothing beside it."""
+    """Complete, and with no other file next to it."""
     before = (folder / WEIGHTS).read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:

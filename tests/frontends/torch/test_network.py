@@ -1,4 +1,4 @@
-"""What running a module shows of it: layers, BatchNorms, shortcuts; and what it must not be taken for."""
+"""Running a module shows its layers, BatchNorms and shortcuts; layers that do more are kept."""
 
 from __future__ import annotations
 
@@ -359,7 +359,7 @@ def test_frozen_numbers_of_a_layer_may_be_buffers():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_parts_stay_as_they_are():
-    """Nobody sees what runs inside."""
+    """Hooks cannot observe the layers inside."""
     part = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()))
     network = opened(parts(lambda m, x: m.c(m.part(m.b(m.a(x)))), part=part))
     assert list(network.torch_layers) == ["a", "b", "c"]
@@ -376,7 +376,7 @@ def test_names_under_which_a_layer_stands_change_together():
 
 
 def test_a_norm_that_stays_normalises_in_training_as_it_did():
-    """What it does besides keeps it; batch statistics are then those of what it has made already."""
+    """It does more than normalise; its batch statistics are then those of what was its own output."""
     module = parts(chain, n=NormAct(8), b=nn.Conv2d(8, 8, 3, padding=1))
     with torch.no_grad():
         module.n.weight.uniform_(0.05, 0.25)
@@ -393,8 +393,8 @@ def test_modes_gradients_and_hooks_stay():
     """In the module given and in the one made."""
     module = parts(chain).train()
     module.b.eval().requires_grad_(False)
-    heard = []
-    module.n2.register_forward_hook(lambda *_: heard.append(1))
+    calls = []
+    module.n2.register_forward_hook(lambda *_: calls.append(1))
     state = copy.deepcopy(module.state_dict())
     network = opened(module)
     new = exact(network)
@@ -444,17 +444,17 @@ def test_shortcuts_are_found_where_they_are_added(add: Any, found: bool):
     assert network.torch_layers["b"].shortcut == (("b", "x") if found else None)
     positions = {"b": np.tile(np.arange(64), (3, 1))}
     samples = collect(pictures(), network.original, None, None)
-    (seen,) = network.observe(samples, positions)
+    (observed,) = network.observe(samples, positions)
     if not found:
-        assert seen.shortcut is None
+        assert observed.shortcut is None
         return
     m = network.original
     with torch.no_grad():
         x = F.relu(m.a(pictures()))
         y = m.n2(m.b(x))
     rows = lambda t: t.flatten(2).transpose(1, 2).reshape(-1, 8).numpy()  # noqa: E731
-    np.testing.assert_allclose(seen.shortcut, rows(x), atol=1e-6)
-    np.testing.assert_allclose(seen.outputs, rows(y), atol=1e-5)
+    np.testing.assert_allclose(observed.shortcut, rows(x), atol=1e-6)
+    np.testing.assert_allclose(observed.outputs, rows(y), atol=1e-5)
 
 
 def test_a_shortcut_that_is_computed_later_is_none():
@@ -499,8 +499,8 @@ def test_samples_of_other_sizes_than_the_first():
     check_lossless(network)
 
 
-def test_running_ends_where_nothing_more_is_looked_at():
-    """What a detector makes of its heads is left out, once all of them have been called."""
+def test_running_ends_after_the_last_captured_output():
+    """A detector's sorting of boxes does not run, once all of its heads have been called."""
     ends = []
 
     def forward(m: Any, x: Any) -> Any:
@@ -521,14 +521,14 @@ def test_running_ends_where_nothing_more_is_looked_at():
         np.testing.assert_allclose(c, network.original.c(x.flip(-1)), atol=1e-5)  # of the last call
 
 
-def test_watching_ends_with_the_last_layer_that_is_watched():
+def test_observing_ends_with_the_last_layer_that_is_observed():
     network = opened(parts(chain))
-    heard = []
-    network.module.get_submodule("c").register_forward_hook(lambda *_: heard.append(1))
+    calls = []
+    network.module.get_submodule("c").register_forward_hook(lambda *_: calls.append(1))
     samples = collect(pictures(), network.original, None, None)
-    for watched, runs in (("a", 0), ("c", 1)):
-        (seen,) = network.observe(samples, {watched: np.tile(np.arange(64), (3, 1))})
-        assert (seen.layer, len(seen.patches), len(heard)) == (watched, 3 * 64, runs)
+    for name, runs in (("a", 0), ("c", 1)):
+        (observed,) = network.observe(samples, {name: np.tile(np.arange(64), (3, 1))})
+        assert (observed.layer, len(observed.patches), len(calls)) == (name, 3 * 64, runs)
 
 
 def test_fingerprints_know_numbers_and_structure():
@@ -618,7 +618,7 @@ def test_a_later_sample_may_fail_too():
     assert not any(part._forward_hooks for part in network.module.modules())
 
 
-def test_not_finite_activations_are_told_by_layer():
+def test_activations_that_are_not_finite_are_refused_by_layer():
     x = pictures()
     x[2, 0, 0, 0] = torch.nan
     network = opened(parts(chain), x)

@@ -229,7 +229,7 @@ def test_what_is_no_sample_is_refused(calib: Any, message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_what_arguments_raise_is_told():
+def test_errors_of_arguments_are_reported():
     with pytest.raises(CalibrationError, match="batch 0 of calib: KeyError: 'image'"):
         collect([{"x": X}], TakesOne(), None, lambda batch: batch["image"])
     with pytest.raises(KeyboardInterrupt):

@@ -65,7 +65,7 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         (".:x", False),
     ],
 )
-def test_names_are_told_from_files(source: str, named: bool):
+def test_names_differ_from_files(source: str, named: bool):
     assert is_named(source) is named
 
 

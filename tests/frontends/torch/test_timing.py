@@ -47,7 +47,7 @@ def test_times_every_structure_of_a_layer(runtime: str):
     timed, network = timer(module, runtime)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     random = torch.random.get_rng_state()
-    layer = network.layer["conv"]
+    layer = network.torch_layers["conv"].layer
     assert timed.forms(layer) == ("parallel",)
     times = timed.layer_times(layer, structures(layer, "cd", "nd-dp"))
     assert len(times) == 3

@@ -208,17 +208,17 @@ def test_derivatives_are_carried_along_without_gradients(layer: Any):
             assert relative(torch.autograd.forward_ad.unpack_dual(made).tangent, expected) < 1e-5
 
 
-def test_hooks_and_adapters_are_heard(layer: Any):
+def test_hooks_and_adapters_are_run(layer: Any):
     """What is hung on a stage, or put in its place, counts without gradients too."""
     x = inputs()
-    heard = []
+    calls = []
     with torch.no_grad():
         plain = layer(x)
-        handle = layer[-1].register_forward_hook(lambda *_: heard.append(1))
+        handle = layer[-1].register_forward_hook(lambda *_: calls.append(1))
         assert torch.allclose(layer(x), plain, atol=1e-5)
         handle.remove()
         layer(x)
-        assert heard == [1]
+        assert calls == [1]
         layer[-1] = torch.nn.Sequential(layer[-1], torch.nn.Threshold(torch.inf, 0.0))
         assert not layer(x).any()
 

@@ -1,4 +1,4 @@
-"""The walk sees what running the module again with replaced layers would show, and leaves nothing behind."""
+"""The walk observes what running the module again with replaced layers gives, and leaves no threads."""
 
 from __future__ import annotations
 
@@ -98,36 +98,40 @@ def halved(layer: Layer) -> Factorization:
     return chosen.fit(problem, [Step(size)])[0].astype(np.float32)
 
 
-def seen_again(
+def run_again(
     network: TorchNetwork, samples: Samples, layer: Layer, done: dict[str, Factorization]
 ) -> dict[int, Observation]:
-    """What a layer sees in the module with the layers before it replaced, run from the start."""
+    """What a layer reads in the module with the layers before it replaced, run from the start."""
     other = TorchNetwork(network.build(done), samples, chosen=lambda name, m: name == layer.name)
     other.batches = lambda count, held=0: network.batches(count)  # type: ignore[method-assign]
     positions = {layer.name: sample_positions(layer, len(samples), 0)}
-    return {seen.images.start: seen for seen in other.observe(samples, positions)}
+    return {observed.images.start: observed for observed in other.observe(samples, positions)}
 
 
 @pytest.mark.parametrize("held", [1 << 30, 0])
-def test_sees_what_running_again_would_show(network: TorchNetwork, samples: Samples, held: int):
+def test_observes_what_running_again_gives(
+    network: TorchNetwork, samples: Samples, held: int, monkeypatch: pytest.MonkeyPatch
+):
     """Inputs and shortcuts, layer after layer, whether passes wait or are given up and begun again."""
     network.memory = replace(network.memory, store_bytes=held)
     walk = network.walk(samples)
     done: dict[str, Factorization] = {}
     for layer in network.layers:
         assert not layer.reason
-        expected = {} if layer.name == "twice" else seen_again(network, samples, layer, done)
+        expected = {} if layer.name == "twice" else run_again(network, samples, layer, done)
         positions = sample_positions(layer, len(samples), 0)
-        for seen in walk.observe(layer.name, positions):
+        for observed in walk.observe(layer.name, positions):
             if layer.name == "twice":
                 continue  # the original's
-            again = expected.pop(seen.images.start)
-            np.testing.assert_allclose(seen.patches, again.patches, atol=1e-5)
+            again = expected.pop(observed.images.start)
+            np.testing.assert_allclose(observed.patches, again.patches, atol=1e-5)
             assert (
-                (seen.shortcut is None) == (again.shortcut is None) == (layer.name not in ("two", "bright"))
+                (observed.shortcut is None)
+                == (again.shortcut is None)
+                == (layer.name not in ("two", "bright"))
             )
-            if seen.shortcut is not None:
-                np.testing.assert_allclose(seen.shortcut, again.shortcut, atol=1e-5)
+            if observed.shortcut is not None:
+                np.testing.assert_allclose(observed.shortcut, again.shortcut, atol=1e-5)
         assert not expected, layer.name
         done[layer.name] = halved(layer)
         walk.replace(layer.name, done[layer.name])
@@ -141,12 +145,12 @@ def test_layers_may_be_left_alone(network: TorchNetwork, samples: Samples):
     cut = network.batches(len(samples))
     network.batches = lambda count, held=0: cut  # type: ignore[method-assign]
     for name in ("two", "end"):
-        positions = sample_positions(network.layer[name], len(samples), 0)
-        original = {s.images.start: s for s in network.observe(samples, {name: positions})}
+        positions = sample_positions(network.torch_layers[name].layer, len(samples), 0)
+        original = {o.images.start: o for o in network.observe(samples, {name: positions})}
         observations = list(walk.observe(name, positions))
         assert len(observations) == len(original) == len(cut)
-        for seen in observations:
-            np.testing.assert_allclose(seen.patches, original[seen.images.start].patches, atol=1e-5)
+        for observed in observations:
+            np.testing.assert_allclose(observed.patches, original[observed.images.start].patches, atol=1e-5)
 
 
 @pytest.mark.parametrize("end", ["close", "forget", "finish"])
@@ -155,14 +159,14 @@ def test_threads_end_with_the_walk(network: TorchNetwork, samples: Samples, end:
     before = threading.active_count()
     walk = network.walk(samples)
     for name in ("stem", "one"):
-        layer = network.layer[name]
+        layer = network.torch_layers[name].layer
         for _ in walk.observe(name, sample_positions(layer, len(samples), 0)):
             pass
     assert threading.active_count() == before + len(network.batches(len(samples)))
     if end == "close":
         network.close()
     elif end == "finish":
-        layer = network.layer["end"]
+        layer = network.torch_layers["end"].layer
         list(walk.observe("end", sample_positions(layer, len(samples), 0)))
         network.close()
     else:
@@ -223,6 +227,7 @@ def test_the_last_reference_may_be_dropped_in_a_pass(samples: Samples):
     class Interrupting(Residual):
         def forward(self, x: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.5)  # until the main thread waits
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 unwound.wait(10)
                 walks.clear()
@@ -231,7 +236,7 @@ def test_the_last_reference_may_be_dropped_in_a_pass(samples: Samples):
     before = threading.active_count()
     network = TorchNetwork(Interrupting().eval(), samples)
     walks.append(network.walk(samples))
-    positions = sample_positions(network.layer["stem"], len(samples), 0)
+    positions = sample_positions(network.torch_layers["stem"].layer, len(samples), 0)
     with contextlib.suppress(KeyboardInterrupt):
         list(walks[0].observe("stem", positions))
     assert threading.active_count() == before + 1

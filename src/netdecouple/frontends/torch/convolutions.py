@@ -6,8 +6,6 @@ convolution is a plain one of the input with zeros between its pixels, with a fl
 (Dumoulin and Visin 2016, section 4).
 """
 
-# mypy: allow-subclassing-any, disable-error-code="no-any-return,untyped-decorator"
-
 from __future__ import annotations
 
 import math
@@ -45,7 +43,7 @@ LAYERS = (*KINDS, nn.Linear)
 PIXELS = 14 * 14  # of the smallest maps on which the fused operator is faster in one thread, and in two
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Convolution:
     """One of PyTorch's convolutions, or a linear layer, without its weights."""
 
@@ -64,7 +62,7 @@ class Convolution:
     def of(cls, module: nn.Module) -> Convolution:
         """Read a module's attributes; ``padding`` may be "same" or "valid"."""
         if isinstance(module, nn.Linear):
-            return cls(module.out_features, module.in_features, ())
+            return cls(n_o=module.out_features, n_i=module.in_features, kernel=())
         conv: Any = module
         _, transposed = _kind(module)
         reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
@@ -78,16 +76,16 @@ class Convolution:
             before = [r - p for r, p in zip(reach, before, strict=True)]
             after = [b + extra for b, extra in zip(before, conv.output_padding, strict=True)]
         return cls(
-            conv.out_channels,
-            conv.in_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(before),
-            tuple(after),
-            tuple(conv.dilation),
-            conv.groups,
-            conv.padding_mode,
-            transposed,
+            n_o=conv.out_channels,
+            n_i=conv.in_channels,
+            kernel=tuple(conv.kernel_size),
+            strides=tuple(conv.stride),
+            before=tuple(before),
+            after=tuple(after),
+            dilations=tuple(conv.dilation),
+            groups=conv.groups,
+            mode=conv.padding_mode,
+            transposed=transposed,
         )
 
     @property
@@ -257,10 +255,6 @@ class Convolution:
             before = zeros
         yield PLAIN[rank](stage.n_i, stage.n_o, tuple(kernel), padding=before, **options)
 
-    def with_stage(self, stage: ConvGeometry, module: nn.Module) -> Convolution:
-        """Describe one stage as a convolution."""
-        return replace(Convolution.of(module), n_o=stage.n_o, n_i=stage.n_i, groups=stage.groups)
-
 
 def _along(g: ConvGeometry, side: int) -> Ints:
     """Kernel size, stride, pads and dilation along one side; a kernel of size 1 may have a stride or pads."""
@@ -330,28 +324,23 @@ class Factorized(nn.Sequential):
         self._fused = self._pairs()
 
     @classmethod
+    @torch.no_grad()
     def of(cls, convolution: Convolution, factorization: Factorization) -> Factorized:
         """Make the modules of a factorization, with its weights."""
         module = cls(convolution, factorization.structure)
-        module.fill(convolution, factorization)
-        return module
-
-    @torch.no_grad()
-    def fill(self, convolution: Convolution, factorization: Factorization) -> None:
-        """Copy a factorization's weights."""
-        gathers = (m for m in self if isinstance(m, Gather))
-        stages = (m for m in self if isinstance(m, LAYERS))
+        gathers = (m for m in module if isinstance(m, Gather))
+        stages = (m for m in module if isinstance(m, LAYERS))
         stage: ConvStage
         last: Any = None
         for stage, last in zip(factorization.stages, stages, strict=True):
             if stage.channels is not None:
                 next(gathers).channels.copy_(torch.from_numpy(stage.channels))
-            plain = convolution.with_stage(stage.geometry, last)
-            last.weight.copy_(torch.from_numpy(plain.weight_of(stage.weight)))
+            last.weight.copy_(torch.from_numpy(Convolution.of(last).weight_of(stage.weight)))
         if factorization.bias is None:
             last.bias.zero_()
         else:
             last.bias.copy_(torch.from_numpy(factorization.bias))
+        return module
 
     def _pairs(self) -> dict[int, ConvGeometry]:
         """The separable pairs that the fused operator computes: index of the first module → geometry."""

@@ -1,7 +1,5 @@
 """Find the layers of a module, and what each of them computes, in traces of its forward passes."""
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import math
@@ -16,9 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
 from netdecouple.frontends.common import pick
-from netdecouple.frontends.torch.convolutions import LAYERS, PLAIN, TRANSPOSED, Convolution, Padding
+from netdecouple.frontends.torch.convolutions import LAYERS, Convolution
 from netdecouple.frontends.torch.samples import to_numpy
 from netdecouple.frontends.torch.trace import ADDITIONS, Call, Trace, tensors
 from netdecouple.network import Array, Layer, Observation
@@ -135,18 +134,17 @@ def find_layers(
         single_map = single_map and _size(other[0], rank) == sizes[0]
         y = _output_of(norm, first) if norm else calls[0].y
         size = convolution.size(sizes[0])
-        priced = convolution.geometry.macs(*size)
         layers.append(
             Layer(
-                name,
-                convolution.operator,
-                macs,
-                parameters + (0 if has_bias or not norm else convolution.n_o),
-                convolution.geometry,
-                convolution.kernel_of(to_numpy(weight).astype(np.float32)),
-                to_numpy(bias).astype(np.float32),
-                size,
-                maps=macs / priced,
+                name=name,
+                operator=convolution.operator,
+                macs=macs,
+                parameters=parameters + (0 if has_bias or not norm else convolution.n_o),
+                geometry=convolution.geometry,
+                weight=convolution.kernel_of(to_numpy(weight).astype(np.float32)),
+                bias=to_numpy(bias).astype(np.float32),
+                size=size,
+                maps=macs / convolution.geometry.macs(*size),
                 is_linear=not convolution.kernel,
                 upsamples=convolution.upsamples,
             )
@@ -265,25 +263,14 @@ def plain(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) ->
 
     Always in a chain, as its factorization will be: modules that read a layer's attributes then fail.
     """
-    c, rank = convolution, len(convolution.kernel)
-    if not rank:
-        module: Any = nn.Linear(c.n_i, c.n_o)
-        padding = None
-    else:
-        options: dict[str, Any] = {"stride": c.strides, "dilation": c.dilations, "groups": c.groups}
-        reach = [d * (k - 1) for d, k in zip(c.dilations, c.kernel, strict=True)]
-        padding = None
-        if c.transposed:
-            options["padding"] = tuple(r - b for r, b in zip(reach, c.before, strict=True))
-            options["output_padding"] = tuple(a - b for a, b in zip(c.after, c.before, strict=True))
-        elif c.mode == "zeros" and c.before == c.after:
-            options["padding"] = c.before
-        else:
-            padding = Padding(c.before, c.after, c.mode)
-        module = (TRANSPOSED if c.transposed else PLAIN)[rank](c.n_i, c.n_o, c.kernel, **options)
-    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return nn.Sequential(*filter(None, [padding, module])).eval()
+    g = convolution.geometry
+    *padding, module = convolution.modules(Structure.of(g, g))
+    last: Any = module
+    kernel = convolution.kernel_of(to_numpy(weight))
+    values = torch.from_numpy(Convolution.of(last).weight_of(kernel))
+    last.weight = nn.Parameter(values.to(weight).clone())
+    last.bias = nn.Parameter(bias.detach().clone())
+    return nn.Sequential(*padding, last).requires_grad_(False).eval()
 
 
 def _same_padded(convolution: Convolution, size: Sequence[int]) -> Convolution | None:

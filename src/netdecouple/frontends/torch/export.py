@@ -1,7 +1,5 @@
 """Export a PyTorch module to ONNX, and check that it still computes the same."""
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import contextlib

@@ -4,8 +4,6 @@ The layout is Hugging Face's: ``model.safetensors`` next to a description in JSO
 the description are plain JSON values; callers convert them.
 """
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import json
@@ -48,7 +46,7 @@ class Saved(NamedTuple):
     norms: dict[str, str]  # layer → the BatchNorm folded into it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """What the plan does not contain about a layer that it changes."""
 
@@ -58,7 +56,7 @@ class Change:
     norm: str  # the BatchNorm folded into the layer; empty if there was none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What netdecouple.json holds, apart from the plan and the report."""
 
@@ -94,7 +92,8 @@ def write(
     target = Path(folder).resolve()
     state, tied = _written(module.state_dict())
     changes = tuple(_change(module, name, norms.get(name, "")) for name in changed)
-    data = asdict(Description(VERSION, __version__, changes, tied)) | {"report": report, "plan": plan}
+    description = Description(version=VERSION, netdecouple=__version__, changes=changes, tied=tied)
+    data = asdict(description) | {"report": report, "plan": plan}
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:
         check_replaceable(target)
@@ -151,7 +150,7 @@ def _change(module: nn.Module, name: str, norm: str) -> Change:
         layer = None
     if not isinstance(layer, Factorized):
         raise ModelError(f"layer {name!r} is not what decoupling made of it; it cannot be saved")
-    return Change(name, layer.convolution, layer.selects, norm)
+    return Change(name=name, convolution=layer.convolution, selects=layer.selects, norm=norm)
 
 
 def _written(state: Mapping[str, Any]) -> tuple[State, tuple[tuple[str, str], ...]]:

@@ -3,8 +3,6 @@
 Everything runs on copies; the module given is only read.
 """
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +27,7 @@ from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import threads
 from netdecouple.execution.memory import Memory
 from netdecouple.frontends.common import batch_slices
-from netdecouple.frontends.torch.convolutions import Factorized
+from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
@@ -259,10 +257,6 @@ class TorchNetwork:
                 digest.update(to_numpy(tensor).tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def layer(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
     def batches(self, count: int, bytes_per_sample: int = 0) -> list[slice]:
         """Cut ``count`` samples into batches whose activations fit in memory."""
         fixed = None if self.batchable else 1
@@ -273,7 +267,7 @@ class TorchNetwork:
         replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, (kernel, bias) in (kernels or {}).items():
             module: Any = self.module.get_submodule(name)[-1]
-            weight = self.torch_layers[name].convolution.weight_of(np.asarray(kernel, np.float32))
+            weight = Convolution.of(module).weight_of(np.asarray(kernel, np.float32))
             for parameter, value in ((module.weight, weight), (module.bias, np.asarray(bias, np.float32))):
                 replaced.append((parameter, parameter.data))
                 parameter.data = torch.from_numpy(value).to(parameter)
@@ -360,7 +354,7 @@ class TorchNetwork:
 
     def _sampled_bytes(self, name: str, positions: NDArray[np.int64]) -> int:
         """Bytes gathered of a layer for one sample; its whole maps if these are kept until the end."""
-        layer = self.layer[name]
+        layer = self.torch_layers[name].layer
         g = layer.geometry
         assert g is not None
         taken = positions.shape[1] * (g.unknowns * g.groups + g.n_o)
@@ -379,12 +373,12 @@ class TorchNetwork:
     def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
         walk = TorchWalk(
-            duplicate(self.module),
-            self.torch_layers,
-            images,
-            self.batches(len(images)),
+            module=duplicate(self.module),
+            torch_layers=self.torch_layers,
+            samples=images,
+            batches=self.batches(len(images)),
             forward=self.forward,
-            observe=self.observe,
+            observe_original=self.observe,
             store_bytes=self.memory.store_bytes,
         )
         self._walks.add(walk)

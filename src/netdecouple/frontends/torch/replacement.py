@@ -1,7 +1,5 @@
 """Copy modules, and replace their parts."""
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import copy

@@ -1,7 +1,5 @@
 """PyTorch models by name: torchvision:NAME, timm:NAME, or MODULE:FUNCTION that builds one."""
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import difflib
@@ -27,7 +25,7 @@ INSTEAD = "give weights= a .safetensors, .pt or .pth file, or weights='random' t
 CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights need ``transform_input``
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A module that was built, the origin of its weights, and how pictures become its inputs."""
 
@@ -66,7 +64,13 @@ def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
         origin = f"random (seed {seed})"
     first = next((m for m in module.modules() if isinstance(m, _ConvNd)), None)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else None
-    return Model(source, module.eval(), origin, preprocessing, channels)
+    return Model(
+        name=source,
+        module=module.eval(),
+        weights=origin,
+        preprocessing=preprocessing,
+        channels=channels,
+    )
 
 
 Built = tuple[nn.Module, Preprocessing, str]  # with the origin of the weights

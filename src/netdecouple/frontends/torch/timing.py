@@ -1,7 +1,5 @@
 """Time layers in some structure, and whole modules, in a runtime on the CPU."""
 
-# mypy: disable-error-code="no-any-return"
-
 from __future__ import annotations
 
 import math

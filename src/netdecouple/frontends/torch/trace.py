@@ -3,8 +3,6 @@
 Hooks record the inputs and outputs of modules; a function mode records which functions read those tensors.
 """
 
-# mypy: allow-subclassing-any
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,7 @@ CONVOLUTIONS = (
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
     """One call of a module."""
 
@@ -74,7 +72,7 @@ class Trace(TorchFunctionMode):
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self._now += 1
         x = arguments[0] if arguments else None
-        self._open.append(Call(name, self._now, x=x, alone=len(arguments) == 1))
+        self._open.append(Call(name=name, start=self._now, x=x, alone=len(arguments) == 1))
 
     def _leave(self, name: str, arguments: tuple[Any, ...], output: Any) -> None:
         self._now += 1

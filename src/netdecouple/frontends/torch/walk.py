@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -86,38 +86,20 @@ class _Pass:
         self._stopped.release()
 
 
+@dataclass(eq=False, kw_only=True)
 class TorchWalk:
-    """The module as decoupled so far, with every batch's pass waiting at the same layer.
+    """The module as decoupled so far, with every batch's pass waiting at the same layer."""
 
-    Args:
-        module: is changed, and must be run by nothing else.
-        torch_layers: its layers that can be replaced.
-        samples: to run it on.
-        batches: of the samples.
-        forward: runs the module on some samples.
-        observe: as `TorchNetwork.observe`, in the original module.
-        store_bytes: memory that the tensors of waiting passes may take.
-    """
+    module: nn.Module  # is changed, and must be run by nothing else
+    torch_layers: Mapping[str, TorchLayer]  # those that can be replaced
+    samples: Samples
+    batches: Sequence[slice]  # of the samples
+    forward: Callable[[nn.Module, Samples], object]  # runs the module
+    observe_original: Callable[[Samples, Positions], Iterator[Observation]]  # `TorchNetwork.observe`
+    store_bytes: int  # memory that the tensors of waiting passes may take
 
-    def __init__(
-        self,
-        module: nn.Module,
-        torch_layers: Mapping[str, TorchLayer],
-        samples: Samples,
-        batches: Sequence[slice],
-        *,
-        forward: Callable[[nn.Module, Samples], object],
-        observe: Callable[[Samples, Positions], Iterator[Observation]],
-        store_bytes: int,
-    ) -> None:
-        self._module = module
-        self._torch_layers = torch_layers
-        self._samples = samples
-        self._batches = batches
-        self._forward = forward
-        self._observe = observe
-        self._store_bytes = store_bytes
-        self._single_map = {name for name, found in torch_layers.items() if found.single_map}
+    def __post_init__(self) -> None:
+        self._single_map = {name for name, found in self.torch_layers.items() if found.single_map}
         self._passes: dict[int, _Pass] = {}
         self._running: _Pass | None = None
         self._hooks = ExitStack()
@@ -128,8 +110,8 @@ class TorchWalk:
     def _hooked(self) -> AbstractContextManager[None]:
         """Hooks by which the running pass waits at layers and keeps shortcuts."""
         weak = weakref.ref(self)  # waiting passes hold the module with its hooks, and must not hold the walk
-        layers = set(self._torch_layers)
-        sources = Shortcuts(self._torch_layers, self._single_map).modules
+        layers = set(self.torch_layers)
+        sources = Shortcuts(self.torch_layers, self._single_map).modules
 
         def before(name: str, arguments: tuple[Any, ...]) -> None:
             walk = weak()
@@ -146,7 +128,7 @@ class TorchWalk:
             if walk is not None and walk._running is not None:
                 walk._running.shortcuts.after(name, arguments, output)
 
-        return hooked(self._module, before, after, (layers | sources).__contains__)
+        return hooked(self.module, before, after, (layers | sources).__contains__)
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield its inputs in the module as decoupled so far.
@@ -155,14 +137,14 @@ class TorchWalk:
         that its first call is fitted to. Its inputs in the original module are yielded instead.
         """
         if layer not in self._single_map:
-            for observation in self._observe(self._samples, {layer: positions}):
+            for observation in self.observe_original(self.samples, {layer: positions}):
                 yield replace(observation, shortcut=None)
             return
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(self.batches):
             current = self._passes.get(index)
             if current is None:
-                run = partial(self._forward, self._module, self._samples[batch])
-                current = _Pass(run, Shortcuts(self._torch_layers, self._single_map))
+                run = partial(self.forward, self.module, self.samples[batch])
+                current = _Pass(run, Shortcuts(self.torch_layers, self._single_map))
                 self._passes[index] = current
             self._running = current
             current.run_to(layer)
@@ -170,11 +152,11 @@ class TorchWalk:
             if current.x is None:  # this batch does not call the layer; start again for the next one
                 del self._passes[index]
                 continue
-            yield self._torch_layers[layer].observation(
+            yield self.torch_layers[layer].observation(
                 batch, [(current.x, None)], positions[batch], current.shortcuts.of(layer)
             )
             # counts the inputs of the layer only; a pass may hold other tensors too
-            if len(self._passes) * current.x.nbytes > self._store_bytes:
+            if len(self._passes) * current.x.nbytes > self.store_bytes:
                 self._passes.pop(index).cancel()
 
     def advance(self, layer: str) -> None:
@@ -182,9 +164,9 @@ class TorchWalk:
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``, before which the passes wait."""
-        found = self._torch_layers[layer]
+        found = self.torch_layers[layer]
         module = Factorized.of(found.convolution, factorization)
-        chain = self._module.get_submodule(layer)
+        chain = self.module.get_submodule(layer)
         chain._modules.clear()
         chain.add_module("0", module.to(found.weight.device, found.weight.dtype).eval())
 
