@@ -1,7 +1,7 @@
 """A classifier and a folder of images: ``python examples/classify.py``.
 
-Without arguments the digits that come with the package are written out as a folder of images, a sub-folder
-per class, and the network that comes with it is decoupled to half its multiply-adds. With your own:
+Without arguments the script writes the digits that come with the package into a folder of images, with a
+sub-folder per class, and decouples the package's network to half its multiply-adds. With your own data:
 
     python examples/classify.py --model model.onnx --calib images/ --test labelled/ --preset imagenet
 
@@ -23,11 +23,11 @@ DEMO = Path(netdecouple.__file__).parent / "demo"
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:
-    """The package's images as files: unlabelled ones to calibrate with, labelled ones to test on."""
+    """Write the package's images as files: unlabelled ones for calibration, labelled ones for the test."""
     calib, test = folder / "calib", folder / "test"
     with np.load(DEMO / "digits.npz") as data:
-        wanted = [(calib, data["calib"], None), (test, data["images"], data["labels"])]
-    for place, pictures, labels in wanted:
+        sets = [(calib, data["calib"], None), (test, data["images"], data["labels"])]
+    for place, pictures, labels in sets:
         for index, picture in enumerate(pictures[..., 0]):
             path = place / ("" if labels is None else str(labels[index])) / f"{index:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
 
 def read(folder: Path, preprocessing: Preprocessing, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, C, H, W) in the classes' sub-folders, as the network wants them, and their classes."""
+    """Read the images in the classes' sub-folders: preprocessed (N, C, H, W), and their classes (N,)."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     inputs, labels = [], []
     for label, place in enumerate(classes):
@@ -48,7 +48,7 @@ def read(folder: Path, preprocessing: Preprocessing, channels: int) -> tuple[np.
 
 
 def predicted(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """Classes, by ONNX Runtime; any other program of yours would do as well."""
+    """Classify images with ONNX Runtime."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     parts = np.array_split(images, max(1, len(images) // 50))
@@ -56,7 +56,7 @@ def predicted(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decouple a classifier, and look at what it says.")
+    parser = argparse.ArgumentParser(description="Decouple a classifier, and compare both networks.")
     parser.add_argument("--model", type=Path, default=DEMO / "digits.onnx")
     parser.add_argument("--calib", type=Path, help="a folder of unlabelled images")
     parser.add_argument("--test", type=Path, help="a folder with a sub-folder of images for every class")

@@ -1,8 +1,8 @@
 """Images in, images out: ``python examples/denoise.py`` (needs ``netdecouple[torch]``).
 
-A small denoiser of DnCNN's shape learns to remove noise from the images that come with the package, is
-decoupled, and compared in dB. Nothing about decoupling is special here: outputs that are no classes are
-judged by their relative error, and no clean image is needed. Half a minute on one core.
+The script trains a small denoiser of DnCNN's shape on the images that come with the package, decouples it,
+and compares both in dB. Decoupling works as for a classifier: outputs that are not class scores are compared
+by relative error, and no clean image is needed. Half a minute on one core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Denoiser(nn.Module):
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean images (N, 1, 32, 32) in 0..1: to train with, and to test on."""
+    """Return clean images (N, 1, 32, 32) in 0..1: for training, and for the test."""
     with np.load(Path(netdecouple.__file__).parent / "demo" / "digits.npz") as data:
         train, test = (torch.from_numpy(data[key]).permute(0, 3, 1, 2) / 255 for key in ("calib", "images"))
     return train, test[:200]
@@ -74,13 +74,13 @@ def main() -> None:
 
     faster = netdecouple.decouple(net, noisy(clean[:300]), macs=given.macs)
     report = faster.decoupling.report
-    seen = noisy(test)
+    inputs = noisy(test)
     with torch.no_grad():
-        before, after = net(seen), faster(seen)
-    print(f"noisy       {psnr(test, seen):.2f} dB")
+        before, after = net(inputs), faster(inputs)
+    print(f"noisy       {psnr(test, inputs):.2f} dB")
     print(f"denoised    {psnr(test, before):.2f} dB")
     print(f"decoupled   {psnr(test, after):.2f} dB with {report.macs_before / report.macs:.2f}× fewer MACs")
-    print(f"relative error of its outputs on held-back images: {report.agreement.divergence:.1e}")
+    print(f"relative error of its outputs on held-out images: {report.agreement.divergence:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A detector: ``python examples/detect.py`` (needs ``netdecouple[torch]``).
 
-Like torchvision's it takes a list of pictures of any sizes and gives a list of dictionaries, as many boxes as
-it finds. Nothing is traced, so that is no obstacle: layers are found by running the module. The network here
-is small and learns to find rectangles in noise; then it is decoupled, and its boxes are compared. Fifteen
-seconds on one core.
+Like torchvision's detectors, it takes a list of images of any size and returns a list of dictionaries with
+any number of boxes. Modules are not traced: netdecouple finds the layers by running the module. The script
+trains a small network to find rectangles in noise, decouples it, and compares the boxes. Fifteen seconds on
+one core.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SCORE = 0.5  # boxes below are left out
 
 
 class Detector(nn.Module):
-    """Every cell says whether the middle of an object is in it, and where its edges are."""
+    """Predicts, for every cell, the score that an object's centre is in it, and the object's edges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,19 +38,19 @@ class Detector(nn.Module):
         return out[..., 0], torch.cat([middle - sides[..., :2], middle + sides[..., 2:]], dim=-1)
 
     def forward(self, pictures: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        found = []
+        detections = []
         for picture in pictures:
             logits, boxes = (part[0] for part in self.maps(picture[None]))
             scores = logits.sigmoid()
             peak = functional.max_pool2d(scores[None], 3, 1, padding=1)[0] == scores  # one box per object
-            chosen = peak & (scores > SCORE)
-            order = scores[chosen].argsort(descending=True)
-            found.append({"boxes": boxes[chosen][order], "scores": scores[chosen][order]})
-        return found
+            selected = peak & (scores > SCORE)
+            order = scores[selected].argsort(descending=True)
+            detections.append({"boxes": boxes[selected][order], "scores": scores[selected][order]})
+        return detections
 
 
 def scene(size: tuple[int, int] = (64, 64)) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture (1, h, w) of one to three rectangles in noise, and their boxes (m, 4)."""
+    """Draw a picture (1, h, w) of one to three rectangles in noise; return it and their boxes (m, 4)."""
     picture = 0.15 * torch.randn(1, *size)
     boxes = []
     for _ in range(int(torch.randint(1, 4, ()))):
@@ -66,14 +66,14 @@ def train(net: Detector, steps: int) -> None:
     for _ in range(steps):
         pictures, boxes = zip(*(scene() for _ in range(16)), strict=True)
         logits, predicted = net.maps(torch.stack(pictures))
-        wanted, loss = torch.zeros_like(logits), torch.zeros(())
-        for index, own in enumerate(boxes):
-            for box in own:
+        target, loss = torch.zeros_like(logits), torch.zeros(())
+        for index, objects in enumerate(boxes):
+            for box in objects:
                 column, row = ((box[:2] + box[2:]) / 2 / CELL).int().tolist()
-                wanted[index, row, column] = 1
+                target[index, row, column] = 1
                 loss = loss + functional.smooth_l1_loss(predicted[index, row, column], box)
         loss = loss / 16 + 10 * functional.binary_cross_entropy_with_logits(
-            logits, wanted, pos_weight=torch.tensor(5.0)
+            logits, target, pos_weight=torch.tensor(5.0)
         )
         optimizer.zero_grad()
         loss.backward()
@@ -82,7 +82,7 @@ def train(net: Detector, steps: int) -> None:
 
 
 def overlaps(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of boxes (n, 4) and others (m, 4): (n, m)."""
+    """Compute the intersection over union of boxes (n, 4) and others (m, 4): (n, m)."""
     low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(-1)
@@ -90,9 +90,9 @@ def overlaps(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return shared / (areas[0][:, None] + areas[1][None] - shared)
 
 
-def recall(found: list[dict[str, torch.Tensor]], wanted: list[torch.Tensor]) -> float:
-    """Share of the objects that a box overlaps by more than half."""
-    hits = [(overlaps(own, f["boxes"]) > 0.5).any(1) for own, f in zip(wanted, found, strict=True)]
+def recall(detections: list[dict[str, torch.Tensor]], truth: list[torch.Tensor]) -> float:
+    """Return the share of the objects that a box overlaps by more than half."""
+    hits = [(overlaps(t, d["boxes"]) > 0.5).any(1) for t, d in zip(truth, detections, strict=True)]
     return torch.cat(hits).float().mean().item()
 
 
@@ -110,14 +110,16 @@ def main() -> None:
     faster = netdecouple.decouple(net, calib, macs=given.macs)
     report = faster.decoupling.report
 
-    pictures, wanted = map(list, zip(*(scene((64, 96)) for _ in range(100)), strict=True))
+    pictures, truth = map(list, zip(*(scene((64, 96)) for _ in range(100)), strict=True))
     with torch.no_grad():
         before, after = net(pictures), faster(pictures)
-    print(f"{report.macs_before / report.macs:.2f}× fewer MACs, {sum(map(len, wanted))} objects")
-    print(f"original    finds {recall(before, wanted):.1%}")
-    print(f"decoupled   finds {recall(after, wanted):.1%}")
-    for name, own in (("original", before[0]), ("decoupled", after[0])):
-        for box, score in zip(own["boxes"].round().int().tolist(), own["scores"].tolist(), strict=True):
+    print(f"{report.macs_before / report.macs:.2f}× fewer MACs, {sum(map(len, truth))} objects")
+    print(f"original    finds {recall(before, truth):.1%}")
+    print(f"decoupled   finds {recall(after, truth):.1%}")
+    for name, detection in (("original", before[0]), ("decoupled", after[0])):
+        for box, score in zip(
+            detection["boxes"].round().int().tolist(), detection["scores"].tolist(), strict=True
+        ):
             print(f"{name:<11} {score:.2f} at {box}")
 
 

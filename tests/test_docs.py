@@ -140,7 +140,7 @@ def _given() -> dict[str, Any]:
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = _document(page, prepared)
-    if page.name in ("README.md", "index.md", "start-openvino.md"):
+    if page.name in ("README.md", "index.md", "start-onnx.md"):
         pytest.importorskip("openvino")
         document.namespace.update(_given())
     if page.name == "start-torch.md":

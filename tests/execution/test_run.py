@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from netdecouple.planning.solve import make_plan
+from netdecouple.planning.planner import make_plan
 
 import netdecouple
 from netdecouple import Resources, Settings
