@@ -36,6 +36,7 @@ from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import collect  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402
 from netdecouple.planning.plan import Plan  # noqa: E402
+from netdecouple.runtimes.onnxruntime import open_session, run  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter, of itself
 
@@ -525,6 +526,18 @@ def test_the_result_behind_a_module(half: Any, x: Any, tmp_path: Any):
     loaded = netdecouple.load(settled(Residual()), tmp_path / "half")
     with pytest.raises(ModelError, match="was not made by"):
         netdecouple.Result.of(loaded)
+
+
+@pytest.mark.skipif(not netdecouple.kernels.available(), reason="the fused operator was not built")
+def test_onnx_files_of_modules_have_the_fused_operator(module: Any, x: Any, tmp_path: Any):
+    """Where that was asked for; they compute what the module computes."""
+    new = netdecouple.decouple(module, x, macs=0.5, settings=ND, emit="fused")
+    netdecouple.Result.of(new).save(tmp_path / "fused.onnx")
+    proto = onnx.load(tmp_path / "fused.onnx")
+    fused = [node for node in proto.graph.node if node.domain == "netdecouple"]
+    assert len(fused) == len([row for row in new.decoupling.plan.layers if row.changed])
+    found = run(open_session(proto), None, {"image": x.numpy()})[0]
+    np.testing.assert_allclose(found, output(new, x), atol=1e-4)
 
 
 def test_copies_and_pickles_do_not_hold_the_original(half: Any):

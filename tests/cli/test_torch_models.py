@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
 import netdecouple as package  # noqa: E402
-from netdecouple import modules  # noqa: E402
+from netdecouple import pipeline  # noqa: E402
 from netdecouple.runtimes.onnxruntime import open_session, run  # noqa: E402
 from netdecouple.version import __version__  # noqa: E402
 from tests.conftest import import_torchvision  # noqa: E402
@@ -192,10 +192,10 @@ def test_weights_from_a_file(netdecouple, folder: Path):
         (["run", "weights.pth"], "holds weights and no network"),
         (["run", "net.onnx", "--weights", "random"], "--weights is for PyTorch models"),
         (["run", "net.onnx", "-o", "two.onnx"], "give -o once"),
-        (["run", "nets:make", "--latency", "2x"], "netdecouple run model.onnx --latency"),
-        (["run", "nets:make", "--runtime", "openvino"], "netdecouple run model.onnx --runtime"),
-        (["run", "nets:make", "--emit", "fused"], "netdecouple run model.onnx --emit"),
-        (["run", "nets:make", "--max-drop", "1"], "netdecouple run model.onnx --max-drop"),
+        (["run", "nets:make", "--latency", "1000x"], "out of reach"),
+        (["run", "nets:make", "--runtime", "abacus"], "no runtime 'abacus'"),
+        (["run", "nets:make", "--emit", "magic"], "--emit magic: give standard or fused"),
+        (["run", "nets:make", "--max-drop", "1"], "give one goal"),
         (["run", "nets:make", "--weights", "default"], "no default weights"),
         (["run", "nets:make", "--weights", "none.pth"], "none.pth: no such file"),
         (["run", "nets:make", "-o", "out.pt"], "as .onnx or as a folder"),
@@ -226,8 +226,8 @@ def test_what_the_result_could_not_be_is_found_out_before_the_work(
     """An .onnx file of what cannot be exported, the accuracy of what is no classifier."""
     planned = ["--macs", "2x", "--data-free", "--input-size", "8", "--plan-out", "plan.json"]
     assert netdecouple("run", "nets:Branching", "-o", "out", *planned).code == 0
-    for work in ("decouple", "apply_plan"):
-        monkeypatch.setattr(modules, work, lambda *_, **__: pytest.fail("it worked"))
+    for work in ("analyze", "apply"):
+        monkeypatch.setattr(pipeline, work, lambda *_, **__: pytest.fail("it worked"))
     data = ["--calib", "data.npz:images", "-o", "out.onnx"]
     ended = netdecouple("apply", "nets:Branching", "plan.json", *data)
     assert (ended.code, "differs in ONNX Runtime" in ended.err) == (2, True), ended
@@ -283,6 +283,32 @@ def test_sweep_writes_a_file_per_budget(netdecouple, folder: Path):
     assert all(point["accuracy"] for point in points)
     assert netdecouple("run", *calib, "--macs", "50%", "-o", "one.onnx", "-q").code == 0
     assert (folder / "one.onnx").read_bytes() == (folder / points[1]["file"]).read_bytes()
-    ended = netdecouple("sweep", *calib, "--compare", "one.onnx", "one.onnx")
-    assert ended.code == 2
-    assert "netdecouple sweep model.onnx --compare" in ended.err
+
+
+def test_sweep_compares_folders(netdecouple, folder: Path):
+    """The results of earlier runs, on the same inputs."""
+    calib = ["nets:make", "--calib", "data.npz:images", "--families", "nd"]
+    for share, name in (("80%", "large"), ("50%", "small")):
+        assert netdecouple("run", *calib, "--macs", share, "-o", name, "-q").code == 0
+    ended = netdecouple("sweep", *calib, "--compare", "large", "small", "--json")
+    assert ended.code == 0, ended
+    points = [compared["point"] for compared in json.loads(ended.out)["compared"]]
+    assert points[1]["macs"] < points[0]["macs"] < points[0]["macs_before"]
+
+
+def test_budgets_in_time_and_accuracy(netdecouple, folder: Path):
+    """As for .onnx files; so small a network may be out of reach by the clock, which is said."""
+    calib = ["run", "nets:make", "--calib", "data.npz:images", "--families", "nd", "-o", "faster"]
+    ended = netdecouple(*calib, "--latency", "95%", "--runtime", "torch")
+    assert ended.code == 0 or "out of reach in torch" in ended.err, ended
+    labels = ["--labels", "data.npz:images,labels"]
+    ended = netdecouple(*calib, "--max-drop", "50", *labels, "--json")
+    assert ended.code == 0, ended
+    before, after = json.loads(ended.out)["accuracy"]
+    assert after >= before - 0.5
+
+
+def test_models_by_name_are_evaluated(netdecouple, folder: Path):
+    ended = netdecouple("eval", "nets:make", "nets:make", "--data", "data.npz:images,labels", "--json")
+    assert ended.code == 0, ended
+    assert [score["same_class"] for score in json.loads(ended.out)["scores"]] == [None, 1.0]

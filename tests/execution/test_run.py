@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from netdecouple.planning.planner import make_plan
 
 import netdecouple
 from netdecouple import Resources, Settings
@@ -20,6 +19,7 @@ from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
 from netdecouple.planning.cost import Budget, Macs
+from netdecouple.planning.planner import make_plan
 from tests import networks
 from tests.networks import images_for
 

@@ -317,7 +317,7 @@ def test_what_cannot_be_timed_says_why(result: api.Result, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the clock stands still")
 
-    monkeypatch.setattr("netdecouple.runtimes.benchmark.benchmark", fail)
+    monkeypatch.setattr("netdecouple.api.benchmark", fail)
     assert untimed.timed().report.not_timed == ("onnxruntime: the clock stands still",)
 
 
@@ -326,7 +326,7 @@ def test_a_result_times_itself_for_a_page(
 ) -> None:
     """And not for JSON, which says the same every time."""
     untimed = replace(result, report=replace(result.report, benchmark=None))
-    monkeypatch.setattr("netdecouple.runtimes.benchmark.SHORT", 0.0)
+    monkeypatch.setattr("netdecouple.api.SHORT", 0.0)
     untimed.save_report(tmp_path / "r.json")
     assert Report.from_json((tmp_path / "r.json").read_text(encoding="utf-8")).benchmark is None
     untimed.save_report(tmp_path / "r.html")

@@ -123,11 +123,11 @@ def _csv_row(point: SweepPoint, at_knee: bool) -> dict[str, object]:
 
 
 def losses_of(points: Sequence[SweepPoint]) -> list[float]:
-    """What every point loses: measured on held-back inputs, or predicted where nothing was measured."""
+    """Return the points' losses: measured on held-out inputs, or predicted if one was not measured."""
     measured = [p.agreement.divergence for p in points if p.agreement is not None]
     return measured if len(measured) == len(points) else [p.predicted_loss for p in points]
 
 
 def is_flat(points: Sequence[SweepPoint]) -> bool:
-    """Whether no point loses anything that shows."""
+    """Return whether no point has a noticeable loss."""
     return tradeoff.is_flat(losses_of(points))

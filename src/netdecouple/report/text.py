@@ -61,7 +61,7 @@ def report_table(report: Report) -> Group:
     units = "; ".join(
         f"{family.name}: {family.size_unit}" for family in used_by(layer.family for layer in report.layers)
     )
-    legend = Text(f"sizes of every family in turn: {units}\nerror: predicted → measured, on held-back inputs")
+    legend = Text(f"sizes of every family in turn: {units}\nerror: predicted → measured, on held-out inputs")
     return Group(table, legend, *summary(report))
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
+from netdecouple.frontends.onnx.separable import fuse_separable
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -26,13 +27,16 @@ TRIED = 3  # samples that an exported model is checked with
 REMEDY = "save it as a folder instead of an .onnx file"
 
 
-def export(module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def export(
+    module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str], fused: bool = False
+) -> onnx.ModelProto:
     """Trace a module that takes one tensor, with a free batch size, and compare outputs in ONNX Runtime.
 
     Args:
         module: in evaluation mode.
         images: three samples; it is traced with two of them and tried with all.
         metadata: to be written into the model.
+        fused: whether separable pairs of convolutions are written as the fused operator.
 
     Raises:
         ModelError: PyTorch cannot export it, or the exported model computes something else.
@@ -60,6 +64,8 @@ def export(module: nn.Module, images: torch.Tensor, metadata: Mapping[str, str])
                 f"PyTorch cannot export the {type(module).__name__} to ONNX "
                 f"({type(error).__name__}: {first_line(error)}); {REMEDY}"
             ) from error
+    if fused:
+        proto = fuse_separable(proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     session = open_session(proto)
     exported = run(session, None, {"image": to_numpy(images)})

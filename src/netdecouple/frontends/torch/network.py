@@ -408,7 +408,7 @@ class TorchNetwork:
 
     def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
         """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
-        return TorchTimer(self, runtime, threads, self.example)
+        return TorchTimer(self, runtime, threads, self.example, forms)
 
     def pictures(self, images: Samples) -> list[Array]:
         """Return samples that are one picture and nothing else, as arrays (c, h, w)."""

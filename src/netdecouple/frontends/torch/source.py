@@ -203,7 +203,8 @@ class TorchSource:
         if Path(path).suffix == ".onnx":
             plan = result.plan.to_json(indent=None)
             metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan}
-            write_model(export(result.model, image_tensor(result.example), metadata), path)
+            fused = any(row.form == "fused" for row in result.plan.layers)
+            write_model(export(result.model, image_tensor(result.example), metadata, fused), path)
         else:
             write_folder(result.model, result.model.decoupling, path)
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from netdecouple.frontends.torch.network import TorchNetwork
 
 COLD = 4 << 20  # bytes of weights next to a layer's own, so that they come from beyond the second-level cache
-FORMS = ("parallel",)
 SECONDS = 0.2  # to time one layer in all its structures
 MODULES = 1000  # that torch.compile may compile, by default eight of one class
 
@@ -48,20 +47,28 @@ class TorchTimer:
         ModelError: the runtime cannot run modules that take such samples.
     """
 
-    def __init__(self, network: TorchNetwork, runtime: str, threads: int, samples: Samples) -> None:
+    def __init__(
+        self,
+        network: TorchNetwork,
+        runtime: str,
+        threads: int,
+        samples: Samples,
+        forms: Sequence[str] = ("parallel",),
+    ) -> None:
         self._runtime = runtimes.runtime(runtime)
         self.name = f"{runtime} {self._runtime.version}, {threads} thread{'s' * (threads > 1)}"
         self.batch = 1
         self._network = network
         self._threads = threads
         self._exports = not runtime.startswith("torch")
+        self._forms, self._fused = tuple(forms), "fused" in forms and self._exports
         self._compiles = runtime == "torch.compile"
         self._images = image_tensor(samples) if self._exports else None
         self._feeds = first_feeds(samples if self._exports else Samples([network.placed(samples[:1])]))
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """The ways to write a factorization of ``layer``; there is one in PyTorch."""
-        return FORMS
+        return self._forms[:1]
 
     def layer_times(self, layer: Layer, kinds: Sequence[tuple[Structure, str]]) -> list[float]:
         """Return the milliseconds that ``layer`` takes for one sample in each structure, measured in turns.
@@ -142,7 +149,7 @@ class TorchTimer:
 
     def _call(self, module: nn.Module, images: torch.Tensor | None, feeds: Feeds) -> Callable[[], object]:
         """Open a module in the runtime, and run it once, so that torch.compile compiles it."""
-        model = module if images is None else export(module, images, {})
+        model = module if images is None else export(module, images, {}, self._fused)
         session = self._runtime.open(model, self._threads)
         names = [value.name for value in session.inputs] or feeds  # PyTorch takes inputs by position
         call = partial(session.run, dict(zip(names, feeds.values(), strict=True)))
