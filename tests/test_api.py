@@ -431,5 +431,5 @@ def test_families_that_make_no_sense_are_refused(families: tuple[str, ...]) -> N
 
 
 def test_a_loss_that_is_none_is_refused() -> None:
-    with pytest.raises(BudgetError, match="loss 'l2': give kl or relative"):
+    with pytest.raises(BudgetError, match="loss='l2': give kl or relative"):
         Settings(loss="l2")  # type: ignore[arg-type]

@@ -42,5 +42,5 @@ def test_a_string_is_taken_for_a_tuple() -> None:
 def test_an_unknown_loss_is_refused() -> None:
     """By an error that is a ValueError as well."""
     for kind in (BudgetError, ValueError):
-        with pytest.raises(kind, match="loss 'l2': give kl or relative"):
+        with pytest.raises(kind, match="loss='l2': give kl or relative"):
             Settings(loss="l2")  # type: ignore[arg-type]

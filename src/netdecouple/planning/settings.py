@@ -47,7 +47,7 @@ class Settings:
             families = tuple(part.strip() for part in self.families.split(","))
             object.__setattr__(self, "families", families)
         if self.loss not in (None, *get_args(Loss)):
-            raise BudgetError(f"loss {self.loss!r}: give {' or '.join(get_args(Loss))}, or none")
+            raise BudgetError(f"loss={self.loss!r}: give {' or '.join(get_args(Loss))}, or leave it out")
 
     @property
     def procedure(self) -> Procedure:
