@@ -15,7 +15,7 @@ import netdecouple
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import Memory
-from netdecouple.families import Problem, decoupling
+from netdecouple.families import Problem, nd
 from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
@@ -45,7 +45,7 @@ def full_rank(layer: Layer) -> Factorization:
     g = layer.geometry
     rank = min(g.kh * g.kw, g.n_o // g.groups)
     problem = Problem.data_free(g, layer.weight, layer.bias)
-    return decoupling.fit(problem, np.full(g.n_i, rank), sweeps=0).astype(np.float32)
+    return nd.fit(problem, np.full(g.n_i, rank), sweeps=0).astype(np.float32)
 
 
 def low_rank(layer: Layer) -> Factorization:
@@ -56,7 +56,7 @@ def low_rank(layer: Layer) -> Factorization:
     ranks[:: g.n_i // g.groups] += g.n_i // g.groups < 2
     ranks = np.minimum(ranks, g.kh * g.kw)
     problem = Problem.data_free(g, layer.weight, layer.bias)
-    return decoupling.fit(problem, ranks, sweeps=0).astype(np.float32)
+    return nd.fit(problem, ranks, sweeps=0).astype(np.float32)
 
 
 def tolerance(network: OnnxNetwork) -> float:
