@@ -27,7 +27,7 @@ from netdecouple.families.chain import Step, method
 from netdecouple.families.nd import full_rank
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.ridge import best_ridge, held_back_error
-from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Layer
@@ -82,7 +82,7 @@ class Demo:
     def layer(self, name: str) -> Layer:
         return next(la for la in self.layers if la.name == name)
 
-    def problem(self, layer: Layer, images: int | None = None) -> tuple[Problem, SplitMoments]:
+    def problem(self, layer: Layer, images: int | None = None) -> tuple[Problem, Split]:
         """A layer's problem in the moments of so many of the images that are fitted on."""
         assert layer.geometry is not None
         count = self.inputs.fitted if images is None else images
@@ -92,7 +92,7 @@ class Demo:
         own = SplitMoments(layer, inputs)
         for seen in self.network.observe(inputs.images, {layer.name: positions}):
             own.add(seen.images, seen.patches, seen.outputs)
-        return Problem.of(layer.geometry, layer.weight, own.fitted), own
+        return Problem.of(layer.geometry, layer.weight, own.both.fitted), own.both
 
     @cached_property
     def analysis(self) -> Analysis:

@@ -99,7 +99,7 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
     for row in applied.plan.layers:
         if row.changed:
             layer = layers[row.name]
-            problem = Problem.of(layer.geometry, layer.weight, moments[row.name].fitted)
+            problem = Problem.of(layer.geometry, layer.weight, moments[row.name].both.fitted)
             alone[row.name], _ = method(row.family).fit(problem.regularized(row.ridge), row.steps)
     original = network.run(inputs.held_back)
     together, separately = (

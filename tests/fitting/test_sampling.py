@@ -57,9 +57,10 @@ def test_every_image_goes_to_its_own_side_whatever_the_batches() -> None:
     inputs = Inputs(np.zeros((10, 2, 4, 4), np.float32), 8, "")
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((10, 5, 1, 18)), rng.standard_normal((10, 5, 3))
-    whole = SplitMoments(layer, inputs)
+    moments = SplitMoments(layer, inputs)
     for batch in (slice(0, 3), slice(3, 9), slice(9, 10)):
-        whole.add(batch, x[batch].reshape(-1, 1, 18), y[batch].reshape(-1, 3))
+        moments.add(batch, x[batch].reshape(-1, 1, 18), y[batch].reshape(-1, 3))
+    whole = moments.both
     assert (whole.fitted.count, whole.held_back.count) == (40, 10)
     np.testing.assert_allclose(whole.fitted.mean_x[0], x[:8].reshape(-1, 18).mean(0))
     np.testing.assert_allclose(whole.held_back.mean_y[0], y[8:].reshape(-1, 3).mean(0))

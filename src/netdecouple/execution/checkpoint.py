@@ -79,10 +79,7 @@ class Checkpoint:
             return
         text = json.dumps(identity, indent=1, ensure_ascii=False)
         if self._identity is None:
-            try:
-                _publish(self.folder, HEADER, lambda file: file.write(text.encode()))
-            except OSError as error:
-                raise _unwritable(self.folder, error) from error
+            _publish(self.folder, HEADER, lambda file: file.write(text.encode()))
         there, now = self._identity or {}, json.loads(text)
         for key in (*now, *there):
             if there.get(key) != now.get(key):
@@ -140,10 +137,7 @@ class Checkpoint:
         arrays: dict[str, NDArray[Any]] = {}
         tree = json.dumps(records.pack(value, arrays)).encode()
         members = {VALUE: np.frombuffer(tree, np.uint8)} | arrays
-        try:
-            _publish(self.folder, self._path(name).name, lambda file: np.savez(file, **members))
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+        _publish(self.folder, self._path(name).name, lambda file: np.savez(file, **members))
 
     def drop(self, name: str) -> None:
         """Remove an entry if it is there."""
@@ -172,7 +166,11 @@ def _locked(folder: Path) -> IO[bytes] | None:
 
 
 def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, flush it to the disk, and only then give it its name."""
+    """Write a file, flush it to the disk, and only then give it its name.
+
+    Raises:
+        OutputError: that fails; a file of that name stays.
+    """
     partial = folder / SCRATCH / name
     try:
         with partial.open("wb") as file:
@@ -180,15 +178,15 @@ def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> N
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, folder / name)
-    except OSError:
+        if sys.platform != "win32":  # the new name has to be on the disk as well
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
-    if sys.platform != "win32":  # the new name has to be on the disk as well
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        raise _unwritable(folder, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

@@ -14,10 +14,12 @@ import pickle
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 from netdecouple.errors import ModelError, NetDecoupleError, UnavailableError
 from netdecouple.execution import threads
 
+Task = Callable[..., Any]
+Args = Iterable[tuple[Any, ...]]
 RECENT = 4  # shared arguments without a group that a worker keeps
 LOSSES = 3  # times that a task may be lost together with the worker that executes it
 
@@ -53,20 +57,12 @@ class Stale(Exception):
 
 
 class ThisProcess:
-    """Executes tasks in this process, one after the other."""
+    """Executes tasks in this process, one after the other; its methods are those of `Workers`."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
 
-    def map(
-        self,
-        task: Callable[..., Any],
-        args: Iterable[tuple[Any, ...]],
-        *,
-        ordered: bool = True,
-        pinned: bool = False,
-    ) -> Iterator[Any]:
-        """Do as `Workers.map`."""
+    def map(self, task: Task, args: Args, *, ordered: bool = True, pinned: bool = False) -> Iterator[Any]:
         for arguments in args:
             yield task(*(self._value(a) if isinstance(a, Shared) else a for a in arguments))
 
@@ -76,12 +72,11 @@ class ThisProcess:
         return self._loaded[shared.key]
 
     def forget(self, group: str) -> None:
-        """Do as `Workers.forget`."""
         self._loaded.clear()
 
 
-@dataclass
-class _Task:
+@dataclass(eq=False)
+class _Submitted:
     """A task that has been submitted."""
 
     arguments: tuple[Any, ...]
@@ -89,8 +84,11 @@ class _Task:
     executor: Executor | None = None
     future: Future[Any] = field(default_factory=Future)
     losses: int = 0
-    is_done: bool = False
-    result: Any = None
+
+    @property
+    def has_result(self) -> bool:
+        f = self.future
+        return f.done() and f.exception() is None and not isinstance(f.result(), _Missing)
 
 
 class Workers:
@@ -117,14 +115,7 @@ class Workers:
         """Whether tasks can be pinned to one worker each, so that workers can keep state between tasks."""
         return len(self._slots) == self.count
 
-    def map(
-        self,
-        task: Callable[..., Any],
-        args: Iterable[tuple[Any, ...]],
-        *,
-        ordered: bool = True,
-        pinned: bool = False,
-    ) -> Iterator[Any]:
+    def map(self, task: Task, args: Args, *, ordered: bool = True, pinned: bool = False) -> Iterator[Any]:
         """Yield ``task(*arguments)`` for all ``args``; one more task than there are workers is submitted.
 
         Args:
@@ -141,7 +132,7 @@ class Workers:
         self._refresh()
         pickled: dict[str, bytes] = {}
 
-        def submit(t: _Task, missing: Collection[str] = ()) -> None:
+        def submit(t: _Submitted, missing: Collection[str] = ()) -> None:
             given = {}
             for shared in (a for a in t.arguments if isinstance(a, Shared) and a.key in missing):
                 given[shared.key] = pickled.get(shared.key) or _pickled(shared)
@@ -155,43 +146,38 @@ class Workers:
                 t.future = Future()
                 t.future.set_exception(error)
 
-        source = enumerate(args)
-        tasks: list[_Task] = []
+        numbered = enumerate(args)
+        tasks: list[_Submitted] = []
         try:
             while True:
-                while len(tasks) <= self.count and (item := next(source, None)) is not None:
-                    tasks.append(_Task(item[1], self._slot(tasks, item[0] if pinned else None)))
+                for index, arguments in islice(numbered, self.count + 1 - len(tasks)):
+                    load = Counter(t.slot for t in tasks)
+                    slot = (
+                        index % len(self._slots)
+                        if pinned
+                        else min(range(len(self._slots)), key=load.__getitem__)
+                    )
+                    tasks.append(_Submitted(arguments, slot))
                     submit(tasks[-1])
                 if not tasks:
                     return
-                wait([t.future for t in tasks if not t.is_done], return_when=FIRST_COMPLETED)
-                for t in [t for t in tasks if not t.is_done and t.future.done()]:
-                    try:
-                        t.result = t.future.result()
-                    except Exception as error:
+                wait([t.future for t in tasks if not t.has_result], return_when=FIRST_COMPLETED)
+                for t in [t for t in tasks if t.future.done() and not t.has_result]:
+                    error = t.future.exception()
+                    if error is not None:
                         self._lost(t, error)
-                        submit(t)
-                        continue
-                    t.is_done = not isinstance(t.result, _Missing)
-                    if not t.is_done:
-                        submit(t, t.result.keys)
+                    submit(t, () if error is not None else t.future.result().keys)
                 for t in list(tasks):
-                    if t.is_done:
+                    if t.has_result:
                         tasks.remove(t)
-                        yield t.result
+                        yield t.future.result()
                     elif ordered:
                         break
         finally:
             for t in tasks:
                 t.future.cancel()
 
-    def _slot(self, tasks: Sequence[_Task], index: int | None) -> int:
-        """Return the slot of the task with this index, or the one with the fewest tasks."""
-        if index is not None:
-            return index % len(self._slots)
-        return min(range(len(self._slots)), key=lambda slot: sum(t.slot == slot for t in tasks))
-
-    def _lost(self, t: _Task, error: Exception) -> None:
+    def _lost(self, t: _Submitted, error: BaseException) -> None:
         """Prepare for executing a task again whose worker has died.
 
         Raises:
@@ -254,39 +240,31 @@ class _Kept:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._groups: dict[str, dict[str, Any]] = {}
+        self.groups: dict[str, dict[str, Any]] = {"": {}}
 
-    def execute(self, task: Callable[..., Any], args: Sequence[Any], given: dict[str, bytes]) -> Any:
+    def execute(self, task: Task, args: Sequence[Any], given: dict[str, bytes]) -> Any:
         """Return what a task returns, or which shared arguments are missing."""
         references = [a for a in args if isinstance(a, _Reference)]
-        for reference in references:
-            values = self._group(reference.group)
-            if reference.key in given and reference.key not in values:
-                values[reference.key] = _unpickled(given[reference.key])
-            if reference.key in values:
-                values[reference.key] = values.pop(reference.key)  # the last one is the one used last
-        recent = self._group("")
-        while len(recent) > RECENT:
-            del recent[next(iter(recent))]
-        missing = tuple(r.key for r in references if r.key not in self._group(r.group))
+        for r in references:
+            if r.group not in self.groups:  # the others are of calls that have ended
+                self.groups = {"": self.groups[""], r.group: {}}
+            values = self.groups[r.group]
+            if r.key in values:
+                values[r.key] = values.pop(r.key)  # the last one is the one used last
+            elif r.key in given:
+                values[r.key] = _unpickled(given[r.key])
+        for key in list(self.groups[""])[:-RECENT]:
+            del self.groups[""][key]
+        missing = tuple(r.key for r in references if r.key not in self.groups[r.group])
         if missing:
             return _Missing(missing)
         try:
-            return task(*(self._group(a.group)[a.key] if isinstance(a, _Reference) else a for a in args))
+            return task(*(self.groups[a.group][a.key] if isinstance(a, _Reference) else a for a in args))
         except Stale:
             stale = [r for r in references if r.group]
             for r in stale:
-                del self._group(r.group)[r.key]
+                del self.groups[r.group][r.key]
             return _Missing(tuple(r.key for r in stale))
-
-    def _group(self, name: str) -> dict[str, Any]:
-        if name and name not in self._groups:  # the other groups are of calls that have ended
-            self._groups = {"": self._groups.get("", {})}
-        return self._groups.setdefault(name, {})
-
-    def forget(self, name: str) -> None:
-        """Drop a group."""
-        self._groups.pop(name, None)
 
 
 # One for each worker process, and global: executors of other libraries, Dask's as well, run no initialiser of
@@ -294,9 +272,7 @@ class _Kept:
 _kept = _Kept()
 
 
-def _execute(
-    task: Callable[..., Any], args: Sequence[Any], given: dict[str, bytes], count: int | None
-) -> Any:
+def _execute(task: Task, args: Sequence[Any], given: dict[str, bytes], count: int | None) -> Any:
     """Execute a task in a worker; only one at a time where workers are threads of one process."""
     with _kept.lock:
         if count is not None and count != threads.available():
@@ -306,7 +282,7 @@ def _execute(
 
 def _forget(group: str) -> None:
     """Drop a group of shared arguments; a task."""
-    _kept.forget(group)
+    _kept.groups.pop(group, None)
 
 
 def _unpickled(data: bytes) -> Any:

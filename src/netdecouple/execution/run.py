@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -11,7 +11,7 @@ from typing import Any
 
 from netdecouple.errors import BudgetError
 from netdecouple.execution.checkpoint import Checkpoint
-from netdecouple.execution.executors import ThisProcess, Workers
+from netdecouple.execution.executors import Args, Task, ThisProcess, Workers
 from netdecouple.execution.memory import Memory, parse_bytes
 
 SHARDS = 8  # with workers, unless another number is asked for
@@ -86,17 +86,15 @@ class Run:
         Raises:
             OutputError: the folder is of another run.
         """
-        here = {"memory": self.memory.limit, "shards": self.shards, "workers": self.workers is not None}
-        self.checkpoint.claim({**identity, **here})
+        about = {"memory": self.memory.limit, "shards": self.shards, "workers": self.workers is not None}
+        self.checkpoint.claim({**identity, **about})
 
     def parts(self, count: int) -> list[slice]:
         """Cut so many inputs into shards of one input or more."""
         edges = [count * i // self.shards for i in range(self.shards + 1)]
         return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
-    def map(
-        self, task: Callable[..., Any], args: Iterable[tuple[Any, ...]], *, ordered: bool = True
-    ) -> Iterator[Any]:
+    def map(self, task: Task, args: Args, *, ordered: bool = True) -> Iterator[Any]:
         """Yield the results of a task for all ``args``, executed by the workers if there are any."""
         return (self.workers or ThisProcess()).map(task, args, ordered=ordered)
 

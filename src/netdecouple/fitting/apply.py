@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -84,10 +85,10 @@ def apply(
         raise PlanError("the plan is for a network of other layers; make it again for this model")
     rows = []
     for row in plan.layers:
-        _check_row(row, layers[row.name])
-        data_free = plan.data_free or row.data_free
-        data_free = row.changed and (data_free or is_too_wide_to_fit(layers[row.name], run.memory))
-        rows.append(replace(row, data_free=data_free))
+        layer = layers[row.name]
+        _check_row(row, layer)
+        blind = plan.data_free or row.data_free or (row.changed and is_too_wide_to_fit(layer, run.memory))
+        rows.append(replace(row, data_free=row.changed and blind))
     plan = replace(plan, layers=tuple(rows))
     key = run.checkpoint.key("applied", plan.to_json())
     entries = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
@@ -96,22 +97,17 @@ def apply(
         for row in plan.layers:
             if not row.changed:
                 continue
-            layer = run.checkpoint.load(entries[row.name], AppliedLayer)
-            if layer is None:
-                layer = _applied(row, layers[row.name], sequential, plan.uniform_rank)
-                run.checkpoint.save(entries[row.name], layer)
-            sequential.replace(row.name, layer.factorization)
-            applied[row.name] = layer
+            fit = partial(_applied, row, layers[row.name], sequential, plan.uniform_rank)
+            applied[row.name] = run.checkpoint.once(entries[row.name], AppliedLayer, fit)
+            sequential.replace(row.name, applied[row.name].factorization)
             progress("Decoupling layers", len(applied), len(entries))
-    fitted = {name: layer for name, layer in applied.items() if layer.error is not None}
+    rows = [applied[row.name].row if row.changed else row for row in plan.layers]
     return Applied(
-        plan=replace(
-            plan, layers=tuple(applied[row.name].row if row.changed else row for row in plan.layers)
-        ),
+        plan=replace(plan, layers=tuple(rows)),
         factorizations={name: layer.factorization for name, layer in applied.items()},
-        errors={name: layer.error for name, layer in fitted.items() if layer.error is not None},
-        samples={name: layer.samples for name, layer in fitted.items()},
-        dependent={name: layer.dependent for name, layer in fitted.items()},
+        errors={name: layer.error for name, layer in applied.items() if layer.error is not None},
+        samples={name: layer.samples for name, layer in applied.items() if layer.error is not None},
+        dependent={name: layer.dependent for name, layer in applied.items() if layer.error is not None},
     )
 
 
@@ -132,25 +128,17 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
 
 
-def _applied_data_free(row: LayerPlan, layer: Layer, uniform: bool) -> AppliedLayer:
-    """Fit one layer to its weights alone."""
-    assert layer.geometry is not None
-    problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
-    with threads.for_unknowns(problem.weight.shape[2]):
-        factorization, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
-    row = replace(row.with_steps(steps), data_free=True)
-    return AppliedLayer(row=row, factorization=factorization.astype(np.float32))
-
-
 def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, uniform: bool) -> AppliedLayer:
-    """Fit one layer to its inputs behind the layers that have been replaced so far."""
+    """Fit one layer to its inputs behind the layers replaced so far, or to its weights alone."""
     assert layer.geometry is not None
-    if row.data_free:
-        return _applied_data_free(row, layer, uniform)
-    collected = sequential.collect(layer.name)
+    collected = None if row.data_free else sequential.collect(layer.name)
+    if collected is None or not (collected.moments.fitted.count and collected.moments.held_back.count):
+        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+        with threads.for_unknowns(problem.weight.shape[2]):
+            exact, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
+        row = replace(row.with_steps(steps), data_free=True)
+        return AppliedLayer(row=row, factorization=exact.astype(np.float32))
     fitted, held_back = collected.moments.fitted, collected.moments.held_back
-    if not (fitted.count and held_back.count):  # no sample runs this layer
-        return _applied_data_free(row, layer, uniform)
     problem = Problem.of(layer.geometry, layer.weight, fitted)
     with threads.for_unknowns(problem.weight.shape[2]):
         row, regularized = _with_ridge(row, problem, held_back, uniform)

@@ -115,17 +115,7 @@ class SplitMoments:
     @property
     def both(self) -> Split:
         """The moments of all samples so far."""
-        return Split(self.fitted, self.held_back)
-
-    @property
-    def fitted(self) -> Moments:
-        """Moments on the inputs that are fitted to."""
-        return self._flushed(0)
-
-    @property
-    def held_back(self) -> Moments:
-        """Moments on the held-out inputs."""
-        return self._flushed(1)
+        return Split(self._flushed(0), self._flushed(1))
 
     def add(self, batch: slice, x: Array, y: Array) -> None:
         """Add the samples of a batch of images: patches x (n · p, groups, d) and targets y (n · p, n_o)."""

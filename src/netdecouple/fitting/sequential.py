@@ -50,8 +50,7 @@ class SequentialMoments:
     """Moments of one layer after the other, each behind all layers that have been replaced so far.
 
     Shards are kept by the workers if tasks can be pinned to them, otherwise by this process. Nothing runs
-    before the first `collect`. ``targets`` that have been recorded before are used if there is a single shard
-    here.
+    before the first `collect`. ``targets`` that were recorded before are used by a single local shard.
     """
 
     def __init__(
@@ -79,13 +78,10 @@ class SequentialMoments:
         sent = len(self._replaced) if self._sent is None else self._sent
         new = tuple(self._replaced[sent:])
         tasks = ((self._network, self._shard(i), layer, sent, new) for i in range(len(self._parts)))
-        total: LayerMoments | None = None
-        for moments in self._executor.map(_collect, tasks, pinned=True):
-            if total is None:
-                total = moments
-            else:
-                total.absorb(moments)
-        assert total is not None
+        shards = self._executor.map(_collect, tasks, pinned=True)
+        total: LayerMoments = next(shards)
+        for moments in shards:
+            total.absorb(moments)
         self._sent = len(self._replaced)
         return total
 
@@ -105,7 +101,8 @@ class SequentialMoments:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None and self._sent is not None:  # else the next pass drops them
+        is_local = isinstance(self._executor, ThisProcess)
+        if self._sent is not None and (kind is None or is_local):  # after an error, workers may have gone
             self._executor.forget(self._key)
 
 
