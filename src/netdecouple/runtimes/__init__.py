@@ -5,59 +5,12 @@ A runtime opens a model for a number of threads and returns a session, which run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-
 from netdecouple.errors import UnavailableError
+from netdecouple.runtimes.protocol import Feeds, Input, Runtime, Session
 
-Feeds = dict[str, NDArray[Any]]
+__all__ = ["NAMES", "Feeds", "Input", "Runtime", "Session", "runtime"]
+
 NAMES = ("onnxruntime", "openvino", "torch", "torch.compile")
-
-
-@dataclass(frozen=True)
-class Input:
-    """An input as a model declares it; sizes that it leaves open are None."""
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: np.dtype[Any]
-
-
-class Session(Protocol):
-    """A model that is ready to run."""
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        """The inputs that the model declares; empty if it declares none."""
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once and return every output.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
-
-
-class Runtime(Protocol):
-    """Runs networks on the CPU."""
-
-    @property
-    def name(self) -> str:
-        """One of `NAMES`."""
-
-    @property
-    def version(self) -> str:
-        """The version of its package."""
-
-    def open(self, model: object, threads: int) -> Session:
-        """Open ``model`` (a path, or the runtime's own kind of object) to run with so many threads.
-
-        Raises:
-            ModelError: this runtime cannot open it.
-        """
 
 
 def runtime(name: str, *, trust: bool = False) -> Runtime:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
-from netdecouple.runtimes import Feeds, Input
+from netdecouple.runtimes.protocol import Feeds, Input
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

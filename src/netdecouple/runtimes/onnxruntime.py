@@ -18,7 +18,8 @@ from netdecouple import kernels
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
-from netdecouple.runtimes import Feeds, Input, onnxfile
+from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.protocol import Feeds, Input
 
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 

@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError, first_line
-from netdecouple.runtimes import Feeds, Input
 from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
+from netdecouple.runtimes.protocol import Feeds, Input
 
 
 @contextmanager
