@@ -401,7 +401,7 @@ def test_a_walk_holds_live_tensors_only():
 # --- decoupling
 
 
-def decoupled(model: onnx.ModelProto, metadata: Mapping[str, str] | None = None, **options):
+def decoupled(model: onnx.ModelProto, metadata: Mapping[str, str] = {}, **options):
     network = opened(model)
     chosen = {la.name: low_rank(la) for la in can_change(network)}
     return network, network.build(chosen, metadata=metadata, **options)
