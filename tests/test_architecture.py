@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "fitting": {"network", "families", "execution", "planning"},
     "report": {"network", "families", "execution", "data", "runtimes", "planning", "fitting"},
     "frontends": {"network", "execution", "data", "runtimes", "kernels"},
-    "network": {"data"},
+    "network": {"data", "execution"},
     "families": set(),
     "runtimes": {"kernels", "execution"},
     "kernels": set(),

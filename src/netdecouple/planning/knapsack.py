@@ -17,6 +17,7 @@ GAP = 1e-5  # relative to the best total loss: closer solutions count as equal
 SECONDS = 60.0  # for one solution
 # The solver may overshoot a limit by its tolerance of 1e-6, the choice may not: then it is solved again for
 # limits that are smaller by these shares.
+HUGE = 1e6  # times the room: costs above are taken for this
 SLACKS = (0.0, 2e-6, 1e-5)
 
 
@@ -44,6 +45,8 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     above = costs - np.repeat(least, sizes, axis=1)
     possible = np.all(above <= room[:, None], axis=0)
     scale = np.where(room > 0, room, 1.0)
+    # options beyond the room are excluded by their bounds; huge coefficients would only disturb the solver
+    above = np.minimum(above / scale[:, None], HUGE)
     one_each = np.zeros((len(layers), len(losses)))
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         one_each[row, start:end] = 1
@@ -52,7 +55,7 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
             losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(above / scale[:, None], -np.inf, room / scale * (1 - slack)),
+                LinearConstraint(above, -np.inf, room / scale * (1 - slack)),
             ],
             integrality=np.ones(len(losses)),
             bounds=Bounds(0, possible.astype(float)),
