@@ -34,6 +34,7 @@ from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.network import TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import collect  # noqa: E402
+from netdecouple.frontends.torch.source import TorchSource  # noqa: E402
 from netdecouple.planning.candidates import Rule  # noqa: E402
 from netdecouple.planning.plan import Plan  # noqa: E402
 from netdecouple.runtimes.onnxruntime import open_session, run  # noqa: E402
@@ -449,11 +450,11 @@ def test_a_budget_in_time(module: Any, x: Any, monkeypatch: pytest.MonkeyPatch, 
     """Layers and whole modules are timed in the runtime that is named; the report shows the time."""
     asked = []
 
-    def timer(network: TorchNetwork, runtime: str, threads: int, forms: Any) -> ParameterTimer:
+    def timer(source: Any, network: TorchNetwork, runtime: str, threads: int, forms: Any) -> ParameterTimer:
         asked.append((runtime, threads))
         return ParameterTimer(network)
 
-    monkeypatch.setattr(TorchNetwork, "timer", timer)
+    monkeypatch.setattr(TorchSource, "timer", timer)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     new = netdecouple.decouple(
         module, x, latency=0.6, settings=ND, runtime="onnxruntime", threads=2, samples=20

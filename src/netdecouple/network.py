@@ -157,14 +157,6 @@ class Network(Protocol):
     def size_of(self, model: Any = None) -> int:
         """Return the bytes of a model that `build` made, or of the original."""
 
-    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> Timer:
-        """Measure layers and networks of this one in a runtime.
-
-        Raises:
-            UnavailableError: the runtime is not installed.
-            ModelError: it cannot run this kind of network.
-        """
-
     def pictures(self, images: Images) -> list[Array]:
         """Return inputs that are pictures (c, h, w); empty if they are something else."""
 
@@ -235,6 +227,14 @@ class Source(Protocol):
 
         Raises:
             ModelError: it fails on them, or has nothing to decouple.
+        """
+
+    def timer(self, network: Any, runtime: str, threads: int, forms: Sequence[str]) -> Timer:
+        """Measure layers and networks of an opened network in a runtime.
+
+        Raises:
+            UnavailableError: the runtime is not installed.
+            ModelError: it cannot run this kind of network.
         """
 
     def outputs(self, inputs: Images) -> list[Array]:

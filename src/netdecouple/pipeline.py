@@ -211,7 +211,7 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     """Measure the layers in the runtime that the network is meant for."""
     emission = work.request.emission
     runtime = emission.runtime or work.request.source.runtimes[0]
-    timer = work.network.timer(runtime, emission.threads, emission.forms)
+    timer = work.request.source.timer(work.network, runtime, emission.threads, emission.forms)
     return Latency(work.network, analysis.candidates, timer, progress=work.request.progress)
 
 

@@ -13,11 +13,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from netdecouple.errors import BudgetError
 
+HUGE = 1e6  # times the room: costs above are taken for this
 GAP = 1e-5  # relative to the best total loss: closer solutions count as equal
 SECONDS = 60.0  # for one solution
 # The solver may overshoot a limit by its tolerance of 1e-6, the choice may not: then it is solved again for
 # limits that are smaller by these shares.
-HUGE = 1e6  # times the room: costs above are taken for this
 SLACKS = (0.0, 2e-6, 1e-5)
 
 

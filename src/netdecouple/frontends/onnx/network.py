@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from netdecouple import runtimes
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore, Memory
@@ -23,7 +22,6 @@ from netdecouple.frontends.onnx.fusion import absorb
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.proto import nodes_of, readers_of, replace_items, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
-from netdecouple.frontends.onnx.timing import OnnxTimer
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
 from netdecouple.kernels import DOMAIN
 from netdecouple.network import Array, Layer, Observation, Positions
@@ -233,10 +231,6 @@ class OnnxNetwork:
     def pictures(self, images: Array) -> list[Array]:
         """Return the inputs: all of them are pictures."""
         return list(images)
-
-    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
-        """Measure layers and networks in ONNX Runtime or OpenVINO."""
-        return OnnxTimer(self, runtimes.runtime(runtime), threads, tuple(map(form_of, forms)))
 
     def close(self) -> None:
         """Nothing to end."""

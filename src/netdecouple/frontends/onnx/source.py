@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from netdecouple import runtimes
 from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.memory import Memory
+from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.timing import OnnxTimer
 from netdecouple.network import Array, Calibration, Executable
 from netdecouple.runtimes.onnxfile import size_of
 
@@ -92,6 +95,10 @@ class OnnxSource:
     def open(self, inputs: Array, memory: Memory) -> OnnxNetwork:
         """Open the network for such images."""
         return OnnxNetwork(self.model, inputs, memory)
+
+    def timer(self, network: OnnxNetwork, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
+        """Measure layers and networks in ONNX Runtime or OpenVINO."""
+        return OnnxTimer(network, runtimes.runtime(runtime), threads, tuple(map(form_of, forms)))
 
     def outputs(self, inputs: Array) -> list[Array]:
         """Run the network as it was read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,12 +15,10 @@ from netdecouple import kernels
 from netdecouple.convolution import Structure, placeholder
 from netdecouple.errors import ModelError
 from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
+from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.timing import Timing, measure
-
-if TYPE_CHECKING:
-    from netdecouple.frontends.onnx.network import OnnxNetwork
 
 COLD = 4 << 20  # bytes of weights in a model of copies, so that they come from beyond the second cache
 

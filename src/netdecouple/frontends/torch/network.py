@@ -32,7 +32,6 @@ from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.shortcuts import Shortcuts, StopForward
-from netdecouple.frontends.torch.timing import TorchTimer
 from netdecouple.frontends.torch.trace import Trace, hooked, tensors
 from netdecouple.frontends.torch.walk import TorchWalk
 from netdecouple.network import Array, Layer, Observation, Positions
@@ -405,10 +404,6 @@ class TorchNetwork:
     def size_of(self, model: nn.Module | None = None) -> int:
         """Bytes of a module's parameters and buffers."""
         return state_bytes(self.original if model is None else model)
-
-    def timer(self, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
-        """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
-        return TorchTimer(self, runtime, threads, self.example, forms)
 
     def pictures(self, images: Samples) -> list[Array]:
         """Return samples that are one picture and nothing else, as arrays (c, h, w)."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from netdecouple.frontends.torch.export import export, image_tensor
 from netdecouple.frontends.torch.network import TorchNetwork, check, state_bytes
 from netdecouple.frontends.torch.replacement import duplicate, failures
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
-from netdecouple.frontends.torch.timing import first_feeds
+from netdecouple.frontends.torch.timing import TorchTimer, first_feeds
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.kernels import check_available
 from netdecouple.network import Array, Calibration, Executable
@@ -178,6 +178,10 @@ class TorchSource:
     def open(self, inputs: Samples, memory: Memory) -> TorchNetwork:
         """Open the module for such samples."""
         return TorchNetwork(self.module, inputs, self._device, self._filter, memory, self.name)
+
+    def timer(self, network: TorchNetwork, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
+        """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
+        return TorchTimer(network, runtime, threads, network.example, forms)
 
     def outputs(self, inputs: Samples) -> list[Array]:
         """Run the module as it was given, in evaluation mode."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from netdecouple.errors import ModelError
 from netdecouple.frontends.torch.convolutions import Factorized, Gather
 from netdecouple.frontends.torch.discovery import TorchLayer
 from netdecouple.frontends.torch.export import export, image_tensor
+from netdecouple.frontends.torch.network import TorchNetwork
 from netdecouple.frontends.torch.replacement import duplicate
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds
 from netdecouple.runtimes.timing import Timing, measure
-
-if TYPE_CHECKING:
-    from netdecouple.frontends.torch.network import TorchNetwork
 
 COLD = 4 << 20  # bytes of weights next to a layer's own, so that they come from beyond the second-level cache
 SECONDS = 0.2  # to time one layer in all its structures

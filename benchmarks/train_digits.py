@@ -1,4 +1,4 @@
-"""Make the demo network and its images: ``python -m netdecouple.demo.train`` (needs ``netdecouple[train]``).
+"""Make the demo network and its images: ``python benchmarks/train_digits.py`` (needs ``netdecouple[train]``).
 
 The images are handwritten digits of scikit-learn, each drawn at a random place, size and angle on a grey
 background among fragments of other digits. The network is a small VGG, trained on freshly drawn images
@@ -125,7 +125,7 @@ def export(net: nn.Sequential, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo network and draw its images.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the two files")
     out: Path = parser.parse_args().out
     start = time.perf_counter()
     torch.set_num_threads(1)
