@@ -426,7 +426,7 @@ def test_what_cannot_be_done_is_said(arguments: dict, error: type[Exception], me
 
 @pytest.mark.parametrize("families", [(), ("nope",), ("nd+cd",)])
 def test_families_that_make_no_sense_are_refused(families: tuple[str, ...]) -> None:
-    with pytest.raises(BudgetError, match="--families"):
+    with pytest.raises(BudgetError, match="families="):
         netdecouple.decouple(MODEL, macs=0.5, settings=Settings(data_free=True, families=families))
 
 

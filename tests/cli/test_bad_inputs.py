@@ -266,7 +266,7 @@ def test_budget_and_method(refused):
 )
 def test_method_nonsense(refused, method: str):
     """It is quoted."""
-    refused(changed(RUN, macs=None, method=method), "--method", repr(method))
+    refused(changed(RUN, macs=None, method=method), f"--method {method}".strip())
 
 
 def test_a_method_that_makes_no_layer_cheaper(refused):
@@ -277,7 +277,7 @@ def test_a_method_that_makes_no_layer_cheaper(refused):
 @pytest.mark.parametrize("families", ["nope", "nd,nope", "", "nd,", "nd-dp+sd", "sd+sd"])
 def test_families_nonsense(refused, families: str):
     """The message shows how to write them."""
-    refused(changed(RUN, families=families), "--families", repr(families), "cd,sd,cp,nd")
+    refused(changed(RUN, families=families), f"--families {families}".strip(), "cd,sd,cp,nd")
 
 
 def test_drop_without_labels(refused):
@@ -377,13 +377,13 @@ def test_labels_that_do_not_fit(refused, folder: Path):
     np.savez(folder / "bad.npz", images=images, few=np.zeros(19, int), floats=np.zeros(20))
     for name in ("few", "floats"):
         refused(
-            ["eval", "net.onnx", "--data", f"bad.npz:images,{name}"], "labels are", "expected integers (20,)"
+            ["eval", "net.onnx", "--data", f"bad.npz:images,{name}"], "labels are", "expected 20 integers"
         )
 
 
 def test_an_exclude_that_matches_nothing(refused):
     """A misspelt layer is not passed over in silence."""
-    refused(changed(RUN, exclude="conv9*"), "'conv9*'", "matches no layer", "netdecouple inspect")
+    refused(changed(RUN, exclude="conv9*"), "--exclude conv9*", "matches no layer", "netdecouple inspect")
 
 
 def test_an_exclude_that_matches_everything(refused):
@@ -441,7 +441,7 @@ def test_two_outputs_are_one(refused):
 def test_shapes_that_do_not_fit(refused, folder: Path):
     """Nonsense, a shape that the network does not take, and one that is needed but missing."""
     onnx.save(networks.restorer(), folder / "any.onnx")
-    refused(["bench", "net.onnx", "--shape", "big"], "'big'", "1x3x224x224")
+    refused(["bench", "net.onnx", "--shape", "big"], "--shape big", "1x3x224x224")
     refused(["bench", "net.onnx", "--shape", "1x3x9x9"], "net.onnx", "'image'", "?×3×8×8")
     refused(["bench", "any.onnx"], "any.onnx", "'image'", "--shape")
 

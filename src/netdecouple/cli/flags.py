@@ -4,39 +4,12 @@ from __future__ import annotations
 
 import re
 
-FLAGS = {
-    "parameters": "--params",
-    "rule": "--method",
-    "output": "-o",
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in (
-            *(
-                "calib",
-                "samples",
-                "preset",
-                "input_size",
-                "mean",
-                "std",
-                "labels",
-                "weights",
-                "shape",
-                "trust",
-            ),
-            *(
-                "macs",
-                "latency",
-                "max_drop",
-                "exclude",
-                "data_free",
-                "uniform_rank",
-                "families",
-                "loss",
-                "seed",
-            ),
-            *("emit", "runtime", "threads", "work", "memory", "workers", "scheduler", "shards", "compare"),
-        )
-    },
+_SAME = (
+    "calib samples preset input_size mean std labels weights shape trust macs latency max_drop exclude "
+    "data_free uniform_rank families loss seed emit runtime threads work memory workers scheduler shards compare"
+)
+FLAGS = {"parameters": "--params", "rule": "--method", "output": "-o"} | {
+    name: f"--{name.replace('_', '-')}" for name in _SAME.split()
 }
 """The option of each Python argument."""
 
@@ -50,4 +23,4 @@ def with_flags(message: str) -> str:
         value = match[2].strip("()'\"").replace(", ", ",").replace("'", "")
         return FLAGS[match[1]] if value in ("", "True") else f"{FLAGS[match[1]]} {value}"
 
-    return _ARGUMENT.sub(flag, message)
+    return _ARGUMENT.sub(flag, message).replace("Plan.to_json", "--plan-out")
