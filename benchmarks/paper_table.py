@@ -78,7 +78,7 @@ class Cell:
     # "same" only
     free: float | None = None  # top-1 of the data-free fit
     noise: float | None = None  # standard error of after - free, over the same images
-    kept: float | None = None  # images that are told as the original tells them
+    kept: float | None = None  # share of images that get the original's class
     free_kept: float | None = None
 
 
@@ -213,7 +213,7 @@ def table(network: str, found: dict[tuple[str, str, str], Cell]) -> Table:
         "faster",
         "fused",
         "same sizes: data-free → aware",
-        "told as the original",
+        "same class",
     ):
         out.add_column(column, justify="left" if column == "method" else "right")
     if network.startswith("vgg"):

@@ -292,7 +292,7 @@ def samples(demo: Demo) -> Figure:
         marker="o",
         markersize=3,
         color=COLOURS[0],
-        label="fitted, ridge chosen on held-back inputs",
+        label="fitted, ridge chosen on held-out inputs",
     )
     axis.loglog(seen, weights, color=COLOURS[2], linestyle="--", label="from the weights alone")
     unknowns = layer.weight[0].size
@@ -304,7 +304,7 @@ def samples(demo: Demo) -> Figure:
     axis.set(
         title=f"{g.n_i} → {g.n_o}, T = 3 of {full_rank(g)}",
         xlabel="samples",
-        ylabel="error on held-back inputs",
+        ylabel="error on held-out inputs",
     )
     axis.legend(fontsize="small")
     return figure
@@ -335,7 +335,7 @@ def budgets(demo: Demo) -> Figure:
         label="predicted",
     )
     left.semilogy(
-        *zip(*points, strict=True), marker="s", linestyle="", color=COLOURS[1], label="measured, held-back"
+        *zip(*points, strict=True), marker="s", linestyle="", color=COLOURS[1], label="measured, held-out"
     )
     left.set(title="the whole network", xlabel="times fewer MACs", ylabel="KL divergence, nats")
     left.legend(fontsize="small")

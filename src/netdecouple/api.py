@@ -177,7 +177,9 @@ def open_model(
             torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns one.
         weights: of a named model: "default" (downloaded by its library), "random", or a file.
         seed: of random weights.
-        device, filter, arguments: as in `decouple`.
+        device: as in `decouple`.
+        filter: as in `decouple`.
+        arguments: as in `decouple`.
         is_exported: whether a PyTorch module's result is to be written as ONNX; if that is impossible, the
             error comes before the work.
 
@@ -280,9 +282,8 @@ def decouple(
 ) -> Any:
     """Decouple a network to a goal. The network given is not changed.
 
-    Exactly one goal is given: a budget (``macs``, ``parameters``, ``latency``, or several of them),
-        ``max_drop``,
-    or ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
+    One goal is given: budgets (one or several of ``macs``, ``parameters`` and ``latency``), ``max_drop``, or
+    ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
 
     Args:
         model: an .onnx file or `onnx.ModelProto` with one image input (N, C, H, W) of float32 or float16; a
@@ -299,8 +300,8 @@ def decouple(
         labels: labelled inputs to measure accuracy on: FILE.npz:IMAGES,LABELS, or a pair (inputs, integers
             (N,)).
         settings: layers to leave alone, families to choose from, how to fit, seed.
-        emit: "standard" operators, or "fused": netdecouple's own, which is faster, in ONNX files. ONNX
-            Runtime needs `netdecouple.kernels.register` for it.
+        emit: "standard" operators, or "fused": netdecouple's own, which is faster, in the ONNX
+            files that are written. ONNX Runtime needs `netdecouple.kernels.register` for it.
         runtime: the runtime in which the forms of layers are chosen by measuring: "onnxruntime", "openvino";
             of PyTorch modules also "torch" and "torch.compile". With ``latency`` and None: the network's own.
         threads: to measure with.
