@@ -240,6 +240,7 @@ def test_a_walk_may_end_in_one_of_its_passes(samples: Samples):
     assert not walk.close.alive
 
 
+@pytest.mark.parametrize("batch", [1, 3, 128])
 def test_layers_that_not_every_batch_runs(module: Any, x: Any, batch: int, monkeypatch: pytest.MonkeyPatch):
     """They are fitted where original and decoupled network both run them, whatever the batches."""
     monkeypatch.setattr(Memory, "within", lambda *_: Memory(batch_bytes=batch * 16 * 8 * 64))
