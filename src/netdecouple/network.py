@@ -70,7 +70,7 @@ class Observation:
         """What the layer saw: (images · positions, groups, n_i / groups · kh · kw).
 
         Raises:
-            ModelError: NaN or Inf; of what the layer made, that is told at once.
+            ModelError: NaN or Inf; of the layer's own output, raised at once.
         """
         seen = self.look()
         self._check(seen)

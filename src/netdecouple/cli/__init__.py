@@ -161,6 +161,6 @@ def _fail(code: int, what: str, message: str) -> int:
     console.print(f"{what}:", style="bold red", end=" ")
     console.print(message, **options.PLAIN)
     if "--json" in sys.argv[1:]:
-        told = f"{what}: {message}".removeprefix("error: ")
-        print(json.dumps({"error": told, "exit_code": code}, indent=1))
+        text = f"{what}: {message}".removeprefix("error: ")
+        print(json.dumps({"error": text, "exit_code": code}, indent=1))
     return code

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore, Memory
-from netdecouple.frontends.common import batch_slices
+from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.onnx.emission import PRODUCTS, emit, form_of
 from netdecouple.frontends.onnx.external import ExternalWeights
 from netdecouple.frontends.onnx.fallback import add_fallbacks

@@ -14,7 +14,7 @@ from onnx import helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
-from netdecouple.frontends.common import pick
+from netdecouple.frontends.batches import pick
 from netdecouple.frontends.onnx.emission import emit
 from netdecouple.frontends.onnx.model import OnnxModel
 from netdecouple.frontends.onnx.proto import reads

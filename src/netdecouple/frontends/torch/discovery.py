@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
-from netdecouple.frontends.common import pick
+from netdecouple.frontends.batches import pick
 from netdecouple.frontends.torch.convolutions import LAYERS, Convolution
 from netdecouple.frontends.torch.samples import to_numpy
 from netdecouple.frontends.torch.trace import ADDITIONS, Call, Trace, tensors

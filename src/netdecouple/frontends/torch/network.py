@@ -26,7 +26,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import threads
 from netdecouple.execution.memory import Memory
-from netdecouple.frontends.common import batch_slices
+from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install

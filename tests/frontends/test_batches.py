@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from netdecouple.convolution import ConvGeometry
-from netdecouple.frontends.common import batch_slices, first_line, pick
+from netdecouple.errors import first_line
+from netdecouple.frontends.batches import batch_slices, pick
 from netdecouple.network import Layer
 
 LAYER = Layer("conv", "Conv", 0, 0, ConvGeometry(4, 3, 3, 3), size=(10, 10))  # 1,200 bytes of input

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.errors import first_line
 from netdecouple.network import Array, Layer
-
-__all__ = ["batch_slices", "first_line", "pick"]
 
 LARGEST_BATCH = 128
 
