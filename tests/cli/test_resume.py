@@ -95,10 +95,11 @@ def survives(
         work = folder / f"work{runs}"
         for name in (*expected, "report.json"):
             (folder / name).unlink()
+        longest = duration
         while True:
             process = start(folder, [*command, "--work", work.name])
-            process.join(rng.uniform(0.05, 1) * duration)
-            duration *= 1.02  # or a machine that became busy might never let a run end
+            process.join(rng.uniform(0.05, 1) * longest)
+            longest *= 1.02  # or a machine that became busy might never let this run end
             if process.exitcode is not None:
                 assert process.exitcode == 0, (folder / "err.txt").read_text()
                 break
