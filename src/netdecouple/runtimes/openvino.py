@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ with _without_telemetry():
     import openvino
 
 
+@cache
+def _core() -> Any:
+    """Return the one core of this process.
+
+    Its CPU plugin gives the thread that loads it another stack for signals. Of two plugins the first one to
+    go leaves a freed stack behind, on which the next Ctrl-C ends the process (OpenVINO 2026.4).
+    """
+    return openvino.Core()
+
+
 class OpenVino:
     """OpenVINO on the CPU."""
 
@@ -52,7 +63,6 @@ class OpenVino:
                 "it holds netdecouple's own operators, which run in onnxruntime only; "
                 "write standard ones with: netdecouple lower"
             )
-        core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -60,8 +70,8 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "f32",  # on some processors the default is bfloat16
         }
         try:
-            read = core.read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
-            return OpenVinoSession(core.compile_model(read, "CPU", settings))
+            read = _core().read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
+            return OpenVinoSession(_core().compile_model(read, "CPU", settings))
         except RuntimeError as error:
             raise ModelError(f"OpenVINO cannot open the model: {_reason(error)}; try onnxruntime") from error
 
