@@ -25,7 +25,14 @@ from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.errors import ModelError, OutputError, PlanError, first_line
 from netdecouple.execution import limits
 from netdecouple.execution.scratch import Scratch, publishing
-from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
+from netdecouple.frontends.torch.convolutions import (
+    CONVOLUTIONS,
+    LAYERS,
+    MODES,
+    Convolution,
+    Factorized,
+    Gather,
+)
 from netdecouple.frontends.torch.replacement import duplicate, install
 from netdecouple.version import __version__
 
@@ -293,7 +300,7 @@ def _part(root: nn.Module, name: str) -> nn.Module:
 def _fits(module: nn.Module, convolution: Convolution) -> bool:
     """Whether a layer is what it was; a subclass may pad otherwise than its attributes say."""
     actual = Convolution.of(module)
-    if type(module) not in KINDS:
+    if type(module) not in CONVOLUTIONS:
         actual = replace(actual, before=convolution.before, after=convolution.after, mode=convolution.mode)
     return actual == convolution
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from netdecouple import runtimes
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
-from netdecouple.frontends.torch.convolutions import Factorized, Gather
+from netdecouple.frontends.torch.convolutions import Factorized
 from netdecouple.frontends.torch.discovery import TorchLayer
 from netdecouple.frontends.torch.export import export, image_tensor
 from netdecouple.frontends.torch.network import TorchNetwork
@@ -138,12 +138,7 @@ class TorchTimer:
             if found.norm:
                 stages.append(duplicate(self._network.original.get_submodule(found.norm)).float().cpu())
             return stages[0] if len(stages) == 1 else nn.Sequential(*stages)
-        module = Factorized(found.convolution, structure)
-        gathers = (part for part in module if isinstance(part, Gather))
-        for channels in structure.channels:
-            if channels is not None:
-                next(gathers).channels.copy_(torch.from_numpy(channels))
-        return module
+        return Factorized(found.convolution, structure)
 
     def _call(self, module: nn.Module, images: torch.Tensor | None, feeds: Feeds) -> Callable[[], object]:
         """Open a module in the runtime, and run it once, so that torch.compile compiles it."""
