@@ -11,7 +11,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,8 @@ from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
-from netdecouple.frontends.torch.shortcuts import Shortcuts, StopForward
-from netdecouple.frontends.torch.trace import Trace, hooked, tensors
-from netdecouple.frontends.torch.walk import TorchWalk
+from netdecouple.frontends.torch.trace import StopForward, Trace, hooked, tensors
+from netdecouple.frontends.torch.walk import Shortcuts, TorchWalk
 from netdecouple.network import Array, Layer, Observation, Positions
 
 VALUES = 4096  # taken of a sample's outputs, where these differ in size from sample to sample
@@ -86,7 +85,8 @@ class TorchNetwork:
             self.batchable = samples.alike and self._is_batchable(traces)
             self.torch_layers, layers = find_layers(self.module, traces, chosen)
             self.layers = tuple(layers)
-            self.captured = self._choose_outputs(samples[:1])
+            noisy = Samples(tree.tree_map_only(torch.Tensor, _with_noise, list(samples[:1])))
+            self.captured = self._choose_outputs(traces[0][0], self._traced(noisy)[0])
             self.module, bound = self._fold()
         for name in bound:
             del self.torch_layers[name]
@@ -125,12 +125,10 @@ class TorchNetwork:
     def placed(self, samples: Samples) -> Arguments:
         """The arguments of a forward pass on the module's device and in its input type."""
 
-        def place(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
-        return tree.tree_map(place, samples.arguments)
+        return tree.tree_map_only(torch.Tensor, place, samples.arguments)
 
     def _is_batchable(self, single: Sequence[tuple[Trace, Any]]) -> bool:
         """Whether running two samples at once gives what running them one by one gave."""
@@ -175,9 +173,9 @@ class TorchNetwork:
         def folded(names: Iterable[str]) -> nn.Module:
             module = self.evaluated(self.original)
             for name in names:
-                layer = self.torch_layers[name]
-                chain = plain(layer.convolution, layer.weight, layer.bias)
-                module = install(module, name, chain, layer.norm)
+                found = self.torch_layers[name]
+                chain = plain(found.convolution, found.kernel, found.bias)
+                module = install(module, name, chain, found.norm)
             outputs, called = run(module)
             if called_before & set(names) - called:
                 raise ModelError(
@@ -207,43 +205,24 @@ class TorchNetwork:
                 raise
         return folded([name for name in self.torch_layers if name not in failing]), failing
 
-    def _choose_outputs(self, sample: Samples) -> Counter[str]:
+    def _choose_outputs(self, trace: Trace, noisy: Trace) -> Counter[str]:
         """Choose the modules whose outputs are compared, and count the calls of each.
 
         That is the whole module if its output's shape does not depend on the input's values, else the largest
         parts of which this is true: detectors end in sorting and suppressing boxes, which would hide what
         decoupling changes.
         """
-        noisy = Samples(tree.tree_map(_with_noise, list(sample.units)))
-        shapes, calls = self._output_shapes(sample)
-        shapes_of_noisy, _ = self._output_shapes(noisy)
+        kinds, kinds_of_noisy = _output_kinds(trace), _output_kinds(noisy)
+        calls = Counter(call.name for call in trace.calls)
         captured: Counter[str] = Counter()
-        for name, kinds in shapes.items():  # from the outside in
+        for name, outputs in kinds.items():
             is_inside = "" in captured or any(name.startswith(f"{other}.") for other in captured)
             prefix = f"{name}." if name else ""
             has_layers = any(f"{layer}.".startswith(prefix) for layer in self.torch_layers)
-            is_static = bool(kinds) and kinds == shapes_of_noisy.get(name) and all(real for _, real in kinds)
-            if has_layers and is_static and not is_inside:
+            is_static = bool(outputs) and outputs == kinds_of_noisy.get(name)
+            if has_layers and is_static and all(real for _, real in outputs) and not is_inside:
                 captured[name] = calls[name]
         return captured
-
-    def _output_shapes(
-        self, sample: Samples
-    ) -> tuple[dict[str, list[tuple[torch.Size, bool]]], Counter[str]]:
-        """By module: the shapes of its output's tensors and whether they are floating point; its calls."""
-        shapes: dict[str, list[tuple[torch.Size, bool]]] = {}
-        calls: Counter[str] = Counter()
-
-        def before(name: str, arguments: tuple[Any, ...]) -> None:
-            shapes.setdefault(name, [])
-
-        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            shapes[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
-            calls[name] += 1
-
-        with hooked(self.module, before, after):
-            self.forward(self.module, sample)
-        return shapes, calls
 
     @cached_property
     def fingerprint(self) -> str:
@@ -263,18 +242,15 @@ class TorchNetwork:
 
     def run(self, images: Samples, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return the captured outputs on some samples, with some layers' weight and bias replaced."""
-        replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, (kernel, bias) in (kernels or {}).items():
-            module: Any = self.module.get_submodule(name)[-1]
-            weight = Convolution.of(module).weight_of(np.asarray(kernel, np.float32))
-            for parameter, value in ((module.weight, weight), (module.bias, np.asarray(bias, np.float32))):
-                replaced.append((parameter, parameter.data))
-                parameter.data = torch.from_numpy(value).to(parameter)
-        try:
+        with ExitStack() as stack:
+            for name, (kernel, bias) in (kernels or {}).items():
+                module: Any = self.module.get_submodule(name)[-1]
+                weight = Convolution.of(module).weight_of(np.asarray(kernel, np.float32))
+                arrays = (weight, np.asarray(bias, np.float32))
+                for parameter, array in zip((module.weight, module.bias), arrays, strict=True):
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = torch.from_numpy(array).to(parameter)
             return self.run_module(self.module, images)
-        finally:
-            for parameter, data in replaced:
-                parameter.data = data
 
     def run_module(self, module: nn.Module, images: Samples) -> list[Array]:
         """Return the captured outputs of another module with this one's names."""
@@ -318,30 +294,31 @@ class TorchNetwork:
         """
         if not positions:
             return
-        shortcuts = Shortcuts(self.torch_layers, positions)
+        found = {name: self.torch_layers[name] for name in positions}
+        shortcuts = Shortcuts(found.values())
         gathered: dict[str, Observation] = {}
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of layers called several times
         remaining: set[str | None] = set()
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            if name in positions and self.torch_layers[name].single_map:
-                observation = self.torch_layers[name].observation(
-                    batch, [(arguments[0], output)], positions[name][batch], shortcuts.of(name)
+            if name in found and found[name].single_map:
+                observation = found[name].observation(
+                    batch, arguments[0], output, positions[name][batch], shortcuts.of(name)
                 )
                 patches = observation.patches if with_patches else NO_PATCHES
                 gathered[name] = replace(observation, look=lambda: patches)
-            elif name in positions:  # copied: later operations may change them in place
+            elif name in found:  # copied: later operations may change them in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
             remaining.discard(name)
             if not remaining:
                 raise StopForward
 
-        may_stop = all(self.torch_layers[name].single_map for name in positions)
-        names = set(positions) | shortcuts.modules
+        may_stop = all(layer.single_map for layer in found.values())
+        names = found.keys() | shortcuts.modules
         bytes_per_sample = sum(self._sampled_bytes(name, where) for name, where in positions.items())
         for batch in self.batches(len(images), bytes_per_sample if with_patches else 0):
-            remaining |= positions.keys() if may_stop else {None}  # None is never called: run to the end
+            remaining |= found.keys() if may_stop else {None}  # None is never called: run to the end
             hooks = hooked(self.module, shortcuts.before, after, names.__contains__)
             with torch.no_grad(), hooks, suppress(StopForward):
                 self.forward(self.module, images[batch])
@@ -349,7 +326,7 @@ class TorchNetwork:
                 if name in gathered:
                     yield gathered.pop(name)
                 elif name in calls:
-                    yield self.torch_layers[name].observation(batch, calls.pop(name), where[batch], None)
+                    yield found[name].spread_observation(batch, calls.pop(name), where[batch])
 
     def _sampled_bytes(self, name: str, positions: NDArray[np.int64]) -> int:
         """Bytes gathered of a layer for one sample; its whole maps if these are kept until the end."""
@@ -366,8 +343,9 @@ class TorchNetwork:
         if self._chosen is not None:
             modules = self.original.named_modules()
             excluded = frozenset(name for name, module in modules if not self._chosen(name, module))
-        device, memory = str(self.device), self.memory.in_worker
-        return _reopened, (self.original, self.example, device, excluded, self.batchable, memory)
+        arguments = (self.original, self.example, str(self.device), excluded, self.memory.in_worker)
+        # it depends on samples that the other process does not get
+        return _reopened, arguments, {"batchable": self.batchable}
 
     def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
@@ -455,26 +433,24 @@ def check(module: nn.Module) -> None:
 
 
 def _reopened(
-    module: nn.Module,
-    two: Samples,
-    device: str,
-    excluded: frozenset[str],
-    batchable: bool,
-    memory: Memory,
+    module: nn.Module, samples: Samples, device: str, excluded: frozenset[str], memory: Memory
 ) -> TorchNetwork:
-    """Open a network in another process; ``batchable`` depends on samples that it does not get."""
+    """Open a network in another process."""
     torch.set_num_threads(threads.available())
-    network = TorchNetwork(module, two, device, lambda name, _: name not in excluded, memory)
-    network.batchable = batchable
-    return network
+    return TorchNetwork(module, samples, device, lambda name, _: name not in excluded, memory)
 
 
-def _with_noise(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(value.shape, generator=generator).to(value)
-        return value + 0.5 * noise * value.float().std(unbiased=False).to(value.dtype)
-    return value
+def _output_kinds(trace: Trace) -> dict[str, list[tuple[torch.Size, bool]]]:
+    """By module, from the outside in: the shapes of its output's tensors, and whether they are floating."""
+    calls = sorted(trace.calls, key=lambda call: call.start)
+    return {call.name: [(t.shape, t.is_floating_point()) for t in tensors(call.y)] for call in calls}
+
+
+def _with_noise(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + 0.5 * noise * tensor.float().std(unbiased=False).to(tensor.dtype)
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Trace(TorchFunctionMode):
         if func in CONVOLUTIONS and self._open:
             numbers = (*args[1:3], *(named.get(name) for name in ("weight", "bias")[max(len(args) - 1, 0) :]))
             self._convolved.setdefault(id(self._open[-1]), []).append(numbers)
-        if not any(True for _ in tensors(output)):
+        if next(tensors(output), None) is None:
             return output  # it read a shape or the like
         for tensor in tensors((args, kwargs)):
             if id(tensor) in self._uses and id(tensor) not in self._changed:
@@ -106,36 +107,39 @@ class Trace(TorchFunctionMode):
         return output
 
 
+class StopForward(BaseException):
+    """Unwinds a forward pass that is no longer needed; not an Exception, which modules may catch."""
+
+
+def _ignore(*arguments: Any) -> None:
+    pass
+
+
 @contextmanager
 def hooked(
     root: nn.Module,
-    before: Callable[[str, tuple[Any, ...]], None] | None = None,
-    after: Callable[[str, tuple[Any, ...], Any], Any] | None = None,
+    before: Callable[[str, tuple[Any, ...]], None] = _ignore,
+    after: Callable[[str, tuple[Any, ...], Any], None] = _ignore,
     names: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
     """Call functions before and after some modules' forward passes; the hooks are removed at the end.
 
-    Args:
-        root: the module with its parts.
-        before: takes the module's name and its arguments, named ones at the end.
-        after: takes the output as well.
-        names: selects modules by name.
+    They take the module's name and its arguments, named ones at the end; ``after`` takes the output as well.
     """
     with ExitStack() as stack:
         for name, module in root.named_modules():
             if not names(name) or isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
-            if before is not None:
-                handle = module.register_forward_pre_hook(
-                    lambda m, args, kwargs, name=name: before(name, (*args, *kwargs.values())),
+            handles = (
+                module.register_forward_pre_hook(
+                    lambda _, args, named, name=name: before(name, (*args, *named.values())), with_kwargs=True
+                ),
+                module.register_forward_hook(
+                    lambda _, args, named, y, name=name: after(name, (*args, *named.values()), y),
                     with_kwargs=True,
-                )
-                stack.callback(handle.remove)
-            if after is not None:
-                handle = module.register_forward_hook(
-                    lambda m, args, kwargs, y, name=name: after(name, (*args, *kwargs.values()), y),
-                    with_kwargs=True,
-                )
+                ),
+            )
+            for handle in handles:
                 stack.callback(handle.remove)
         yield
 
@@ -145,11 +149,8 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors(entry)
-    elif isinstance(value, list | tuple | set):
-        for entry in value:
-            yield from tensors(entry)
+        yield from tensors(list(value.values()))
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
+        yield from tensors([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, list | tuple | set):
+        yield from chain.from_iterable(map(tensors, value))
