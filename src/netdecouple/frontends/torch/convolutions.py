@@ -159,8 +159,8 @@ class Convolution:
                 return (1, width)
             case (depth, _, _):
                 return (depth, math.prod((*self.output_size(size)[1:], *self.kernel[1:])))
-            case (height, width):
-                return (height, width)
+            case _:
+                return (padded[0], padded[1])
 
     def macs(self, size: Sequence[int]) -> int:
         """MACs for one input map."""

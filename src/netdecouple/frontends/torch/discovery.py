@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
@@ -275,9 +274,10 @@ def _same_padded(convolution: Convolution, size: Sequence[int]) -> Convolution |
 
 def _folded(norm: Any, kernel: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold a BatchNorm into the convolution before it."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    folded = fuse_conv_bn_weights(
-        kernel.double(), bias.double(), mean, variance, norm.eps, norm.weight, norm.bias
-    )
-    weight, shift = (tensor.detach().to(kernel.dtype) for tensor in folded)
-    return weight, shift
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = bias.double() * scale - norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return (kernel.double() * scale[:, None, None, None]).to(kernel.dtype), shift.to(kernel.dtype)

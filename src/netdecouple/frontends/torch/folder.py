@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,34 +73,24 @@ class Description:
     tied: tuple[tuple[str, str], ...]  # names in the state for a tensor that is written under another name
 
 
-def write(
-    module: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    plan: Mapping[str, Any],
-    report: Mapping[str, Any] | None,
-    norms: Mapping[str, str],
-    changed: Sequence[str],
-) -> None:
-    """Write a decoupled module into a new folder, completely or not at all.
+def write(module: nn.Module, decoupling: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a decoupled module, with its `Decoupling`, into a new folder, completely or not at all.
 
-    Args:
-        module: in which every changed layer is a `Factorized`.
-        folder: may hold what an earlier call wrote, which is replaced.
-        plan: a JSON value.
-        report: a JSON value.
-        norms: by layer, the BatchNorm folded into it.
-        changed: the layers that the plan changes, in its order.
+    The folder may hold what an earlier call wrote, which is replaced.
 
     Raises:
         OutputError: the folder cannot be written, or holds other files.
         ModelError: the module was changed after decoupling, or its state is more than tensors.
     """
+    plan, report, norms = decoupling.plan, decoupling.report, decoupling.norms
     target = Path(folder).resolve()
     state, tied = _written(module.state_dict())
-    changes = tuple(_change(module, name, norms.get(name, "")) for name in changed)
+    changes = tuple(_change(module, row.name, norms.get(row.name, "")) for row in plan.layers if row.changed)
     description = Description(version=VERSION, netdecouple=__version__, changes=changes, tied=tied)
-    data = asdict(description) | {"report": report, "plan": plan}
+    data = asdict(description) | {
+        "report": None if report is None else json.loads(report.to_json()),
+        "plan": json.loads(plan.to_json()),
+    }
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:
         check_replaceable(target)
@@ -151,10 +141,7 @@ def read(module: nn.Module, folder: str | os.PathLike[str], structures: Structur
 
 
 def _change(module: nn.Module, name: str, norm: str) -> Change:
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError:
-        layer = None
+    layer = dict(module.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(layer, Factorized):
         raise ModelError(f"layer {name!r} is not what decoupling made of it; it cannot be saved")
     return Change(name=name, convolution=layer.convolution, selects=layer.selects, norm=norm)
@@ -259,7 +246,10 @@ def _weights(folder: Path) -> State:
 def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: Path) -> Structure:
     c = change.convolution
     try:
-        if c.mode not in MODES or len({len(v) for v in _per_dimension(c)}) != 1:
+        if (
+            c.mode not in MODES
+            or len(set(map(len, (c.kernel, c.strides, c.before, c.after, c.dilations)))) > 1
+        ):
             raise ValueError("its convolution is not a valid one")
         structure = of(c.geometry)
     except ValueError as error:
@@ -270,10 +260,6 @@ def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: 
         for index, stage in enumerate(structure.stages)
     )
     return replace(structure, channels=tuple(channels))
-
-
-def _per_dimension(c: Convolution) -> Iterable[tuple[int, ...]]:
-    return (c.kernel, *((c.strides, c.before, c.after, c.dilations) if c.kernel else ()))
 
 
 def _rebuilt(root: nn.Module, change: Change, structure: Structure) -> nn.Module:

@@ -412,7 +412,7 @@ class TorchNetwork:
 def state_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; tensors with several names count once."""
     state = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def check(module: nn.Module) -> None:

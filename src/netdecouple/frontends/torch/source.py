@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -136,13 +135,10 @@ class TorchSource:
             elif os.path.isdir(origin):
                 self._size(preprocessing)
             if is_plain:
-                options: dict[str, Any] = {
-                    "size": None,
-                    "preprocessing": preprocessing,
-                    "samples": samples,
-                    "seed": seed,
-                }
-                loaded = calibration.load(batches, channels=self._channels, **options)
+                loaded = calibration.load(
+                    batches, channels=self._channels, size=None, preprocessing=preprocessing,
+                    samples=samples, seed=seed,
+                )  # fmt: skip
                 batches, arguments = loaded.images, None
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
@@ -181,7 +177,7 @@ class TorchSource:
 
     def timer(self, network: TorchNetwork, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
         """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
-        return TorchTimer(network, runtime, threads, network.example, forms)
+        return TorchTimer(network, runtime, threads, forms)
 
     def outputs(self, inputs: Samples) -> list[Array]:
         """Run the module as it was given, in evaluation mode."""
@@ -210,20 +206,7 @@ class TorchSource:
             fused = any(row.form == "fused" for row in result.plan.layers)
             write_model(export(result.model, image_tensor(result.example), metadata, fused), path)
         else:
-            write_folder(result.model, result.model.decoupling, path)
-
-
-def write_folder(module: nn.Module, decoupling: Any, path: str | os.PathLike[str]) -> None:
-    """Write a decoupled module's weights, plan and report into a folder of its own."""
-    plan, report = decoupling.plan, decoupling.report
-    folder.write(
-        module,
-        path,
-        plan=json.loads(plan.to_json()),
-        report=None if report is None else json.loads(report.to_json()),
-        norms=decoupling.norms,
-        changed=[row.name for row in plan.layers if row.changed],
-    )
+            folder.write(result.model, result.model.decoupling, path)
 
 
 def _peeked(batches: Any) -> tuple[Any, bool]:
@@ -233,13 +216,10 @@ def _peeked(batches: Any) -> tuple[Any, bool]:
     if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
         return batches, False
     try:
-        if isinstance(batches, Iterator):
-            first = next(batches)
-            batches = chain([first], batches)
-        else:
-            first = next(iter(batches))
+        iterator = iter(batches)
+        first = next(iterator)
     except StopIteration:
         raise CalibrationError("made nothing; it should make a few hundred samples") from None
     except Exception as error:
         raise CalibrationError(f"failed while it made samples ({type(error).__name__}: {error})") from error
-    return batches, isinstance(first, np.ndarray)
+    return chain([first], iterator) if iterator is batches else batches, isinstance(first, np.ndarray)
