@@ -1,10 +1,10 @@
-"""Find the layers of a module, and what each of them computes, in traces of its forward passes."""
+"""Find a module's layers, what each computes, and outputs to compare, in traces of its forward passes."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -152,6 +152,32 @@ def find_layers(
     return replaceable, layers
 
 
+def choose_outputs(trace: Trace, noisy: Trace, layers: Iterable[str]) -> Counter[str]:
+    """Choose the modules whose outputs are compared, and count the calls of each.
+
+    That is the whole module if its output's shape does not depend on the input's values (``noisy`` is a trace
+    of others), else the largest parts of which this is true and in which there are ``layers``: detectors end
+    in sorting and suppressing boxes, which would hide what decoupling changes.
+    """
+    kinds, kinds_of_noisy = _output_kinds(trace), _output_kinds(noisy)
+    calls = Counter(call.name for call in trace.calls)
+    chosen: Counter[str] = Counter()
+    for name, outputs in kinds.items():
+        is_inside = "" in chosen or any(name.startswith(f"{other}.") for other in chosen)
+        prefix = f"{name}." if name else ""
+        has_layers = any(f"{layer}.".startswith(prefix) for layer in layers)
+        is_static = bool(outputs) and outputs == kinds_of_noisy.get(name)
+        if has_layers and is_static and all(real for _, real in outputs) and not is_inside:
+            chosen[name] = calls[name]
+    return chosen
+
+
+def _output_kinds(trace: Trace) -> dict[str, list[tuple[torch.Size, bool]]]:
+    """By module, from the outside in: the shapes of its output's tensors, and whether they are floating."""
+    calls = sorted(trace.calls, key=lambda call: call.start)
+    return {call.name: [(t.shape, t.is_floating_point()) for t in tensors(call.y)] for call in calls}
+
+
 def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor, torch.Tensor, str]:
     """Read what a layer computes, and check it by computing it: subclasses may do more.
 
@@ -163,15 +189,14 @@ def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor
         bias = weight.new_zeros(convolution.n_o)
     rank = len(convolution.kernel)
     checks = {
-        convolution.refusal: convolution.refusal,
         "its weights are complex": weight.is_complex(),
         "its forward is not one convolution": any(call.convolved is None for call in calls),
         "it is called with more than its input": not all(call.alone for call in calls),
         "its input has no batch dimension": rank and any(call.x.ndim != rank + 2 for call in calls),
     }
-    for reason, applies in checks.items():
-        if applies:
-            return convolution, weight, bias, reason
+    reason = convolution.refusal or next((text for text, applies in checks.items() if applies), "")
+    if reason:
+        return convolution, weight, bias, reason
     kernel = torch.from_numpy(convolution.kernel_of(to_numpy(weight))).to(weight)
     for candidate in (convolution, _same_padded(convolution, calls[0].x.shape[2:])):
         if candidate is None:
@@ -224,7 +249,7 @@ def rounding(tensor: torch.Tensor) -> float:
     return 8 * torch.finfo(tensor.dtype).eps if half else ROUNDING
 
 
-def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = ROUNDING) -> bool:
+def same(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     """Whether two tensors are equal but for rounding."""
     if one.shape != other.shape:
         return False

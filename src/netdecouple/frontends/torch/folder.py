@@ -171,11 +171,13 @@ def check_replaceable(target: Path) -> None:
     Raises:
         OutputError: it is a file, the current folder, or holds other files.
     """
-    if os.path.exists(target) and not os.path.isdir(target):
+    if not os.path.exists(target):
+        return
+    if not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
-    if os.path.exists(target) and os.path.samefile(target, os.curdir):
+    if os.path.samefile(target, os.curdir):
         raise OutputError(f"{target}: is the current folder; give the name of a new folder")
-    names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
+    names = {path.name for path in target.iterdir()}
     others = names - {DESCRIPTION, WEIGHTS} if DESCRIPTION in names else names
     if others:
         raise OutputError(f"{target}: holds other files ({min(others)}); give the name of a new folder")
@@ -321,8 +323,7 @@ def _check_channels(module: Any, name: str) -> None:
     """Refuse channels that do not exist: on some devices that would go unnoticed."""
     count = module.geometry.n_i
     for part in module:
-        if isinstance(part, Gather):
-            if not bool(((part.channels >= 0) & (part.channels < count)).all()):
-                raise ModelError(f"layer {name!r} reads channels that are not there; save the module again")
-        elif isinstance(part, LAYERS):
+        if isinstance(part, Gather) and not bool(((part.channels >= 0) & (part.channels < count)).all()):
+            raise ModelError(f"layer {name!r} reads channels that are not there; save the module again")
+        if isinstance(part, LAYERS):
             count = Convolution.of(part).n_o

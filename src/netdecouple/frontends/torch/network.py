@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from netdecouple.execution import threads
 from netdecouple.execution.memory import Memory
 from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
-from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
+from netdecouple.frontends.torch.discovery import choose_outputs, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.trace import StopForward, Trace, hooked, tensors
@@ -44,12 +44,7 @@ NO_PATCHES: Array = np.zeros((0, 0, 0), np.float32)
 class TorchNetwork:
     """A pretrained module, opened: copied, put in evaluation mode, and run on two samples.
 
-    Args:
-        module: is not changed.
-        samples: at least two.
-        device: where to run.
-        chosen: decides by name and module whether a layer may be decoupled; None: all may.
-        memory: how much of it batches and walks may take.
+    The module given is not changed. ``chosen`` decides by name and module which layers may be decoupled.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -74,24 +69,23 @@ class TorchNetwork:
         self.original = module
         self._chosen = chosen
         self.example = samples[:3]
-        self._two = samples[:2]
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[TorchWalk] = weakref.WeakSet()
         with torch.no_grad():
             self.dtype = self._input_type(samples[:1])
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
-            outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
-            self.rounding = max(map(rounding, outputs), default=ROUNDING)
-            self.batchable = samples.alike and self._is_batchable(traces)
             self.torch_layers, layers = find_layers(self.module, traces, chosen)
+            outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
+            self._rounding = max(map(rounding, outputs))
+            self.batchable = samples.alike and self._is_batchable(traces)
             self.layers = tuple(layers)
             noisy = Samples(tree.tree_map_only(torch.Tensor, _with_noise, list(samples[:1])))
-            self.captured = self._choose_outputs(traces[0][0], self._traced(noisy)[0])
+            self.captured = choose_outputs(traces[0][0], self._traced(noisy)[0], self.torch_layers)
             self.module, bound = self._fold()
         for name in bound:
             del self.torch_layers[name]
         self.norms = {name: found.norm for name, found in self.torch_layers.items() if found.norm}
-        self.tolerance = TOLERANCE if self.rounding <= TOLERANCE else HALF_TOLERANCE
+        self.tolerance = TOLERANCE if self._rounding <= TOLERANCE else HALF_TOLERANCE
         self.layers = tuple(
             replace(la, geometry=None, reason=BOUND) if la.name in bound else la for la in layers
         )
@@ -108,9 +102,7 @@ class TorchNetwork:
         return types[0]
 
     def _traced(self, sample: Samples) -> tuple[Trace, Any]:
-        args, kwargs = self.placed(sample)
-        with failures():
-            return Trace.of(self.module, args, kwargs)
+        return Trace.of(self.module, partial(self.forward, self.module, sample))
 
     def forward(self, module: nn.Module, samples: Samples) -> Any:
         """Run this module, or one made of it, on some samples as one batch.
@@ -139,15 +131,14 @@ class TorchNetwork:
 
         try:
             with hooked(self.module, after=after):
-                args, kwargs = self.placed(self._two)
-                output = self.module(*args, **kwargs)
+                together = self.forward(self.module, self.example[:2])
         except Exception:  # one by one they have run
             return False
-        parts = zip(*(list(tensors(out)) for out in (output, single[0][1], single[1][1])), strict=False)
-        for both, *each in parts:
-            if each[0].ndim == 0 or each[0].shape[1:] != each[1].shape[1:]:
+        outputs = [tensors(output) for output in (together, *(output for _, output in single))]
+        for both, one, other in zip(*outputs, strict=False):
+            if one.ndim == 0 or one.shape[1:] != other.shape[1:]:
                 return False
-            if not same(both, torch.cat(each), self.rounding):
+            if not same(both, torch.cat([one, other]), self._rounding):
                 return False
         return calls == [(call.name, 2 * maps_in(call.x)) for call in single[0][0].calls]
 
@@ -164,9 +155,8 @@ class TorchNetwork:
         def run(module: nn.Module) -> tuple[list[Array], set[str]]:
             """The captured outputs, and the names of the layers that are called."""
             called: set[str] = set()
-            is_layer = self.torch_layers.__contains__
-            with hooked(module, lambda name, arguments: called.add(name), names=is_layer):
-                return self.run_module(module, self._two), called
+            with hooked(module, lambda name, arguments: called.add(name), names=self.torch_layers):
+                return self.run_module(module, self.example[:2]), called
 
         expected, called_before = run(self.module)
 
@@ -183,7 +173,7 @@ class TorchNetwork:
                     "replaced; hold them in an nn.ModuleList or nn.ModuleDict"
                 )
             for one, other in zip(expected, outputs, strict=True):
-                if not same(torch.from_numpy(other), torch.from_numpy(one), self.rounding):
+                if not same(torch.from_numpy(other), torch.from_numpy(one), self._rounding):
                     raise ModelError(
                         "the module computes something else with plain convolutions in the place of its "
                         "layers; its outputs must not depend on anything but its inputs and weights"
@@ -204,25 +194,6 @@ class TorchNetwork:
             if len(failing) == len(self.torch_layers):
                 raise
         return folded([name for name in self.torch_layers if name not in failing]), failing
-
-    def _choose_outputs(self, trace: Trace, noisy: Trace) -> Counter[str]:
-        """Choose the modules whose outputs are compared, and count the calls of each.
-
-        That is the whole module if its output's shape does not depend on the input's values, else the largest
-        parts of which this is true: detectors end in sorting and suppressing boxes, which would hide what
-        decoupling changes.
-        """
-        kinds, kinds_of_noisy = _output_kinds(trace), _output_kinds(noisy)
-        calls = Counter(call.name for call in trace.calls)
-        captured: Counter[str] = Counter()
-        for name, outputs in kinds.items():
-            is_inside = "" in captured or any(name.startswith(f"{other}.") for other in captured)
-            prefix = f"{name}." if name else ""
-            has_layers = any(f"{layer}.".startswith(prefix) for layer in self.torch_layers)
-            is_static = bool(outputs) and outputs == kinds_of_noisy.get(name)
-            if has_layers and is_static and all(real for _, real in outputs) and not is_inside:
-                captured[name] = calls[name]
-        return captured
 
     @cached_property
     def fingerprint(self) -> str:
@@ -264,7 +235,7 @@ class TorchNetwork:
             if max(remaining.values()) < 1:
                 raise StopForward  # the rest, a detector's boxes for instance, takes long and is not used
 
-        with torch.no_grad(), hooked(module, after=after, names=self.captured.__contains__):
+        with torch.no_grad(), hooked(module, after=after, names=self.captured):
             for batch in self.batches(len(images)):
                 remaining.update(self.captured)
                 with suppress(StopForward):
@@ -319,7 +290,7 @@ class TorchNetwork:
         bytes_per_sample = sum(self._sampled_bytes(name, where) for name, where in positions.items())
         for batch in self.batches(len(images), bytes_per_sample if with_patches else 0):
             remaining |= found.keys() if may_stop else {None}  # None is never called: run to the end
-            hooks = hooked(self.module, shortcuts.before, after, names.__contains__)
+            hooks = hooked(self.module, shortcuts.before, after, names)
             with torch.no_grad(), hooks, suppress(StopForward):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
@@ -362,16 +333,13 @@ class TorchNetwork:
         return walk
 
     def close(self) -> None:
-        """End the walks that are under way, with their threads."""
         for walk in list(self._walks):
             walk.close()
 
     def run_built(self, model: nn.Module, images: Samples) -> list[Array]:
-        """Return the compared outputs of a module that `build` made."""
         return self.run_module(self.evaluated(model), images)
 
     def layers_of(self, model: nn.Module, factorizations: Mapping[str, Factorization]) -> tuple[Layer, ...]:
-        """List the layers with what they cost in a module that `build` made."""
         return tuple(
             replace(la, macs=round(f.macs(*la.size) * la.maps), parameters=f.parameters)
             if (f := factorizations.get(la.name))
@@ -380,7 +348,6 @@ class TorchNetwork:
         )
 
     def size_of(self, model: nn.Module | None = None) -> int:
-        """Bytes of a module's parameters and buffers."""
         return state_bytes(self.original if model is None else model)
 
     def pictures(self, images: Samples) -> list[Array]:
@@ -411,8 +378,7 @@ class TorchNetwork:
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; tensors with several names count once."""
-    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(tensor.nbytes for tensor in state.values())
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def check(module: nn.Module) -> None:
@@ -438,12 +404,6 @@ def _reopened(
     """Open a network in another process."""
     torch.set_num_threads(threads.available())
     return TorchNetwork(module, samples, device, lambda name, _: name not in excluded, memory)
-
-
-def _output_kinds(trace: Trace) -> dict[str, list[tuple[torch.Size, bool]]]:
-    """By module, from the outside in: the shapes of its output's tensors, and whether they are floating."""
-    calls = sorted(trace.calls, key=lambda call: call.start)
-    return {call.name: [(t.shape, t.is_floating_point()) for t in tensors(call.y)] for call in calls}
 
 
 def _with_noise(tensor: torch.Tensor) -> torch.Tensor:

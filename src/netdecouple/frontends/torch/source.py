@@ -37,17 +37,7 @@ BATCH = 32  # labelled samples that are run at once
 
 
 class TorchSource:
-    """See `network.Source`.
-
-    Args:
-        module: is not changed.
-        name: for reports; None: the module's class.
-        weights: where they come from, for people.
-        preprocessing: of pictures, unless another one is given with them.
-        device: where to run the module; the linear algebra is NumPy's.
-        filter: tells by name and module whether a layer may be decoupled; None: all may.
-        arguments: makes the arguments of the module's forward out of one batch; None: the batch is.
-        is_exported: whether the result is to be written as ONNX: refused before the work if that fails.
+    """See `network.Source`; the arguments are those of `api.open_model`. The module given is not changed.
 
     Raises:
         ModelError: the module cannot be changed.
@@ -118,8 +108,8 @@ class TorchSource:
         None makes noise of the right shape.
         """
         preprocessing = preprocessing or self.preprocessing
-        loaded, origin = calibration.Samples(np.zeros(0, np.float32), "batches"), "batches"
-        batches, arguments = calib, self._arguments
+        batches, arguments, origin = calib, self._arguments, "batches"
+        skipped: tuple[str, ...] = ()
         if calib is None:
             height, width = self._size(preprocessing)
             noise = np.random.default_rng(seed).standard_normal((10, self._channels, height, width))
@@ -139,7 +129,7 @@ class TorchSource:
                     batches, channels=self._channels, size=None, preprocessing=preprocessing,
                     samples=samples, seed=seed,
                 )  # fmt: skip
-                batches, arguments = loaded.images, None
+                batches, arguments, skipped = loaded.images, None, loaded.skipped
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
             export(self.module, image_tensor(collected), {})
@@ -148,7 +138,7 @@ class TorchSource:
             origin=origin,
             nbytes=collected.nbytes,
             fingerprint=collected.fingerprint,
-            skipped=loaded.skipped,
+            skipped=skipped,
             is_noise=calib is None,
         )
 
@@ -160,7 +150,6 @@ class TorchSource:
         return preprocessing.size
 
     def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[np.int64]]:
-        """Load samples and their class labels."""
         if isinstance(labels, tuple):
             inputs, classes = labels
         else:
@@ -172,7 +161,6 @@ class TorchSource:
         return samples, calibration.class_labels(classes, len(samples))
 
     def open(self, inputs: Samples, memory: Memory) -> TorchNetwork:
-        """Open the module for such samples."""
         return TorchNetwork(self.module, inputs, self._device, self._filter, memory, self.name)
 
     def timer(self, network: TorchNetwork, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:

@@ -25,14 +25,10 @@ CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights need ``transform
 
 
 def build(source: str, weights: str | None = None, seed: int = 0, **options: Any) -> TorchSource:
-    """Build a model, in evaluation mode.
+    """Build a model, in evaluation mode; the last ``options`` are `TorchSource`'s.
 
-    Args:
-        source: torchvision:NAME, timm:NAME, or MODULE:FUNCTION, which is called without arguments.
-        weights: "default", downloaded by the library; "random", drawn from ``seed``; or a file. None is
-            "default" for a library's model, and what its function makes for any other.
-        seed: of random weights.
-        options: of `TorchSource`.
+    ``weights`` are "default", downloaded by the library; "random", drawn from ``seed``; or a file. None is
+    "default" for a library's model, and what its function makes for any other.
 
     Raises:
         UnavailableError: the library is not installed, or cannot be imported.

@@ -156,7 +156,7 @@ class TorchWalk:
                 running[0].shortcuts.after(name, arguments, output)
 
         names = self.torch_layers.keys() | Shortcuts(self.torch_layers.values()).modules
-        return hooked(self.module, before, after, names.__contains__)
+        return hooked(self.module, before, after, names)
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield its inputs in the module as decoupled so far.
