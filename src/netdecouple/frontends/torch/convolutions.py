@@ -27,10 +27,7 @@ from netdecouple.kernels.torch import decoupled_conv, forget
 from netdecouple.network import ONE_CHANNEL, Array
 
 Ints = tuple[int, ...]
-CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 MODES = {  # NumPy's names, and those of PyTorch's modules
     "zeros": ("constant", "Zero"),
@@ -364,7 +361,7 @@ def _is_plain(module: Any) -> bool:
         return False
     if type(module) is nn.Conv2d:
         return type(module.weight) is nn.Parameter
-    return type(module) is Gather or type(module).__module__ == nn.ZeroPad2d.__module__
+    return type(module) is Gather or type(module).__module__ == nn.ZeroPad2d.__module__  # a padding
 
 
 def _is_fusable(x: torch.Tensor) -> bool:

@@ -198,9 +198,7 @@ def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor
     if reason:
         return convolution, weight, bias, reason
     kernel = torch.from_numpy(convolution.kernel_of(to_numpy(weight))).to(weight)
-    for candidate in (convolution, _same_padded(convolution, calls[0].x.shape[2:])):
-        if candidate is None:
-            continue
+    for candidate in filter(None, (convolution, _same_padded(convolution, calls[0].x.shape[2:]))):
         chain = plain(candidate, kernel, bias)
         pairs = ((chain(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
         if all(same(z.to(y.dtype), y, rounding(y)) for z, y in pairs):

@@ -248,10 +248,8 @@ def _weights(folder: Path) -> State:
 def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: Path) -> Structure:
     c = change.convolution
     try:
-        if (
-            c.mode not in MODES
-            or len(set(map(len, (c.kernel, c.strides, c.before, c.after, c.dilations)))) > 1
-        ):
+        lengths = {len(values) for values in (c.kernel, c.strides, c.before, c.after, c.dilations)}
+        if c.mode not in MODES or len(lengths) > 1:
             raise ValueError("its convolution is not a valid one")
         structure = of(c.geometry)
     except ValueError as error:

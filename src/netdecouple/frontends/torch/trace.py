@@ -118,6 +118,7 @@ def _ignore(*arguments: Any) -> None:
 def _call(
     function: Callable[..., None], name: str, module: nn.Module, args: Any, named: Any, *output: Any
 ) -> None:
+    """Forward a hook's call to a function that takes the module's name."""
     function(name, (*args, *named.values()), *output)
 
 
