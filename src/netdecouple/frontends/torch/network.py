@@ -79,6 +79,7 @@ class TorchNetwork:
             self._rounding = max(map(rounding, outputs))
             self.batchable = samples.alike and self._is_batchable(traces)
             self.layers = tuple(layers)
+            del traces[1]  # the next one takes its memory
             noisy = Samples(tree.tree_map_only(torch.Tensor, _with_noise, list(samples[:1])))
             self.captured = choose_outputs(traces[0][0], self._traced(noisy)[0], self.torch_layers)
             self.module, bound = self._fold()
