@@ -102,12 +102,11 @@ def unfused(module: nn.Module) -> nn.Module:
 
 def fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Run with the operator wherever it can run, whether that pays or not."""
-    pays: Callable[[torch.Tensor], bool] = convolutions._pays
-    convolutions._pays = lambda x: True
+    pixels, convolutions.PIXELS = convolutions.PIXELS, 0
     try:
         return module(x)
     finally:
-        convolutions._pays = pays
+        convolutions.PIXELS = pixels
 
 
 def main(

@@ -197,15 +197,8 @@ def open_model(
     if isinstance(model, str | os.PathLike) and is_named(model):
         with _needing_torch():
             from netdecouple.frontends.torch.sources import build
-        built = build(os.fspath(model), weights, seed)
-        source = _torch_source()(
-            built.module,
-            name=built.name,
-            weights=built.weights,
-            preprocessing=built.preprocessing,
-            is_exported=is_exported,
-            **options,
-        )
+        named: Any = build(os.fspath(model), weights, seed, is_exported=is_exported, **options)
+        source = named
         return source
     for name, value in given.items():
         if value:
@@ -596,8 +589,8 @@ def save(module: Module, folder: str | os.PathLike[str]) -> None:
             "of a compiled or distributed module, give the one inside"
         )
     with _needing_torch():
-        from netdecouple.frontends.torch.source import write_folder
-    write_folder(module, decoupling, folder)
+        from netdecouple.frontends.torch.folder import write
+    write(module, decoupling, folder)
 
 
 def load(module: Module, folder: str | os.PathLike[str]) -> Module:

@@ -14,20 +14,11 @@ LARGEST_BATCH = 128
 
 
 def batch_slices(
-    count: int,
-    layers: Sequence[Layer],
-    limit: int,
-    bytes_per_sample: int = 0,
-    fixed: int | None = None,
+    count: int, layers: Sequence[Layer], limit: int, bytes_per_sample: int = 0, fixed: int | None = None
 ) -> list[slice]:
-    """Cut ``count`` samples into batches whose activations fit in memory.
+    """Cut ``count`` samples into batches of which the largest input of a layer fits in ``limit`` bytes.
 
-    Args:
-        count: number of samples.
-        layers: of the network; the largest input among them sets the size of a batch.
-        limit: bytes that a batch may take.
-        bytes_per_sample: what the caller holds of every sample, if that may be more.
-        fixed: the size of every batch, where the network takes no other.
+    So do ``bytes_per_sample`` that the caller holds. ``fixed`` is the size where the network takes no other.
     """
     inputs = (4 * la.geometry.n_i * math.prod(la.size) for la in layers if la.geometry)
     held = max(bytes_per_sample, 4 * max(inputs, default=1))

@@ -30,7 +30,7 @@ def timer(module: Any, runtime: str = "torch", threads: int = 1, x: Any = None) 
         pytest.importorskip("openvino")
     samples = collect(inputs() if x is None else x, module, None, None)
     network = TorchNetwork(module, samples)
-    return TorchTimer(network, runtime, threads, samples), network
+    return TorchTimer(network, runtime, threads), network
 
 
 def structures(layer: Layer, *families: str) -> list[tuple[Structure, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,27 +20,24 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn import functional
 
 from netdecouple import kernels
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.kernels.torch import decoupled_conv, forget
 from netdecouple.network import ONE_CHANNEL, Array
 
 Ints = tuple[int, ...]
-KINDS = {
-    nn.Conv1d: (1, False),
-    nn.Conv2d: (2, False),
-    nn.Conv3d: (3, False),
-    nn.ConvTranspose1d: (1, True),
-    nn.ConvTranspose2d: (2, True),
-    nn.ConvTranspose3d: (3, True),
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+MODES = {  # NumPy's names, and those of PyTorch's modules
+    "zeros": ("constant", "Zero"),
+    "reflect": ("reflect", "Reflection"),
+    "replicate": ("edge", "Replication"),
+    "circular": ("wrap", "Circular"),
 }
-MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
-LAYERS = (*KINDS, nn.Linear)
-PIXELS = 14 * 14  # of the smallest maps on which the fused operator is faster in one thread, and in two
+# of the smallest maps on which the fused operator is no slower, as benchmarks/torch_latency.py measures it in
+# one thread and in two: it computes whole vectors of pixels
+PIXELS = 14 * 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,6 @@ class Convolution:
         if isinstance(module, nn.Linear):
             return cls(n_o=module.out_features, n_i=module.in_features, kernel=())
         conv: Any = module
-        _, transposed = _kind(module)
         reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "same":
             before, after = [r // 2 for r in reach], [r - r // 2 for r in reach]
@@ -72,7 +68,7 @@ class Convolution:
             before = after = [0] * len(reach)
         else:
             before = after = list(conv.padding)
-        if transposed:  # padding of the plain convolution that it equals
+        if conv.transposed:  # padding of the plain convolution that it equals
             before = [r - p for r, p in zip(reach, before, strict=True)]
             after = [b + extra for b, extra in zip(before, conv.output_padding, strict=True)]
         return cls(
@@ -85,7 +81,7 @@ class Convolution:
             dilations=tuple(conv.dilation),
             groups=conv.groups,
             mode=conv.padding_mode,
-            transposed=transposed,
+            transposed=conv.transposed,
         )
 
     @property
@@ -114,32 +110,33 @@ class Convolution:
     @property
     def geometry(self) -> ConvGeometry:
         """The 2-D convolution that stands for it in the engine."""
-        rank = len(self.kernel)
-        if not rank:
+        if not self.kernel:
             return ConvGeometry(self.n_o, self.n_i, 1, 1)
-        kernel, dilations = self.kernel, self.dilations
-        strides = (1,) * rank if self.transposed else self.strides
-        before, after = (self.before, self.after) if self.mode == "zeros" else ((0,) * rank, (0,) * rank)
-        if rank == 1:
-            kernel, strides, dilations = ((1, *t) for t in (kernel, strides, dilations))
-            before, after = (0, *before), (0, *after)
-        if rank == 3:
-            taps = kernel[1] * kernel[2]
-            kernel, strides, dilations = (kernel[0], taps), (strides[0], taps), (dilations[0], 1)
-            before, after = (before[0], 0), (after[0], 0)
-        (kh, kw), (sh, sw), (dh, dw) = kernel, strides, dilations
-        pads = (before[0], before[1], after[0], after[1])
+        axes = list(zip(self.kernel, self._steps, self.dilations, *self._pads, strict=True))
+        if len(axes) == 1:
+            axes.insert(0, (1, 1, 1, 0, 0))
+        if len(axes) == 3:
+            taps = math.prod(self.kernel[1:])
+            axes[1:] = [(taps, taps, 1, 0, 0)]
+        (kh, sh, dh, top, bottom), (kw, sw, dw, left, right) = axes
+        pads = (top, left, bottom, right)
         return ConvGeometry(self.n_o, self.n_i, kh, kw, (sh, sw), pads, (dh, dw), self.groups)
+
+    @property
+    def _steps(self) -> Ints:
+        """Strides of the plain convolution that it equals."""
+        return (1,) * len(self.kernel) if self.transposed else self.strides
+
+    @property
+    def _pads(self) -> tuple[Ints, Ints]:
+        """The padding with zeros, which needs no module of its own if both ends are equal."""
+        zeros = (0,) * len(self.kernel)
+        return (self.before, self.after) if self.mode == "zeros" else (zeros, zeros)
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Size of the output map for an input map."""
-        steps = (1,) * len(size) if self.transposed else self.strides
-        return tuple(
-            (n + b + a - d * (k - 1) - 1) // s + 1
-            for n, b, a, d, k, s in zip(
-                self._dilated(size), self.before, self.after, self.dilations, self.kernel, steps, strict=True
-            )
-        )
+        axes = (self._dilated(size), self.before, self.after, self.dilations, self.kernel, self._steps)
+        return tuple((n + b + a - d * (k - 1) - 1) // s + 1 for n, b, a, d, k, s in zip(*axes, strict=True))
 
     def _dilated(self, size: Sequence[int]) -> Ints:
         """Size of an input map with the zeros that a transposed convolution puts between its pixels."""
@@ -149,18 +146,18 @@ class Convolution:
 
     def size(self, size: Sequence[int]) -> tuple[int, int]:
         """Size of the input map of the engine's 2-D convolution."""
-        rank = len(self.kernel)
-        if not rank:
-            return (1, 1)
         padded = self._dilated(size)
         if self.mode != "zeros":
             padded = tuple(n + b + a for n, b, a in zip(padded, self.before, self.after, strict=True))
-        if rank == 1:
-            return (1, padded[0])
-        if rank == 3:
-            out = self.output_size(size)
-            return (padded[0], out[1] * out[2] * self.kernel[1] * self.kernel[2])
-        return (padded[0], padded[1])
+        match padded:
+            case ():
+                return (1, 1)
+            case (width,):
+                return (1, width)
+            case (depth, _, _):
+                return (depth, math.prod((*self.output_size(size)[1:], *self.kernel[1:])))
+            case _:
+                return (padded[0], padded[1])
 
     def macs(self, size: Sequence[int]) -> int:
         """MACs for one input map."""
@@ -195,12 +192,11 @@ class Convolution:
             x = dilated
         if any((*self.before, *self.after)):
             ends = ((0, 0), (0, 0), *zip(self.before, self.after, strict=True))
-            mode: Any = MODES[self.mode]
+            mode: Any = MODES[self.mode][0]
             x = np.pad(x, ends, mode)
         spans = tuple(d * (k - 1) + 1 for d, k in zip(self.dilations, self.kernel, strict=True))
         windows = sliding_window_view(x, spans, axis=tuple(range(2, 2 + rank)))
-        steps = (1,) * rank if self.transposed else self.strides
-        windows = windows[(slice(None), slice(None), *_every(steps), *_every(self.dilations))]
+        windows = windows[(slice(None), slice(None), *_every(self._steps), *_every(self.dilations))]
         places: Any = np.unravel_index(positions, windows.shape[2 : 2 + rank])
         picked = windows[(np.arange(n)[:, None], slice(None), *places)]  # (n, p, c, *kernel)
         return picked.reshape(n * p, self.groups, -1)
@@ -208,52 +204,50 @@ class Convolution:
     def modules(self, structure: Structure) -> Iterator[nn.Module]:
         """Make the modules of a structure's stages, with weights that are not set yet."""
         if self.mode != "zeros" and any((*self.before, *self.after)):
-            yield Padding(self.before, self.after, self.mode)
+            yield _padding(self.before, self.after, self.mode)
         pending = set(range(len(self.kernel)))  # dimensions whose stride no stage has taken yet
         last = len(structure.stages) - 1
         for index, (stage, channels) in enumerate(zip(structure.stages, structure.channels, strict=True)):
             if channels is not None:
-                yield Gather(len(channels), len(self.kernel))
-            if not self.kernel:
-                yield nn.Linear(stage.n_i, stage.n_o, bias=index == last)
-                continue
+                yield Gather(channels, len(self.kernel))
             yield from self._stage(stage, pending, index == last)
 
     def _stage(self, stage: ConvGeometry, pending: set[int], bias: bool) -> Iterator[nn.Module]:
         rank, whole = len(self.kernel), self.geometry
-        kernel = [1] * rank
-        taken = []
-        for axis in sorted(pending):
+        if not rank:
+            yield nn.Linear(stage.n_i, stage.n_o, bias=bias)
+            return
+        taken = set()
+        for axis in pending:
             side = 0 if axis == 0 and rank > 1 else 1  # of the 2-D convolution; folded dimensions go together
             if _along(stage, side) == _along(whole, side):
-                kernel[axis] = self.kernel[axis]
-                taken.append(axis)
-        pending.difference_update(taken)
+                taken.add(axis)
+        pending -= taken
 
         def chosen(values: Ints, other: int) -> Ints:
-            return tuple(values[axis] if axis in taken else other for axis in range(rank))
+            return tuple(value if axis in taken else other for axis, value in enumerate(values))
 
-        strides, dilations = chosen(self.strides, 1), chosen(self.dilations, 1)
+        kernel, strides, dilations = (chosen(v, 1) for v in (self.kernel, self.strides, self.dilations))
+        before, after = (chosen(v, 0) for v in self._pads)
         options = {"stride": strides, "dilation": dilations, "groups": stage.groups, "bias": bias}
-        zeros = (0,) * rank
-        before, after = (
-            (chosen(self.before, 0), chosen(self.after, 0)) if self.mode == "zeros" else (zeros, zeros)
-        )
         if self.transposed and max((*strides, *kernel)) > 1:
-            reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-            yield TRANSPOSED[rank](
-                stage.n_i,
-                stage.n_o,
-                tuple(kernel),
-                padding=tuple(r - b for r, b in zip(reach, before, strict=True)),
-                output_padding=tuple(a - b for a, b in zip(after, before, strict=True)),
-                **options,
-            )
-            return
-        if before != after:
-            yield Padding(before, after, "zeros")
-            before = zeros
-        yield PLAIN[rank](stage.n_i, stage.n_o, tuple(kernel), padding=before, **options)
+            name = f"ConvTranspose{rank}d"
+            ends = zip(dilations, kernel, before, strict=True)
+            options["padding"] = tuple(d * (k - 1) - b for d, k, b in ends)
+            options["output_padding"] = tuple(a - b for a, b in zip(after, before, strict=True))
+        else:
+            name = f"Conv{rank}d"
+            if before != after:
+                yield _padding(before, after, "zeros")
+            else:
+                options["padding"] = before
+        yield getattr(nn, name)(stage.n_i, stage.n_o, kernel, **options)
+
+
+def _padding(before: Ints, after: Ints, mode: str) -> nn.Module:
+    """Make a module that pads as a convolution would, but differently at the two ends, or not with zeros."""
+    ends = zip(reversed(before), reversed(after), strict=True)
+    return getattr(nn, f"{MODES[mode][1]}Pad{len(before)}d")(tuple(chain.from_iterable(ends)))
 
 
 def _along(g: ConvGeometry, side: int) -> Ints:
@@ -264,10 +258,6 @@ def _along(g: ConvGeometry, side: int) -> Ints:
 
 def _every(steps: Ints) -> tuple[Any, ...]:
     return tuple(slice(None, None, step) for step in steps)
-
-
-def _kind(module: nn.Module) -> tuple[int, bool]:
-    return next(kind for cls, kind in KINDS.items() if isinstance(module, cls))
 
 
 def _turned(weight: Array, groups: int) -> Array:
@@ -282,32 +272,16 @@ class Gather(nn.Module):
 
     channels: torch.Tensor
 
-    def __init__(self, count: int, rank: int) -> None:
+    def __init__(self, channels: NDArray[np.int64], rank: int) -> None:
         super().__init__()
         self.rank = rank
-        self.register_buffer("channels", torch.zeros(count, dtype=torch.int64))
+        self.register_buffer("channels", torch.tensor(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(x.ndim - 1 - self.rank, self.channels)  # there may be no batch
 
     def extra_repr(self) -> str:
         return f"{len(self.channels)}"
-
-
-class Padding(nn.Module):
-    """Pad maps as a convolution would, but differently at the two ends, or not with zeros."""
-
-    def __init__(self, before: Sequence[int], after: Sequence[int], mode: str) -> None:
-        super().__init__()
-        ends = zip(reversed(before), reversed(after), strict=True)
-        self.ends = [end for pair in ends for end in pair]
-        self.mode = mode
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.pad(x, self.ends, "constant" if self.mode == "zeros" else self.mode)
-
-    def extra_repr(self) -> str:
-        return f"{self.ends}, mode={self.mode}"
 
 
 class Factorized(nn.Sequential):
@@ -328,18 +302,11 @@ class Factorized(nn.Sequential):
     def of(cls, convolution: Convolution, factorization: Factorization) -> Factorized:
         """Make the modules of a factorization, with its weights."""
         module = cls(convolution, factorization.structure)
-        gathers = (m for m in module if isinstance(m, Gather))
-        stages = (m for m in module if isinstance(m, LAYERS))
-        stage: ConvStage
-        last: Any = None
-        for stage, last in zip(factorization.stages, stages, strict=True):
-            if stage.channels is not None:
-                next(gathers).channels.copy_(torch.from_numpy(stage.channels))
-            last.weight.copy_(torch.from_numpy(Convolution.of(last).weight_of(stage.weight)))
-        if factorization.bias is None:
-            last.bias.zero_()
-        else:
-            last.bias.copy_(torch.from_numpy(factorization.bias))
+        stages: list[Any] = [part for part in module if isinstance(part, LAYERS)]
+        for layer, stage in zip(stages, factorization.stages, strict=True):
+            layer.weight.copy_(torch.from_numpy(Convolution.of(layer).weight_of(stage.weight)))
+        bias = factorization.bias
+        stages[-1].bias.copy_(torch.zeros(()) if bias is None else torch.from_numpy(bias))
         return module
 
     def _pairs(self) -> dict[int, ConvGeometry]:
@@ -353,37 +320,29 @@ class Factorized(nn.Sequential):
             is_pair = first.groups == first.in_channels and second.bias is not None
             if is_pair and second.kernel_size == (1, 1) == second.stride and not any(second.padding):
                 gathered = at > 0 and isinstance(modules[at - 1], Gather)
-                pairs[at - gathered] = replace(
-                    Convolution.of(first).geometry, n_o=second.out_channels, groups=second.groups
-                )
+                geometry = Convolution.of(first).geometry
+                pairs[at - gathered] = replace(geometry, n_o=second.out_channels, groups=second.groups)
         return pairs
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as PyTorch's layers name it
         x = input
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             forget(part.weight for part in self if isinstance(part, nn.Conv2d))
-        if not (self._fused and _fusable(x) and _pays(x) and all(map(_is_plain, self))):
+        if not (self._fused and _is_fusable(x) and all(map(_is_plain, self))):
             return super().forward(x)
-        modules = list(self)
-        at = 0
-        while at < len(modules):
-            geometry = self._fused.get(at)
-            if geometry is None:
-                x = modules[at](x)
-                at += 1
+        modules = enumerate(self)
+        for at, module in modules:
+            if (geometry := self._fused.get(at)) is None:
+                x = module(x)
                 continue
-            if gathered := isinstance(modules[at], Gather):
-                channels = modules[at].channels
-                at += 1
-            depthwise, pointwise = modules[at : at + 2]
-            if not gathered:
-                channels = _all_channels(depthwise)
+            depthwise: Any = next(modules)[1] if isinstance(module, Gather) else module
+            channels = module.channels if isinstance(module, Gather) else _all_channels(depthwise)
+            pointwise: Any = next(modules)[1]
             x = decoupled_conv(
                 *(x, depthwise.weight, pointwise.weight, pointwise.bias, channels, None, None),
                 *(x.shape[1], list(geometry.strides), list(geometry.pads), list(geometry.dilations)),
                 *(geometry.groups, None, None),
             )
-            at += 2
         return x
 
 
@@ -398,18 +357,21 @@ def _all_channels(depthwise: Any) -> torch.Tensor:
 
 def _is_plain(module: Any) -> bool:
     """Whether a module's weights say all: it has no hooks, no parametrization, and no adapter around it."""
-    if type(module) not in (Gather, Padding, nn.Conv2d) or module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks:
         return False
-    return not isinstance(module, nn.Conv2d) or type(module.weight) is nn.Parameter
+    if type(module) is nn.Conv2d:
+        return type(module.weight) is nn.Parameter
+    return type(module) is Gather or type(module).__module__ == nn.ZeroPad2d.__module__  # a padding
 
 
-def _fusable(x: torch.Tensor) -> bool:
-    """Whether the fused operator computes the same on such an input."""
+def _is_fusable(x: torch.Tensor) -> bool:
+    """Whether the fused operator computes the same on such an input, and is no slower."""
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.ndim == 4
+        and x.shape[2] * x.shape[3] >= PIXELS
         and not torch.is_grad_enabled()
         and getattr(forward_ad, "_current_level", -1) < 0  # forward-mode derivatives
         and not torch.compiler.is_compiling()
@@ -418,11 +380,3 @@ def _fusable(x: torch.Tensor) -> bool:
         and x.is_contiguous()
         and kernels.available()
     )
-
-
-def _pays(x: torch.Tensor) -> bool:
-    """Whether the fused operator is no slower, as measured by benchmarks/torch_latency.py.
-
-    It computes whole vectors of pixels.
-    """
-    return x.shape[2] * x.shape[3] >= PIXELS

@@ -1,11 +1,12 @@
-"""Find the layers of a module, and what each of them computes, in traces of its forward passes."""
+"""Find a module's layers, what each computes, and outputs to compare, in traces of its forward passes."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class TorchLayer:
 
     layer: Layer
     convolution: Convolution
-    weight: torch.Tensor  # BatchNorm folded in
+    kernel: torch.Tensor  # (n_o, n_i / groups, kh, kw), BatchNorm folded in
     bias: torch.Tensor
     norm: str  # the BatchNorm that is folded in; empty if there is none
     input_shape: tuple[int, ...]  # of its first call for one sample
@@ -41,40 +42,35 @@ class TorchLayer:
     def observation(
         self,
         batch: slice,
-        calls: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        x: torch.Tensor,
+        y: torch.Tensor | None,
         positions: NDArray[np.int64],
         shortcut: torch.Tensor | None,
     ) -> Observation:
-        """Gather inputs, and outputs where they exist, at some of the layer's output positions.
+        """Gather inputs, and what exists of outputs and shortcut, at (n, p) positions of the single map."""
+        maps = to_numpy(x)
+        outputs = np.zeros((0, 0), np.float32) if y is None else pick(to_numpy(y), positions)
+        added = None if shortcut is None else pick(to_numpy(shortcut), positions)
+        patches = partial(self.convolution.patches, maps, positions)
+        return Observation(self.layer.name, batch, patches, outputs, added)
 
-        Args:
-            batch: the samples that were run.
-            calls: the input and the output of every call.
-            positions: (n, p), in a map of the layer's nominal size. A layer that is called several times, or
-                makes several maps, has them spread evenly over all of its maps.
-            shortcut: is added to the output.
-        """
-        name, convolution = self.layer.name, self.convolution
-        xs = [to_numpy(x) for x, _ in calls]
-        ys = [None if y is None else to_numpy(y) for _, y in calls]
-        if self.single_map:
-            outputs = np.zeros((0, 0), np.float32) if ys[0] is None else pick(ys[0], positions)
-            added = None if shortcut is None else pick(to_numpy(shortcut), positions)
-            return Observation(name, batch, lambda: convolution.patches(xs[0], positions), outputs, added)
-        n_maps = [len(x) for x in xs]
-        pixels = [math.prod(convolution.output_size(x.shape[2:])) for x in xs]
-        bounds = np.cumsum([0, *(m * p for m, p in zip(n_maps, pixels, strict=True))])
-        spread = positions.reshape(-1) * bounds[-1] // math.prod(self.layer.output_size)
-        patches, picked = [], []
-        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            inside = spread[(bounds[i] <= spread) & (spread < bounds[i + 1])] - bounds[i]
-            maps, at = np.divmod(inside, pixels[i])
-            for index in np.unique(maps):
-                chosen = at[maps == index][None]
-                patches.append(convolution.patches(x[index : index + 1], chosen))
-                picked.append(pick(y[index : index + 1], chosen) if y is not None else np.zeros((0, 0)))
+    def spread_observation(
+        self, batch: slice, calls: Sequence[tuple[torch.Tensor, torch.Tensor]], positions: NDArray[np.int64]
+    ) -> Observation:
+        """The same of all maps in several calls: positions in a map of nominal size, spread over all maps."""
+        maps = [(x[i : i + 1], y[i : i + 1]) for x, y in calls for i in range(len(x))]
+        pixels = [math.prod(y.shape[2:]) for _, y in maps]
+        ends = np.cumsum(pixels)
+        spread = positions.reshape(-1) * ends[-1] // math.prod(self.layer.output_size)
+        of_map = np.searchsorted(ends, spread, side="right")
+        patches, outputs = [], []
+        for index in np.unique(of_map):
+            x, y = map(to_numpy, maps[index])
+            chosen = (spread[of_map == index] - ends[index] + pixels[index])[None]
+            patches.append(self.convolution.patches(x, chosen))
+            outputs.append(pick(y, chosen))
         gathered: Array = np.concatenate(patches)
-        return Observation(name, batch, lambda: gathered, np.concatenate(picked), None)
+        return Observation(self.layer.name, batch, lambda: gathered, np.concatenate(outputs), None)
 
 
 def find_layers(
@@ -84,109 +80,130 @@ def find_layers(
 ) -> tuple[dict[str, TorchLayer], list[Layer]]:
     """Return the layers that can be replaced, by name, and all layers that cost MACs, in the order they run.
 
-    Args:
-        root: the module that ran.
-        traces: of two samples, with the outputs.
-        chosen: decides by name and module whether a layer may be decoupled; None: all may.
+    ``traces`` are of two samples, with the outputs; ``chosen`` is `TorchNetwork`'s.
 
     Raises:
         ModelError: there are no layers.
     """
-    first, output = traces[0]
+    (first, output), (second, _) = traces
     returned = {id(tensor) for tensor in tensors(output)}
     modules = dict(root.named_modules())
     calls_of: dict[str, list[Call]] = {}
     for call in sorted(first.calls, key=lambda call: call.start):
         if isinstance(modules[call.name], LAYERS):
             calls_of.setdefault(call.name, []).append(call)
-    others = {name: [c for c in traces[1][0].calls if c.name == name] for name in calls_of}
     # all held at once, so that ids differ: parametrized weights are computed at every access
     weights = {name: modules[name].weight for name in calls_of}
     uses_of_weight = Counter(map(id, weights.values()))
     replaceable: dict[str, TorchLayer] = {}
     layers = []
     for name, calls in calls_of.items():
-        module, other = modules[name], others[name]
-        convolution, weight, bias, reason = _read(module, [*calls, *other])
-        rank = len(convolution.kernel)
-        maps = [math.prod(call.x.shape[: -1 - rank]) for call in calls]
-        if not rank and calls[0].x.ndim != 2:
+        module, others = modules[name], [call for call in second.calls if call.name == name]
+        convolution, kernel, bias, reason = _read(module, [*calls, *others])
+        if not convolution.kernel and calls[0].x.ndim != 2:
             reason = reason or "it is applied to more than one row per sample"
         if uses_of_weight[id(weights[name])] > 1:
             reason = reason or "its weights are another layer's as well"
         if chosen is not None and not chosen(name, module):
             reason = "excluded by the filter"
+        rank, geometry = len(convolution.kernel), convolution.geometry
         sizes = [_size(call, rank) for call in calls]
         macs = sum(
-            m * (convolution.macs(size) if rank else convolution.n_o * convolution.n_i)
-            for m, size in zip(maps, sizes, strict=True)
+            math.prod(call.x.shape[: -1 - rank]) * convolution.macs(size)
+            for call, size in zip(calls, sizes, strict=True)
         )
         has_bias = getattr(module, "bias", None) is not None
-        parameters = math.prod(convolution.geometry.weight_shape) + (convolution.n_o if has_bias else 0)
-        if reason:
-            layers.append(Layer(name, convolution.operator, macs, parameters, reason=reason))
-            continue
-        is_returned = any(id(call.y) in returned for call in calls)  # as it is, before any BatchNorm
-        norm = "" if is_returned else _norm_behind(first, calls, modules)
-        if norm:
-            weight, bias = _folded(modules[norm], weight, bias, convolution)
-        single_map = len(calls) == len(other) == 1 and maps_in(calls[0].x) == 1 == maps_in(other[0].x)
-        single_map = single_map and _size(other[0], rank) == sizes[0]
-        y = _output_of(norm, first) if norm else calls[0].y
-        size = convolution.size(sizes[0])
-        layers.append(
-            Layer(
-                name=name,
-                operator=convolution.operator,
-                macs=macs,
-                parameters=parameters + (0 if has_bias or not norm else convolution.n_o),
-                geometry=convolution.geometry,
-                weight=convolution.kernel_of(to_numpy(weight).astype(np.float32)),
+        parameters = math.prod(geometry.weight_shape) + has_bias * convolution.n_o
+        layer = Layer(name, convolution.operator, macs, parameters, reason=reason)
+        if not reason:
+            is_returned = any(id(call.y) in returned for call in calls)  # as it is, before any BatchNorm
+            norm = "" if is_returned else _norm_behind(first, calls, modules)
+            y = calls[0].y
+            if norm:
+                kernel, bias = _folded(modules[norm], kernel, bias)
+                y = next(call.y for call in first.calls if call.name == norm)
+            single_map = len(calls) == len(others) == 1 == maps_in(calls[0].x) == maps_in(others[0].x)
+            single_map = single_map and _size(others[0], rank) == sizes[0]
+            size = convolution.size(sizes[0])
+            layer = replace(
+                layer,
+                parameters=parameters + (bool(norm) and not has_bias) * convolution.n_o,
+                geometry=geometry,
+                weight=to_numpy(kernel).astype(np.float32),
                 bias=to_numpy(bias).astype(np.float32),
                 size=size,
-                maps=macs / convolution.geometry.macs(*size),
-                is_linear=not convolution.kernel,
+                maps=macs / geometry.macs(*size),
+                is_linear=not rank,
                 upsamples=convolution.upsamples,
             )
-        )
-        replaceable[name] = TorchLayer(
-            layer=layers[-1],
-            convolution=convolution,
-            weight=weight,
-            bias=bias,
-            norm=norm,
-            input_shape=tuple(calls[0].x.shape),
-            single_map=single_map,
-            shortcut=_shortcut(y, calls[0], first) if single_map else None,
-        )
+            replaceable[name] = TorchLayer(
+                layer=layer,
+                convolution=convolution,
+                kernel=kernel,
+                bias=bias,
+                norm=norm,
+                input_shape=tuple(calls[0].x.shape),
+                single_map=single_map,
+                shortcut=_shortcut(y, calls[0], first) if single_map else None,
+            )
+        layers.append(layer)
     if not layers:
         raise ModelError("the module runs no convolutions; there is nothing to decouple")
     return replaceable, layers
 
 
+def choose_outputs(trace: Trace, noisy: Trace, layers: Iterable[str]) -> Counter[str]:
+    """Choose the modules whose outputs are compared, and count the calls of each.
+
+    That is the whole module if its output's shape does not depend on the input's values (``noisy`` is a trace
+    of others), else the largest parts of which this is true and in which there are ``layers``: detectors end
+    in sorting and suppressing boxes, which would hide what decoupling changes.
+    """
+    kinds, kinds_of_noisy = _output_kinds(trace), _output_kinds(noisy)
+    calls = Counter(call.name for call in trace.calls)
+    chosen: Counter[str] = Counter()
+    for name, outputs in kinds.items():
+        is_inside = "" in chosen or any(name.startswith(f"{other}.") for other in chosen)
+        prefix = f"{name}." if name else ""
+        has_layers = any(f"{layer}.".startswith(prefix) for layer in layers)
+        is_static = bool(outputs) and outputs == kinds_of_noisy.get(name)
+        if has_layers and is_static and all(real for _, real in outputs) and not is_inside:
+            chosen[name] = calls[name]
+    return chosen
+
+
+def _output_kinds(trace: Trace) -> dict[str, list[tuple[torch.Size, bool]]]:
+    """By module, from the outside in: the shapes of its output's tensors, and whether they are floating."""
+    calls = sorted(trace.calls, key=lambda call: call.start)
+    return {call.name: [(t.shape, t.is_floating_point()) for t in tensors(call.y)] for call in calls}
+
+
 def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor, torch.Tensor, str]:
-    """Read what a layer computes, and check it by computing it: subclasses may do more."""
+    """Read what a layer computes, and check it by computing it: subclasses may do more.
+
+    Returns the convolution, its kernel and bias, and why it cannot be replaced; empty if it can.
+    """
     convolution = Convolution.of(module)
     weight, bias = calls[0].weights or (module.weight, module.bias)
     if bias is None:
         bias = weight.new_zeros(convolution.n_o)
-    reason = convolution.refusal or ("its weights are complex" if weight.is_complex() else "")
     rank = len(convolution.kernel)
-    if not reason and any(call.convolved is None for call in calls):
-        reason = "its forward is not one convolution"
-    if not reason and not all(call.alone for call in calls):
-        reason = "it is called with more than its input"
-    if not reason and rank and any(call.x.ndim != rank + 2 for call in calls):
-        reason = "its input has no batch dimension"
-    if not reason:
-        tries = [convolution, _same_padded(convolution, calls[0].x.shape[2:])]
-        for candidate in filter(None, tries):
-            module = plain(candidate, weight, bias)
-            pairs = ((module(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
-            if all(same(z.to(y.dtype), y, rounding(y)) for z, y in pairs):
-                return candidate, weight, bias, ""
-        reason = "its forward is more than one convolution, or not always the same"
-    return convolution, weight, bias, reason
+    checks = {
+        "its weights are complex": weight.is_complex(),
+        "its forward is not one convolution": any(call.convolved is None for call in calls),
+        "it is called with more than its input": not all(call.alone for call in calls),
+        "its input has no batch dimension": rank and any(call.x.ndim != rank + 2 for call in calls),
+    }
+    reason = convolution.refusal or next((text for text, applies in checks.items() if applies), "")
+    if reason:
+        return convolution, weight, bias, reason
+    kernel = torch.from_numpy(convolution.kernel_of(to_numpy(weight))).to(weight)
+    for candidate in filter(None, (convolution, _same_padded(convolution, calls[0].x.shape[2:]))):
+        chain = plain(candidate, kernel, bias)
+        pairs = ((chain(x.to(weight.dtype)), y) for x, y in (call.convolved for call in calls))
+        if all(same(z.to(y.dtype), y, rounding(y)) for z, y in pairs):
+            return candidate, kernel, bias, ""
+    return convolution, kernel, bias, "its forward is more than one convolution, or not always the same"
 
 
 def _norm_behind(trace: Trace, calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> str:
@@ -200,8 +217,8 @@ def _norm_behind(trace: Trace, calls: Sequence[Call], modules: Mapping[str, nn.M
         if not all(readers[0].start < use.at < readers[0].end for use in uses):
             return ""
         names.add(readers[0].name)
-    norm = names.pop() if len(names) == 1 else ""
-    if not norm or modules[norm].running_mean is None:
+    norm = names.pop()
+    if names or modules[norm].running_mean is None:
         return ""
     return norm if sum(c.name == norm for c in trace.calls) == len(calls) else ""
 
@@ -230,7 +247,7 @@ def rounding(tensor: torch.Tensor) -> float:
     return 8 * torch.finfo(tensor.dtype).eps if half else ROUNDING
 
 
-def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = ROUNDING) -> bool:
+def same(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     """Whether two tensors are equal but for rounding."""
     if one.shape != other.shape:
         return False
@@ -241,7 +258,7 @@ def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = ROUNDING) ->
     if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         return False
     a, b = a[finite], b[finite]
-    return bool((a - b).square().sum().sqrt() <= tolerance * b.square().sum().sqrt())
+    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def maps_in(x: Any) -> int:
@@ -254,40 +271,31 @@ def _size(call: Call, rank: int) -> tuple[int, ...]:
     return tuple(call.x.shape[call.x.ndim - rank :])
 
 
-def _output_of(name: str, trace: Trace) -> Any:
-    return next(call.y for call in trace.calls if call.name == name)
-
-
-def plain(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> nn.Sequential:
+@torch.no_grad()
+def plain(convolution: Convolution, kernel: torch.Tensor, bias: torch.Tensor) -> nn.Sequential:
     """The layer as one of PyTorch's plain modules, after a padding if it needs one.
 
     Always in a chain, as its factorization will be: modules that read a layer's attributes then fail.
     """
     g = convolution.geometry
-    *padding, module = convolution.modules(Structure.of(g, g))
-    last: Any = module
-    kernel = convolution.kernel_of(to_numpy(weight))
-    values = torch.from_numpy(Convolution.of(last).weight_of(kernel))
-    last.weight = nn.Parameter(values.to(weight).clone())
-    last.bias = nn.Parameter(bias.detach().clone())
-    return nn.Sequential(*padding, last).requires_grad_(False).eval()
+    chain = nn.Sequential(*convolution.modules(Structure.of(g, g))).to(kernel)
+    layer: Any = chain[-1]
+    layer.weight.copy_(torch.from_numpy(Convolution.of(layer).weight_of(to_numpy(kernel))))
+    layer.bias.copy_(bias)
+    return chain.requires_grad_(False).eval()
 
 
 def _same_padded(convolution: Convolution, size: Sequence[int]) -> Convolution | None:
     """The same with TensorFlow's padding for one input size: output = ceil(input / stride)."""
     if convolution.transposed or not convolution.kernel:
         return None
-    before, after = [], []
-    for n, k, s, d in zip(size, convolution.kernel, convolution.strides, convolution.dilations, strict=True):
-        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-        before.append(total // 2)
-        after.append(total - total // 2)
-    return replace(convolution, before=tuple(before), after=tuple(after), mode="zeros")
+    axes = zip(size, convolution.kernel, convolution.strides, convolution.dilations, strict=True)
+    totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes]
+    before, after = tuple(total // 2 for total in totals), tuple(-(-total // 2) for total in totals)
+    return replace(convolution, before=before, after=after, mode="zeros")
 
 
-def _folded(
-    norm: Any, weight: torch.Tensor, bias: torch.Tensor, convolution: Convolution
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded(norm: Any, kernel: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold a BatchNorm into the convolution before it."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -295,11 +303,4 @@ def _folded(
     shift = bias.double() * scale - norm.running_mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    if convolution.transposed:  # (n_i, n_o / groups, …): outputs are counted within groups
-        by_group = scale.reshape(convolution.groups, 1, -1).expand(
-            -1, convolution.n_i // convolution.groups, -1
-        )
-        factor = by_group.reshape(convolution.n_i, -1, *(1,) * (weight.ndim - 2))
-    else:
-        factor = scale.reshape(-1, *(1,) * (weight.ndim - 1))
-    return (weight.double() * factor).to(weight.dtype), shift.to(weight.dtype)
+    return (kernel.double() * scale[:, None, None, None]).to(kernel.dtype), shift.to(kernel.dtype)

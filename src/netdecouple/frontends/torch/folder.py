@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,14 @@ from netdecouple.convolution import ConvGeometry, Structure
 from netdecouple.errors import ModelError, OutputError, PlanError, first_line
 from netdecouple.execution import limits
 from netdecouple.execution.scratch import Scratch, publishing
-from netdecouple.frontends.torch.convolutions import KINDS, LAYERS, MODES, Convolution, Factorized, Gather
+from netdecouple.frontends.torch.convolutions import (
+    CONVOLUTIONS,
+    LAYERS,
+    MODES,
+    Convolution,
+    Factorized,
+    Gather,
+)
 from netdecouple.frontends.torch.replacement import duplicate, install
 from netdecouple.version import __version__
 
@@ -66,34 +73,24 @@ class Description:
     tied: tuple[tuple[str, str], ...]  # names in the state for a tensor that is written under another name
 
 
-def write(
-    module: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    plan: Mapping[str, Any],
-    report: Mapping[str, Any] | None,
-    norms: Mapping[str, str],
-    changed: Sequence[str],
-) -> None:
-    """Write a decoupled module into a new folder, completely or not at all.
+def write(module: nn.Module, decoupling: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a decoupled module, with its `Decoupling`, into a new folder, completely or not at all.
 
-    Args:
-        module: in which every changed layer is a `Factorized`.
-        folder: may hold what an earlier call wrote, which is replaced.
-        plan: a JSON value.
-        report: a JSON value.
-        norms: by layer, the BatchNorm folded into it.
-        changed: the layers that the plan changes, in its order.
+    The folder may hold what an earlier call wrote, which is replaced.
 
     Raises:
         OutputError: the folder cannot be written, or holds other files.
         ModelError: the module was changed after decoupling, or its state is more than tensors.
     """
+    plan, report, norms = decoupling.plan, decoupling.report, decoupling.norms
     target = Path(folder).resolve()
     state, tied = _written(module.state_dict())
-    changes = tuple(_change(module, name, norms.get(name, "")) for name in changed)
+    changes = tuple(_change(module, row.name, norms.get(row.name, "")) for row in plan.layers if row.changed)
     description = Description(version=VERSION, netdecouple=__version__, changes=changes, tied=tied)
-    data = asdict(description) | {"report": report, "plan": plan}
+    data = asdict(description) | {
+        "report": None if report is None else json.loads(report.to_json()),
+        "plan": json.loads(plan.to_json()),
+    }
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:
         check_replaceable(target)
@@ -144,10 +141,7 @@ def read(module: nn.Module, folder: str | os.PathLike[str], structures: Structur
 
 
 def _change(module: nn.Module, name: str, norm: str) -> Change:
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError:
-        layer = None
+    layer = dict(module.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(layer, Factorized):
         raise ModelError(f"layer {name!r} is not what decoupling made of it; it cannot be saved")
     return Change(name=name, convolution=layer.convolution, selects=layer.selects, norm=norm)
@@ -177,11 +171,13 @@ def check_replaceable(target: Path) -> None:
     Raises:
         OutputError: it is a file, the current folder, or holds other files.
     """
-    if os.path.exists(target) and not os.path.isdir(target):
+    if not os.path.exists(target):
+        return
+    if not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
-    if os.path.exists(target) and os.path.samefile(target, os.curdir):
+    if os.path.samefile(target, os.curdir):
         raise OutputError(f"{target}: is the current folder; give the name of a new folder")
-    names = {path.name for path in target.iterdir()} if os.path.exists(target) else set()
+    names = {path.name for path in target.iterdir()}
     others = names - {DESCRIPTION, WEIGHTS} if DESCRIPTION in names else names
     if others:
         raise OutputError(f"{target}: holds other files ({min(others)}); give the name of a new folder")
@@ -252,7 +248,8 @@ def _weights(folder: Path) -> State:
 def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: Path) -> Structure:
     c = change.convolution
     try:
-        if c.mode not in MODES or len({len(v) for v in _per_dimension(c)}) != 1:
+        lengths = {len(values) for values in (c.kernel, c.strides, c.before, c.after, c.dilations)}
+        if c.mode not in MODES or len(lengths) > 1:
             raise ValueError("its convolution is not a valid one")
         structure = of(c.geometry)
     except ValueError as error:
@@ -263,10 +260,6 @@ def _structure(change: Change, of: Callable[[ConvGeometry], Structure], folder: 
         for index, stage in enumerate(structure.stages)
     )
     return replace(structure, channels=tuple(channels))
-
-
-def _per_dimension(c: Convolution) -> Iterable[tuple[int, ...]]:
-    return (c.kernel, *((c.strides, c.before, c.after, c.dilations) if c.kernel else ()))
 
 
 def _rebuilt(root: nn.Module, change: Change, structure: Structure) -> nn.Module:
@@ -293,7 +286,7 @@ def _part(root: nn.Module, name: str) -> nn.Module:
 def _fits(module: nn.Module, convolution: Convolution) -> bool:
     """Whether a layer is what it was; a subclass may pad otherwise than its attributes say."""
     actual = Convolution.of(module)
-    if type(module) not in KINDS:
+    if type(module) not in CONVOLUTIONS:
         actual = replace(actual, before=convolution.before, after=convolution.after, mode=convolution.mode)
     return actual == convolution
 
@@ -328,8 +321,7 @@ def _check_channels(module: Any, name: str) -> None:
     """Refuse channels that do not exist: on some devices that would go unnoticed."""
     count = module.geometry.n_i
     for part in module:
-        if isinstance(part, Gather):
-            if not bool(((part.channels >= 0) & (part.channels < count)).all()):
-                raise ModelError(f"layer {name!r} reads channels that are not there; save the module again")
-        elif isinstance(part, LAYERS):
+        if isinstance(part, Gather) and not bool(((part.channels >= 0) & (part.channels < count)).all()):
+            raise ModelError(f"layer {name!r} reads channels that are not there; save the module again")
+        if isinstance(part, LAYERS):
             count = Convolution.of(part).n_o

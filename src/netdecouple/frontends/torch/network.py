@@ -11,9 +11,9 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,11 @@ from netdecouple.execution import threads
 from netdecouple.execution.memory import Memory
 from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
-from netdecouple.frontends.torch.discovery import ROUNDING, find_layers, maps_in, plain, rounding, same
+from netdecouple.frontends.torch.discovery import choose_outputs, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
-from netdecouple.frontends.torch.shortcuts import Shortcuts, StopForward
-from netdecouple.frontends.torch.trace import Trace, hooked, tensors
-from netdecouple.frontends.torch.walk import TorchWalk
+from netdecouple.frontends.torch.trace import StopForward, Trace, hooked, tensors
+from netdecouple.frontends.torch.walk import Shortcuts, TorchWalk
 from netdecouple.network import Array, Layer, Observation, Positions
 
 VALUES = 4096  # taken of a sample's outputs, where these differ in size from sample to sample
@@ -45,12 +44,7 @@ NO_PATCHES: Array = np.zeros((0, 0, 0), np.float32)
 class TorchNetwork:
     """A pretrained module, opened: copied, put in evaluation mode, and run on two samples.
 
-    Args:
-        module: is not changed.
-        samples: at least two.
-        device: where to run.
-        chosen: decides by name and module whether a layer may be decoupled; None: all may.
-        memory: how much of it batches and walks may take.
+    The module given is not changed. ``chosen`` decides by name and module which layers may be decoupled.
 
     Raises:
         ModelError: it cannot be copied or run, or there is nothing to decouple.
@@ -75,23 +69,24 @@ class TorchNetwork:
         self.original = module
         self._chosen = chosen
         self.example = samples[:3]
-        self._two = samples[:2]
         self.module = self.evaluated(module)
         self._walks: weakref.WeakSet[TorchWalk] = weakref.WeakSet()
         with torch.no_grad():
             self.dtype = self._input_type(samples[:1])
             traces = [self._traced(samples[i : i + 1]) for i in (0, 1)]
-            outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
-            self.rounding = max(map(rounding, outputs), default=ROUNDING)
-            self.batchable = samples.alike and self._is_batchable(traces)
             self.torch_layers, layers = find_layers(self.module, traces, chosen)
+            outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
+            self._rounding = max(map(rounding, outputs))
+            self.batchable = samples.alike and self._is_batchable(traces)
             self.layers = tuple(layers)
-            self.captured = self._choose_outputs(samples[:1])
+            del traces[1]  # the next one takes its memory
+            noisy = Samples(tree.tree_map_only(torch.Tensor, _with_noise, list(samples[:1])))
+            self.captured = choose_outputs(traces[0][0], self._traced(noisy)[0], self.torch_layers)
             self.module, bound = self._fold()
         for name in bound:
             del self.torch_layers[name]
         self.norms = {name: found.norm for name, found in self.torch_layers.items() if found.norm}
-        self.tolerance = TOLERANCE if self.rounding <= TOLERANCE else HALF_TOLERANCE
+        self.tolerance = TOLERANCE if self._rounding <= TOLERANCE else HALF_TOLERANCE
         self.layers = tuple(
             replace(la, geometry=None, reason=BOUND) if la.name in bound else la for la in layers
         )
@@ -108,9 +103,7 @@ class TorchNetwork:
         return types[0]
 
     def _traced(self, sample: Samples) -> tuple[Trace, Any]:
-        args, kwargs = self.placed(sample)
-        with failures():
-            return Trace.of(self.module, args, kwargs)
+        return Trace.of(self.module, partial(self.forward, self.module, sample))
 
     def forward(self, module: nn.Module, samples: Samples) -> Any:
         """Run this module, or one made of it, on some samples as one batch.
@@ -125,12 +118,10 @@ class TorchNetwork:
     def placed(self, samples: Samples) -> Arguments:
         """The arguments of a forward pass on the module's device and in its input type."""
 
-        def place(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
-        return tree.tree_map(place, samples.arguments)
+        return tree.tree_map_only(torch.Tensor, place, samples.arguments)
 
     def _is_batchable(self, single: Sequence[tuple[Trace, Any]]) -> bool:
         """Whether running two samples at once gives what running them one by one gave."""
@@ -141,15 +132,14 @@ class TorchNetwork:
 
         try:
             with hooked(self.module, after=after):
-                args, kwargs = self.placed(self._two)
-                output = self.module(*args, **kwargs)
+                together = self.forward(self.module, self.example[:2])
         except Exception:  # one by one they have run
             return False
-        parts = zip(*(list(tensors(out)) for out in (output, single[0][1], single[1][1])), strict=False)
-        for both, *each in parts:
-            if each[0].ndim == 0 or each[0].shape[1:] != each[1].shape[1:]:
+        outputs = [tensors(output) for output in (together, *(output for _, output in single))]
+        for both, one, other in zip(*outputs, strict=False):
+            if one.ndim == 0 or one.shape[1:] != other.shape[1:]:
                 return False
-            if not same(both, torch.cat(each), self.rounding):
+            if not same(both, torch.cat([one, other]), self._rounding):
                 return False
         return calls == [(call.name, 2 * maps_in(call.x)) for call in single[0][0].calls]
 
@@ -166,18 +156,17 @@ class TorchNetwork:
         def run(module: nn.Module) -> tuple[list[Array], set[str]]:
             """The captured outputs, and the names of the layers that are called."""
             called: set[str] = set()
-            is_layer = self.torch_layers.__contains__
-            with hooked(module, lambda name, arguments: called.add(name), names=is_layer):
-                return self.run_module(module, self._two), called
+            with hooked(module, lambda name, arguments: called.add(name), names=self.torch_layers):
+                return self.run_module(module, self.example[:2]), called
 
         expected, called_before = run(self.module)
 
         def folded(names: Iterable[str]) -> nn.Module:
             module = self.evaluated(self.original)
             for name in names:
-                layer = self.torch_layers[name]
-                chain = plain(layer.convolution, layer.weight, layer.bias)
-                module = install(module, name, chain, layer.norm)
+                found = self.torch_layers[name]
+                chain = plain(found.convolution, found.kernel, found.bias)
+                module = install(module, name, chain, found.norm)
             outputs, called = run(module)
             if called_before & set(names) - called:
                 raise ModelError(
@@ -185,7 +174,7 @@ class TorchNetwork:
                     "replaced; hold them in an nn.ModuleList or nn.ModuleDict"
                 )
             for one, other in zip(expected, outputs, strict=True):
-                if not same(torch.from_numpy(other), torch.from_numpy(one), self.rounding):
+                if not same(torch.from_numpy(other), torch.from_numpy(one), self._rounding):
                     raise ModelError(
                         "the module computes something else with plain convolutions in the place of its "
                         "layers; its outputs must not depend on anything but its inputs and weights"
@@ -207,44 +196,6 @@ class TorchNetwork:
                 raise
         return folded([name for name in self.torch_layers if name not in failing]), failing
 
-    def _choose_outputs(self, sample: Samples) -> Counter[str]:
-        """Choose the modules whose outputs are compared, and count the calls of each.
-
-        That is the whole module if its output's shape does not depend on the input's values, else the largest
-        parts of which this is true: detectors end in sorting and suppressing boxes, which would hide what
-        decoupling changes.
-        """
-        noisy = Samples(tree.tree_map(_with_noise, list(sample.units)))
-        shapes, calls = self._output_shapes(sample)
-        shapes_of_noisy, _ = self._output_shapes(noisy)
-        captured: Counter[str] = Counter()
-        for name, kinds in shapes.items():  # from the outside in
-            is_inside = "" in captured or any(name.startswith(f"{other}.") for other in captured)
-            prefix = f"{name}." if name else ""
-            has_layers = any(f"{layer}.".startswith(prefix) for layer in self.torch_layers)
-            is_static = bool(kinds) and kinds == shapes_of_noisy.get(name) and all(real for _, real in kinds)
-            if has_layers and is_static and not is_inside:
-                captured[name] = calls[name]
-        return captured
-
-    def _output_shapes(
-        self, sample: Samples
-    ) -> tuple[dict[str, list[tuple[torch.Size, bool]]], Counter[str]]:
-        """By module: the shapes of its output's tensors and whether they are floating point; its calls."""
-        shapes: dict[str, list[tuple[torch.Size, bool]]] = {}
-        calls: Counter[str] = Counter()
-
-        def before(name: str, arguments: tuple[Any, ...]) -> None:
-            shapes.setdefault(name, [])
-
-        def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            shapes[name] = [(t.shape, t.is_floating_point()) for t in tensors(output)]
-            calls[name] += 1
-
-        with hooked(self.module, before, after):
-            self.forward(self.module, sample)
-        return shapes, calls
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the module's structure and numbers."""
@@ -263,18 +214,15 @@ class TorchNetwork:
 
     def run(self, images: Samples, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return the captured outputs on some samples, with some layers' weight and bias replaced."""
-        replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, (kernel, bias) in (kernels or {}).items():
-            module: Any = self.module.get_submodule(name)[-1]
-            weight = Convolution.of(module).weight_of(np.asarray(kernel, np.float32))
-            for parameter, value in ((module.weight, weight), (module.bias, np.asarray(bias, np.float32))):
-                replaced.append((parameter, parameter.data))
-                parameter.data = torch.from_numpy(value).to(parameter)
-        try:
+        with ExitStack() as stack:
+            for name, (kernel, bias) in (kernels or {}).items():
+                module: Any = self.module.get_submodule(name)[-1]
+                weight = Convolution.of(module).weight_of(np.asarray(kernel, np.float32))
+                arrays = (weight, np.asarray(bias, np.float32))
+                for parameter, array in zip((module.weight, module.bias), arrays, strict=True):
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = torch.from_numpy(array).to(parameter)
             return self.run_module(self.module, images)
-        finally:
-            for parameter, data in replaced:
-                parameter.data = data
 
     def run_module(self, module: nn.Module, images: Samples) -> list[Array]:
         """Return the captured outputs of another module with this one's names."""
@@ -288,7 +236,7 @@ class TorchNetwork:
             if max(remaining.values()) < 1:
                 raise StopForward  # the rest, a detector's boxes for instance, takes long and is not used
 
-        with torch.no_grad(), hooked(module, after=after, names=self.captured.__contains__):
+        with torch.no_grad(), hooked(module, after=after, names=self.captured):
             for batch in self.batches(len(images)):
                 remaining.update(self.captured)
                 with suppress(StopForward):
@@ -318,38 +266,39 @@ class TorchNetwork:
         """
         if not positions:
             return
-        shortcuts = Shortcuts(self.torch_layers, positions)
+        found = {name: self.torch_layers[name] for name in positions}
+        shortcuts = Shortcuts(found.values())
         gathered: dict[str, Observation] = {}
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of layers called several times
         remaining: set[str | None] = set()
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            if name in positions and self.torch_layers[name].single_map:
-                observation = self.torch_layers[name].observation(
-                    batch, [(arguments[0], output)], positions[name][batch], shortcuts.of(name)
+            if name in found and found[name].single_map:
+                observation = found[name].observation(
+                    batch, arguments[0], output, positions[name][batch], shortcuts.of(name)
                 )
                 patches = observation.patches if with_patches else NO_PATCHES
                 gathered[name] = replace(observation, look=lambda: patches)
-            elif name in positions:  # copied: later operations may change them in place
+            elif name in found:  # copied: later operations may change them in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
             remaining.discard(name)
             if not remaining:
                 raise StopForward
 
-        may_stop = all(self.torch_layers[name].single_map for name in positions)
-        names = set(positions) | shortcuts.modules
+        may_stop = all(layer.single_map for layer in found.values())
+        names = found.keys() | shortcuts.modules
         bytes_per_sample = sum(self._sampled_bytes(name, where) for name, where in positions.items())
         for batch in self.batches(len(images), bytes_per_sample if with_patches else 0):
-            remaining |= positions.keys() if may_stop else {None}  # None is never called: run to the end
-            hooks = hooked(self.module, shortcuts.before, after, names.__contains__)
+            remaining |= found.keys() if may_stop else {None}  # None is never called: run to the end
+            hooks = hooked(self.module, shortcuts.before, after, names)
             with torch.no_grad(), hooks, suppress(StopForward):
                 self.forward(self.module, images[batch])
             for name, where in positions.items():
                 if name in gathered:
                     yield gathered.pop(name)
                 elif name in calls:
-                    yield self.torch_layers[name].observation(batch, calls.pop(name), where[batch], None)
+                    yield found[name].spread_observation(batch, calls.pop(name), where[batch])
 
     def _sampled_bytes(self, name: str, positions: NDArray[np.int64]) -> int:
         """Bytes gathered of a layer for one sample; its whole maps if these are kept until the end."""
@@ -366,8 +315,9 @@ class TorchNetwork:
         if self._chosen is not None:
             modules = self.original.named_modules()
             excluded = frozenset(name for name, module in modules if not self._chosen(name, module))
-        device, memory = str(self.device), self.memory.in_worker
-        return _reopened, (self.original, self.example, device, excluded, self.batchable, memory)
+        arguments = (self.original, self.example, str(self.device), excluded, self.memory.in_worker)
+        # it depends on samples that the other process does not get
+        return _reopened, arguments, {"batchable": self.batchable}
 
     def walk(self, images: Samples) -> Any:
         """Start at the network's input, ready to be decoupled layer by layer; nothing goes to disk."""
@@ -384,16 +334,13 @@ class TorchNetwork:
         return walk
 
     def close(self) -> None:
-        """End the walks that are under way, with their threads."""
         for walk in list(self._walks):
             walk.close()
 
     def run_built(self, model: nn.Module, images: Samples) -> list[Array]:
-        """Return the compared outputs of a module that `build` made."""
         return self.run_module(self.evaluated(model), images)
 
     def layers_of(self, model: nn.Module, factorizations: Mapping[str, Factorization]) -> tuple[Layer, ...]:
-        """List the layers with what they cost in a module that `build` made."""
         return tuple(
             replace(la, macs=round(f.macs(*la.size) * la.maps), parameters=f.parameters)
             if (f := factorizations.get(la.name))
@@ -402,7 +349,6 @@ class TorchNetwork:
         )
 
     def size_of(self, model: nn.Module | None = None) -> int:
-        """Bytes of a module's parameters and buffers."""
         return state_bytes(self.original if model is None else model)
 
     def pictures(self, images: Samples) -> list[Array]:
@@ -433,8 +379,7 @@ class TorchNetwork:
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; tensors with several names count once."""
-    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def check(module: nn.Module) -> None:
@@ -455,26 +400,18 @@ def check(module: nn.Module) -> None:
 
 
 def _reopened(
-    module: nn.Module,
-    two: Samples,
-    device: str,
-    excluded: frozenset[str],
-    batchable: bool,
-    memory: Memory,
+    module: nn.Module, samples: Samples, device: str, excluded: frozenset[str], memory: Memory
 ) -> TorchNetwork:
-    """Open a network in another process; ``batchable`` depends on samples that it does not get."""
+    """Open a network in another process."""
     torch.set_num_threads(threads.available())
-    network = TorchNetwork(module, two, device, lambda name, _: name not in excluded, memory)
-    network.batchable = batchable
-    return network
+    return TorchNetwork(module, samples, device, lambda name, _: name not in excluded, memory)
 
 
-def _with_noise(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(value.shape, generator=generator).to(value)
-        return value + 0.5 * noise * value.float().std(unbiased=False).to(value.dtype)
-    return value
+def _with_noise(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + 0.5 * noise * tensor.float().std(unbiased=False).to(tensor.dtype)
 
 
 def _joined(parts: list[Array]) -> Array:

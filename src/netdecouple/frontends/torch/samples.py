@@ -6,6 +6,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -40,19 +42,17 @@ class Samples:
         """The arguments of one forward pass on all samples; only samples that are `alike` can be joined."""
         if len(self.units) == 1:
             return self.units[0]
-        flat = [tree.tree_flatten(unit) for unit in self.units]
-        joined = [
-            torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
-            for leaves in zip(*(leaves for leaves, _ in flat), strict=True)
-        ]
-        arguments: Arguments = tree.tree_unflatten(joined, flat[0][1])
-        return arguments
+
+        def join(*leaves: Any) -> Any:
+            return torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
+
+        return tree.tree_map(join, *self.units)
 
     @property
     def nbytes(self) -> int:
         """Memory that all tensors take."""
         leaves = [leaf for unit in self.units for leaf in tree.tree_leaves(unit)]
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
     @property
     def alike(self) -> bool:
@@ -66,14 +66,13 @@ class Samples:
     @property
     def fingerprint(self) -> str:
         """Hash of the numbers; that of plain image tensors is the one their array has."""
-        leaves = [tree.tree_leaves(unit) for unit in self.units]
-        first = leaves[0][0]
-        alike = all(len(sample) == 1 and _shape(sample[0]) == _shape(first) for sample in leaves)
-        shape = (len(leaves), *_shape(first)[1:])
-        digest = hashlib.sha256(
-            str(shape if alike else [[_shape(v) for v in sample] for sample in leaves]).encode()
-        )
-        for leaf in (leaf for sample in leaves for leaf in sample):
+        samples = [tree.tree_leaves(unit) for unit in self.units]
+        shapes: Any = [[_shape(leaf) for leaf in leaves] for leaves in samples]
+        first = shapes[0][0]
+        if all(of_sample == [first] for of_sample in shapes):
+            shapes = (len(samples), *first[1:])
+        digest = hashlib.sha256(str(shapes).encode())
+        for leaf in chain.from_iterable(samples):
             digest.update(to_numpy(leaf).tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
         return digest.hexdigest()
 
@@ -135,7 +134,7 @@ def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
 
     For networks that are ``flat``, a tensor of three dimensions is a batch and not a picture.
     """
-    batch = tree.tree_map(_tensor, batch)
+    batch = tree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(np.ascontiguousarray(array)), batch)
     if isinstance(batch, Mapping):
         yield from _cut(((), dict(batch)))
     elif isinstance(batch, torch.Tensor):
@@ -143,7 +142,8 @@ def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
     elif isinstance(batch, tuple | list) and batch:
         pictures = batch[0] if isinstance(batch[0], tuple | list) else batch
         listed = isinstance(batch, list) or pictures is not batch  # a tuple is of arguments
-        if listed and pictures and not flat and all(map(_is_picture, pictures)):
+        are_pictures = all(isinstance(picture, torch.Tensor) and picture.ndim == 3 for picture in pictures)
+        if listed and pictures and not flat and are_pictures:
             yield from ((([picture],), {}) for picture in pictures)
             return
         if accepted is not None:  # labels need not be tensors
@@ -153,17 +153,8 @@ def _units(batch: Any, accepted: int | None, flat: bool) -> Iterator[Arguments]:
         raise TypeError(f"a {type(batch).__name__} cannot be run; give tensors, tuples or mappings of them")
 
 
-def _tensor(leaf: Any) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 3
-
-
 def _cut(batch: Arguments) -> Iterator[Arguments]:
-    leaves, structure = tree.tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise TypeError("there is no tensor in it")
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensors}
@@ -171,9 +162,7 @@ def _cut(batch: Arguments) -> Iterator[Arguments]:
         yield batch  # which tensors hold one entry per sample is not clear
         return
     for index in range(sizes.pop()):
-        sample = [v[index : index + 1] if isinstance(v, torch.Tensor) else v for v in leaves]
-        arguments: Arguments = tree.tree_unflatten(sample, structure)
-        yield arguments
+        yield tree.tree_map_only(torch.Tensor, itemgetter(slice(index, index + 1)), batch)
 
 
 def _kind(leaf: Any) -> Any:

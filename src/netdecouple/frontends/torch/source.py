@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -38,17 +37,7 @@ BATCH = 32  # labelled samples that are run at once
 
 
 class TorchSource:
-    """See `network.Source`.
-
-    Args:
-        module: is not changed.
-        name: for reports; None: the module's class.
-        weights: where they come from, for people.
-        preprocessing: of pictures, unless another one is given with them.
-        device: where to run the module; the linear algebra is NumPy's.
-        filter: tells by name and module whether a layer may be decoupled; None: all may.
-        arguments: makes the arguments of the module's forward out of one batch; None: the batch is.
-        is_exported: whether the result is to be written as ONNX: refused before the work if that fails.
+    """See `network.Source`; the arguments are those of `api.open_model`. The module given is not changed.
 
     Raises:
         ModelError: the module cannot be changed.
@@ -119,8 +108,8 @@ class TorchSource:
         None makes noise of the right shape.
         """
         preprocessing = preprocessing or self.preprocessing
-        loaded, origin = calibration.Samples(np.zeros(0, np.float32), "batches"), "batches"
-        batches, arguments = calib, self._arguments
+        batches, arguments, origin = calib, self._arguments, "batches"
+        skipped: tuple[str, ...] = ()
         if calib is None:
             height, width = self._size(preprocessing)
             noise = np.random.default_rng(seed).standard_normal((10, self._channels, height, width))
@@ -136,14 +125,11 @@ class TorchSource:
             elif os.path.isdir(origin):
                 self._size(preprocessing)
             if is_plain:
-                options: dict[str, Any] = {
-                    "size": None,
-                    "preprocessing": preprocessing,
-                    "samples": samples,
-                    "seed": seed,
-                }
-                loaded = calibration.load(batches, channels=self._channels, **options)
-                batches, arguments = loaded.images, None
+                loaded = calibration.load(
+                    batches, channels=self._channels, size=None, preprocessing=preprocessing,
+                    samples=samples, seed=seed,
+                )  # fmt: skip
+                batches, arguments, skipped = loaded.images, None, loaded.skipped
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
             export(self.module, image_tensor(collected), {})
@@ -152,7 +138,7 @@ class TorchSource:
             origin=origin,
             nbytes=collected.nbytes,
             fingerprint=collected.fingerprint,
-            skipped=loaded.skipped,
+            skipped=skipped,
             is_noise=calib is None,
         )
 
@@ -164,7 +150,6 @@ class TorchSource:
         return preprocessing.size
 
     def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[np.int64]]:
-        """Load samples and their class labels."""
         if isinstance(labels, tuple):
             inputs, classes = labels
         else:
@@ -176,12 +161,11 @@ class TorchSource:
         return samples, calibration.class_labels(classes, len(samples))
 
     def open(self, inputs: Samples, memory: Memory) -> TorchNetwork:
-        """Open the module for such samples."""
         return TorchNetwork(self.module, inputs, self._device, self._filter, memory, self.name)
 
     def timer(self, network: TorchNetwork, runtime: str, threads: int, forms: Sequence[str]) -> TorchTimer:
         """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
-        return TorchTimer(network, runtime, threads, network.example, forms)
+        return TorchTimer(network, runtime, threads, forms)
 
     def outputs(self, inputs: Samples) -> list[Array]:
         """Run the module as it was given, in evaluation mode."""
@@ -210,20 +194,7 @@ class TorchSource:
             fused = any(row.form == "fused" for row in result.plan.layers)
             write_model(export(result.model, image_tensor(result.example), metadata, fused), path)
         else:
-            write_folder(result.model, result.model.decoupling, path)
-
-
-def write_folder(module: nn.Module, decoupling: Any, path: str | os.PathLike[str]) -> None:
-    """Write a decoupled module's weights, plan and report into a folder of its own."""
-    plan, report = decoupling.plan, decoupling.report
-    folder.write(
-        module,
-        path,
-        plan=json.loads(plan.to_json()),
-        report=None if report is None else json.loads(report.to_json()),
-        norms=decoupling.norms,
-        changed=[row.name for row in plan.layers if row.changed],
-    )
+            folder.write(result.model, result.model.decoupling, path)
 
 
 def _peeked(batches: Any) -> tuple[Any, bool]:
@@ -233,13 +204,10 @@ def _peeked(batches: Any) -> tuple[Any, bool]:
     if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
         return batches, False
     try:
-        if isinstance(batches, Iterator):
-            first = next(batches)
-            batches = chain([first], batches)
-        else:
-            first = next(iter(batches))
+        iterator = iter(batches)
+        first = next(iterator)
     except StopIteration:
         raise CalibrationError("made nothing; it should make a few hundred samples") from None
     except Exception as error:
         raise CalibrationError(f"failed while it made samples ({type(error).__name__}: {error})") from error
-    return batches, isinstance(first, np.ndarray)
+    return chain([first], iterator) if iterator is batches else batches, isinstance(first, np.ndarray)

@@ -8,41 +8,27 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, UnavailableError, first_line
+from netdecouple.frontends.torch.source import TorchSource
 
 INSTEAD = "give weights= a .safetensors, .pt or .pth file, or weights='random' to try things"
 CHANGED_INPUTS = ("googlenet", "inception_v3")  # whose weights need ``transform_input``
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A module that was built, the origin of its weights, and how pictures become its inputs."""
+def build(source: str, weights: str | None = None, seed: int = 0, **options: Any) -> TorchSource:
+    """Build a model, in evaluation mode; the last ``options`` are `TorchSource`'s.
 
-    name: str
-    module: nn.Module
-    weights: str
-    preprocessing: Preprocessing
-    channels: int | None  # of the pictures it takes; None if it takes none
-
-
-def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
-    """Build a model, in evaluation mode.
-
-    Args:
-        source: torchvision:NAME, timm:NAME, or MODULE:FUNCTION, which is called without arguments.
-        weights: "default", downloaded by the library; "random", drawn from ``seed``; or a file. None is
-            "default" for a library's model, and what its function makes for any other.
+    ``weights`` are "default", downloaded by the library; "random", drawn from ``seed``; or a file. None is
+    "default" for a library's model, and what its function makes for any other.
 
     Raises:
         UnavailableError: the library is not installed, or cannot be imported.
@@ -62,15 +48,7 @@ def build(source: str, weights: str | None = None, seed: int = 0) -> Model:
         origin = str(weights)
     elif make and not pretrained:
         origin = f"random (seed {seed})"
-    first = next((m for m in module.modules() if isinstance(m, _ConvNd)), None)
-    channels = first.in_channels if isinstance(first, nn.Conv2d) else None
-    return Model(
-        name=source,
-        module=module.eval(),
-        weights=origin,
-        preprocessing=preprocessing,
-        channels=channels,
-    )
+    return TorchSource(module.eval(), name=source, weights=origin, preprocessing=preprocessing, **options)
 
 
 Built = tuple[nn.Module, Preprocessing, str]  # with the origin of the weights
@@ -175,11 +153,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"weights={path}: cannot read it ({first_line(error)}); save the module's state_dict() alone"
         ) from error
-    while isinstance(state, Mapping) and (inner := {"state_dict", "model"} & state.keys()):
-        key = inner.pop()
-        if not isinstance(state[key], Mapping):
+    while isinstance(state, Mapping):
+        inner = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)]
+        if not inner:
             break
-        state = state[key]
+        state = inner[0]
     if not isinstance(state, Mapping) or not state:
         raise ModelError(f"weights={path}: holds no state_dict; save the module's state_dict() alone")
     wrapped = all(str(name).startswith("module.") for name in state)  # by DataParallel

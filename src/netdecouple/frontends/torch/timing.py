@@ -16,7 +16,7 @@ from torch import fx, nn
 from netdecouple import runtimes
 from netdecouple.convolution import Structure
 from netdecouple.errors import ModelError
-from netdecouple.frontends.torch.convolutions import Factorized, Gather
+from netdecouple.frontends.torch.convolutions import Factorized
 from netdecouple.frontends.torch.discovery import TorchLayer
 from netdecouple.frontends.torch.export import export, image_tensor
 from netdecouple.frontends.torch.network import TorchNetwork
@@ -32,37 +32,30 @@ MODULES = 1000  # that torch.compile may compile, by default eight of one class
 
 
 class TorchTimer:
-    """Measures milliseconds in one runtime, with one number of threads.
+    """Measures milliseconds for one sample of a network, in one runtime with one number of threads.
 
-    Args:
-        network: whose layers and modules are timed.
-        runtime: "torch", "torch.compile", "onnxruntime" or "openvino"; modules are exported to the last two.
-        threads: of the runtime.
-        samples: the first is run; exported modules are checked with the first three.
+    Modules are exported to other runtimes than "torch" and "torch.compile".
 
     Raises:
         UnavailableError: the runtime does not exist or is not installed.
         ModelError: the runtime cannot run modules that take such samples.
     """
 
+    batch = 1
+
     def __init__(
-        self,
-        network: TorchNetwork,
-        runtime: str,
-        threads: int,
-        samples: Samples,
-        forms: Sequence[str] = ("parallel",),
+        self, network: TorchNetwork, runtime: str, threads: int, forms: Sequence[str] = ("parallel",)
     ) -> None:
         self._runtime = runtimes.runtime(runtime)
         self.name = f"{runtime} {self._runtime.version}, {threads} thread{'s' * (threads > 1)}"
-        self.batch = 1
         self._network = network
         self._threads = threads
         self._exports = not runtime.startswith("torch")
         self._forms, self._fused = tuple(forms), "fused" in forms and self._exports
         self._compiles = runtime == "torch.compile"
-        self._images = image_tensor(samples) if self._exports else None
-        self._feeds = first_feeds(samples if self._exports else Samples([network.placed(samples[:1])]))
+        self._images = image_tensor(network.example) if self._exports else None
+        example = network.example if self._exports else Samples([network.placed(network.example[:1])])
+        self._feeds = first_feeds(example)
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """The ways to write a factorization of ``layer``; there is one in PyTorch."""
@@ -74,10 +67,6 @@ class TorchTimer:
         The layer's own geometry as the only stage stands for the layer as it is, with its BatchNorm. Several
         copies with random weights run on one random input, so that no copy finds its weights in the cache.
         Everything is float32. With torch.compile a structure takes seconds to compile.
-
-        Args:
-            layer: one that can be decoupled.
-            kinds: structures, each with one of the `forms`.
         """
         found = self._network.torch_layers[layer.name]
         most = 2 if self._compiles or layer.macs >= 5e8 else 8
@@ -138,12 +127,7 @@ class TorchTimer:
             if found.norm:
                 stages.append(duplicate(self._network.original.get_submodule(found.norm)).float().cpu())
             return stages[0] if len(stages) == 1 else nn.Sequential(*stages)
-        module = Factorized(found.convolution, structure)
-        gathers = (part for part in module if isinstance(part, Gather))
-        for channels in structure.channels:
-            if channels is not None:
-                next(gathers).channels.copy_(torch.from_numpy(channels))
-        return module
+        return Factorized(found.convolution, structure)
 
     def _call(self, module: nn.Module, images: torch.Tensor | None, feeds: Feeds) -> Callable[[], object]:
         """Open a module in the runtime, and run it once, so that torch.compile compiles it."""

@@ -5,9 +5,11 @@ Hooks record the inputs and outputs of modules; a function mode records which fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,8 +33,11 @@ class Call:
     x: Any = None  # the first argument
     alone: bool = True  # whether there were no other arguments
     y: Any = None
+    convolutions: list[tuple[Any, ...]] = field(default_factory=list)  # weight and bias of each in it
     weights: tuple[Any, ...] = ()  # weight and bias of the one convolution in it, if there was one
-    convolved: Any = None  # copies of input and output, which later operations cannot change, if there was
+    convolved: Any = (
+        None  # copies of input and output, which later operations cannot change, if there was one
+    )
 
 
 @dataclass(frozen=True)
@@ -47,23 +52,20 @@ class Use:
 class Trace(TorchFunctionMode):
     """One forward pass: every module's calls, and the functions that read the modules' outputs."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._root = root
         self._now = 0
         self._uses: dict[int, list[Use]] = {}  # by tensors' ids; `calls` keeps these tensors
         self._changed: set[int] = set()
         self._open: list[Call] = []
-        self._convolved: dict[int, list[tuple[torch.Tensor | None, ...]]] = {}
 
     @classmethod
-    def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace, Any]:
-        """Trace a forward pass of ``root``; return its output, too."""
-        trace = cls(root)
-        with hooked(root, before=trace._enter, after=trace._leave), trace:
-            output = root(*args, **kwargs)
-        return trace, output
+    def of(cls, root: nn.Module, run: Callable[[], Any]) -> tuple[Trace, Any]:
+        """Trace ``run``, which calls ``root``; return its result, too."""
+        trace = cls()
+        with hooked(root, trace._enter, trace._leave), trace:
+            return trace, run()
 
     def uses(self, tensor: torch.Tensor) -> list[Use]:
         """The functions that read a module's output."""
@@ -78,9 +80,8 @@ class Trace(TorchFunctionMode):
         self._now += 1
         call = self._open.pop()
         call.end, call.y = self._now, output
-        convolved = self._convolved.pop(id(call), [])
-        if len(convolved) == 1 and isinstance(call.x, torch.Tensor):
-            call.weights, call.convolved = convolved[0], (call.x.clone(), output.clone())
+        if len(call.convolutions) == 1 and isinstance(call.x, torch.Tensor):
+            (call.weights,), call.convolved = call.convolutions, (call.x.clone(), output.clone())
         self.calls.append(call)
         if isinstance(output, torch.Tensor):
             self._uses.setdefault(id(output), [])
@@ -93,8 +94,8 @@ class Trace(TorchFunctionMode):
         self._now += 1
         if func in CONVOLUTIONS and self._open:
             numbers = (*args[1:3], *(named.get(name) for name in ("weight", "bias")[max(len(args) - 1, 0) :]))
-            self._convolved.setdefault(id(self._open[-1]), []).append(numbers)
-        if not any(True for _ in tensors(output)):
+            self._open[-1].convolutions.append(numbers)
+        if next(tensors(output), None) is None:
             return output  # it read a shape or the like
         for tensor in tensors((args, kwargs)):
             if id(tensor) in self._uses and id(tensor) not in self._changed:
@@ -106,37 +107,42 @@ class Trace(TorchFunctionMode):
         return output
 
 
+class StopForward(BaseException):
+    """Unwinds a forward pass that is no longer needed; not an Exception, which modules may catch."""
+
+
+def _ignore(*arguments: Any) -> None:
+    pass
+
+
+def _call(
+    function: Callable[..., None], name: str, module: nn.Module, args: Any, named: Any, *output: Any
+) -> None:
+    """Forward a hook's call to a function that takes the module's name."""
+    function(name, (*args, *named.values()), *output)
+
+
 @contextmanager
 def hooked(
     root: nn.Module,
-    before: Callable[[str, tuple[Any, ...]], None] | None = None,
-    after: Callable[[str, tuple[Any, ...], Any], Any] | None = None,
-    names: Callable[[str], bool] = lambda name: True,
+    before: Callable[[str, tuple[Any, ...]], None] = _ignore,
+    after: Callable[[str, tuple[Any, ...], Any], None] = _ignore,
+    names: Container[str] | None = None,
 ) -> Iterator[None]:
     """Call functions before and after some modules' forward passes; the hooks are removed at the end.
 
-    Args:
-        root: the module with its parts.
-        before: takes the module's name and its arguments, named ones at the end.
-        after: takes the output as well.
-        names: selects modules by name.
+    They take the module's name and its arguments, named ones at the end; ``after`` takes the output as well.
+    Without ``names`` all modules are meant.
     """
     with ExitStack() as stack:
         for name, module in root.named_modules():
-            if not names(name) or isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            if names is not None and name not in names:
                 continue
-            if before is not None:
-                handle = module.register_forward_pre_hook(
-                    lambda m, args, kwargs, name=name: before(name, (*args, *kwargs.values())),
-                    with_kwargs=True,
-                )
-                stack.callback(handle.remove)
-            if after is not None:
-                handle = module.register_forward_hook(
-                    lambda m, args, kwargs, y, name=name: after(name, (*args, *kwargs.values()), y),
-                    with_kwargs=True,
-                )
-                stack.callback(handle.remove)
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            enter, leave = partial(_call, before, name), partial(_call, after, name)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         yield
 
 
@@ -145,11 +151,8 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors(entry)
-    elif isinstance(value, list | tuple | set):
-        for entry in value:
-            yield from tensors(entry)
+        yield from tensors(list(value.values()))
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
+        yield from tensors([getattr(value, entry.name) for entry in fields(value)])
+    elif isinstance(value, list | tuple | set):
+        yield from chain.from_iterable(map(tensors, value))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +26,45 @@ from netdecouple.convolution import Factorization
 from netdecouple.frontends.torch.convolutions import Factorized
 from netdecouple.frontends.torch.discovery import TorchLayer
 from netdecouple.frontends.torch.samples import Samples
-from netdecouple.frontends.torch.shortcuts import Shortcuts, StopForward
-from netdecouple.frontends.torch.trace import hooked
+from netdecouple.frontends.torch.trace import StopForward, hooked
 from netdecouple.network import Observation, Positions
+
+
+class Shortcuts:
+    """The tensors added to the last layers of residual branches, from when they exist until they are used."""
+
+    def __init__(self, layers: Iterable[TorchLayer]) -> None:
+        self._sources = {found.layer.name: found.shortcut for found in layers if found.shortcut}
+        self._users = defaultdict(set)
+        for layer, source in self._sources.items():
+            self._users[source].add(layer)
+        self.modules = {name for name, _ in self._users}
+        self._values: dict[tuple[str, str], torch.Tensor] = {}
+        self._waiting: dict[tuple[str, str], set[str]] = {}  # the layers that have yet to use each of them
+
+    def of(self, layer: str) -> torch.Tensor | None:
+        """The tensor that will be added to a layer's output; None if there is none."""
+        source = self._sources.get(layer)
+        return None if source is None else self._values[source]
+
+    def before(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Keep a module's input; a hook."""
+        if (name, "x") in self._users:
+            self._keep((name, "x"), arguments[0])
+
+    def after(self, name: str, arguments: tuple[Any, ...], output: Any) -> None:
+        """Keep a module's output, and release what only this module was waiting for; a hook."""
+        source = self._sources.get(name)
+        if source in self._waiting:
+            self._waiting[source].discard(name)
+            if not self._waiting[source]:
+                self._values.pop(source, None)
+        if (name, "y") in self._users:
+            self._keep((name, "y"), output)
+
+    def _keep(self, source: tuple[str, str], value: torch.Tensor) -> None:
+        self._values[source] = value
+        self._waiting[source] = set(self._users[source])
 
 
 class _Pass:
@@ -40,7 +77,6 @@ class _Pass:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, daemon=True)
         self._target = ""
-        self._is_over = False
         self._is_cancelled = False
         self.x: torch.Tensor | None = None  # the input of the layer at which the pass waits
 
@@ -49,40 +85,41 @@ class _Pass:
         self._target, self.x = layer, None
         if self._thread.ident is None:
             self._thread.start()
-        else:
-            self._resume.release()
+        self._resume.release()
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
 
-    def visit(self, layer: str, x: torch.Tensor) -> None:
-        """Wait, in the pass's own thread, if ``layer`` is the one to stop at."""
-        if layer != self._target:
-            return
-        self.x = x
-        self._stopped.release()
+    def visit(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Keep shortcuts, and wait if this is the layer to stop at; a hook, in the pass's own thread."""
+        self.shortcuts.before(name, arguments)
+        if name == self._target:
+            self.x = arguments[0]
+            self._stopped.release()
+            self._wait()
+
+    def cancel(self) -> None:
+        """End the pass, so that its tensors are freed."""
+        self._is_cancelled, self.x = True, None
+        self._resume.release()
+        # the pass's own thread may have held the walk's last reference
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _wait(self) -> None:
         self._resume.acquire()
         if self._is_cancelled:
             raise StopForward
 
-    def cancel(self) -> None:
-        """End the pass, so that its tensors are freed."""
-        if self._thread.ident is None or self._is_over:
-            return
-        self._is_cancelled, self.x = True, None
-        self._resume.release()
-        if self._thread is not threading.current_thread():  # which may have held the walk's last reference
-            self._thread.join()
-
     def _main(self) -> None:
         try:
+            self._wait()
             with torch.no_grad():
                 self._run()
         except StopForward:
             pass
         except BaseException as error:
             self._error = error
-        self._is_over = True
         self._stopped.release()
 
 
@@ -99,9 +136,8 @@ class TorchWalk:
     store_bytes: int  # memory that the tensors of waiting passes may take
 
     def __post_init__(self) -> None:
-        self._single_map = {name for name, found in self.torch_layers.items() if found.single_map}
         self._passes: dict[int, _Pass] = {}
-        self._running: _Pass | None = None
+        self._running: list[_Pass] = []  # the one that does not wait
         self._hooks = ExitStack()
         self._hooks.enter_context(self._hooked())
         # also ends the threads of a walk that is dropped half-way, by Ctrl-C for instance
@@ -109,26 +145,18 @@ class TorchWalk:
 
     def _hooked(self) -> AbstractContextManager[None]:
         """Hooks by which the running pass waits at layers and keeps shortcuts."""
-        weak = weakref.ref(self)  # waiting passes hold the module with its hooks, and must not hold the walk
-        layers = set(self.torch_layers)
-        sources = Shortcuts(self.torch_layers, self._single_map).modules
+        running = self._running  # waiting passes hold the module with its hooks, and must not hold the walk
 
         def before(name: str, arguments: tuple[Any, ...]) -> None:
-            walk = weak()
-            current = walk._running if walk is not None else None
-            del walk
-            if current is None:
-                return
-            current.shortcuts.before(name, arguments)
-            if name in layers:
-                current.visit(name, arguments[0])
+            if running:
+                running[0].visit(name, arguments)
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-            walk = weak()
-            if walk is not None and walk._running is not None:
-                walk._running.shortcuts.after(name, arguments, output)
+            if running:
+                running[0].shortcuts.after(name, arguments, output)
 
-        return hooked(self.module, before, after, (layers | sources).__contains__)
+        names = self.torch_layers.keys() | Shortcuts(self.torch_layers.values()).modules
+        return hooked(self.module, before, after, names)
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield its inputs in the module as decoupled so far.
@@ -136,7 +164,8 @@ class TorchWalk:
         A pass cannot wait at a layer that is called several times: later calls depend on the factorization
         that its first call is fitted to. Its inputs in the original module are yielded instead.
         """
-        if layer not in self._single_map:
+        found = self.torch_layers[layer]
+        if not found.single_map:
             for observation in self.observe_original(self.samples, {layer: positions}):
                 yield replace(observation, shortcut=None)
             return
@@ -144,17 +173,15 @@ class TorchWalk:
             current = self._passes.get(index)
             if current is None:
                 run = partial(self.forward, self.module, self.samples[batch])
-                current = _Pass(run, Shortcuts(self.torch_layers, self._single_map))
-                self._passes[index] = current
-            self._running = current
+                current = self._passes[index] = _Pass(run, Shortcuts(self.torch_layers.values()))
+            self._running[:] = [current]
             current.run_to(layer)
-            self._running = None
+            self._running.clear()
             if current.x is None:  # this batch does not call the layer; start again for the next one
                 del self._passes[index]
                 continue
-            yield self.torch_layers[layer].observation(
-                batch, [(current.x, None)], positions[batch], current.shortcuts.of(layer)
-            )
+            shortcut = current.shortcuts.of(layer)
+            yield found.observation(batch, current.x, None, positions[batch], shortcut)
             # counts the inputs of the layer only; a pass may hold other tensors too
             if len(self._passes) * current.x.nbytes > self.store_bytes:
                 self._passes.pop(index).cancel()
@@ -168,7 +195,7 @@ class TorchWalk:
         module = Factorized.of(found.convolution, factorization)
         chain = self.module.get_submodule(layer)
         chain._modules.clear()
-        chain.add_module("0", module.to(found.weight.device, found.weight.dtype).eval())
+        chain.add_module("0", module.to(found.kernel).eval())
 
 
 def _cancel_all(passes: dict[int, _Pass]) -> None:
