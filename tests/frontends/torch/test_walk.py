@@ -250,3 +250,25 @@ def test_layers_that_not_every_batch_runs(module: Any, x: Any, batch: int, monke
     with torch.no_grad():
         for one in x.split(1):
             assert torch.isfinite(new(one)).all()
+
+
+def test_a_layer_may_be_called_with_nothing(x: Any, monkeypatch: pytest.MonkeyPatch):
+    """The head of a detector that found nothing in the inputs of one batch."""
+
+    class Detector(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 16, 3, padding=1)
+
+        def forward(self, x: Any) -> Any:
+            found = x[x.mean((1, 2, 3)) > 0.2]
+            crops = torch.cat([found, found.flip(3)])  # two calls' worth of maps
+            return super().forward(x), self.head(crops).sum()
+
+    monkeypatch.setattr(Memory, "within", lambda *_: Memory(batch_bytes=16 * 8 * 64))
+    torch.manual_seed(0)
+    module = Detector().eval()
+    network = TorchNetwork(module, collect(x, module, None, None))
+    positions = sample_positions(network.torch_layers["head"].layer, len(x), 0)
+    seen = list(network.observe(collect(x, module, None, None), {"head": positions}))
+    assert 0 < sum(len(observation.patches) for observation in seen) < positions.size

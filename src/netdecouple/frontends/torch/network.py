@@ -279,7 +279,7 @@ class TorchNetwork:
                 )
                 patches = observation.patches if with_patches else NO_PATCHES
                 gathered[name] = replace(observation, look=lambda: patches)
-            elif name in found:  # copied: later operations may change them in place
+            elif name in found and len(output):  # copied: later operations may change them in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
             remaining.discard(name)
