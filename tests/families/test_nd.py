@@ -54,7 +54,7 @@ def test_the_error_curve_is_what_fitting_each_number_of_terms_gives(g: ConvGeome
     """One Cholesky factorization against one least-squares fit per number of terms."""
     problem = aware_problem(g, seed)
     terms = nd.spectrum(problem)
-    curve = nd.error_curve(problem, terms)
+    curve = nd.error_curve(problem, terms, terms.order())
     assert curve[0] == pytest.approx(1)
     assert np.all(np.diff(curve) <= 1e-12)
     for count in range(1, min(len(curve), 9)):

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families.base import ChannelSelecting, Family, FitOptions, register
-from netdecouple.families.linalg import TINY, Array, root, solve
-from netdecouple.families.problem import Problem
-from netdecouple.families.ties import comparable
+from netdecouple.convolution import ConvGeometry, Factorization, IntArray, Structure
+from netdecouple.families.base import Family, FitOptions, register
+from netdecouple.families.linalg import TINY, Array, comparable, root, solve
+from netdecouple.families.problem import Problem, once
 
 SWEEPS = 5  # of block coordinate descent, in the DP form
 ROUNDS = 2  # of filters, rows, in the PD form
@@ -36,7 +35,7 @@ BLOCK = 16  # channels whose share of the residual is computed in one matrix pro
 
 
 @register
-class DepthwisePointwise(ChannelSelecting):
+class DepthwisePointwise(Family):
     """ND in the DP form. Size: terms per group, shared among its channels.
 
     With ``options.uniform`` every channel has the same number of terms: sizes are multiples of a group's
@@ -87,11 +86,12 @@ class DepthwisePointwise(ChannelSelecting):
         terms, every_channel = spectrum(problem), np.arange(problem.geometry.n_i)
         return [every_channel.repeat(self._ranks(terms, size)) for size in sizes]
 
-    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
-        n_i, rounds = problem.geometry.n_i, self.options.rounds
-        ranks = (
-            self._ranks(spectrum(problem), size) if channels is None else np.bincount(channels, minlength=n_i)
-        )
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        rounds = self.options.rounds
+        if channels is None:
+            ranks = self._ranks(spectrum(problem), size)
+        else:
+            ranks = np.bincount(channels, minlength=problem.geometry.n_i)
         return fit(problem, ranks, sweeps=SWEEPS if rounds is None else rounds)
 
     def _ranks(self, terms: Spectrum, size: int) -> IntArray:
@@ -125,9 +125,8 @@ class PointwiseDepthwise(Family):
     def structure(self, geometry: ConvGeometry, size: int) -> Structure:
         g, terms = geometry, size * geometry.n_o
         pointwise = ConvGeometry(terms, g.n_i, 1, 1, groups=g.groups)
-        return Structure.of(
-            g, pointwise, ConvGeometry(g.n_o, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, g.n_o)
-        )
+        depthwise = ConvGeometry(g.n_o, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, g.n_o)
+        return Structure.of(g, pointwise, depthwise)
 
     def energies(self, problem: Problem) -> Array:
         """As in the DP form; a slice is the weight of one output channel."""
@@ -139,7 +138,7 @@ class PointwiseDepthwise(Family):
         errors = [1.0, *(problem.relative_error(closed.fit(problem, size)) for size in sizes)]
         return np.minimum.accumulate(errors)
 
-    def fit(self, problem: Problem, size: int) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         rounds = ROUNDS if self.options.rounds is None else self.options.rounds
         rows, filters = [], []
         parts = zip(problem.moments.gram, problem.target, _pd_terms(problem), strict=True)
@@ -150,22 +149,16 @@ class PointwiseDepthwise(Family):
                 _refit(gram, target @ gram, points, taps, rounds if small else 0)
             rows.append(points)
             filters.append(taps)
-        pointwise, depthwise = self.structure(problem.geometry, size).stages
-        first = np.concatenate(rows).reshape(pointwise.weight_shape)
-        last = np.concatenate(filters).reshape(depthwise.weight_shape)
-        return problem.with_best_bias([ConvStage(pointwise, first), ConvStage(depthwise, last)])
+        weights = (np.concatenate(rows), np.concatenate(filters))
+        return problem.assembled(self.structure(problem.geometry, size), *weights)
 
 
+@once
 def _pd_terms(problem: Problem) -> list[tuple[Array, Array, Array]]:
     """For every group the terms of its slices: rows (m, K, n), singular values (m, K), filters (m, K, k²)."""
     n = problem.geometry.weight_shape[1]
-    return problem.once(
-        "nd-pd",
-        lambda: [
-            _weighted_svd(gram, target.reshape(len(target), n, -1))
-            for gram, target in zip(problem.moments.gram, problem.target, strict=True)
-        ],
-    )
+    parts = zip(problem.moments.gram, problem.target, strict=True)
+    return [_weighted_svd(gram, target.reshape(len(target), n, -1)) for gram, target in parts]
 
 
 def _weighted_svd(gram: Array, slices: Array) -> tuple[Array, Array, Array]:
@@ -259,12 +252,9 @@ class Spectrum:
         return np.broadcast_to(order, (groups, n * depth))
 
 
+@once
 def spectrum(problem: Problem) -> Spectrum:
     """Singular values and vectors of every slice in the metric of its own channel's patches."""
-    return problem.once("nd-dp", lambda: _spectrum(problem))
-
-
-def _spectrum(problem: Problem) -> Spectrum:
     g = problem.geometry
     k = g.kh * g.kw
     target = problem.target
@@ -289,7 +279,7 @@ def mean_energy(energy: Array) -> Array:
     return shares.mean(axis=0) if len(slices) else np.ones(energy.shape[-1])
 
 
-def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None) -> Array:
+def error_curve(problem: Problem, terms: Spectrum, order: IntArray) -> Array:
     """Error left with the first R terms of ``order`` and the best pointwise stage, for every R at once.
 
     One Cholesky factorization of the terms' Gram matrix, in the order in which they are taken up,
@@ -297,7 +287,6 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
     variance of the targets, summed over groups.
     """
     moments = problem.moments
-    order = terms.order() if order is None else order
     explained = np.zeros(order.shape[1] + 1)
     for i in range(problem.geometry.groups):
         if problem.white:  # terms are orthogonal, and each explains its own energy
@@ -339,12 +328,9 @@ def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BL
             d, p = _descend(gram, target, d, p, per_group[i], sweeps, block)
         filters.append(d)
         columns.append(p)
-    terms = int(per_group[0].sum())
-    depthwise, pointwise = DepthwisePointwise().structure(g, terms).stages
-    first = np.concatenate(filters).reshape(depthwise.weight_shape)
-    last = np.concatenate(columns).reshape(pointwise.weight_shape)
-    channels = np.arange(g.n_i).repeat(ranks)
-    return problem.with_best_bias([ConvStage(depthwise, first, channels), ConvStage(pointwise, last)])
+    structure = DepthwisePointwise().structure(g, int(per_group[0].sum()))
+    weights = (np.concatenate(filters), np.concatenate(columns))
+    return problem.assembled(structure, *weights, channels=np.arange(g.n_i).repeat(ranks))
 
 
 def _block_factors(gram: Array, k: int) -> Array:
