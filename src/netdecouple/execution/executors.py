@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -77,8 +77,6 @@ class ThisProcess:
 
 @dataclass(eq=False)
 class _Submitted:
-    """A task that has been submitted."""
-
     arguments: tuple[Any, ...]
     slot: int
     executor: Executor | None = None
@@ -152,12 +150,8 @@ class Workers:
             while True:
                 for index, arguments in islice(numbered, self.count + 1 - len(tasks)):
                     load = Counter(t.slot for t in tasks)
-                    slot = (
-                        index % len(self._slots)
-                        if pinned
-                        else min(range(len(self._slots)), key=load.__getitem__)
-                    )
-                    tasks.append(_Submitted(arguments, slot))
+                    least = min(range(len(self._slots)), key=load.__getitem__)
+                    tasks.append(_Submitted(arguments, index % len(self._slots) if pinned else least))
                     submit(tasks[-1])
                 if not tasks:
                     return
@@ -202,8 +196,7 @@ class Workers:
 
     def forget(self, group: str) -> None:
         """Have all workers drop the shared arguments of a group."""
-        for _ in self.map(_forget, [(group,)] * len(self._slots), pinned=True):
-            pass
+        list(self.map(_forget, [(group,)] * len(self._slots), pinned=True))
 
     def close(self) -> None:
         """End the workers, with what they are executing."""
@@ -267,9 +260,7 @@ class _Kept:
             return _Missing(tuple(r.key for r in stale))
 
 
-# One for each worker process, and global: executors of other libraries, Dask's as well, run no initialiser of
-# ours.
-_kept = _Kept()
+_kept = _Kept()  # of this process; global, as executors of other libraries run no initialiser of ours
 
 
 def _execute(task: Task, args: Sequence[Any], given: dict[str, bytes], count: int | None) -> Any:
@@ -344,11 +335,8 @@ def processes(count: int) -> Iterator[Workers]:
     """
     if count < 1:
         raise UnavailableError(f"workers={count}: give 1 or more")
-    workers = _Processes(count)
-    try:
+    with closing(_Processes(count)) as workers:
         yield workers
-    finally:
-        workers.close()
 
 
 class _Dask(Workers):

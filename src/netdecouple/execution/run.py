@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -58,17 +58,11 @@ class Resources:
         shards = self.shards or (1 if self.workers is None else SHARDS)
         memory = Memory.within(None if self.memory is None else parse_bytes(self.memory), model, inputs)
         shards_per_worker = -(-shards // (1 if self.workers is None else self.workers.count))
-        checkpoint = Checkpoint(self.work)
-        try:
-            memory = replace(
-                memory,
-                store_bytes=memory.store_bytes // shards,
-                worker_store_bytes=memory.store_bytes // shards_per_worker,
-                scratch=checkpoint.scratch,
-            )
+        store, worker_store = memory.store_bytes // shards, memory.store_bytes // shards_per_worker
+        with closing(Checkpoint(self.work)) as checkpoint:
+            folder = checkpoint.scratch
+            memory = replace(memory, store_bytes=store, worker_store_bytes=worker_store, scratch=folder)
             yield Run(checkpoint=checkpoint, memory=memory, workers=self.workers, shards=shards)
-        finally:
-            checkpoint.close()
 
 
 @dataclass(frozen=True, kw_only=True)
