@@ -30,11 +30,21 @@ SOON = 2.0  # seconds of one core that the end may take; one second is promised 
 @pytest.fixture
 def long_run(folder: Path) -> Path:
     """The folder, with a network on which a run takes many seconds, and a folder for temporary files."""
+    return with_network(folder, layers=40, width=64)
+
+
+@pytest.fixture
+def long_sweep(folder: Path) -> Path:
+    """The same, with a network on which a sweep of ten budgets takes many seconds."""
+    return with_network(folder, layers=6, width=32)
+
+
+def with_network(folder: Path, layers: int, width: int) -> Path:
     b = networks.Builder()
-    x = b.conv("image", 3, 64, 3, "first")
-    for index in range(40):
-        x = b.node("Relu", b.conv(x, 64, 64, 3, f"conv{index}"))
-    b.classifier(x, 64)
+    x = b.conv("image", 3, width, 3, "first")
+    for index in range(layers):
+        x = b.node("Relu", b.conv(x, width, width, 3, f"conv{index}"))
+    b.classifier(x, width)
     onnx.save(b.model(), folder / "net.onnx")
     (folder / "temporary").mkdir()
     return folder
@@ -211,13 +221,13 @@ def test_on_a_terminal(long_run: Path):
 
 
 @pytest.mark.slow
-def test_what_was_written_is_told(long_run: Path):
+def test_what_was_written_is_told(long_sweep: Path):
     """A sweep that is interrupted keeps the networks that are whole, and names them."""
     budgets = ",".join(f"{share}%" for share in range(90, 40, -5))
     process = started(
-        long_run, "sweep", "net.onnx", "--calib", "data.npz:images", "--macs", budgets, "-o", "networks"
+        long_sweep, "sweep", "net.onnx", "--calib", "data.npz:images", "--macs", budgets, "-o", "networks"
     )
-    first = long_run / "networks" / "net-macs90.onnx"
+    first = long_sweep / "networks" / "net-macs90.onnx"
     while not first.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -225,11 +235,11 @@ def test_what_was_written_is_told(long_run: Path):
     last = err.splitlines()[-1]
     assert last.startswith("interrupted: written by then: networks/net-macs90.onnx")
     assert sorted(last.split(": ")[2].split(", ")) == sorted(
-        str(path.relative_to(long_run)) for path in first.parent.iterdir()
+        str(path.relative_to(long_sweep)) for path in first.parent.iterdir()
     )
     for path in first.parent.iterdir():
         onnx.checker.check_model(onnx.load(path))
-    assert not files(long_run / "temporary")
+    assert not files(long_sweep / "temporary")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,16 @@ finally:
         del sys.modules[_TELEMETRY]
 
 
+@cache
+def _core() -> Any:
+    """Return the one core of this process.
+
+    Its CPU plugin gives the thread that loads it another stack for signals. Of two plugins the first one to
+    go leaves a freed stack behind, on which the next Ctrl-C ends the process (OpenVINO 2026.4).
+    """
+    return openvino.Core()
+
+
 class OpenVino:
     """OpenVINO on the CPU."""
 
@@ -42,7 +52,6 @@ class OpenVino:
                 "it holds netdecouple's own operators, which run in onnxruntime only; "
                 "write standard ones with: netdecouple lower"
             )
-        core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -50,8 +59,8 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "f32",  # on some processors the default is bfloat16
         }
         try:
-            read = core.read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
-            compiled = core.compile_model(read, "CPU", settings)
+            read = _core().read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
+            compiled = _core().compile_model(read, "CPU", settings)
             request = compiled.create_infer_request()
             return Session(tuple(map(_input, compiled.inputs)), partial(_run, request))
         except RuntimeError as error:
