@@ -96,12 +96,20 @@ class Workers:
         slots: one executor for each worker, or a single one for all of them.
         count: how many tasks are executed at once.
         threads: how many each worker may use; None: workers keep the number that they have.
+        start: makes an executor in place of one that has broken; None: the run ends.
     """
 
-    def __init__(self, slots: Sequence[Executor], count: int, threads: int | None = 1) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Executor],
+        count: int,
+        threads: int | None = 1,
+        start: Callable[[], Executor] | None = None,
+    ) -> None:
         self._slots = list(slots)
         self.count = count
         self._threads = threads
+        self._start = start
 
     @classmethod
     def of(cls, executor: Executor, count: int) -> Workers:
@@ -172,11 +180,9 @@ class Workers:
                 t.future.cancel()
 
     def _lost(self, t: _Submitted, error: BaseException) -> None:
-        """Prepare for executing a task again whose worker has died.
+        """Prepare for executing a task again whose worker has died, unless that has happened too often.
 
-        Raises:
-            UnavailableError: that has happened too often, or the worker cannot be replaced.
-            Exception: the error, if the task itself raised it.
+        Raises the error itself if the task raised it.
         """
         if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":  # Dask's
             raise error
@@ -191,8 +197,10 @@ class Workers:
         """Replace workers that have gone, where nothing else does."""
 
     def _replaced(self, slot: int, executor: Executor | None) -> bool:
-        """Replace a slot's broken executor if it is still this one; return whether that can be done."""
-        return False
+        """Replace a slot's broken executor, if it is still this one; return whether that can be done."""
+        if self._start is not None and self._slots[slot] is executor:
+            self._slots[slot] = self._start()
+        return self._start is not None
 
     def forget(self, group: str) -> None:
         """Have all workers drop the shared arguments of a group."""
@@ -314,18 +322,6 @@ def _initialise(pipe: Connection) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-class _Processes(Workers):
-    """Processes on this machine, of one thread each."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__([_Process() for _ in range(count)], count)
-
-    def _replaced(self, slot: int, executor: Executor | None) -> bool:
-        if self._slots[slot] is executor:  # else another task's loss has replaced it
-            self._slots[slot] = _Process()
-        return True
-
-
 @contextmanager
 def processes(count: int) -> Iterator[Workers]:
     """Start processes on this machine, of one thread each; one that dies is replaced.
@@ -335,7 +331,7 @@ def processes(count: int) -> Iterator[Workers]:
     """
     if count < 1:
         raise UnavailableError(f"workers={count}: give 1 or more")
-    with closing(_Processes(count)) as workers:
+    with closing(Workers([_Process() for _ in range(count)], count, start=_Process)) as workers:
         yield workers
 
 
@@ -394,11 +390,7 @@ def dask(address: str) -> Iterator[Workers]:
 
 
 def opened(workers: int | None, scheduler: str | None) -> AbstractContextManager[Workers | None]:
-    """Start so many worker processes, or use a scheduler's workers, or none at all.
-
-    Raises:
-        UnavailableError: both are named, or they are not available.
-    """
+    """Start so many worker processes, use a scheduler's workers, or neither; UnavailableError for both."""
     if workers is not None and scheduler is not None:
         raise UnavailableError("give workers= or scheduler=, not both")
     if scheduler is not None:

@@ -75,11 +75,7 @@ class Run:
     shards: int = 1
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make sure that the work folder is of this run, by all that its results depend on (JSON).
-
-        Raises:
-            OutputError: the folder is of another run.
-        """
+        """Make the work folder this run's, by all that its results depend on (JSON), or raise OutputError."""
         about = {"memory": self.memory.limit, "shards": self.shards, "workers": self.workers is not None}
         self.checkpoint.claim({**identity, **about})
 

@@ -110,11 +110,7 @@ F = TypeVar("F", bound=type[Family])
 
 
 def register(family: F) -> F:
-    """Add a family to the registry; a class decorator.
-
-    Raises:
-        ValueError: another family has this name.
-    """
+    """Add a family to the registry, a class decorator; raises ValueError if another one has its name."""
     if REGISTRY.setdefault(family.name, family) is not family:
         raise ValueError(f"there are two families {family.name!r}")
     return family

@@ -75,11 +75,7 @@ class Method:
         return Method(inner) if inner and not stage.is_pointwise else None
 
     def structure(self, geometry: ConvGeometry, steps: Iterable[Step]) -> Structure:
-        """Return the stages of some steps: one per application of a family, in the order of `fit`.
-
-        Raises:
-            ValueError: the steps do not fit the layer.
-        """
+        """Return the stages of some steps, in the order of `fit`; raise ValueError if they do not fit."""
         remaining = iter(steps)
         structure = Structure.of(geometry, *self._stages(geometry, remaining))
         if next(remaining, None) is not None:

@@ -66,7 +66,7 @@ class DepthwisePointwise(Family):
 
     def curve(self, problem: Problem) -> Array:
         terms = spectrum(problem)
-        order = terms.uniform_order() if self.options.uniform else terms.order()
+        order = terms.order(self.options.uniform)
         return error_curve(problem, terms, order)[: self.exact(problem.geometry) + 1]
 
     def grain(self, geometry: ConvGeometry) -> int:
@@ -84,20 +84,15 @@ class DepthwisePointwise(Family):
 
     def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
         terms, every_channel = spectrum(problem), np.arange(problem.geometry.n_i)
-        return [every_channel.repeat(self._ranks(terms, size)) for size in sizes]
+        return [every_channel.repeat(terms.ranks(size, self.options.uniform)) for size in sizes]
 
     def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         rounds = self.options.rounds
         if channels is None:
-            ranks = self._ranks(spectrum(problem), size)
+            ranks = spectrum(problem).ranks(size, self.options.uniform)
         else:
             ranks = np.bincount(channels, minlength=problem.geometry.n_i)
         return fit(problem, ranks, sweeps=SWEEPS if rounds is None else rounds)
-
-    def _ranks(self, terms: Spectrum, size: int) -> IntArray:
-        if self.options.uniform:
-            return terms.common_ranks(size // terms.energy.shape[1])
-        return terms.pooled_ranks(size)
 
 
 @register
@@ -231,25 +226,21 @@ class Spectrum:
     energy: Array
     filters: Array
 
-    def common_ranks(self, rank: int) -> IntArray:
-        """The same rank for every input channel: (n_i,)."""
-        return np.full(self.energy.shape[0] * self.energy.shape[1], rank, np.int64)
+    def order(self, uniform: bool = False) -> IntArray:
+        """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²).
 
-    def pooled_ranks(self, terms: int) -> IntArray:
-        """Share ``terms`` per group among its channels, strongest terms first: ranks (n_i,), 0 included."""
-        _, n, depth = self.energy.shape
-        order = self.order()[:, :terms]
-        return np.concatenate([np.bincount(o // depth, minlength=n) for o in order]).astype(np.int64)
-
-    def order(self) -> IntArray:
-        """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²)."""
-        return np.argsort(-comparable(self.energy.reshape(len(self.energy), -1)), axis=1, kind="stable")
-
-    def uniform_order(self) -> IntArray:
-        """The first term of every channel, then the second, …: (groups, n · k²)."""
+        If ``uniform``, the first term of every channel, then the second, …
+        """
         groups, n, depth = self.energy.shape
-        order = np.arange(n * depth).reshape(n, depth).T.ravel()
-        return np.broadcast_to(order, (groups, n * depth))
+        if uniform:
+            return np.broadcast_to(np.arange(n * depth).reshape(n, depth).T.ravel(), (groups, n * depth))
+        return np.argsort(-comparable(self.energy.reshape(groups, -1)), axis=1, kind="stable")
+
+    def ranks(self, terms: int, uniform: bool = False) -> IntArray:
+        """Share ``terms`` per group among its channels in this order: ranks (n_i,), 0 included."""
+        _, n, depth = self.energy.shape
+        firsts = self.order(uniform)[:, :terms]
+        return np.concatenate([np.bincount(o // depth, minlength=n) for o in firsts]).astype(np.int64)
 
 
 @once
@@ -307,10 +298,7 @@ def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BL
 
     Terms start from the spectra of the slices; the pointwise stage is refitted to all of them together;
     block coordinate descent then improves both. The error never rises on the way. ``block`` channels share
-    a matrix product, which changes rounding alone.
-
-    Raises:
-        ValueError: the groups have different numbers of terms.
+    a matrix product, which changes rounding alone. Every group needs as many terms (ValueError).
     """
     g = problem.geometry
     per_group = ranks.reshape(g.groups, -1)

@@ -205,8 +205,7 @@ def layer_times(
 ) -> LayerTimes:
     """Measure the time per layer with ONNX Runtime's profiler; arguments are those of `benchmark`.
 
-    Raises:
-        ModelError: a network is no ONNX model, or cannot be run.
+    Raises ModelError if a network is no ONNX model, or cannot be run.
     """
     names = names or model_names(models)
     networks, given = [], []

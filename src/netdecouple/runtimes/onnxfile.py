@@ -75,11 +75,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model with its external data.
-
-    Raises:
-        ModelError: as `definition`, or its weights cannot be read.
-    """
+    """Read a model with its external data; raise ModelError as `definition`, or if it cannot read them."""
     proto = definition(path)
     try:
         external_data_helper.load_external_data_for_model(proto, str(Path(path).parent))

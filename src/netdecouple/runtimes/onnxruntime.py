@@ -98,11 +98,7 @@ def _definition(model: onnx.ModelProto | str | os.PathLike[str]) -> onnx.ModelPr
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
-    """Check a model for a runtime that opens ONNX files, and return it: a ModelProto or a path.
-
-    Raises:
-        ModelError: it is neither, or there is no such file, or it is cut short.
-    """
+    """Return a ModelProto or a path; raise ModelError for anything else, and for damaged files."""
     if isinstance(model, onnx.ModelProto):
         return model
     if not isinstance(model, str | os.PathLike):
@@ -115,11 +111,7 @@ def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
 
 
 def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """Run once.
-
-    Raises:
-        ModelError: the inputs do not fit the network, or it fails on them.
-    """
+    """Run once; raise ModelError if the inputs do not fit the network, or it fails on them."""
     try:
         return list(session.run(names, feeds))
     except Exception as error:
@@ -133,11 +125,7 @@ class OnnxRuntime:
     version: str = ort.__version__
 
     def open(self, model: object, threads: int) -> Session:
-        """Open a file or a ModelProto.
-
-        Raises:
-            ModelError: it is neither, or ONNX Runtime refuses it.
-        """
+        """Open a file or a ModelProto; raise ModelError if it is neither, or ONNX Runtime refuses it."""
         session = open_session(onnx_source(model, "ONNX Runtime"), options(threads))
         return Session(tuple(map(_input, session.get_inputs())), partial(run, session, None))
 

@@ -41,11 +41,7 @@ class OpenVino:
     version: str = openvino.__version__.partition("-")[0]
 
     def open(self, model: object, threads: int) -> Session:
-        """Open an .onnx file or a ModelProto.
-
-        Raises:
-            ModelError: it is neither, or OpenVINO refuses it.
-        """
+        """Open an .onnx file or a ModelProto; raise ModelError if it is neither, or OpenVINO refuses it."""
         source = onnx_source(model, "OpenVINO")
         if uses_kernels(source):
             raise ModelError(

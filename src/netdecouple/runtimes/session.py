@@ -38,19 +38,11 @@ class Runtime(Protocol):
     version: str  # of its package
 
     def open(self, model: object, threads: int) -> Session:
-        """Open ``model`` (a path, or the runtime's own kind of object) to run with so many threads.
-
-        Raises:
-            ModelError: this runtime cannot open it.
-        """
+        """Open a path or the runtime's own kind of object for so many threads; else raise ModelError."""
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Read a shape such as 1x3x224x224.
-
-    Raises:
-        ModelError: the text is no shape.
-    """
+    """Read a shape such as 1x3x224x224; raise ModelError if the text is none."""
     try:
         shape = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
     except ValueError as error:

@@ -28,11 +28,7 @@ class Torch:
         self._trust = trust
 
     def open(self, model: object, threads: int) -> Session:
-        """Open a module, an exported program, or, if files are trusted, a .pt2 file.
-
-        Raises:
-            ModelError: it is none of these.
-        """
+        """Open a module, an exported program or, if files are trusted, a .pt2 file; else raise ModelError."""
         if isinstance(model, str | os.PathLike):
             model = self._load(Path(model))
         if isinstance(model, torch.export.ExportedProgram):
