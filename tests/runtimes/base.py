@@ -10,8 +10,8 @@ import pytest
 
 from netdecouple.errors import ModelError, UnavailableError
 from netdecouple.runtimes import Input, Runtime, runtime
+from netdecouple.runtimes.feeds import random_feeds
 from netdecouple.runtimes.onnxruntime import open_session, run
-from netdecouple.runtimes.session import random_feeds
 from tests import networks
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Input, runtime
-from netdecouple.runtimes.session import random_feeds
+from netdecouple.runtimes.feeds import random_feeds
 
 torch = pytest.importorskip("torch")
 

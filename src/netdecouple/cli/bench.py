@@ -16,7 +16,7 @@ from netdecouple.report.files import write_text
 from netdecouple.report.text import layer_times_tables, timing_tables
 from netdecouple.runtimes import NAMES
 from netdecouple.runtimes.benchmark import SECONDS
-from netdecouple.runtimes.session import parse_shape
+from netdecouple.runtimes.feeds import parse_shape
 
 
 def bench(

@@ -31,8 +31,8 @@ from netdecouple.report.formatting import (
 from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep, is_flat
 from netdecouple.runtimes.benchmark import Benchmark, LayerTimes, TimedModel
+from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
-from netdecouple.runtimes.session import describe_shape
 
 BARS = " ▁▂▃▄▅▆▇█"
 

@@ -6,7 +6,7 @@ A runtime opens a model for a number of threads and returns a session, which run
 from __future__ import annotations
 
 from netdecouple.errors import UnavailableError
-from netdecouple.runtimes.session import Feeds, Input, Runtime, Session
+from netdecouple.runtimes.protocol import Feeds, Input, Runtime, Session
 
 __all__ = ["NAMES", "Feeds", "Input", "Runtime", "Session", "runtime"]
 

@@ -18,9 +18,9 @@ import onnx
 from netdecouple.errors import ModelError
 from netdecouple.execution.scratch import Scratch
 from netdecouple.runtimes import Feeds, Runtime
+from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
 from netdecouple.runtimes.onnxruntime import OnnxRuntime, Profiled
-from netdecouple.runtimes.session import describe_shape, random_feeds
 from netdecouple.runtimes.timing import WARM_UP, Ratio, Timing, measure, rounds
 from netdecouple.version import __version__
 

@@ -19,7 +19,7 @@ from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.session import Feeds, Input, Session
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 

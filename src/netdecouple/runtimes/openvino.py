@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
-from netdecouple.runtimes.session import Feeds, Input, Session
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
 _TELEMETRY = "openvino_telemetry"  # would send data to its authors; hidden while OpenVINO is imported
 _was_imported = _TELEMETRY in sys.modules

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError, first_line
-from netdecouple.runtimes.session import Feeds, Input, Session
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
 
 class Torch:

@@ -7,7 +7,7 @@ import pytest
 
 from netdecouple.errors import ModelError
 from netdecouple.runtimes import Input
-from netdecouple.runtimes.session import describe_shape, parse_shape, random_feeds
+from netdecouple.runtimes.feeds import describe_shape, parse_shape, random_feeds
 
 FLOAT = np.dtype(np.float32)
 
