@@ -181,5 +181,5 @@ class OneFamilyTests(FamilyTests):
         levels = self.levels(g)
         level = levels[int(share * (len(levels) - 1))]
         once = self.fit(problem, level)
-        again = self.family.fit_selected(problem, level, once.stages[0].channels)
+        again = self.family.fit(problem, level, once.stages[0].channels)
         np.testing.assert_array_equal(once.dense(), again.dense())

@@ -21,7 +21,7 @@ class TestCommonRank(FamilyTests):
         return range(1, nd.full_rank(geometry) + 1)
 
     def fit(self, problem: Problem, level: int) -> Factorization:
-        return nd.fit(problem, nd.spectrum(problem).common_ranks(level))
+        return nd.fit(problem, np.full(problem.geometry.n_i, level))
 
 
 class TestRankPerChannel(OneFamilyTests):
@@ -38,7 +38,7 @@ def test_data_free_fit_is_the_truncated_svd_of_every_slice(g: ConvGeometry, seed
     """The paper, section 3: slice i of the kernel is n_o × k²."""
     rank = min(rank, nd.full_rank(g))
     problem = data_free_problem(g, seed)
-    dense = nd.fit(problem, nd.spectrum(problem).common_ranks(rank)).dense()
+    dense = nd.fit(problem, np.full(g.n_i, rank)).dense()
     m = g.n_o // g.groups
     for group in range(g.groups):
         rows = slice(group * m, (group + 1) * m)
@@ -54,18 +54,18 @@ def test_the_error_curve_is_what_fitting_each_number_of_terms_gives(g: ConvGeome
     """One Cholesky factorization against one least-squares fit per number of terms."""
     problem = aware_problem(g, seed)
     terms = nd.spectrum(problem)
-    curve = nd.error_curve(problem, terms)
+    curve = nd.error_curve(problem, terms, terms.order())
     assert curve[0] == pytest.approx(1)
     assert np.all(np.diff(curve) <= 1e-12)
     for count in range(1, min(len(curve), 9)):
-        fitted = nd.fit(problem, terms.pooled_ranks(count), sweeps=0)
+        fitted = nd.fit(problem, terms.ranks(count), sweeps=0)
         centred = error_of(problem, fitted) / problem.moments.variance
         assert curve[count] == pytest.approx(centred, abs=1e-6)
 
 
 def test_descent_improves_on_the_refit_and_never_rises() -> None:
     problem = aware_problem(ConvGeometry(16, 24, 3, 3), 0)
-    ranks = nd.spectrum(problem).pooled_ranks(50)
+    ranks = nd.spectrum(problem).ranks(50)
     errors = [error_of(problem, nd.fit(problem, ranks, sweeps=n)) for n in range(5)]
     assert all(b <= a * (1 + 1e-10) for a, b in pairwise(errors)), errors
     assert errors[-1] < 0.97 * errors[0]
@@ -74,7 +74,7 @@ def test_descent_improves_on_the_refit_and_never_rises() -> None:
 def test_blocks_of_channels_change_nothing() -> None:
     """Computing the residual for several channels at once is bookkeeping, not another algorithm."""
     problem = aware_problem(ConvGeometry(8, 21, 3, 3), 1)
-    ranks = nd.spectrum(problem).pooled_ranks(40)
+    ranks = nd.spectrum(problem).ranks(40)
     whole = nd.fit(problem, ranks).dense()
     np.testing.assert_allclose(nd.fit(problem, ranks, block=1).dense(), whole, atol=1e-9)
 
@@ -86,9 +86,10 @@ def test_pooled_ranks_beat_a_common_rank_at_the_same_cost() -> None:
     weight = kernel(g, 0) * np.repeat([0.0, 0.1, 3.0], 4)[None, :, None, None]
     problem = Problem.data_free(g, weight + 1e-9 * rng.standard_normal(weight.shape), np.zeros(16))
     terms = nd.spectrum(problem)
-    pooled, common = terms.pooled_ranks(36), terms.common_ranks(3)
+    pooled, common = terms.ranks(36), terms.ranks(36, uniform=True)
     assert pooled.sum() == common.sum() == 36
     assert list(pooled[:4]) == [0, 0, 0, 0]
+    assert list(common) == [3] * 12
     assert error_of(problem, nd.fit(problem, pooled)) < 0.5 * error_of(problem, nd.fit(problem, common))
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from netdecouple import families
 from netdecouple.cli import app
 from netdecouple.cli.options import complete_families
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.families import Family, Problem
 from netdecouple.families.base import REGISTRY, register, registered
 from netdecouple.families.chain import method, methods
@@ -48,7 +48,7 @@ class Toy(Family):
         errors = [1.0, *(problem.relative_error(self.fit(problem, size)) for size in sizes)]
         return np.minimum.accumulate(errors)
 
-    def fit(self, problem: Problem, size: int) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         g = problem.geometry
         kernel = problem.target.reshape(g.groups, g.n_o // g.groups, -1, g.kh * g.kw).swapaxes(2, 3)
         _, _, vt = np.linalg.svd(kernel.reshape(g.groups, -1, kernel.shape[3]))

@@ -10,7 +10,7 @@ import pytest
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem
 from netdecouple.families.chain import Step, Trial, method, pareto
-from netdecouple.families.ties import comparable
+from netdecouple.families.linalg import comparable
 from netdecouple.moments import Moments
 
 G = ConvGeometry(6, 8, 3, 3)

@@ -166,11 +166,7 @@ def _locked(folder: Path) -> IO[bytes] | None:
 
 
 def _publish(folder: Path, name: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, flush it to the disk, and only then give it its name.
-
-    Raises:
-        OutputError: that fails; a file of that name stays.
-    """
+    """Write a file, flush it to the disk, and only then give it its name; else a file of that name stays."""
     partial = folder / SCRATCH / name
     try:
         with partial.open("wb") as file:

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -77,8 +77,6 @@ class ThisProcess:
 
 @dataclass(eq=False)
 class _Submitted:
-    """A task that has been submitted."""
-
     arguments: tuple[Any, ...]
     slot: int
     executor: Executor | None = None
@@ -98,12 +96,20 @@ class Workers:
         slots: one executor for each worker, or a single one for all of them.
         count: how many tasks are executed at once.
         threads: how many each worker may use; None: workers keep the number that they have.
+        start: makes an executor in place of one that has broken; None: the run ends.
     """
 
-    def __init__(self, slots: Sequence[Executor], count: int, threads: int | None = 1) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Executor],
+        count: int,
+        threads: int | None = 1,
+        start: Callable[[], Executor] | None = None,
+    ) -> None:
         self._slots = list(slots)
         self.count = count
         self._threads = threads
+        self._start = start
 
     @classmethod
     def of(cls, executor: Executor, count: int) -> Workers:
@@ -152,12 +158,8 @@ class Workers:
             while True:
                 for index, arguments in islice(numbered, self.count + 1 - len(tasks)):
                     load = Counter(t.slot for t in tasks)
-                    slot = (
-                        index % len(self._slots)
-                        if pinned
-                        else min(range(len(self._slots)), key=load.__getitem__)
-                    )
-                    tasks.append(_Submitted(arguments, slot))
+                    least = min(range(len(self._slots)), key=load.__getitem__)
+                    tasks.append(_Submitted(arguments, index % len(self._slots) if pinned else least))
                     submit(tasks[-1])
                 if not tasks:
                     return
@@ -178,11 +180,9 @@ class Workers:
                 t.future.cancel()
 
     def _lost(self, t: _Submitted, error: BaseException) -> None:
-        """Prepare for executing a task again whose worker has died.
+        """Prepare for executing a task again whose worker has died, unless that has happened too often.
 
-        Raises:
-            UnavailableError: that has happened too often, or the worker cannot be replaced.
-            Exception: the error, if the task itself raised it.
+        Raises the error itself if the task raised it.
         """
         if not isinstance(error, BrokenExecutor) and type(error).__name__ != "KilledWorker":  # Dask's
             raise error
@@ -197,13 +197,14 @@ class Workers:
         """Replace workers that have gone, where nothing else does."""
 
     def _replaced(self, slot: int, executor: Executor | None) -> bool:
-        """Replace a slot's broken executor if it is still this one; return whether that can be done."""
-        return False
+        """Replace a slot's broken executor, if it is still this one; return whether that can be done."""
+        if self._start is not None and self._slots[slot] is executor:
+            self._slots[slot] = self._start()
+        return self._start is not None
 
     def forget(self, group: str) -> None:
         """Have all workers drop the shared arguments of a group."""
-        for _ in self.map(_forget, [(group,)] * len(self._slots), pinned=True):
-            pass
+        list(self.map(_forget, [(group,)] * len(self._slots), pinned=True))
 
     def close(self) -> None:
         """End the workers, with what they are executing."""
@@ -267,9 +268,7 @@ class _Kept:
             return _Missing(tuple(r.key for r in stale))
 
 
-# One for each worker process, and global: executors of other libraries, Dask's as well, run no initialiser of
-# ours.
-_kept = _Kept()
+_kept = _Kept()  # of this process; global, as executors of other libraries run no initialiser of ours
 
 
 def _execute(task: Task, args: Sequence[Any], given: dict[str, bytes], count: int | None) -> Any:
@@ -323,18 +322,6 @@ def _initialise(pipe: Connection) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-class _Processes(Workers):
-    """Processes on this machine, of one thread each."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__([_Process() for _ in range(count)], count)
-
-    def _replaced(self, slot: int, executor: Executor | None) -> bool:
-        if self._slots[slot] is executor:  # else another task's loss has replaced it
-            self._slots[slot] = _Process()
-        return True
-
-
 @contextmanager
 def processes(count: int) -> Iterator[Workers]:
     """Start processes on this machine, of one thread each; one that dies is replaced.
@@ -344,11 +331,8 @@ def processes(count: int) -> Iterator[Workers]:
     """
     if count < 1:
         raise UnavailableError(f"workers={count}: give 1 or more")
-    workers = _Processes(count)
-    try:
+    with closing(Workers([_Process() for _ in range(count)], count, start=_Process)) as workers:
         yield workers
-    finally:
-        workers.close()
 
 
 class _Dask(Workers):
@@ -406,11 +390,7 @@ def dask(address: str) -> Iterator[Workers]:
 
 
 def opened(workers: int | None, scheduler: str | None) -> AbstractContextManager[Workers | None]:
-    """Start so many worker processes, or use a scheduler's workers, or none at all.
-
-    Raises:
-        UnavailableError: both are named, or they are not available.
-    """
+    """Start so many worker processes, use a scheduler's workers, or neither; UnavailableError for both."""
     if workers is not None and scheduler is not None:
         raise UnavailableError("give workers= or scheduler=, not both")
     if scheduler is not None:

@@ -25,11 +25,7 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """The limit, as it is set now.
-
-        Raises:
-            NetDecoupleError: the variable is not a positive whole number.
-        """
+        """The limit, as it is set now; NetDecoupleError if the variable is not a positive whole number."""
         text = os.environ.get(self.variable)
         if text is None:
             return self.default

@@ -35,11 +35,7 @@ class Memory:
 
     @classmethod
     def within(cls, limit: int | None, model: int, inputs: int) -> Memory:
-        """Divide what a model and inputs of so many bytes leave of ``limit``.
-
-        Raises:
-            BudgetError: the model and the inputs alone take more than the limit.
-        """
+        """Divide what a model and inputs of so many bytes leave of ``limit``, or raise BudgetError."""
         if limit is None:
             return cls()
         taken = BASE + int(STEADY * model) + inputs
@@ -67,11 +63,7 @@ class Memory:
 
 
 def parse_bytes(text: int | str) -> int:
-    """Read 4GB, 500 MB, 3.5GiB, or a number of bytes.
-
-    Raises:
-        BudgetError: the text is none of these.
-    """
+    """Read 4GB, 500 MB, 3.5GiB, or a number of bytes; raise BudgetError for any other text."""
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(|[KMGT]I?)B?\s*", str(text).upper())
     if match is None or match[2] not in UNITS or not float(match[1]):
         raise BudgetError(f"memory={text!r}: write an amount like 4GB, 500MB or 3.5GiB")

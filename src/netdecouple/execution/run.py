@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -58,17 +58,11 @@ class Resources:
         shards = self.shards or (1 if self.workers is None else SHARDS)
         memory = Memory.within(None if self.memory is None else parse_bytes(self.memory), model, inputs)
         shards_per_worker = -(-shards // (1 if self.workers is None else self.workers.count))
-        checkpoint = Checkpoint(self.work)
-        try:
-            memory = replace(
-                memory,
-                store_bytes=memory.store_bytes // shards,
-                worker_store_bytes=memory.store_bytes // shards_per_worker,
-                scratch=checkpoint.scratch,
-            )
+        store, worker_store = memory.store_bytes // shards, memory.store_bytes // shards_per_worker
+        with closing(Checkpoint(self.work)) as checkpoint:
+            folder = checkpoint.scratch
+            memory = replace(memory, store_bytes=store, worker_store_bytes=worker_store, scratch=folder)
             yield Run(checkpoint=checkpoint, memory=memory, workers=self.workers, shards=shards)
-        finally:
-            checkpoint.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +75,7 @@ class Run:
     shards: int = 1
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make sure that the work folder is of this run, by all that its results depend on (JSON).
-
-        Raises:
-            OutputError: the folder is of another run.
-        """
+        """Make the work folder this run's, by all that its results depend on (JSON), or raise OutputError."""
         about = {"memory": self.memory.limit, "shards": self.shards, "workers": self.workers is not None}
         self.checkpoint.claim({**identity, **about})
 

@@ -49,21 +49,14 @@ class Family(ABC):
 
     group: ClassVar[str] = ""  # the user's word for several families; empty: the name
     in_combinations: ClassVar[bool] = True  # False: in chains only where the user writes the chain in full
-    prunes_inputs: ClassVar[bool] = (
-        False  # only drops input channels: useless behind the first stage of a chain
-    )
-    joins_last: ClassVar[bool] = (
-        False  # can fit the last convolution of a chain and the 1×1 behind it together
-    )
+    prunes_inputs: ClassVar[bool] = False  # only drops input channels: useless behind a chain's first stage
+    joins_last: ClassVar[bool] = False  # can fit a chain's last convolution and the 1×1 behind it together
     spreads_terms: ClassVar[bool] = False  # the size counts terms that are shared among the input channels
-    is_reference: ClassVar[bool] = (
-        False  # its energies describe a layer, and its closed form chooses the ridge
-    )
+    is_reference: ClassVar[bool] = False  # its energies describe a layer, its closed form chooses the ridge
     for_linear: ClassVar[bool] = False  # for fully connected layers, where fewer inputs are no faster
-    for_upsampling: ClassVar[bool] = (
-        False  # for transposed convolutions with a stride above 1: whatever computes
-    )
-    #   its last stage at the output's resolution costs more there than `Structure.macs` says
+    # for transposed convolutions with a stride above 1: whatever computes its last stage at the output's
+    # resolution costs more there than `Structure.macs` says
+    for_upsampling: ClassVar[bool] = False
 
     def __init__(self, options: FitOptions = FitOptions()) -> None:
         self.options = options
@@ -81,8 +74,8 @@ class Family(ABC):
         """Predict the relative error at every size 0 … `exact`, cheaply: a fit may do a little better."""
 
     @abstractmethod
-    def fit(self, problem: Problem, size: int) -> Factorization:
-        """Fit the stages and the bias."""
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        """Fit the stages and the bias; ``channels`` are those that an earlier fit has selected, if it has."""
 
     def applies_to(self, geometry: ConvGeometry) -> bool:
         """Return whether the family has something to offer to such a convolution."""
@@ -112,36 +105,12 @@ class Family(ABC):
         """Return the channels that the first stage would read at several sizes; None is all channels."""
         return [None] * len(sizes)
 
-    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
-        """Fit with the channels that an earlier fit has selected; None selects them anew."""
-        return self.fit(problem, size)
-
-
-class ChannelSelecting(Family):
-    """A family whose first stage reads only some channels, or some of them several times."""
-
-    @abstractmethod
-    def repeats(self, geometry: ConvGeometry) -> int: ...
-
-    @abstractmethod
-    def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]: ...
-
-    @abstractmethod
-    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization: ...
-
-    def fit(self, problem: Problem, size: int) -> Factorization:
-        return self.fit_selected(problem, size, None)
-
 
 F = TypeVar("F", bound=type[Family])
 
 
 def register(family: F) -> F:
-    """Add a family to the registry; a class decorator.
-
-    Raises:
-        ValueError: another family has this name.
-    """
+    """Add a family to the registry, a class decorator; raises ValueError if another one has its name."""
     if REGISTRY.setdefault(family.name, family) is not family:
         raise ValueError(f"there are two families {family.name!r}")
     return family

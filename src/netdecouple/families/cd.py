@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, Factorization, IntArray, Structure
 from netdecouple.families.base import Family, register
 from netdecouple.families.linalg import Array
-from netdecouple.families.problem import Problem
+from netdecouple.families.problem import Problem, once
 
 
 @register
@@ -41,33 +41,23 @@ class ChannelDecomposition(Family):
         return min(geometry.n_o // geometry.groups, geometry.unknowns)
 
     def structure(self, geometry: ConvGeometry, size: int) -> Structure:
-        middle = size * geometry.groups
-        narrow = replace(geometry, n_o=middle)
-        return Structure.of(
-            geometry, narrow, ConvGeometry(geometry.n_o, middle, 1, 1, groups=geometry.groups)
-        )
+        g, middle = geometry, size * geometry.groups
+        wide = ConvGeometry(g.n_o, middle, 1, 1, groups=g.groups)
+        return Structure.of(g, replace(g, n_o=middle), wide)
 
     def curve(self, problem: Problem) -> Array:
         energy = _components(problem)[0][:, : self.exact(problem.geometry)].sum(axis=0)
         return np.maximum(1 - np.cumsum(np.concatenate([[0.0], energy])) / problem.power, 0.0)
 
-    def fit(self, problem: Problem, size: int) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         u = _components(problem)[1][:, :, :size]  # (groups, m, r)
         v = u.swapaxes(1, 2) @ problem.target  # V = Uᵀ W*
-        narrow, wide = self.structure(problem.geometry, size).stages
-        stages = (
-            ConvStage(narrow, v.reshape(narrow.weight_shape)),
-            ConvStage(wide, u.reshape(wide.weight_shape)),
-        )
-        return problem.with_best_bias(stages)
+        return problem.assembled(self.structure(problem.geometry, size), v, u)
 
 
+@once
 def _components(problem: Problem) -> tuple[Array, Array]:
     """Compute the principal components of W* x: energies (groups, m), falling, and axes in columns."""
-
-    def compute() -> tuple[Array, Array]:
-        # W* G W*ᵀ, in which W* G = C
-        energy, axes = np.linalg.eigh(problem.moments.cross @ problem.target.swapaxes(1, 2))
-        return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]
-
-    return problem.once("cd", compute)
+    # W* G W*ᵀ, in which W* G = C
+    energy, axes = np.linalg.eigh(problem.moments.cross @ problem.target.swapaxes(1, 2))
+    return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]

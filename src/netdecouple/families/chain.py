@@ -16,8 +16,8 @@ import numpy as np
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.families.base import PAPER, REGISTRY, Family, FitOptions, groups, registered
+from netdecouple.families.linalg import comparable
 from netdecouple.families.problem import Problem
-from netdecouple.families.ties import comparable
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Step:
 class Trial:
     """What a method can make of a layer, its exact costs and its predicted error."""
 
-    steps: tuple[Step, ...]
-    stages: tuple[tuple[ConvGeometry, IntArray | None], ...]
-    macs: int
-    squared_error: float  # Σ |y − ŷ|² over the samples
+    steps: tuple[Step, ...] = ()
+    stages: tuple[tuple[ConvGeometry, IntArray | None], ...] = ()
+    macs: int = 0
+    squared_error: float = 0.0  # Σ |y − ŷ|² over the samples
 
     def structure(self, geometry: ConvGeometry) -> Structure:
         stages, channels = zip(*self.stages, strict=True)
@@ -61,34 +61,62 @@ class Method:
 
     def applies_to(self, geometry: ConvGeometry) -> bool:
         """Return whether the method has something to offer; a chain needs a kernel in its stages."""
-        is_chain = len(self.families) > 1
-        return not (is_chain and geometry.is_pointwise) and all(f.applies_to(geometry) for f in self.families)
+        if len(self.families) > 1 and geometry.is_pointwise:
+            return False
+        return all(family.applies_to(geometry) for family in self.families)
 
     def wide_ok(self, geometry: ConvGeometry) -> bool:
         """Return whether all families stay quick where thousands of weights stand behind each output."""
         return all(family.wide_ok(geometry) for family in self.families)
 
-    def structure(self, geometry: ConvGeometry, steps: Iterable[Step]) -> Structure:
-        """Return the stages of some steps: one per application of a family, in the order of `fit`.
+    def _inner(self, index: int, stage: ConvGeometry) -> Method | None:
+        """Return what is applied to a stage: nothing to a 1×1, no pruning of another stage's outputs."""
+        inner = tuple(f for f in self.families[1:] if index == 0 or not f.prunes_inputs)
+        return Method(inner) if inner and not stage.is_pointwise else None
 
-        Raises:
-            ValueError: the steps do not fit the layer.
-        """
+    def structure(self, geometry: ConvGeometry, steps: Iterable[Step]) -> Structure:
+        """Return the stages of some steps, in the order of `fit`; raise ValueError if they do not fit."""
         remaining = iter(steps)
-        structure = Structure.of(geometry, *_stages(self.families, geometry, remaining))
+        structure = Structure.of(geometry, *self._stages(geometry, remaining))
         if next(remaining, None) is not None:
             raise ValueError("there are more sizes than applications of a family")
         return structure
 
+    def _stages(self, geometry: ConvGeometry, steps: Iterator[Step]) -> Iterator[ConvGeometry]:
+        family, step = self.families[0], next(steps, Step(0))
+        _check(family, geometry, step)
+        for index, stage in enumerate(family.structure(geometry, step.size).stages):
+            inner = self._inner(index, stage)
+            yield from inner._stages(stage, steps) if inner else [stage]
+
     def exact(self, geometry: ConvGeometry) -> tuple[int, ...]:
         """Return the sizes at which nothing is lost."""
-        return tuple(_exact(self.families, geometry))
+        sizes = [self.families[0].exact(geometry)]
+        for index, stage in enumerate(self.families[0].structure(geometry, *sizes).stages):
+            if inner := self._inner(index, stage):
+                sizes += inner.exact(stage)
+        return tuple(sizes)
 
     def fit(self, problem: Problem, steps: Iterable[Step]) -> tuple[Factorization, tuple[Step, ...]]:
         """Fit all stages; the steps come back with the channels that were selected where none were given."""
-        taken: list[Step] = []
-        fitted = _fit(self.families, problem, iter(steps), taken)
-        return fitted, tuple(taken)
+        remaining = iter(steps)
+        family, step = self.families[0], next(remaining)
+        outer = family.fit(problem, step.size, step.channels)
+        taken: tuple[Step, ...] = (Step(step.size, outer.stages[0].channels),)
+        if len(self.families) == 1:
+            return outer, taken
+        stages: tuple[ConvStage, ...] = ()
+        for index, stage in enumerate(outer.stages):
+            part = problem.of_stage(stages, stage, last=index == len(outer.stages) - 1)
+            if inner := self._inner(index, stage.geometry):
+                fitted, inner_steps = inner.fit(part, remaining)
+                stages += _reading(stage.channels, fitted.stages)
+                taken += inner_steps
+            else:
+                stages += (replace(stage, weight=part.target.reshape(stage.weight.shape)),)
+        if family.joins_last and stages[-2].geometry.groups == problem.geometry.groups:
+            stages = _rejoined(family, problem, stages, step.size)
+        return problem.with_best_bias(stages), taken
 
     def trials(
         self, problem: Problem, size: tuple[int, int], shares: Sequence[float], outer: Sequence[float] = ()
@@ -99,9 +127,28 @@ class Method:
             problem: the layer.
             size: height and width of its input.
             shares: of the MACs of what the innermost family is applied to; sizes are chosen to meet them.
-            outer: the same for all other families.
+            outer: the same for all other families; empty: the same shares.
         """
-        return _trials(self.families, problem, size, shares, outer or shares)
+        family, g = self.families[0], problem.geometry
+        if len(self.families) == 1:
+            return pareto(_predicted(family, problem, size, sizes_for(family, g, size, shares)))
+        trials: list[Trial] = []
+        for s in sizes_for(family, g, size, outer or shares):
+            whole = family.fit(problem, s)
+            step = Step(s, whole.stages[0].channels)
+            parts = [[Trial(steps=(step,), squared_error=problem.squared_error(whole))]]
+            stage_size = size
+            for index, stage in enumerate(whole.stages):
+                if inner := self._inner(index, stage.geometry):
+                    part = problem.of_stage(whole.stages[:index], stage, last=False)
+                    inner_trials = inner.trials(part, stage_size, shares, outer)
+                    parts.append([_selecting(stage.channels, trial) for trial in inner_trials])
+                else:
+                    macs = stage.geometry.macs(*stage_size)
+                    parts.append([Trial(stages=((stage.geometry, stage.channels),), macs=macs)])
+                stage_size = stage.geometry.output_size(*stage_size)
+            trials += [_joined(choice) for choice in product(*parts)]
+        return pareto(trial for trial in trials if trial.macs < g.macs(*size))
 
     def of_size(self, problem: Problem, size: tuple[int, int], kind: str, value: float) -> list[Trial]:
         """Predict one size of a single family: T or rank ``value``, or the least with that much "energy"."""
@@ -123,8 +170,7 @@ def method(name: str, uniform: bool = False, rounds: int | None = None) -> Metho
 
     Args:
         name: families joined by "+", outermost first; a group's word means its first form.
-        uniform: as in `FitOptions`.
-        rounds: as in `FitOptions`.
+        uniform, rounds: as in `FitOptions`.
 
     Raises:
         ValueError: an unknown family, or an order in which they cannot be applied.
@@ -139,8 +185,7 @@ def method(name: str, uniform: bool = False, rounds: int | None = None) -> Metho
 
 
 def _named(name: str) -> type[Family]:
-    forms = [f for f in groups().get(name, ()) if f.in_combinations]
-    family = REGISTRY.get(name) or next(iter(forms), None)
+    family = REGISTRY.get(name) or next((f for f in groups().get(name, ()) if f.in_combinations), None)
     if family is None:
         raise ValueError(f"there is no family {name!r}; there are {', '.join(f.name for f in registered())}")
     return family
@@ -176,23 +221,6 @@ def methods(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(listed), key=lambda n: n.count("+")))
 
 
-def _inner(families: tuple[Family, ...], index: int, stage: ConvGeometry) -> tuple[Family, ...]:
-    """Return what is applied to stage ``index``: nothing to a 1×1, and no pruning of a stage's outputs."""
-    if stage.is_pointwise:
-        return ()
-    return tuple(f for f in families[1:] if index == 0 or not f.prunes_inputs)
-
-
-def _stages(
-    families: tuple[Family, ...], geometry: ConvGeometry, steps: Iterator[Step]
-) -> Iterator[ConvGeometry]:
-    step = next(steps, Step(0))
-    _check(families[0], geometry, step)
-    for index, stage in enumerate(families[0].structure(geometry, step.size).stages):
-        inner = _inner(families, index, stage)
-        yield from _stages(inner, stage, steps) if inner else [stage]
-
-
 def _check(family: Family, g: ConvGeometry, step: Step) -> None:
     """Raise ValueError for a size out of range, and for channels of a wrong number, order or index."""
     if not 1 <= step.size <= family.exact(g):
@@ -207,43 +235,15 @@ def _check(family: Family, g: ConvGeometry, step: Step) -> None:
         raise ValueError(f"the channels of {family.name} do not fit {g.n_i} channels and size {step.size}")
 
 
-def _exact(families: tuple[Family, ...], geometry: ConvGeometry) -> Iterator[int]:
-    size = families[0].exact(geometry)
-    yield size
-    for index, stage in enumerate(families[0].structure(geometry, size).stages):
-        if inner := _inner(families, index, stage):
-            yield from _exact(inner, stage)
-
-
-def _fit(
-    families: tuple[Family, ...], problem: Problem, steps: Iterator[Step], taken: list[Step]
-) -> Factorization:
-    family, step = families[0], next(steps)
-    outer = family.fit_selected(problem, step.size, step.channels)
-    taken.append(Step(step.size, outer.stages[0].channels))
-    if len(families) == 1:
-        return outer
-    stages: tuple[ConvStage, ...] = ()
-    for index, stage in enumerate(outer.stages):
-        part = problem.of_stage(stages, stage, last=index == len(outer.stages) - 1)
-        if inner := _inner(families, index, stage.geometry):
-            stages += _reading(stage.channels, _fit(inner, part, steps, taken).stages)
-        else:
-            stages += (replace(stage, weight=part.target.reshape(stage.weight.shape)),)
-    if family.joins_last and stages[-2].geometry.groups == problem.geometry.groups:
-        stages = _rejoined(family, problem, stages, step.size)
-    return problem.with_best_bias(stages)
-
-
 def _selected(outer: IntArray | None, inner: IntArray | None) -> IntArray | None:
     """Compose two selections of channels: the inner one selects among what the outer one has selected.
 
     >>> _selected(np.array([2, 5, 7]), np.array([0, 0, 2]))
     array([2, 2, 7])
     """
-    if outer is None or inner is None:
-        return inner if outer is None else outer
-    return outer[inner]
+    if outer is None:
+        return inner
+    return outer if inner is None else outer[inner]
 
 
 def _reading(channels: IntArray | None, stages: tuple[ConvStage, ...]) -> tuple[ConvStage, ...]:
@@ -260,36 +260,6 @@ def _rejoined(
     weight = Factorization(joint, (replace(conv, channels=None), wide)).dense()
     part = problem.of_stage(before, ConvStage(joint, weight, conv.channels), last=True)
     return (*before, *_reading(conv.channels, family.fit(part, size).stages))
-
-
-def _trials(
-    families: tuple[Family, ...],
-    problem: Problem,
-    size: tuple[int, int],
-    shares: Sequence[float],
-    outer: Sequence[float],
-) -> list[Trial]:
-    family, g = families[0], problem.geometry
-    if len(families) == 1:
-        return pareto(_predicted(family, problem, size, sizes_for(family, g, size, shares)))
-    trials: list[Trial] = []
-    for s in sizes_for(family, g, size, outer):
-        whole = family.fit(problem, s)
-        step = Step(s, whole.stages[0].channels)
-        error = problem.squared_error(whole)
-        parts = [[Trial(steps=(step,), stages=(), macs=0, squared_error=error)]]
-        stage_size = size
-        for index, stage in enumerate(whole.stages):
-            if inner := _inner(families, index, stage.geometry):
-                part = problem.of_stage(whole.stages[:index], stage, last=False)
-                inner_trials = _trials(inner, part, stage_size, shares, outer)
-                parts.append([_selecting(stage.channels, trial) for trial in inner_trials])
-            else:
-                stages, macs = ((stage.geometry, stage.channels),), stage.geometry.macs(*stage_size)
-                parts.append([Trial(steps=(), stages=stages, macs=macs, squared_error=0.0)])
-            stage_size = stage.geometry.output_size(*stage_size)
-        trials += [_joined(choice) for choice in product(*parts)]
-    return pareto(trial for trial in trials if trial.macs < g.macs(*size))
 
 
 def _predicted(

@@ -13,17 +13,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families.base import ChannelSelecting, register
-from netdecouple.families.linalg import TINY, Array, solve
-from netdecouple.families.problem import Problem
-from netdecouple.families.ties import comparable
+from netdecouple.convolution import ConvGeometry, Factorization, IntArray, Structure
+from netdecouple.families.base import Family, register
+from netdecouple.families.linalg import TINY, Array, comparable, solve
+from netdecouple.families.problem import Problem, once
 
 PER_STEP = 0.03  # of the remaining channels are dropped in one step
 
 
 @register
-class ChannelPruning(ChannelSelecting):
+class ChannelPruning(Family):
     """Size: input channels per group that are kept."""
 
     name = "cp"
@@ -49,35 +48,32 @@ class ChannelPruning(ChannelSelecting):
 
     def curve(self, problem: Problem) -> Array:
         losses = np.sum([losses for _, losses in _eliminations(problem)], axis=0)
-        unexplained = 0.0 if problem.white else 1 - _explained(problem) / problem.power
+        unexplained = 0.0
+        if not problem.white:  # the fit with all channels explains tr W* G W*ᵀ
+            explained = np.einsum("gmd,gmd->", problem.target @ problem.moments.gram, problem.target)
+            unexplained = 1 - float(explained) / problem.power
         added = np.concatenate([[0.0], np.cumsum(losses)]) / problem.power  # by number of dropped channels
         return np.maximum(unexplained + added[::-1], 0.0)
 
     def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
         return [_kept(problem, size) for size in sizes]
 
-    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         g, count = problem.geometry, self.exact(problem.geometry)
         if channels is None:
             channels = _kept(problem, size)
-        geometry = self.structure(g, size).stages[0]
         weights = []
         for i, taps in enumerate(_taps(channels.reshape(g.groups, -1) % count, g.kh * g.kw)):
             weight = problem.target[i][:, taps]
             weights.append(weight if problem.white else weight + _compensation(problem, i, taps))
-        weight = np.stack(weights).reshape(geometry.weight_shape)
-        return problem.with_best_bias([ConvStage(geometry, weight, None if size == count else channels)])
+        selected = None if size == count else channels
+        return problem.assembled(self.structure(g, size), np.stack(weights), channels=selected)
 
 
 def _kept(problem: Problem, size: int) -> IntArray:
     """Return the channels that are dropped last, in their own order: (size · groups,)."""
     orders = [order for order, _ in _eliminations(problem)]
     return np.concatenate([np.sort(o[len(o) - size :]) + i * len(o) for i, o in enumerate(orders)])
-
-
-def _explained(problem: Problem) -> float:
-    """Compute how much of the targets' power the fit with all channels explains: tr W* G W*ᵀ."""
-    return float(np.einsum("gmd,gmd->", problem.target @ problem.moments.gram, problem.target))
 
 
 def _taps(channels: IntArray, k: int) -> IntArray:
@@ -96,9 +92,9 @@ def _compensation(problem: Problem, group: int, kept: IntArray) -> Array:
     return solve(gram[np.ix_(kept, kept)], target[:, dropped] @ gram[np.ix_(dropped, kept)])
 
 
+@once
 def _eliminations(problem: Problem) -> list[tuple[IntArray, Array]]:
-    groups = range(problem.geometry.groups)
-    return problem.once("cp", lambda: [_elimination(problem, i) for i in groups])
+    return [_elimination(problem, i) for i in range(problem.geometry.groups)]
 
 
 def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:

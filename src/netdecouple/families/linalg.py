@@ -1,4 +1,4 @@
-"""Linear algebra with Gram matrices that may be singular up to rounding."""
+"""Numerics that rounding does not decide: Gram matrices that may be singular up to it, and ties."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 TINY = np.finfo(float).tiny
+DIGITS = 12  # after the point, relative to the largest number; what differs by less differs by rounding
 
 
 def solve(gram: Array, right: Array) -> Array:
@@ -47,3 +48,17 @@ def identity(d: int) -> Array:
     impulse = np.zeros(2 * d - 1)
     impulse[d - 1] = 1
     return sliding_window_view(impulse, d)[::-1]
+
+
+def comparable(values: Array) -> Array:
+    """Round values (…, n) to `DIGITS` of the largest along the last axis.
+
+    Values that are equal but for what instruction sets and BLAS round differently become equal, so that a
+    stable sort leaves them in the order of their indices on every processor.
+
+    >>> comparable(np.array([2.0, 1.0, 1.0 + 1e-15, 1e-16])).tolist()
+    [1.0, 0.5, 0.5, 0.0]
+    """
+    largest = np.abs(values).max(axis=-1, keepdims=True, initial=np.finfo(float).tiny)
+    rounded: Array = np.round(values / largest, DIGITS)
+    return rounded

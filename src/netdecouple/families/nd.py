@@ -22,11 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
-from netdecouple.families.base import ChannelSelecting, Family, FitOptions, register
-from netdecouple.families.linalg import TINY, Array, root, solve
-from netdecouple.families.problem import Problem
-from netdecouple.families.ties import comparable
+from netdecouple.convolution import ConvGeometry, Factorization, IntArray, Structure
+from netdecouple.families.base import Family, FitOptions, register
+from netdecouple.families.linalg import TINY, Array, comparable, root, solve
+from netdecouple.families.problem import Problem, once
 
 SWEEPS = 5  # of block coordinate descent, in the DP form
 ROUNDS = 2  # of filters, rows, in the PD form
@@ -36,7 +35,7 @@ BLOCK = 16  # channels whose share of the residual is computed in one matrix pro
 
 
 @register
-class DepthwisePointwise(ChannelSelecting):
+class DepthwisePointwise(Family):
     """ND in the DP form. Size: terms per group, shared among its channels.
 
     With ``options.uniform`` every channel has the same number of terms: sizes are multiples of a group's
@@ -67,7 +66,7 @@ class DepthwisePointwise(ChannelSelecting):
 
     def curve(self, problem: Problem) -> Array:
         terms = spectrum(problem)
-        order = terms.uniform_order() if self.options.uniform else terms.order()
+        order = terms.order(self.options.uniform)
         return error_curve(problem, terms, order)[: self.exact(problem.geometry) + 1]
 
     def grain(self, geometry: ConvGeometry) -> int:
@@ -85,19 +84,15 @@ class DepthwisePointwise(ChannelSelecting):
 
     def channels(self, problem: Problem, sizes: Sequence[int]) -> list[IntArray | None]:
         terms, every_channel = spectrum(problem), np.arange(problem.geometry.n_i)
-        return [every_channel.repeat(self._ranks(terms, size)) for size in sizes]
+        return [every_channel.repeat(terms.ranks(size, self.options.uniform)) for size in sizes]
 
-    def fit_selected(self, problem: Problem, size: int, channels: IntArray | None) -> Factorization:
-        n_i, rounds = problem.geometry.n_i, self.options.rounds
-        ranks = (
-            self._ranks(spectrum(problem), size) if channels is None else np.bincount(channels, minlength=n_i)
-        )
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
+        rounds = self.options.rounds
+        if channels is None:
+            ranks = spectrum(problem).ranks(size, self.options.uniform)
+        else:
+            ranks = np.bincount(channels, minlength=problem.geometry.n_i)
         return fit(problem, ranks, sweeps=SWEEPS if rounds is None else rounds)
-
-    def _ranks(self, terms: Spectrum, size: int) -> IntArray:
-        if self.options.uniform:
-            return terms.common_ranks(size // terms.energy.shape[1])
-        return terms.pooled_ranks(size)
 
 
 @register
@@ -125,9 +120,8 @@ class PointwiseDepthwise(Family):
     def structure(self, geometry: ConvGeometry, size: int) -> Structure:
         g, terms = geometry, size * geometry.n_o
         pointwise = ConvGeometry(terms, g.n_i, 1, 1, groups=g.groups)
-        return Structure.of(
-            g, pointwise, ConvGeometry(g.n_o, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, g.n_o)
-        )
+        depthwise = ConvGeometry(g.n_o, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, g.n_o)
+        return Structure.of(g, pointwise, depthwise)
 
     def energies(self, problem: Problem) -> Array:
         """As in the DP form; a slice is the weight of one output channel."""
@@ -139,7 +133,7 @@ class PointwiseDepthwise(Family):
         errors = [1.0, *(problem.relative_error(closed.fit(problem, size)) for size in sizes)]
         return np.minimum.accumulate(errors)
 
-    def fit(self, problem: Problem, size: int) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         rounds = ROUNDS if self.options.rounds is None else self.options.rounds
         rows, filters = [], []
         parts = zip(problem.moments.gram, problem.target, _pd_terms(problem), strict=True)
@@ -150,22 +144,16 @@ class PointwiseDepthwise(Family):
                 _refit(gram, target @ gram, points, taps, rounds if small else 0)
             rows.append(points)
             filters.append(taps)
-        pointwise, depthwise = self.structure(problem.geometry, size).stages
-        first = np.concatenate(rows).reshape(pointwise.weight_shape)
-        last = np.concatenate(filters).reshape(depthwise.weight_shape)
-        return problem.with_best_bias([ConvStage(pointwise, first), ConvStage(depthwise, last)])
+        weights = (np.concatenate(rows), np.concatenate(filters))
+        return problem.assembled(self.structure(problem.geometry, size), *weights)
 
 
+@once
 def _pd_terms(problem: Problem) -> list[tuple[Array, Array, Array]]:
     """For every group the terms of its slices: rows (m, K, n), singular values (m, K), filters (m, K, k²)."""
     n = problem.geometry.weight_shape[1]
-    return problem.once(
-        "nd-pd",
-        lambda: [
-            _weighted_svd(gram, target.reshape(len(target), n, -1))
-            for gram, target in zip(problem.moments.gram, problem.target, strict=True)
-        ],
-    )
+    parts = zip(problem.moments.gram, problem.target, strict=True)
+    return [_weighted_svd(gram, target.reshape(len(target), n, -1)) for gram, target in parts]
 
 
 def _weighted_svd(gram: Array, slices: Array) -> tuple[Array, Array, Array]:
@@ -238,33 +226,26 @@ class Spectrum:
     energy: Array
     filters: Array
 
-    def common_ranks(self, rank: int) -> IntArray:
-        """The same rank for every input channel: (n_i,)."""
-        return np.full(self.energy.shape[0] * self.energy.shape[1], rank, np.int64)
+    def order(self, uniform: bool = False) -> IntArray:
+        """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²).
 
-    def pooled_ranks(self, terms: int) -> IntArray:
-        """Share ``terms`` per group among its channels, strongest terms first: ranks (n_i,), 0 included."""
-        _, n, depth = self.energy.shape
-        order = self.order()[:, :terms]
-        return np.concatenate([np.bincount(o // depth, minlength=n) for o in order]).astype(np.int64)
-
-    def order(self) -> IntArray:
-        """All terms of each group, strongest first, as channel · k² + term: (groups, n · k²)."""
-        return np.argsort(-comparable(self.energy.reshape(len(self.energy), -1)), axis=1, kind="stable")
-
-    def uniform_order(self) -> IntArray:
-        """The first term of every channel, then the second, …: (groups, n · k²)."""
+        If ``uniform``, the first term of every channel, then the second, …
+        """
         groups, n, depth = self.energy.shape
-        order = np.arange(n * depth).reshape(n, depth).T.ravel()
-        return np.broadcast_to(order, (groups, n * depth))
+        if uniform:
+            return np.broadcast_to(np.arange(n * depth).reshape(n, depth).T.ravel(), (groups, n * depth))
+        return np.argsort(-comparable(self.energy.reshape(groups, -1)), axis=1, kind="stable")
+
+    def ranks(self, terms: int, uniform: bool = False) -> IntArray:
+        """Share ``terms`` per group among its channels in this order: ranks (n_i,), 0 included."""
+        _, n, depth = self.energy.shape
+        firsts = self.order(uniform)[:, :terms]
+        return np.concatenate([np.bincount(o // depth, minlength=n) for o in firsts]).astype(np.int64)
 
 
+@once
 def spectrum(problem: Problem) -> Spectrum:
     """Singular values and vectors of every slice in the metric of its own channel's patches."""
-    return problem.once("nd-dp", lambda: _spectrum(problem))
-
-
-def _spectrum(problem: Problem) -> Spectrum:
     g = problem.geometry
     k = g.kh * g.kw
     target = problem.target
@@ -289,7 +270,7 @@ def mean_energy(energy: Array) -> Array:
     return shares.mean(axis=0) if len(slices) else np.ones(energy.shape[-1])
 
 
-def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None) -> Array:
+def error_curve(problem: Problem, terms: Spectrum, order: IntArray) -> Array:
     """Error left with the first R terms of ``order`` and the best pointwise stage, for every R at once.
 
     One Cholesky factorization of the terms' Gram matrix, in the order in which they are taken up,
@@ -297,7 +278,6 @@ def error_curve(problem: Problem, terms: Spectrum, order: IntArray | None = None
     variance of the targets, summed over groups.
     """
     moments = problem.moments
-    order = terms.order() if order is None else order
     explained = np.zeros(order.shape[1] + 1)
     for i in range(problem.geometry.groups):
         if problem.white:  # terms are orthogonal, and each explains its own energy
@@ -318,10 +298,7 @@ def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BL
 
     Terms start from the spectra of the slices; the pointwise stage is refitted to all of them together;
     block coordinate descent then improves both. The error never rises on the way. ``block`` channels share
-    a matrix product, which changes rounding alone.
-
-    Raises:
-        ValueError: the groups have different numbers of terms.
+    a matrix product, which changes rounding alone. Every group needs as many terms (ValueError).
     """
     g = problem.geometry
     per_group = ranks.reshape(g.groups, -1)
@@ -339,12 +316,9 @@ def fit(problem: Problem, ranks: IntArray, sweeps: int = SWEEPS, block: int = BL
             d, p = _descend(gram, target, d, p, per_group[i], sweeps, block)
         filters.append(d)
         columns.append(p)
-    terms = int(per_group[0].sum())
-    depthwise, pointwise = DepthwisePointwise().structure(g, terms).stages
-    first = np.concatenate(filters).reshape(depthwise.weight_shape)
-    last = np.concatenate(columns).reshape(pointwise.weight_shape)
-    channels = np.arange(g.n_i).repeat(ranks)
-    return problem.with_best_bias([ConvStage(depthwise, first, channels), ConvStage(pointwise, last)])
+    structure = DepthwisePointwise().structure(g, int(per_group[0].sum()))
+    weights = (np.concatenate(filters), np.concatenate(columns))
+    return problem.assembled(structure, *weights, channels=np.arange(g.n_i).repeat(ranks))
 
 
 def _block_factors(gram: Array, k: int) -> Array:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import numpy as np
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, IntArray, Structure
 from netdecouple.families.linalg import TINY, Array, identity, solve
 from netdecouple.moments import Moments
 
@@ -24,14 +24,7 @@ class Problem:
     weight: Array  # (groups, m, d) float64, m = n_o / groups, d = n_i / groups · kh · kw
     moments: Moments
     white: bool = False  # the inputs are uncorrelated and of equal variance: the metric is the identity
-    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def once(self, key: str, compute: Callable[[], T]) -> T:
-        """Compute something from this problem once, however many sizes ask for it."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        value: T = self._cache[key]
-        return value
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # of `once`
 
     @classmethod
     def of(cls, geometry: ConvGeometry, weight: Array, moments: Moments) -> Problem:
@@ -110,6 +103,13 @@ class Problem:
         dense = chain.dense().reshape(self.weight.shape)
         return replace(chain, bias=self.moments.bias(dense).reshape(-1))
 
+    def assembled(
+        self, structure: Structure, *weights: Array, channels: IntArray | None = None
+    ) -> Factorization:
+        """Make the stages of a structure, the first one with ``channels``, and add the best bias."""
+        stages = zip(structure.stages, weights, (channels, *structure.channels[1:]), strict=True)
+        return self.with_best_bias([ConvStage(g, w.reshape(g.weight_shape), c) for g, w, c in stages])
+
     def of_stage(self, before: Sequence[ConvStage], stage: ConvStage, last: bool) -> Problem:
         """Pose the problem of one stage of a chain, with the outputs of the stages ``before`` as its inputs.
 
@@ -155,6 +155,20 @@ class Problem:
             maps[:, :, a, b, :, a : a + kh, b : b + kw] = dense
         maps = maps.reshape(g.groups, -1, self.moments.gram.shape[1])
         return self.moments.mapped(maps, self.white), kernel
+
+
+def once(compute: Callable[[Problem], T]) -> Callable[[Problem], T]:
+    """Compute a function of a problem once for each, however many sizes ask for it; a decorator."""
+    key = f"{compute.__module__}.{compute.__qualname__}"
+
+    @wraps(compute)
+    def cached(problem: Problem) -> T:
+        if key not in problem._cache:
+            problem._cache[key] = compute(problem)
+        value: T = problem._cache[key]
+        return value
+
+    return cached
 
 
 def _selected(moments: Moments, entries: IntArray) -> Moments:

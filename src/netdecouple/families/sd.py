@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, Factorization, IntArray, Structure
 from netdecouple.families.base import Family, register
 from netdecouple.families.linalg import TINY, Array, root, solve
-from netdecouple.families.problem import Problem
+from netdecouple.families.problem import Problem, once
 
 ROUNDS = 3  # of first stage, second stage
 STEPS = 4  # of conjugate gradients on the first stage
@@ -64,13 +64,11 @@ class SpatialDecomposition(Family):
             explained[1:] += np.cumsum(np.square(gains).sum(axis=1).reshape(-1, g.kw).sum(axis=1))
         return np.maximum(1 - explained / problem.power, 0.0)
 
-    def fit(self, problem: Problem, size: int) -> Factorization:
+    def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         rounds = ROUNDS if self.options.rounds is None else self.options.rounds
         pairs = [_alternate(problem, i, size, rounds) for i in range(problem.geometry.groups)]
-        geometries = self.structure(problem.geometry, size).stages
         weights = (np.stack(part) for part in zip(*pairs, strict=True))
-        stages = zip(geometries, weights, strict=True)
-        return problem.with_best_bias([ConvStage(g, weight.reshape(g.weight_shape)) for g, weight in stages])
+        return problem.assembled(self.structure(problem.geometry, size), *weights)
 
 
 def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:
@@ -83,8 +81,13 @@ def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:
 
 def _first_stage(problem: Problem, group: int, size: int) -> tuple[Array, Array]:
     """First stage (r, n, kh) of the weighted SVD, strongest terms first, and squared singular values (r,)."""
-    terms, energy = problem.once(f"sd {group}", lambda: _weighted_svd(problem, group))
+    terms, energy = _all_terms(problem)[group]
     return terms[:size].reshape(size, -1, problem.geometry.kh), energy[:size]
+
+
+@once
+def _all_terms(problem: Problem) -> list[tuple[Array, Array]]:
+    return [_weighted_svd(problem, i) for i in range(problem.geometry.groups)]
 
 
 def _weighted_svd(problem: Problem, group: int) -> tuple[Array, Array]:

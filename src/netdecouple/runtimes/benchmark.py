@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class TimedModel:
     runtime: str
     version: str
     threads: int
-    shapes: tuple[tuple[int, ...], ...]  # of the inputs
+    shapes: Shapes  # of the inputs
     macs: int | None  # None: not counted, the network has operators or inputs that are not known here
     timing: Timing
     faster: Ratio | None  # than the first network of the same group; None for the first network
@@ -111,11 +112,8 @@ def benchmark(
         ModelError: a network cannot be opened or run, or takes another input than the first.
     """
     names = names or model_names(models)
-    groups = [
-        _timed(models, names, runtime, count, shape, feeds, seconds)
-        for runtime in runtimes
-        for count in threads
-    ]
+    pairs = product(runtimes, threads)
+    groups = [_timed(models, names, runtime, n, shape, feeds, seconds) for runtime, n in pairs]
     macs = [_macs(model, row.shapes, open_network) for model, row in zip(models, groups[0], strict=True)]
     rows = tuple(replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True))
     return Benchmark(netdecouple=__version__, models=rows)
@@ -162,7 +160,12 @@ def _timed(
             calls.append(partial(session.run, given[-1]))
             calls[-1]()
     shapes = [tuple(array.shape for array in fed.values()) for fed in given]
-    _check_same(names, shapes)
+    for name, taken in zip(names, shapes, strict=True):
+        if taken != shapes[0]:
+            this, first = (", ".join(map(describe_shape, s)) for s in (taken, shapes[0]))
+            raise ModelError(
+                f"{name} takes {this}, and {names[0]} {first}; compare networks that take the same"
+            )
     times = measure(calls, seconds)  # (rounds, models)
     return [
         TimedModel(
@@ -177,15 +180,6 @@ def _timed(
         )
         for index, name in enumerate(names)
     ]
-
-
-def _check_same(names: Sequence[str], shapes: Sequence[tuple[tuple[int, ...], ...]]) -> None:
-    for name, shape in zip(names, shapes, strict=True):
-        if shape != shapes[0]:
-            this, first = (", ".join(map(describe_shape, s)) for s in (shape, shapes[0]))
-            raise ModelError(
-                f"{name} takes {this}, and {names[0]} {first}; compare networks that take the same"
-            )
 
 
 def _macs(model: object, shapes: Shapes, open_network: OpenNetwork) -> int | None:
@@ -211,8 +205,7 @@ def layer_times(
 ) -> LayerTimes:
     """Measure the time per layer with ONNX Runtime's profiler; arguments are those of `benchmark`.
 
-    Raises:
-        ModelError: a network is no ONNX model, or cannot be run.
+    Raises ModelError if a network is no ONNX model, or cannot be run.
     """
     names = names or model_names(models)
     networks, given = [], []

@@ -13,11 +13,7 @@ from netdecouple.runtimes.protocol import Feeds, Input
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Read a shape such as 1x3x224x224.
-
-    Raises:
-        ModelError: the text is no shape.
-    """
+    """Read a shape such as 1x3x224x224; raise ModelError if the text is none."""
     try:
         shape = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
     except ValueError as error:

@@ -49,16 +49,15 @@ def with_graph(
 
 def size_of(model: onnx.ModelProto) -> int:
     """Count a model's bytes; beyond protobuf's limit, where it cannot, those of the weights."""
-    tensors = [
-        *model.graph.initializer,
-        *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
-    ]
-    weights = sum(
-        math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-        for t in tensors
-        if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type
-    )
-    return int(weights if weights >= PROTOBUF_LIMIT else model.ByteSize())
+    constants = (a.t for n in model.graph.node for a in n.attribute if a.HasField("t"))
+    tensors = (*model.graph.initializer, *constants)
+    inside = (t for t in tensors if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type)
+    weights = sum(map(_tensor_bytes, inside))
+    return weights if weights >= PROTOBUF_LIMIT else int(model.ByteSize())
+
+
+def _tensor_bytes(tensor: onnx.TensorProto) -> int:
+    return int(math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def is_large(model: onnx.ModelProto) -> bool:
@@ -76,11 +75,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model with its external data.
-
-    Raises:
-        ModelError: as `definition`, or its weights cannot be read.
-    """
+    """Read a model with its external data; raise ModelError as `definition`, or if it cannot read them."""
     proto = definition(path)
     try:
         external_data_helper.load_external_data_for_model(proto, str(Path(path).parent))
@@ -113,13 +108,10 @@ def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size: int = 0) -> None:
-    """Refuse a model that no runtime should open.
+    """Refuse a model that no runtime should open, before its external data are loaded from their ``folder``.
 
-    Args:
-        proto: a model, whose external data have not been loaded.
-        origin: its name, for messages.
-        folder: of its external data; None if the model is in memory.
-        size: bytes of its file.
+    ``origin`` is its name, for messages; ``size`` the bytes of its file. A model in memory has neither a
+    folder nor a size.
 
     Raises:
         ModelError: it has names that are no text, nodes without outputs, external data that are missing, too
@@ -172,7 +164,7 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
 
 
 def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int:
-    """Check where a tensor's external data are, which must be in the model's folder; return their bytes."""
+    """Check that a tensor's external data are in the model's folder; return their bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"{origin}: external data of {tensor.name!r}"
@@ -189,7 +181,7 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
         raise ModelError(f"{what} are a link, {location!r:.80}; put the file itself beside the model")
     try:
         offset = int(entries.get("offset") or 0)
-        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = _tensor_bytes(tensor)
         length = int(entries.get("length") or wanted)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -207,24 +199,20 @@ def _messages(message: Message) -> Iterator[Message]:
     if message.DESCRIPTOR.full_name == TENSOR:
         yield from message.external_data
         return
-    for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
-            for inner in value if _is_repeated(field) else [value]:
-                yield from _messages(inner)
+    for inner in _values(message, FieldDescriptor.TYPE_MESSAGE):
+        yield from _messages(inner)
 
 
 def _is_text(message: Message) -> bool:
     """Whether a message's names are text: protobuf returns what is not UTF-8 as bytes."""
     if message.DESCRIPTOR.full_name == TENSOR:
         return isinstance(message.name, str)
-    return all(
-        isinstance(text, str)
-        for field, value in message.ListFields()
-        if field.type == FieldDescriptor.TYPE_STRING
-        for text in (value if _is_repeated(field) else [value])
-    )
+    return all(isinstance(text, str) for text in _values(message, FieldDescriptor.TYPE_STRING))
 
 
-def _is_repeated(field: FieldDescriptor) -> bool:
-    repeated: bool = field.is_repeated if hasattr(field, "is_repeated") else field.label == 3
-    return repeated
+def _values(message: Message, kind: int) -> Iterator[Any]:
+    """Yield the values of all fields of a type, repeated ones one by one."""
+    for field, value in message.ListFields():
+        if field.type == kind:
+            is_repeated = field.is_repeated if hasattr(field, "is_repeated") else field.label == 3
+            yield from value if is_repeated else [value]

@@ -19,7 +19,7 @@ from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.execution.threads import available
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.protocol import Feeds, Input
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
 OVERLOADS = (1, 27)  # the first version that tells functions of one name apart
 
@@ -69,7 +69,7 @@ def open_session(
 
 def _register_kernels(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
     """Register our operators if the model uses them, unless they are not available and it has functions."""
-    proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
+    proto = _definition(model)
     if not uses_kernels(proto):
         return
     version = tuple(int(number) for number in ort.__version__.split(".")[:2])
@@ -86,22 +86,19 @@ def _has_fallbacks(proto: onnx.ModelProto) -> bool:
 
 def uses_kernels(model: onnx.ModelProto | str | os.PathLike[str]) -> bool:
     """Whether a model has operators of ours, which run in ONNX Runtime only."""
-    proto = model if isinstance(model, onnx.ModelProto) else _definition(model)
-    return any(node.domain == kernels.DOMAIN for node in proto.graph.node)
+    return any(node.domain == kernels.DOMAIN for node in _definition(model).graph.node)
 
 
-def _definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def _definition(model: onnx.ModelProto | str | os.PathLike[str]) -> onnx.ModelProto:
     """Read a file without external data; an empty model if it is a file for another runtime."""
-    is_others = Path(path).suffix != ".onnx" and os.path.exists(path)
-    return onnx.ModelProto() if is_others else onnxfile.definition(path)
+    if isinstance(model, onnx.ModelProto):
+        return model
+    is_others = Path(model).suffix != ".onnx" and os.path.exists(model)
+    return onnx.ModelProto() if is_others else onnxfile.definition(model)
 
 
 def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
-    """Check a model for a runtime that opens ONNX files, and return it: a ModelProto or a path.
-
-    Raises:
-        ModelError: it is neither, or there is no such file, or it is cut short.
-    """
+    """Return a ModelProto or a path; raise ModelError for anything else, and for damaged files."""
     if isinstance(model, onnx.ModelProto):
         return model
     if not isinstance(model, str | os.PathLike):
@@ -114,11 +111,7 @@ def onnx_source(model: object, runtime: str) -> onnx.ModelProto | str:
 
 
 def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """Run once.
-
-    Raises:
-        ModelError: the inputs do not fit the network, or it fails on them.
-    """
+    """Run once; raise ModelError if the inputs do not fit the network, or it fails on them."""
     try:
         return list(session.run(names, feeds))
     except Exception as error:
@@ -131,32 +124,17 @@ class OnnxRuntime:
     name = "onnxruntime"
     version: str = ort.__version__
 
-    def open(self, model: object, threads: int) -> OnnxRuntimeSession:
-        """Open a file or a ModelProto.
-
-        Raises:
-            ModelError: it is neither, or ONNX Runtime refuses it.
-        """
-        source = onnx_source(model, "ONNX Runtime")
-        return OnnxRuntimeSession(open_session(source, options(threads)))
+    def open(self, model: object, threads: int) -> Session:
+        """Open a file or a ModelProto; raise ModelError if it is neither, or ONNX Runtime refuses it."""
+        session = open_session(onnx_source(model, "ONNX Runtime"), options(threads))
+        return Session(tuple(map(_input, session.get_inputs())), partial(run, session, None))
 
 
-class OnnxRuntimeSession:
-    """A model that is ready to run in ONNX Runtime."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self.inputs = tuple(_input(value) for value in session.get_inputs())
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """See `Session`."""
-        return run(self._session, None, feeds)
-
-
-_TYPES = {
-    f"tensor({name})": np.dtype(name) for name in ("float16", "uint8", "int8", "int32", "int64", "bool")
+_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
 }
-_TYPES |= {"tensor(float)": np.dtype(np.float32), "tensor(double)": np.dtype(np.float64)}
+_TYPES |= {f"tensor({n})": np.dtype(n) for n in ("float16", "uint8", "int8", "int32", "int64", "bool")}
 
 
 def _input(value: Any) -> Input:
@@ -166,7 +144,7 @@ def _input(value: Any) -> Input:
     return Input(value.name, shape, _TYPES[value.type])
 
 
-class Profiled(OnnxRuntimeSession):
+class Profiled:
     """A model that runs with ONNX Runtime's profiler.
 
     The profile's file is named ``prefix`` and the time in milliseconds: two models need two prefixes.
@@ -176,7 +154,11 @@ class Profiled(OnnxRuntimeSession):
         chosen = options(threads)
         chosen.enable_profiling = True
         chosen.profile_file_prefix = str(prefix)
-        super().__init__(open_session(model, chosen))
+        self._session = open_session(model, chosen)
+
+    def run(self, feeds: Feeds) -> None:
+        """Run once."""
+        run(self._session, None, feeds)
 
     def finish(self) -> list[dict[tuple[str, str], float]]:
         """End profiling; return every run's milliseconds by a node's name and operator."""

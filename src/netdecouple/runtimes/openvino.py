@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,25 +12,16 @@ from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError, first_line
 from netdecouple.runtimes.onnxruntime import onnx_source, uses_kernels
-from netdecouple.runtimes.protocol import Feeds, Input
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
-
-@contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """Hide OpenVINO's telemetry package while it is imported; it would send data to its authors."""
-    package = "openvino_telemetry"
-    missing = package not in sys.modules
-    if missing:
-        sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if missing:
-            del sys.modules[package]
-
-
-with _without_telemetry():
+_TELEMETRY = "openvino_telemetry"  # would send data to its authors; hidden while OpenVINO is imported
+_was_imported = _TELEMETRY in sys.modules
+sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type]
+try:
     import openvino
+finally:
+    if not _was_imported:
+        del sys.modules[_TELEMETRY]
 
 
 @cache
@@ -51,12 +40,8 @@ class OpenVino:
     name = "openvino"
     version: str = openvino.__version__.partition("-")[0]
 
-    def open(self, model: object, threads: int) -> OpenVinoSession:
-        """Open an .onnx file or a ModelProto.
-
-        Raises:
-            ModelError: it is neither, or OpenVINO refuses it.
-        """
+    def open(self, model: object, threads: int) -> Session:
+        """Open an .onnx file or a ModelProto; raise ModelError if it is neither, or OpenVINO refuses it."""
         source = onnx_source(model, "OpenVINO")
         if uses_kernels(source):
             raise ModelError(
@@ -71,7 +56,9 @@ class OpenVino:
         }
         try:
             read = _core().read_model(_bytes(source) if isinstance(source, onnx.ModelProto) else source)
-            return OpenVinoSession(_core().compile_model(read, "CPU", settings))
+            compiled = _core().compile_model(read, "CPU", settings)
+            request = compiled.create_infer_request()
+            return Session(tuple(map(_input, compiled.inputs)), partial(_run, request))
         except RuntimeError as error:
             raise ModelError(f"OpenVINO cannot open the model: {_reason(error)}; try onnxruntime") from error
 
@@ -83,20 +70,12 @@ def _bytes(model: onnx.ModelProto) -> bytes:
         raise ModelError("it is too large to be opened from memory; save it, and open the file") from error
 
 
-class OpenVinoSession:
-    """A model that is ready to run in OpenVINO."""
-
-    def __init__(self, compiled: Any) -> None:
-        self._request = compiled.create_infer_request()
-        self.inputs = tuple(_input(port) for port in compiled.inputs)
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """See `Session`."""
-        try:
-            results = self._request.infer(feeds, share_inputs=True)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(f"the network failed on its input: {_reason(error)}") from error
-        return [np.asarray(value) for value in results.values()]
+def _run(request: Any, feeds: Feeds) -> list[NDArray[Any]]:
+    try:
+        results = request.infer(feeds, share_inputs=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"the network failed on its input: {_reason(error)}") from error
+    return [np.asarray(value) for value in results.values()]
 
 
 def _input(port: Any) -> Input:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,35 +21,19 @@ class Input:
     dtype: np.dtype[Any]
 
 
-class Session(Protocol):
+@dataclass(frozen=True)
+class Session:
     """A model that is ready to run."""
 
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        """The inputs that the model declares; empty if it declares none."""
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """Run once and return every output.
-
-        Raises:
-            ModelError: the inputs do not fit the network, or it fails on them.
-        """
+    inputs: tuple[Input, ...]  # that it declares; empty if it declares none
+    run: Callable[[Feeds], list[NDArray[Any]]]  # to every output; raises ModelError if it fails on the inputs
 
 
 class Runtime(Protocol):
     """Runs networks on the CPU."""
 
-    @property
-    def name(self) -> str:
-        """One of `netdecouple.runtimes.NAMES`."""
-
-    @property
-    def version(self) -> str:
-        """The version of its package."""
+    name: str  # one of `netdecouple.runtimes.NAMES`
+    version: str  # of its package
 
     def open(self, model: object, threads: int) -> Session:
-        """Open ``model`` (a path, or the runtime's own kind of object) to run with so many threads.
-
-        Raises:
-            ModelError: this runtime cannot open it.
-        """
+        """Open a path or the runtime's own kind of object for so many threads; else raise ModelError."""

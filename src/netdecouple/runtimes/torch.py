@@ -6,16 +6,16 @@ import copy
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError, first_line
-from netdecouple.runtimes.protocol import Feeds, Input
+from netdecouple.runtimes.protocol import Feeds, Input, Session
 
 
 class Torch:
@@ -27,12 +27,8 @@ class Torch:
         self._compiled = compiled
         self._trust = trust
 
-    def open(self, model: object, threads: int) -> TorchSession:
-        """Open a module, an exported program, or, if files are trusted, a .pt2 file.
-
-        Raises:
-            ModelError: it is none of these.
-        """
+    def open(self, model: object, threads: int) -> Session:
+        """Open a module, an exported program or, if files are trusted, a .pt2 file; else raise ModelError."""
         if isinstance(model, str | os.PathLike):
             model = self._load(Path(model))
         if isinstance(model, torch.export.ExportedProgram):
@@ -41,7 +37,7 @@ class Torch:
             inputs, call = (), copy.deepcopy(model).eval()
         else:
             raise ModelError(f"PyTorch runs modules and exported programs, and not a {type(model).__name__}")
-        return TorchSession(torch.compile(call) if self._compiled else call, inputs, threads)
+        return Session(inputs, partial(_run, torch.compile(call) if self._compiled else call, threads))
 
     def _load(self, path: Path) -> Any:
         if path.suffix != ".pt2":
@@ -64,51 +60,37 @@ class Torch:
             raise ModelError(f"PyTorch cannot open the file: {first_line(error)}") from error
 
 
-class TorchSession:
-    """A module that is ready to run. Its inputs are given in their order; PyTorch knows no names."""
-
-    def __init__(self, call: Callable[..., Any], inputs: tuple[Input, ...], threads: int) -> None:
-        self._call = call
-        self._threads = threads
-        self.inputs = inputs
-
-    def run(self, feeds: Feeds) -> list[NDArray[Any]]:
-        """See `Session`."""
-        before = torch.get_num_threads()  # a setting of the process, not of the session
-        torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                outputs = self._call(*(torch.from_numpy(array) for array in feeds.values()))
-            return [tensor.numpy() for tensor in _tensors(outputs)]
-        except Exception as error:  # modules raise anything
-            raise ModelError(f"the network failed on its input: {first_line(error)}") from error
-        finally:
-            torch.set_num_threads(before)
+def _run(call: Callable[..., Any], threads: int, feeds: Feeds) -> list[NDArray[Any]]:
+    """Run a module once. Inputs are given in their order; PyTorch knows no names."""
+    before = torch.get_num_threads()  # a setting of the process, not of the session
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            outputs = call(*(torch.from_numpy(array) for array in feeds.values()))
+        return [tensor.numpy() for tensor in _tensors(outputs)]
+    except Exception as error:  # modules raise anything
+        raise ModelError(f"the network failed on its input: {first_line(error)}") from error
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _tensors(value)
-    elif isinstance(outputs, list | tuple):
-        for value in outputs:
+    elif isinstance(outputs, Mapping | list | tuple):
+        for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
             yield from _tensors(value)
 
 
 def _inputs(program: torch.export.ExportedProgram) -> tuple[Input, ...]:
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    tensors = [(name, values[name]) for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    return tuple(
-        Input(name, tuple(size if isinstance(size, int) else None for size in value.shape), _dtype(value))
-        for name, value in tensors
-    )
+    names = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    return tuple(_input(name, values[name]) for name in names)
 
 
-def _dtype(value: torch.Tensor) -> np.dtype[Any]:
+def _input(name: str, value: torch.Tensor) -> Input:
     try:
         empty: NDArray[Any] = torch.empty(0, dtype=value.dtype).numpy()
-        return empty.dtype
     except TypeError as error:
         raise ModelError(f"an input is {value.dtype}, which NumPy does not know") from error
+    return Input(name, tuple(size if isinstance(size, int) else None for size in value.shape), empty.dtype)
