@@ -18,9 +18,8 @@ from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.families import Problem, nd
 from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
-from netdecouple.frontends.onnx.external import ExternalWeights
 from netdecouple.frontends.onnx.model import read_model
-from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.frontends.onnx.network import ExternalWeights, OnnxNetwork
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk
 from netdecouple.network import Layer, Walk
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -591,7 +590,7 @@ def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
     def full(tensor: onnx.TensorProto) -> np.ndarray:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("netdecouple.frontends.onnx.external.numpy_helper.to_array", full)
+    monkeypatch.setattr("netdecouple.frontends.onnx.network.numpy_helper.to_array", full)
     with pytest.raises(OutputError, match="no room for the model's weights"):
         network.run(images_for(model))
 

@@ -14,8 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.frontends.onnx.emission import FORMS, emit
-from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.lowering import is_fused, lower
+from netdecouple.frontends.onnx.fused import absorb, is_fused, lower
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import up_to

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
+from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.onnx.emission import PRODUCTS, emit, form_of
-from netdecouple.frontends.onnx.external import ExternalWeights
-from netdecouple.frontends.onnx.fallback import add_fallbacks
-from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
-from netdecouple.frontends.onnx.proto import nodes_of, readers_of, replace_items, up_to
+from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
-from netdecouple.kernels import DOMAIN
 from netdecouple.network import Array, Layer, Observation, Positions
-from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of
+from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of, with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
 
 TOLERANCE = 1e-3  # relative difference between a built network and its plan's arithmetic
 HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
+SMALL = 1 << 12  # bytes: smaller weights stay in the model
+PAGE = 1 << 12  # bytes: weights begin at multiples of it, so that they can be mapped into memory
+WEIGHTS = "weights"
 
 
 class OnnxNetwork:
@@ -56,16 +58,24 @@ class OnnxNetwork:
         self.example: Any = self._sample[: model.batch or 1]
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
+        self._readers = readers_of(model.proto.graph.node)
+        self._places = {
+            la.name: LayerNode(la, self.nodes[la.name], self.shortcut(la.name)) for la in self.layers
+        }
+
+    def _runnable(self, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
+        """Return a model of which others are made to be run, and the function that opens them.
+
+        Where copies of its weights would take too much memory, they are in a file.
+        """
+        if self.memory.limit is None and not is_large(self.model.proto):
+            return proto, open_session
+        external = ExternalWeights(proto, self.memory.scratch)
+        return external.proto, external.opened
 
     @cached_property
-    def _external(self) -> ExternalWeights | None:
-        """The model with its weights in a file, where copies of them would take too much memory."""
-        if self.memory.limit is None and not is_large(self.model.proto):
-            return None
-        return self._with_external_weights(self.model.proto)
-
-    def _with_external_weights(self, proto: onnx.ModelProto) -> ExternalWeights:
-        return ExternalWeights(proto, self.memory.scratch)
+    def _base(self) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
+        return self._runnable(self.model.proto)
 
     def layers_of(
         self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
@@ -73,20 +83,10 @@ class OnnxNetwork:
         """List the layers of another model that was made of this one."""
         return find_layers(replace(self.model, proto=model), self._sample)[0]
 
-    @property
-    def _proto(self) -> onnx.ModelProto:
-        """The model of which others are made to be run."""
-        return self.model.proto if self._external is None else self._external.proto
-
-    def _opened(self, proto: onnx.ModelProto) -> Any:
-        """Open a model that was made of `_proto`."""
-        return open_session(proto) if self._external is None else self._external.opened(proto)
-
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches that fit in memory, or have the network's fixed size."""
-        return batch_slices(
-            count, self.layers, self.memory.batch_bytes, bytes_per_image, fixed=self.model.batch
-        )
+        limit, fixed = self.memory.batch_bytes, self.model.batch
+        return batch_slices(count, self.layers, limit, bytes_per_image, fixed)
 
     def padded(self, images: Array, batch: slice) -> Array:
         """Take a batch of images in the network's type; a fixed batch is filled up with the last image."""
@@ -115,15 +115,14 @@ class OnnxNetwork:
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
+        proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
-        return self._run(self._opened(self._with_kernels(kernels or {})), images)
+        return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
-        if self._external is None:
-            return self._run(open_session(model), images)
-        external = self._with_external_weights(model)
-        return self._run(external.opened(external.proto), images)
+        proto, opened = self._runnable(model)
+        return self._run(opened(proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = self.batches(len(images))
@@ -134,11 +133,11 @@ class OnnxNetwork:
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
         return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
 
-    def _with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
-        """Copy `_proto` with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
-        if not kernels:
-            return self._proto
-        proto = copy_of(self._proto)
+    def _with_kernels(
+        self, proto: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
+    ) -> onnx.ModelProto:
+        """Copy a model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        proto = copy_of(proto)
         for name, (weight, bias) in kernels.items():
             place = self._places[name]
             node = proto.graph.node[self._order[place.output]]
@@ -162,7 +161,8 @@ class OnnxNetwork:
         places = [self._places[name] for name in positions]
         tensors = dict.fromkeys(t for p in places for t in (p.input, p.output, p.shortcut) if t)
         fetched = [t for t in tensors if t != self.model.input_name]
-        session = self._opened(up_to(self._proto, fetched))
+        proto, opened = self._base
+        session = opened(up_to(proto, fetched))
         held = sum(
             4
             * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
@@ -174,10 +174,6 @@ class OnnxNetwork:
             values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
             for place, where in zip(places, positions.values(), strict=True):
                 yield place.observation(batch, where, values.__getitem__, has_run=True)
-
-    @cached_property
-    def _places(self) -> dict[str, LayerNode]:
-        return {la.name: LayerNode(la, self.nodes[la.name], self.shortcut(la.name)) for la in self.layers}
 
     def shortcut(self, name: str) -> str | None:
         """The tensor added to this layer's output by an Add, if it is known before the layer runs.
@@ -192,10 +188,6 @@ class OnnxNetwork:
         other = next(t for t in readers[0].input if t != output)
         before = self._order.get(other, len(self._order)) < self._order[output]
         return other if before and self._shapes[other] == self._shapes[output] else None
-
-    @cached_property
-    def _readers(self) -> dict[str, list[onnx.NodeProto]]:
-        return readers_of(self.model.proto.graph.node)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the same network where it is unpickled.
@@ -252,28 +244,21 @@ class OnnxNetwork:
         """
         proto = copy_of(self.model.proto)
         by_output = {self.nodes[name].output[0]: name for name in factorizations}
-        nodes: list[onnx.NodeProto] = []
-        for node in proto.graph.node:
-            name = by_output.get(node.output[0])
-            if name is None:
-                nodes.append(node)
-                continue
-            form = form_of(forms.get(name, "parallel"))
-            dtype = self._places[name].layer.weight.dtype
-            new, constants = emit(
-                factorizations[name], name, node.input[0], node.output[0], form, node.op_type, dtype
-            )
-            nodes += new
-            proto.graph.initializer.extend(constants)
-        replace_items(proto.graph.node, nodes)
-        if any(node.domain == DOMAIN for node in nodes):
-            if all(entry.domain != DOMAIN for entry in proto.opset_import):
-                proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-            absorb(proto.graph, self._shapes)
+
+        def stages(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
+            x, output = node.input[0], node.output[0]
+            if output not in by_output:
+                return None
+            name = by_output[output]
+            form, dtype = form_of(forms.get(name, "parallel")), self._places[name].layer.weight.dtype
+            return emit(factorizations[name], name, x, output, form, node.op_type, dtype)
+
+        replace_nodes(proto.graph, stages)
+        absorb(proto.graph, self._shapes)
         drop_unread_channels(proto, self._shapes)
         add_fallbacks(proto)
-        for key, value in metadata.items():
-            _set_metadata(proto, key, value)
+        entries = {entry.key: entry.value for entry in proto.metadata_props}
+        helper.set_model_props(proto, {**entries, **metadata})
         return proto
 
 
@@ -295,6 +280,51 @@ def _alike(parts: Sequence[Array]) -> bool:
     return len({part.shape[1:] for part in parts}) == 1
 
 
-def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
-    entry: Any = next((e for e in proto.metadata_props if e.key == key), None) or proto.metadata_props.add()
-    entry.key, entry.value = key, value
+class ExternalWeights:
+    """A copy of a model with its large weights in a file, which ONNX Runtime maps into memory.
+
+    Args:
+        model: is not changed.
+        beside: folder for the file; None: the system's temporary folder.
+
+    Raises:
+        OutputError: there is no room for the weights.
+    """
+
+    def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
+        graph = model.graph
+        self.proto = with_graph(model, graph.node, graph.input, graph.output)
+        try:
+            self._folder = Scratch(beside)
+            with (Path(self._folder.name) / WEIGHTS).open("wb") as file:
+                for tensor in graph.initializer:
+                    if len(tensor.raw_data) < SMALL:
+                        self.proto.graph.initializer.add().CopyFrom(tensor)
+                        continue
+                    file.write(bytes(-file.tell() % PAGE))
+                    self.proto.graph.initializer.append(_reference(tensor, file.tell()))
+                    file.write(numpy_helper.to_array(tensor).tobytes())
+        except OSError as error:
+            raise OutputError(
+                f"{beside or 'the temporary folder'}: no room for the model's weights "
+                f"({error.strerror or error}); make room, or name another folder with TMPDIR or work="
+            ) from error
+
+    def opened(self, proto: onnx.ModelProto) -> Any:
+        """Open a model that was made of ``proto``.
+
+        Raises:
+            ModelError: ONNX Runtime refuses it.
+        """
+        path = Path(self._folder.name) / "model.onnx"
+        onnx.save_model(proto, path)
+        return open_session(path)
+
+
+def _reference(tensor: onnx.TensorProto, offset: int) -> onnx.TensorProto:
+    """Describe a tensor whose values are in the file of weights."""
+    reference = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    reference.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": WEIGHTS, "offset": offset, "length": len(tensor.raw_data)}.items():
+        reference.external_data.add(key=key, value=str(value))
+    return reference

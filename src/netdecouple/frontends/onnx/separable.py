@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper, shape_inference
+from onnx import helper, shape_inference
 
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.frontends.onnx.emission import emit
-from netdecouple.frontends.onnx.fallback import add_fallbacks
-from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.proto import (
+    Nodes,
+    Tensors,
+    array_of,
     attributes_of,
     constants_of,
     drop_unread,
+    geometry_of,
+    nodes_for,
     readers_of,
     replace_items,
+    replace_nodes,
 )
-from netdecouple.kernels import DOMAIN
 from netdecouple.runtimes.onnxfile import copy_of
 
 
@@ -35,53 +38,29 @@ def fuse_separable(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = copy_of(proto)
     graph = _Graph(copy.graph)
-    nodes: list[onnx.NodeProto] = []
-    for node in copy.graph.node:
+
+    def fused(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
         pair = graph.pair(node)
-        if pair is None:
-            nodes.append(node)
-            continue
-        factorization, x = pair
-        fused, weights = emit(factorization, node.name or node.output[0], x, node.output[0], "fused")
-        nodes += fused
-        copy.graph.initializer.extend(weights)
-    replace_items(copy.graph.node, _that_are_read(nodes, graph.outputs))
+        return pair and emit(pair[0], node.name or node.output[0], pair[1], node.output[0], "fused")
+
+    replace_nodes(copy.graph, fused)
+    replace_items(copy.graph.node, nodes_for(copy.graph.node, graph.outputs)[0])
     drop_unread(copy.graph)
-    if any(node.domain == DOMAIN for node in nodes):
-        copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-        absorb(copy.graph, graph.shapes)
-        add_fallbacks(copy)
+    absorb(copy.graph, graph.shapes)
+    add_fallbacks(copy)
     return copy
 
 
-def _that_are_read(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """Return the nodes that an output of the graph depends on."""
-    kept: list[onnx.NodeProto] = []
-    needed = set(outputs)
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(readers_of([node]))
-    return kept[::-1]
-
-
-@dataclass
 class _Graph:
     """What is known about a graph's tensors."""
 
-    proto: onnx.GraphProto
-    constants: Mapping[str, onnx.TensorProto] = field(init=False)
-    outputs: set[str] = field(init=False)
-    shapes: dict[str, tuple[int, ...]] = field(init=False)  # 0 where a size is not fixed
-
-    def __post_init__(self) -> None:
-        self.constants = constants_of([self.proto])
-        self.outputs = {value.name for value in self.proto.output}
-        self._makers = {output: node for node in self.proto.node for output in node.output}
-        self._readers = readers_of(self.proto.node)
-        model = helper.make_model(self.proto)
-        graph = shape_inference.infer_shapes(model).graph
-        self.shapes = {
+    def __init__(self, proto: onnx.GraphProto) -> None:
+        self._constants = constants_of([proto])
+        self.outputs = {value.name for value in proto.output}
+        self._makers = {output: node for node in proto.node for output in node.output}
+        self._readers = readers_of(proto.node)
+        graph = shape_inference.infer_shapes(helper.make_model(proto)).graph
+        self.shapes = {  # 0 where a size is not fixed
             value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
             for value in (*graph.input, *graph.value_info, *graph.output)
         }
@@ -92,33 +71,18 @@ class _Graph:
         alone = len(self._readers.get(tensor, [])) == 1 and tensor not in self.outputs
         return node if node is not None and alone and node.op_type == operator and not node.domain else None
 
-    def _array(self, node: onnx.NodeProto, index: int) -> NDArray[Any] | None:
-        if index >= len(node.input) or node.input[index] not in self.constants:
-            return None
-        return numpy_helper.to_array(self.constants[node.input[index]])
-
     def _convolution(
         self, node: onnx.NodeProto
     ) -> tuple[NDArray[Any], NDArray[np.float64], ConvGeometry] | None:
         """Return weight, bias and geometry of a 2-D convolution with constant float32 weights."""
-        weight, attributes = self._array(node, 1), attributes_of(node)
+        weight, bias = (array_of(self._constants, node, index) for index in (1, 2))
+        attributes = attributes_of(node)
         if weight is None or weight.ndim != 4 or weight.dtype != np.float32 or "auto_pad" in attributes:
             return None
-        bias = self._array(node, 2)
-        if bias is None and len(node.input) > 2 and node.input[2]:
+        if bias is None and any(node.input[2:]):
             return None
-        groups = attributes.get("group", 1)
-        n_o, n_i, kh, kw = weight.shape
-        geometry = ConvGeometry(
-            n_o,
-            n_i * groups,
-            kh,
-            kw,
-            tuple(attributes.get("strides", (1, 1))),
-            tuple(attributes.get("pads", (0, 0, 0, 0))),
-            tuple(attributes.get("dilations", (1, 1))),
-            groups,
-        )
+        n_o, n_i, *kernel = weight.shape
+        geometry = geometry_of(n_o, n_i * attributes.get("group", 1), kernel, attributes)
         return weight, np.zeros(n_o) if bias is None else bias.astype(np.float64), geometry
 
     def pair(self, node: onnx.NodeProto) -> tuple[Factorization, str] | None:
@@ -130,25 +94,27 @@ class _Graph:
         if last is None or first is None:
             return None
         (points, bias, pointwise), (filters, inner, depthwise) = last, first
-        is_plain = pointwise.is_pointwise and pointwise.groups == 1 and pointwise.pads == (0, 0, 0, 0)
-        is_pair = is_plain and pointwise.strides == (1, 1) and min(depthwise.pads) >= 0
-        if not is_pair or depthwise.groups != depthwise.n_i or depthwise.n_i < 2:
+        plain = ConvGeometry(pointwise.n_o, pointwise.n_i, 1, 1, dilations=pointwise.dilations)
+        if pointwise != plain or not depthwise.is_depthwise or depthwise.n_i < 2 or min(depthwise.pads) < 0:
             return None
         x, reads = behind.input[0], np.arange(depthwise.n_i)
         gather = self._maker(x, "Gather")
         if gather is not None and attributes_of(gather).get("axis", 0) == 1:
-            channels = self._array(gather, 1)
+            channels = array_of(self._constants, gather, 1)
             if channels is not None and channels.ndim == 1:
                 x, reads = gather.input[0], channels.astype(np.int64)
         shape = self.shapes.get(x, ())
         if len(shape) != 4 or shape[1] <= 0:
             return None
-        terms, g = depthwise.n_o, depthwise
-        whole = ConvGeometry(pointwise.n_o, shape[1], g.kh, g.kw, g.strides, g.pads, g.dilations)
-        stage = ConvGeometry(terms, terms, g.kh, g.kw, g.strides, g.pads, g.dilations, terms)
+        terms = depthwise.n_o
         stages = (
-            ConvStage(stage, filters, (reads % shape[1]).repeat(terms // depthwise.n_i)),
+            ConvStage(
+                replace(depthwise, n_i=terms, groups=terms),
+                filters,
+                (reads % shape[1]).repeat(terms // depthwise.n_i),
+            ),
             ConvStage(pointwise, points),
         )
+        whole = replace(depthwise, n_o=pointwise.n_o, n_i=shape[1], groups=1)
         matrix = np.asarray(points[:, :, 0, 0], np.float64)
         return Factorization(whole, stages, (bias + matrix @ inner).astype(np.float32)), x

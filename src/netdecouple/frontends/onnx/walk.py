@@ -83,14 +83,12 @@ class OnnxWalk:
         store: ArrayStore,
     ) -> None:
         graph = model.proto.graph
-        self._model = model
-        self._layers = layers
+        self._model, self._layers, self._store = model, layers, store
         self._nodes = list(graph.node)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._outputs = {value.name for value in graph.output}
         self._position = 0  # of the next node to run
         self._live = [model.input_name]
-        self._store = store
         self._batches: list[slice] = []
         for index, (batch, images) in enumerate(inputs):
             self._batches.append(batch)
@@ -112,24 +110,7 @@ class OnnxWalk:
         changes rounding, and results would not be reproducible.
         """
         output = self._layers[layer].output
-        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
-
-    def replace(self, layer: str, factorization: Factorization) -> None:
-        """Put a factorization in the place of ``layer``."""
-        place, node = self._layers[layer], self._nodes[self._position]
-        assert node.output[0] == place.output, "the walk is not at this layer"
-        nodes, constants = emit(
-            factorization,
-            layer,
-            node.input[0],
-            node.output[0],
-            operator=node.op_type,
-            dtype=place.layer.weight.dtype,
-        )
-        self._nodes[self._position : self._position + 1] = nodes
-        self._constants |= {tensor.name: tensor for tensor in constants}
-
-    def _advance(self, target: int) -> None:
+        target = next(i for i, node in enumerate(self._nodes) if node.output[0] == output)
         nodes = self._nodes[self._position : target]
         needed = {t for n in self._nodes[target:] for t in reads(n)} | self._outputs
         read = {t for n in nodes for t in reads(n)}
@@ -150,6 +131,15 @@ class OnnxWalk:
                 if name not in needed:
                     self._store.pop((index, name))
         self._live, self._position = [t for t in self._live if t in needed] + outputs, target
+
+    def replace(self, layer: str, factorization: Factorization) -> None:
+        """Put a factorization in the place of ``layer``."""
+        place, node = self._layers[layer], self._nodes[self._position]
+        assert node.output[0] == place.output, "the walk is not at this layer"
+        x, dtype = node.input[0], place.layer.weight.dtype
+        nodes, constants = emit(factorization, layer, x, place.output, operator=node.op_type, dtype=dtype)
+        self._nodes[self._position : self._position + 1] = nodes
+        self._constants |= {tensor.name: tensor for tensor in constants}
 
     def _segment(
         self, nodes: Sequence[onnx.NodeProto], inputs: Sequence[str], outputs: Sequence[str]
