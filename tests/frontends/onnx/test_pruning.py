@@ -646,7 +646,7 @@ def test_networks_are_pruned_when_they_are_written(form: Any) -> None:
         chosen[layer.name] = separable(g, np.arange(0, g.n_i, 2).repeat(2)[None], rng)
     written = network.build(chosen, dict.fromkeys(chosen, form))
     left = filters(written)
-    outputs = [network.nodes[la.name].output[0] for la in network.layers]
+    outputs = [network.places[la.name].output for la in network.layers]
     relus = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
     assert left[outputs[0]] == 6
     assert left.get(outputs[1], left.get(relus[1])) == 8

@@ -1,4 +1,4 @@
-"""The fused operator in ONNX graphs: absorb what follows it, read it, and express it by standard operators.
+"""The fused operator in ONNX graphs: put it in, let it absorb what follows, and take it out again.
 
 The operator computes ``clamp(prelu(conv + bias + residual))``: it absorbs, in this order, an Add, a LeakyRelu
 or PRelu, and a Relu or Clip.
@@ -16,16 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper, shape_inference
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
 from netdecouple.errors import ModelError
-from netdecouple.frontends.onnx.emission import Writer, write
+from netdecouple.frontends.onnx.emission import Writer, emit, write
 from netdecouple.frontends.onnx.proto import (
     Constants,
     Nodes,
@@ -36,6 +37,7 @@ from netdecouple.frontends.onnx.proto import (
     drop_unread,
     geometry_of,
     graphs_of,
+    nodes_for,
     nodes_of,
     readers_of,
     replace_items,
@@ -55,14 +57,101 @@ def is_fused(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == OPERATOR
 
 
+def fuse_separable(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a model with every separable pair of convolutions as one fused operator; it computes the same.
+
+    A pair is a depthwise convolution, with or without a Gather that selects its channels, and a 1×1
+    convolution that alone reads it; both have constant float32 weights. What follows a pair (an addition, an
+    activation) is part of the operator where that is possible.
+    """
+    copy = copy_of(proto)
+    graph = _Graph(copy.graph)
+
+    def fused(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
+        pair = graph.pair(node)
+        return pair and emit(pair[0], node.name or node.output[0], pair[1], node.output[0], "fused")
+
+    replace_nodes(copy.graph, fused)
+    replace_items(copy.graph.node, nodes_for(copy.graph.node, graph.outputs)[0])
+    drop_unread(copy.graph)
+    absorb(copy.graph, graph.shapes)
+    add_fallbacks(copy)
+    return copy
+
+
+class _Graph:
+    """What is known about a graph's tensors."""
+
+    def __init__(self, proto: onnx.GraphProto) -> None:
+        self._constants = constants_of([proto])
+        self.outputs = {value.name for value in proto.output}
+        self._makers = {output: node for node in proto.node for output in node.output}
+        self._readers = readers_of(proto.node)
+        graph = shape_inference.infer_shapes(helper.make_model(proto)).graph
+        self.shapes = {  # 0 where a size is not fixed
+            value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+            for value in (*graph.input, *graph.value_info, *graph.output)
+        }
+
+    def _maker(self, tensor: str, operator: str) -> onnx.NodeProto | None:
+        """Return the node that makes a tensor for a single reader, if it is of this kind."""
+        node = self._makers.get(tensor)
+        alone = len(self._readers.get(tensor, [])) == 1 and tensor not in self.outputs
+        return node if node is not None and alone and node.op_type == operator and not node.domain else None
+
+    def _convolution(
+        self, node: onnx.NodeProto
+    ) -> tuple[NDArray[Any], NDArray[np.float64], ConvGeometry] | None:
+        """Return weight, bias and geometry of a 2-D convolution with constant float32 weights."""
+        weight, bias = (array_of(self._constants, node, index) for index in (1, 2))
+        attributes = attributes_of(node)
+        if weight is None or weight.ndim != 4 or weight.dtype != np.float32 or "auto_pad" in attributes:
+            return None
+        if bias is None and any(node.input[2:]):
+            return None
+        n_o, n_i, *kernel = weight.shape
+        geometry = geometry_of(n_o, n_i * attributes.get("group", 1), kernel, attributes)
+        return weight, np.zeros(n_o) if bias is None else bias.astype(np.float64), geometry
+
+    def pair(self, node: onnx.NodeProto) -> tuple[Factorization, str] | None:
+        """Return the pair that ends in a node, and the tensor that it reads; None if there is none."""
+        behind = self._maker(node.input[0], "Conv") if node.op_type == "Conv" and not node.domain else None
+        if behind is None:
+            return None
+        last, first = self._convolution(node), self._convolution(behind)
+        if last is None or first is None:
+            return None
+        (points, bias, pointwise), (filters, inner, depthwise) = last, first
+        plain = ConvGeometry(pointwise.n_o, pointwise.n_i, 1, 1, dilations=pointwise.dilations)
+        if pointwise != plain or not depthwise.is_depthwise or depthwise.n_i < 2 or min(depthwise.pads) < 0:
+            return None
+        x, reads = behind.input[0], np.arange(depthwise.n_i)
+        gather = self._maker(x, "Gather")
+        if gather is not None and attributes_of(gather).get("axis", 0) == 1:
+            channels = array_of(self._constants, gather, 1)
+            if channels is not None and channels.ndim == 1:
+                x, reads = gather.input[0], channels.astype(np.int64)
+        shape = self.shapes.get(x, ())
+        if len(shape) != 4 or shape[1] <= 0:
+            return None
+        terms = depthwise.n_o
+        stages = (
+            ConvStage(
+                replace(depthwise, n_i=terms, groups=terms),
+                filters,
+                (reads % shape[1]).repeat(terms // depthwise.n_i),
+            ),
+            ConvStage(pointwise, points),
+        )
+        whole = replace(depthwise, n_o=pointwise.n_o, n_i=shape[1], groups=1)
+        matrix = np.asarray(points[:, :, 0, 0], np.float64)
+        return Factorization(whole, stages, (bias + matrix @ inner).astype(np.float32)), x
+
+
 def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Merge what follows every fused operator into it, in place.
+    """Merge what follows every fused operator into it, in place, as far as tensors' shapes are known.
 
     A node is absorbed if it alone reads the operator's output; an output of the graph stays as it is.
-
-    Args:
-        graph: is changed.
-        shapes: of tensors, as far as they are known.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
@@ -150,52 +239,41 @@ def _limits(node: onnx.NodeProto, constants: Constants) -> dict[str, float] | No
 
 
 @dataclass(frozen=True)
-class Fused:
-    """All that a fused operator computes."""
+class _Fused:
+    """What a fused operator computes."""
 
     name: str
     factorization: Factorization
-    x: str
-    output: str
     slope: Array | None
-    residual: str
-    minimum: float
-    maximum: float
+    limits: dict[str, float]
 
-    def write(self, writer: Writer, opset: int) -> None:
+    def write(self, writer: Writer, opset: int, x: str, output: str, residual: str) -> None:
         """Add standard operators, in the "parallel" form, that compute the same."""
         steps: list[tuple[str, list[str], dict[str, Any]]] = []
-        if self.residual:
-            steps.append(("Add", [self.residual], {}))
+        if residual:
+            steps.append(("Add", [residual], {}))
         if self.slope is not None and (self.slope == self.slope[0]).all():
             steps.append(("LeakyRelu", [], {"alpha": float(self.slope[0])}))
         elif self.slope is not None:
             each = np.arange(len(self.slope))[:, None, None]  # the shape that PRelu wants
             steps.append(("PRelu", [writer.weight("slope", self.slope, each)], {}))
-        limits = {"min": self.minimum, "max": self.maximum}
-        finite = {label: limit for label, limit in limits.items() if math.isfinite(limit)}
+        finite = {label: limit for label, limit in self.limits.items() if math.isfinite(limit)}
         if finite == {"min": 0.0}:
             steps.append(("Relu", [], {}))
         elif finite and opset < 11:
             steps.append(("Clip", [], finite))
         elif finite:
-            bounds = [
-                writer.constant(k, np.array(v, np.float32)) if k in finite else "" for k, v in limits.items()
-            ]
-            steps.append(("Clip", bounds[: 1 + ("max" in finite)], {}))
+            bounds = [writer.constant(label, np.array(v, np.float32)) for label, v in finite.items()]
+            steps.append(("Clip", bounds if "min" in finite else ["", *bounds], {}))
 
-        tensors = [f"{writer.name}/{operator.lower()}_input" for operator, *_ in steps] + [self.output]
-        write(writer, self.factorization, self.x, tensors[0])
-        for (operator, inputs, attributes), x, y in zip(steps, tensors[:-1], tensors[1:], strict=True):
-            writer.node(operator, operator.lower(), [x, *inputs], y, **attributes)
+        tensors = [f"{writer.name}/{operator.lower()}_input" for operator, *_ in steps] + [output]
+        write(writer, self.factorization, x, tensors[0])
+        for (operator, inputs, attributes), (before, after) in zip(steps, pairwise(tensors), strict=True):
+            writer.node(operator, operator.lower(), [before, *inputs], after, **attributes)
 
 
-def _read(node: onnx.NodeProto, constants: Constants) -> Fused:
-    """Read a fused operator.
-
-    Raises:
-        ModelError: its weights are not constant, or do not fit each other.
-    """
+def _read(node: onnx.NodeProto, constants: Constants) -> _Fused:
+    """Read a fused operator, or raise ModelError: its weights are not constant, or do not fit each other."""
     name = node.name or node.output[0]
     values, inputs = attributes_of(node), _padded(node.input)
     for tensor in inputs[1:RESIDUAL]:
@@ -214,16 +292,8 @@ def _read(node: onnx.NodeProto, constants: Constants) -> Fused:
                 raise ValueError(f"{label} {array.shape} instead of {(size,)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"layer {name!r}: not a {OPERATOR} that can be read ({error})") from error
-    return Fused(
-        name.removesuffix("/fused"),
-        Factorization(g, (first, second), bias),
-        inputs[0],
-        node.output[0],
-        slope,
-        inputs[RESIDUAL],
-        values.get("minimum", -math.inf),
-        values.get("maximum", math.inf),
-    )
+    limits = {"min": values.get("minimum", -math.inf), "max": values.get("maximum", math.inf)}
+    return _Fused(name.removesuffix("/fused"), Factorization(g, (first, second), bias), slope, limits)
 
 
 def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -247,9 +317,9 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
         weights.update(node.input[1:RESIDUAL])
         for name in _names(fused.name):
             writer = Writer(name)
-            fused.write(writer, opset)
-            new = {node.name for node in writer.nodes} | {tensor.name for tensor in writer.initializers}
-            new.update(t for node in writer.nodes for t in node.output if t != fused.output)
+            fused.write(writer, opset, node.input[0], node.output[0], _padded(node.input)[RESIDUAL])
+            new = {made.name for made in (*writer.nodes, *writer.initializers)}
+            new.update(t for made in writer.nodes for t in made.output if t != node.output[0])
             if not new & taken:
                 break
         taken.update(new)
@@ -310,8 +380,7 @@ def add_fallbacks(proto: onnx.ModelProto) -> None:
         depthwise, pointwise = (stage.weight for stage in fused.factorization.stages)
         weights = (depthwise, pointwise, fused.factorization.bias, fused.slope)
         body = _Body(node.overload, given=dict(zip(INPUTS[1:RESIDUAL], weights, strict=True)))
-        local = replace(fused, x="x", output="y", residual="residual" if fused.residual else "")
-        local.write(body, opset)
+        fused.write(body, opset, "x", "y", "residual" if any(node.input[RESIDUAL:]) else "")
         add(node.overload, INPUTS[: len(node.input)], body.nodes)
     add(LAST, [*INPUTS, "missing"], [guard])
 

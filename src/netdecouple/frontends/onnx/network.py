@@ -17,7 +17,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
-from netdecouple.frontends.onnx.emission import PRODUCTS, emit, form_of
+from netdecouple.frontends.onnx.emission import PRODUCTS, form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
@@ -51,7 +51,7 @@ class OnnxNetwork:
         self.memory = memory
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
-        self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
+        self.layers, nodes, self._shapes = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
         self.name, self.fingerprint = model.origin, model.fingerprint
         self.norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
@@ -59,9 +59,7 @@ class OnnxNetwork:
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
         self._readers = readers_of(model.proto.graph.node)
-        self._places = {
-            la.name: LayerNode(la, self.nodes[la.name], self.shortcut(la.name)) for la in self.layers
-        }
+        self.places = {la.name: self._place(la, nodes[la.name]) for la in self.layers}
 
     def _runnable(self, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
         """Return a model of which others are made to be run, and the function that opens them.
@@ -139,7 +137,7 @@ class OnnxNetwork:
         """Copy a model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
         proto = copy_of(proto)
         for name, (weight, bias) in kernels.items():
-            place = self._places[name]
+            place = self.places[name]
             node = proto.graph.node[self._order[place.output]]
             names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
             if node.op_type in PRODUCTS:
@@ -158,7 +156,7 @@ class OnnxNetwork:
         """Yield, batch by batch, what the layers named in ``positions`` read and write."""
         if not positions:
             return
-        places = [self._places[name] for name in positions]
+        places = [self.places[name] for name in positions]
         tensors = dict.fromkeys(t for p in places for t in (p.input, p.output, p.shortcut) if t)
         fetched = [t for t in tensors if t != self.model.input_name]
         proto, opened = self._base
@@ -175,12 +173,14 @@ class OnnxNetwork:
             for place, where in zip(places, positions.values(), strict=True):
                 yield place.observation(batch, where, values.__getitem__, has_run=True)
 
-    def shortcut(self, name: str) -> str | None:
-        """The tensor added to this layer's output by an Add, if it is known before the layer runs.
+    def _place(self, layer: Layer, node: onnx.NodeProto) -> LayerNode:
+        return LayerNode(layer, node.input[0], node.output[0], self._shortcut(node.output[0]))
+
+    def _shortcut(self, output: str) -> str | None:
+        """The tensor that an Add adds to a layer's output, if it is known before the layer runs.
 
         Additions that broadcast (a bias map, a gate) are no residual branches.
         """
-        output = self.nodes[name].output[0]
         readers = self._readers.get(output, [])
         is_result = any(value.name == output for value in self.model.proto.graph.output)
         if len(readers) != 1 or readers[0].op_type != "Add" or is_result:
@@ -205,12 +205,12 @@ class OnnxNetwork:
         """Start at the network's input, ready to be decoupled layer by layer."""
         inputs = ((batch, self.padded(images, batch)) for batch in self.batches(len(images)))
         store = ArrayStore(self.memory.store_bytes, self.memory.scratch)
-        return OnnxWalk(self.model, self._places, inputs, store)
+        return OnnxWalk(self.model, self.places, inputs, store)
 
     @property
     def counts_everything(self) -> bool:
         """Whether all its operators are known, so that no MACs are missing from the layers'."""
-        counted = {node.output[0] for node in self.nodes.values()}
+        counted = {place.output for place in self.places.values()}
         return all(
             node.domain in ("", "ai.onnx") or node.output[0] in counted
             for node in nodes_of(self.model.proto.graph)
@@ -235,23 +235,17 @@ class OnnxNetwork:
     ) -> onnx.ModelProto:
         """Write the network with some layers as chains of stages, without the channels that nothing reads.
 
-        Fused operators come with functions for runtimes that do not know them.
-
-        Args:
-            factorizations: by layer.
-            forms: how each is written, by layer; "parallel" if it is not among them.
-            metadata: entries to add to the model's.
+        ``forms`` say how each is written, "parallel" by default. Fused operators come with functions for
+        runtimes that do not know them. ``metadata`` are added to the model's.
         """
         proto = copy_of(self.model.proto)
-        by_output = {self.nodes[name].output[0]: name for name in factorizations}
+        names = {self.places[name].output: name for name in factorizations}
 
         def stages(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
-            x, output = node.input[0], node.output[0]
-            if output not in by_output:
+            name = names.get(node.output[0])
+            if name is None:
                 return None
-            name = by_output[output]
-            form, dtype = form_of(forms.get(name, "parallel")), self._places[name].layer.weight.dtype
-            return emit(factorizations[name], name, x, output, form, node.op_type, dtype)
+            return self.places[name].emit(factorizations[name], form_of(forms.get(name, "parallel")))
 
         replace_nodes(proto.graph, stages)
         absorb(proto.graph, self._shapes)

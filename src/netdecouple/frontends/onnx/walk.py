@@ -15,9 +15,9 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.frontends.batches import pick
-from netdecouple.frontends.onnx.emission import emit
+from netdecouple.frontends.onnx.emission import Form, emit
 from netdecouple.frontends.onnx.model import OnnxModel
-from netdecouple.frontends.onnx.proto import reads
+from netdecouple.frontends.onnx.proto import Nodes, Tensors, reads
 from netdecouple.network import Array, Layer, Observation
 from netdecouple.runtimes.onnxfile import with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -28,27 +28,21 @@ class LayerNode:
     """A layer and its place in the graph."""
 
     layer: Layer
-    node: onnx.NodeProto
+    input: str
+    output: str
     shortcut: str | None  # the tensor that an Add adds to the layer's output, if it is known before
 
-    @property
-    def input(self) -> str:
-        return str(self.node.input[0])
-
-    @property
-    def output(self) -> str:
-        return str(self.node.output[0])
+    def emit(self, factorization: Factorization, form: Form = "parallel") -> tuple[Nodes, Tensors]:
+        """Write a factorization as nodes and initializers that take the layer's place."""
+        la = self.layer
+        return emit(factorization, la.name, self.input, self.output, form, la.operator, la.weight.dtype)
 
     def observation(
         self, batch: slice, positions: NDArray[np.int64], tensor: Callable[[str], Array], has_run: bool
     ) -> Observation:
-        """Sample what the layer reads, and what it writes if it has run.
+        """Sample what the layer reads, and what it writes if it has run, at ``positions`` (all samples, p).
 
-        Args:
-            batch: which samples.
-            positions: (all samples, p), of the output maps.
-            tensor: returns a tensor of this batch by name.
-            has_run: whether the layer's output is among the tensors.
+        ``tensor`` returns a tensor of the batch by name.
         """
         where, geometry = positions[batch], self.layer.geometry
         assert geometry is not None
@@ -67,12 +61,8 @@ class OnnxWalk:
     """The network cut in front of a layer, with every tensor held that the rest of the network reads.
 
     Advancing runs each node once more, so that a network of any depth costs one forward pass (DESIGN §4).
-
-    Args:
-        model: is not changed.
-        layers: its layers, by name.
-        inputs: the samples of every batch, and the input that the network takes for them.
-        store: holds the live tensors.
+    ``inputs`` are the samples of every batch, and the input that the network takes for them; ``store`` holds
+    the live tensors.
     """
 
     def __init__(
@@ -90,9 +80,9 @@ class OnnxWalk:
         self._position = 0  # of the next node to run
         self._live = [model.input_name]
         self._batches: list[slice] = []
-        for index, (batch, images) in enumerate(inputs):
+        for batch, images in inputs:
+            self._store[len(self._batches), model.input_name] = images
             self._batches.append(batch)
-            self._store[index, model.input_name] = images
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield what it reads in the network as decoupled so far."""
@@ -134,10 +124,9 @@ class OnnxWalk:
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``."""
-        place, node = self._layers[layer], self._nodes[self._position]
-        assert node.output[0] == place.output, "the walk is not at this layer"
-        x, dtype = node.input[0], place.layer.weight.dtype
-        nodes, constants = emit(factorization, layer, x, place.output, operator=node.op_type, dtype=dtype)
+        place = self._layers[layer]
+        assert self._nodes[self._position].output[0] == place.output, "the walk is not at this layer"
+        nodes, constants = place.emit(factorization)
         self._nodes[self._position : self._position + 1] = nodes
         self._constants |= {tensor.name: tensor for tensor in constants}
 
