@@ -1,7 +1,6 @@
 """Rules, per operator, that trace the channels of its inputs to its output, and that remove channels.
 
-An operator that is not in the table at the end, or whose attributes are not supported, has no `Flow`: then
-nothing is assumed about it.
+Nothing is assumed about an operator that is not in the table at the end, or has unsupported attributes.
 """
 
 from __future__ import annotations
@@ -74,12 +73,13 @@ class Flow:
     links: Sequence[Link | Mix]
 
 
+UNTRACED = Flow(None, ())  # all channels of all inputs are needed
+
+
 class Graph:
     """A graph from which channels are removed: its tensors' shapes, and the channels that stay.
 
-    Args:
-        proto: is changed by `cut` and `clean`.
-        given: shapes of tensors in a run; their numbers of channels are computed again from the weights.
+    The numbers of channels are computed again from the weights; other sizes may be ``given`` by a run.
     """
 
     def __init__(self, proto: onnx.GraphProto, given: Mapping[str, tuple[int, ...]]) -> None:
@@ -108,18 +108,18 @@ class Graph:
             shape = tuple(b if a is None else a for a, b in zip(shape, given, strict=True))
         self.shapes[tensor] = shape
 
-    def _flow(self, node: onnx.NodeProto) -> Flow | None:
+    def _flow(self, node: onnx.NodeProto) -> Flow:
         rule = rule_of(node)
         if rule is None or sum(map(bool, node.output)) != 1:
-            return None
+            return UNTRACED
         try:
             flow = rule.flow(self, node)
         except UntracedError:
-            return None
+            return UNTRACED
         for link in flow.links:
             shape = self.shapes.get(link.tensor)
             if isinstance(link, Mix) and shape and shape[1] != link.used.shape[1]:
-                return None
+                return UNTRACED
         if flow.shape is not None:
             self._learn(node.output[0], flow.shape)
         return flow
@@ -151,13 +151,11 @@ class Graph:
             return [int(number) for number in self.array(node, index).ravel()]
         return attributes_of(node).get(name)
 
-    def cut(self, node: onnx.NodeProto, flow: Flow | None) -> None:
+    def cut(self, node: onnx.NodeProto, flow: Flow) -> None:
         """Adapt a node to the channels that stay of the tensors that it reads and writes."""
-        rule = rule_of(node)
-        if flow and rule and rule.cut:
-            tensors = (node.output[0], *(link.tensor for link in flow.links))
-            if not all(self.live[tensor].all() for tensor in tensors if tensor in self.live):
-                rule.cut(self, node)
+        rule, tensors = rule_of(node), (node.output[0], *(link.tensor for link in flow.links))
+        if rule and rule.cut and not all(self.live[t].all() for t in tensors if t in self.live):
+            rule.cut(self, node)
 
     def take(self, node: onnx.NodeProto, index: int, tensor: str, axis: int) -> None:
         """Keep of a node's constant input, if it has one, the part for a tensor's live channels."""
@@ -178,10 +176,7 @@ class Graph:
         self.constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def bypass(self, node: onnx.NodeProto) -> None:
-        """Let the readers of a node's output read its input instead.
-
-        Nothing happens if the output is one of the graph, or read within a subgraph.
-        """
+        """Let a node's readers read its input instead, unless they are the graph's caller or a subgraph."""
         output = node.output[0]
         readers = self.readers.get(output, [])
         inside = any([*reads(reader)].count(output) > [*reader.input].count(output) for reader in readers)

@@ -318,7 +318,7 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
         for name in _names(fused.name):
             writer = Writer(name)
             fused.write(writer, opset, node.input[0], node.output[0], _padded(node.input)[RESIDUAL])
-            new = {made.name for made in (*writer.nodes, *writer.initializers)}
+            new = {made.name for made in writer.nodes} | {tensor.name for tensor in writer.initializers}
             new.update(t for made in writer.nodes for t in made.output if t != node.output[0])
             if not new & taken:
                 break

@@ -23,6 +23,7 @@ from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 from netdecouple.frontends.onnx.proto import (
+    Nodes,
     array_of,
     attributes_of,
     drop_unread,
@@ -273,9 +274,7 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def find_layers(
-    model: OnnxModel, sample: Array
-) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto], Shapes]:
+def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nodes, Shapes]:
     """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
 
     The shapes are those of the tensors that the layers, and all additions, read and write.
@@ -307,7 +306,7 @@ def find_layers(
             raise ModelError(
                 f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
             )
-    return layers, {node_name(node): node for node in nodes}, shapes
+    return layers, nodes, shapes
 
 
 class _Context(NamedTuple):
@@ -376,22 +375,21 @@ def _read_matmul(node: onnx.NodeProto, context: _Context) -> Layer:
     parameters = math.prod(kernel) + math.prod(shapes.get(added, (0,)))
     layer = partial(Layer, node_name(node), node.op_type, macs, parameters)
     weight, bias = numpy_helper.to_array(constants[node.input[1]]), array_of(constants, node, 2)
-    if attributes.get("transA", 0):
-        return layer(reason="its input is transposed")
-    if scales := [n for n in ("alpha", "beta") if attributes.get(n, 1.0) != 1]:
-        return layer(reason=f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1")
-    if len(rows) != 2:
-        return layer(reason=f"its input has {len(rows)} axes, not 2")
-    if rows[0] != images:
-        return layer(reason="it does not see one row per image")
-    if len(kernel) != 2:
-        return layer(reason=f"its weights have {len(kernel)} axes, not 2")
-    if added and bias is None:
-        return layer(reason="its bias is computed, not constant")
-    if bias is not None and bias.shape not in ((), (1,), (1, 1), shape[1:], (1, *shape[1:])):
-        return layer(reason=f"its bias {bias.shape} is not one number per output")
-    if weight.dtype not in DTYPES:
-        return layer(reason=f"its weights are {weight.dtype}, not float32 or float16")
+    scales = [name for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1]
+    bias_shape = () if bias is None else bias.shape
+    allowed = ((), (1,), (1, 1), shape[1:], (1, *shape[1:]))
+    reasons = {
+        "its input is transposed": attributes.get("transA", 0),
+        f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1": scales,
+        f"its input has {len(rows)} axes, not 2": len(rows) != 2,
+        "it does not see one row per image": rows[:1] != (images,),
+        f"its weights have {len(kernel)} axes, not 2": len(kernel) != 2,
+        "its bias is computed, not constant": added and bias is None,
+        f"its bias {bias_shape} is not one number per output": bias_shape not in allowed,
+        f"its weights are {weight.dtype}, not float32 or float16": weight.dtype not in DTYPES,
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), ""):
+        return layer(reason=reason)
     weight = weight if is_turned else weight.T
     n_o, n_i = weight.shape
     bias = np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o)

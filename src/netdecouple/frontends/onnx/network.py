@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
-from netdecouple.frontends.onnx.emission import PRODUCTS, form_of
+from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
@@ -37,10 +38,7 @@ WEIGHTS = "weights"
 class OnnxNetwork:
     """A pretrained ONNX network, with the shapes that it has for images of one size.
 
-    Args:
-        model: is not changed.
-        sample: (n, c, h, w), run once to find every layer's shapes.
-        memory: limits on it, and where temporary files go.
+    ``sample`` (n, c, h, w) is run once to find every layer's shapes. The model is not changed.
 
     Raises:
         ModelError: the network fails on the sample, or its weights or tensors cannot be used.
@@ -59,7 +57,10 @@ class OnnxNetwork:
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
         self._readers = readers_of(model.proto.graph.node)
-        self.places = {la.name: self._place(la, nodes[la.name]) for la in self.layers}
+        self.places = {
+            la.name: LayerNode(la, node.input[0], node.output[0], self._shortcut(node.output[0]))
+            for la, node in zip(self.layers, nodes, strict=True)
+        }
 
     def _runnable(self, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
         """Return a model of which others are made to be run, and the function that opens them.
@@ -96,11 +97,7 @@ class OnnxNetwork:
 
     @cached_property
     def _outputs(self) -> list[str]:
-        """The outputs that can be compared: all that are numbers.
-
-        Raises:
-            ModelError: there are none.
-        """
+        """The outputs that can be compared, which are numbers; raise ModelError if there are none."""
         kinds = {value.name: value.type for value in self.model.proto.graph.output}
         numeric = [
             name
@@ -139,15 +136,14 @@ class OnnxNetwork:
         for name, (weight, bias) in kernels.items():
             place = self.places[name]
             node = proto.graph.node[self._order[place.output]]
-            names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
+            writer, dtype = Writer(name), place.layer.weight.dtype
             if node.op_type in PRODUCTS:
                 weight = weight[:, :, 0, 0]
                 node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
-            node.input[:] = [node.input[0], *names]
-            proto.graph.initializer.extend(
-                numpy_helper.from_array(np.ascontiguousarray(a, place.layer.weight.dtype), n)
-                for a, n in zip((weight, bias), names, strict=True)
-            )
+            arrays = {"replaced.weight": weight, "replaced.bias": bias}
+            replaced = [writer.constant(label, array.astype(dtype)) for label, array in arrays.items()]
+            node.input[:] = [node.input[0], *replaced]
+            proto.graph.initializer.extend(writer.initializers)
         return proto
 
     def observe(
@@ -161,9 +157,8 @@ class OnnxNetwork:
         fetched = [t for t in tensors if t != self.model.input_name]
         proto, opened = self._base
         session = opened(up_to(proto, fetched))
-        held = sum(
-            4
-            * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
+        held = 4 * sum(
+            la.geometry.n_i * math.prod(la.size) + 2 * la.geometry.n_o * math.prod(la.output_size)
             for la in (place.layer for place in places)
             if la.geometry
         )
@@ -172,9 +167,6 @@ class OnnxNetwork:
             values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
             for place, where in zip(places, positions.values(), strict=True):
                 yield place.observation(batch, where, values.__getitem__, has_run=True)
-
-    def _place(self, layer: Layer, node: onnx.NodeProto) -> LayerNode:
-        return LayerNode(layer, node.input[0], node.output[0], self._shortcut(node.output[0]))
 
     def _shortcut(self, output: str) -> str | None:
         """The tensor that an Add adds to a layer's output, if it is known before the layer runs.
@@ -275,11 +267,7 @@ def _alike(parts: Sequence[Array]) -> bool:
 
 
 class ExternalWeights:
-    """A copy of a model with its large weights in a file, which ONNX Runtime maps into memory.
-
-    Args:
-        model: is not changed.
-        beside: folder for the file; None: the system's temporary folder.
+    """A copy of a model with its large weights in a temporary file, which ONNX Runtime maps into memory.
 
     Raises:
         OutputError: there is no room for the weights.
@@ -296,7 +284,13 @@ class ExternalWeights:
                         self.proto.graph.initializer.add().CopyFrom(tensor)
                         continue
                     file.write(bytes(-file.tell() % PAGE))
-                    self.proto.graph.initializer.append(_reference(tensor, file.tell()))
+                    reference = self.proto.graph.initializer.add(
+                        name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
+                    )
+                    reference.data_location = TensorProto.EXTERNAL
+                    entries = {"location": WEIGHTS, "offset": file.tell(), "length": len(tensor.raw_data)}
+                    for key, value in entries.items():
+                        reference.external_data.add(key=key, value=str(value))
                     file.write(numpy_helper.to_array(tensor).tobytes())
         except OSError as error:
             raise OutputError(
@@ -305,20 +299,7 @@ class ExternalWeights:
             ) from error
 
     def opened(self, proto: onnx.ModelProto) -> Any:
-        """Open a model that was made of ``proto``.
-
-        Raises:
-            ModelError: ONNX Runtime refuses it.
-        """
+        """Open a model that was made of ``proto``."""
         path = Path(self._folder.name) / "model.onnx"
         onnx.save_model(proto, path)
         return open_session(path)
-
-
-def _reference(tensor: onnx.TensorProto, offset: int) -> onnx.TensorProto:
-    """Describe a tensor whose values are in the file of weights."""
-    reference = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    reference.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": WEIGHTS, "offset": offset, "length": len(tensor.raw_data)}.items():
-        reference.external_data.add(key=key, value=str(value))
-    return reference
