@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import IntArray
-from netdecouple.frontends.onnx.fused import RESIDUAL, SLOPE, is_fused
+from netdecouple.frontends.onnx.fused import RESIDUAL, SLOPE
 from netdecouple.frontends.onnx.proto import (
     array_of,
     attributes_of,
@@ -28,6 +28,7 @@ from netdecouple.frontends.onnx.proto import (
     remove_named,
     replace_items,
 )
+from netdecouple.kernels import DOMAIN, OPERATOR
 
 Shape = tuple[int | None, ...]  # None: not known, or may differ from run to run
 Mask = NDArray[np.bool_]  # of a tensor's channels, (c,)
@@ -208,9 +209,7 @@ class Rule(NamedTuple):
 
 
 def rule_of(node: onnx.NodeProto) -> Rule | None:
-    if is_fused(node):
-        return _FUSED
-    return _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    return _RULES.get(node.op_type) if node.domain in ("", "ai.onnx", DOMAIN) else None
 
 
 def _require(condition: bool) -> None:
@@ -487,7 +486,6 @@ def _cut_multiplied(graph: Graph, node: onnx.NodeProto) -> None:
     graph.take(node, 1, node.input[0], 1 if attributes_of(node).get("transB", 0) else 0)
 
 
-_FUSED = Rule(_fused, _cut_fused)
 _ELEMENTWISE = Rule(_elementwise)
 _DROPOUT = Rule(_dropout)
 
@@ -496,6 +494,7 @@ _OPERATORS: dict[Rule, str] = {
     "Log Mish Neg Reciprocal Relu Round Selu Sigmoid Sign Softplus Softsign Sqrt Tanh ThresholdedRelu",
     _DROPOUT: "Dropout",
     Rule(_convolution, _cut_convolution): "Conv ConvTranspose",
+    Rule(_fused, _cut_fused): OPERATOR,
     Rule(_broadcast, _cut_broadcast): "Add Div Max Mean Min Mul PRelu Pow Sub Sum",
     Rule(_normalized, _cut_normalized): "BatchNormalization InstanceNormalization",
     Rule(_pooled): "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool",

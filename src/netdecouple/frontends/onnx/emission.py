@@ -70,17 +70,11 @@ class Writer:
     def gather(self, label: str, x: str, channels: IntArray | None) -> str:
         if channels is None:
             return x
-        return self.node(
-            "Gather", f"{label}.gather", [x, self.constant(f"{label}.channels", channels)], axis=1
-        )
+        indices = self.constant(f"{label}.channels", channels)
+        return self.node("Gather", f"{label}.gather", [x, indices], axis=1)
 
     def conv(
-        self,
-        label: str,
-        inputs: Sequence[str],
-        g: ConvGeometry,
-        bias: Array | None = None,
-        output: str | None = None,
+        self, label: str, inputs: Sequence[str], g: ConvGeometry, bias: Array | None, output: str | None
     ) -> str:
         biases = [] if bias is None else [self.weight(f"{label}.bias", bias)]
         attributes = {"kernel_shape": [g.kh, g.kw], "group": g.groups, **attributes_for(g)}
@@ -117,10 +111,7 @@ def emit(
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``.
 
     ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`. Weights are
-    written as ``dtype``; the fused operator is for float32.
-
-    Raises:
-        ModelError: a weight is too large for ``dtype``.
+    written as ``dtype``, ModelError if one is too large for it; the fused operator is for float32.
     """
     writer = Writer(name, dtype)
     if operator in PRODUCTS:
@@ -185,7 +176,7 @@ def _write_parallel(
         part = writer.gather(f"{label}.{t}", x, None if whole else read)
         weight = writer.weight(f"{label}.{t}.weight", stage.weight, rows)
         geometry = replace(stage.geometry, n_o=len(rows), n_i=len(rows), groups=len(rows))
-        parts.append(writer.conv(f"{label}.{t}", [part, weight], geometry))
+        parts.append(writer.conv(f"{label}.{t}", [part, weight], geometry, None, None))
         order.append(rows)
     if len(parts) == 1:
         return parts[0], order[0]

@@ -297,11 +297,7 @@ def _read(node: onnx.NodeProto, constants: Constants) -> _Fused:
 
 
 def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every fused operator written as standard operators, in the "parallel" form.
-
-    Raises:
-        ModelError: an operator's weights are not constant, or do not fit each other.
-    """
+    """Copy a model with every fused operator written as standard operators, in the "parallel" form."""
     copy = copy_of(proto)
     opset = _standard_opset(copy)
     graphs = list(graphs_of(copy.graph))
@@ -348,11 +344,7 @@ def _names(name: str) -> Iterator[str]:
 
 
 def add_fallbacks(proto: onnx.ModelProto) -> None:
-    """Give every fused operator of a model its own function, in place of existing ones.
-
-    Raises:
-        ModelError: an operator's weights are not constant, or do not fit each other.
-    """
+    """Give every fused operator of a model its own function, in place of existing ones."""
     replace_items(proto.functions, [f for f in proto.functions if (f.domain, f.name) != (DOMAIN, OPERATOR)])
     graphs = list(graphs_of(proto.graph))
     nodes = [node for graph in graphs for node in graph.node if is_fused(node)]

@@ -130,18 +130,15 @@ class OnnxWalk:
         self._nodes[self._position : self._position + 1] = nodes
         self._constants |= {tensor.name: tensor for tensor in constants}
 
-    def _segment(
-        self, nodes: Sequence[onnx.NodeProto], inputs: Sequence[str], outputs: Sequence[str]
-    ) -> onnx.ModelProto:
-        used = {t for n in nodes for t in reads(n)}
+    def _segment(self, nodes: Nodes, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
         declared = []
         for name in inputs:
             value = self._store[0, name]
             kind = helper.np_dtype_to_tensor_dtype(value.dtype)
             declared.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
-        constants = [self._constants[t] for t in sorted(used) if t in self._constants]
+        used = sorted({t for n in nodes for t in reads(n)} & self._constants.keys())
         ends = [onnx.ValueInfoProto(name=t) for t in outputs]
-        return with_graph(self._model.proto, nodes, declared, ends, constants)
+        return with_graph(self._model.proto, nodes, declared, ends, [self._constants[t] for t in used])
 
 
 def single(values: Array) -> Array:
