@@ -135,17 +135,12 @@ class _Graph:
         if len(shape) != 4 or shape[1] <= 0:
             return None
         terms = depthwise.n_o
-        stages = (
-            ConvStage(
-                replace(depthwise, n_i=terms, groups=terms),
-                filters,
-                (reads % shape[1]).repeat(terms // depthwise.n_i),
-            ),
-            ConvStage(pointwise, points),
-        )
+        rows = (reads % shape[1]).repeat(terms // depthwise.n_i)
+        stage = ConvStage(replace(depthwise, n_i=terms, groups=terms), filters, rows)
         whole = replace(depthwise, n_o=pointwise.n_o, n_i=shape[1], groups=1)
         matrix = np.asarray(points[:, :, 0, 0], np.float64)
-        return Factorization(whole, stages, (bias + matrix @ inner).astype(np.float32)), x
+        bias = (bias + matrix @ inner).astype(np.float32)
+        return Factorization(whole, (stage, ConvStage(pointwise, points)), bias), x
 
 
 def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
