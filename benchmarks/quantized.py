@@ -30,7 +30,7 @@ from rich.console import Console
 import netdecouple
 from accuracy import CIFAR10, shared
 from netdecouple.data.calibration import load
-from netdecouple.frontends.onnx.lowering import lower
+from netdecouple.frontends.onnx.fused import lower
 from netdecouple.pipeline import accuracy
 from netdecouple.planning.divergence import agreement
 from netdecouple.runtimes import runtime

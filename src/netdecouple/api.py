@@ -25,7 +25,7 @@ from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.families.chain import method
-from netdecouple.frontends.onnx import lowering
+from netdecouple.frontends.onnx import fused
 from netdecouple.frontends.onnx.model import ModelSource, write_model
 from netdecouple.frontends.onnx.model import load as read_proto
 from netdecouple.frontends.onnx.proto import nodes_of
@@ -566,10 +566,10 @@ def lower(model: ModelSource, path: str | os.PathLike[str]) -> int:
         OutputError: the place is not writable.
     """
     proto, name = read_proto(model)
-    count = sum(map(lowering.is_fused, nodes_of(proto.graph)))
+    count = sum(map(fused.is_fused, nodes_of(proto.graph)))
     if not count:
         raise ModelError(f"{name}: the model has no fused operators; there is nothing to lower")
-    write_model(lowering.lower(proto), path)
+    write_model(fused.lower(proto), path)
     return count
 
 

@@ -18,10 +18,9 @@ from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.families import Problem, nd
 from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
-from netdecouple.frontends.onnx.external import ExternalWeights
 from netdecouple.frontends.onnx.model import read_model
-from netdecouple.frontends.onnx.network import OnnxNetwork
-from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk
+from netdecouple.frontends.onnx.network import ExternalWeights, OnnxNetwork
+from netdecouple.frontends.onnx.walk import OnnxWalk
 from netdecouple.network import Layer, Walk
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
@@ -254,7 +253,7 @@ def test_activations_that_are_not_finite_name_the_layer(walking: bool):
 
 def shortcuts(model: onnx.ModelProto) -> dict[str, str]:
     network = opened(model)
-    found = {la.name: network.shortcut(la.name) for la in can_change(network)}
+    found = {la.name: network.places[la.name].shortcut for la in can_change(network)}
     return {name: tensor for name, tensor in found.items() if tensor}
 
 
@@ -372,10 +371,7 @@ def test_a_walk_takes_local_functions():
 
 
 def walk_with(store: ArrayStore, network: OnnxNetwork, images: np.ndarray) -> OnnxWalk:
-    layers = {
-        la.name: LayerNode(la, network.nodes[la.name], network.shortcut(la.name)) for la in network.layers
-    }
-    return OnnxWalk(network.model, layers, [(slice(0, len(images)), images)], store)
+    return OnnxWalk(network.model, network.places, [(slice(0, len(images)), images)], store)
 
 
 def test_a_walk_spills_to_disk(tmp_path: Path):
@@ -472,7 +468,7 @@ def test_fully_connected_layers_take_other_kernels():
 def test_the_shortcut_of_a_fully_connected_layer_is_found():
     """Rows are added to rows as maps are to maps."""
     network = opened(networks.perceptron())
-    assert [la.name for la in network.layers if network.shortcut(la.name)] == ["fc3"]
+    assert [la.name for la in network.layers if network.places[la.name].shortcut] == ["fc3"]
 
 
 def test_decoupled_changes_only_the_layers_named():
@@ -591,7 +587,7 @@ def test_no_room_for_weights_is_told(monkeypatch: pytest.MonkeyPatch):
     def full(tensor: onnx.TensorProto) -> np.ndarray:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("netdecouple.frontends.onnx.external.numpy_helper.to_array", full)
+    monkeypatch.setattr("netdecouple.frontends.onnx.network.numpy_helper.to_array", full)
     with pytest.raises(OutputError, match="no room for the model's weights"):
         network.run(images_for(model))
 

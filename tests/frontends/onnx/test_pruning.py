@@ -14,8 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 from netdecouple.frontends.onnx.emission import FORMS, emit
-from netdecouple.frontends.onnx.fusion import absorb
-from netdecouple.frontends.onnx.lowering import is_fused, lower
+from netdecouple.frontends.onnx.fused import absorb, is_fused, lower
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import up_to
@@ -647,7 +646,7 @@ def test_networks_are_pruned_when_they_are_written(form: Any) -> None:
         chosen[layer.name] = separable(g, np.arange(0, g.n_i, 2).repeat(2)[None], rng)
     written = network.build(chosen, dict.fromkeys(chosen, form))
     left = filters(written)
-    outputs = [network.nodes[la.name].output[0] for la in network.layers]
+    outputs = [network.places[la.name].output for la in network.layers]
     relus = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
     assert left[outputs[0]] == 6
     assert left.get(outputs[1], left.get(relus[1])) == 8

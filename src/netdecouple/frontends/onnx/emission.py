@@ -10,15 +10,15 @@ connected layer are matrix products, whatever the form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-import onnx
 from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization, IntArray
 from netdecouple.errors import ModelError, PlanError
+from netdecouple.frontends.onnx.proto import Nodes, Tensors, attributes_for
 from netdecouple.kernels import DOMAIN, OPERATOR
 
 Form = Literal["parallel", "gather", "fused"]
@@ -28,11 +28,7 @@ PRODUCTS = ("Gemm", "MatMul")  # operators of fully connected layers
 
 
 def form_of(name: str) -> Form:
-    """Return the form with this name.
-
-    Raises:
-        PlanError: there is none.
-    """
+    """Return the form with this name, or raise PlanError."""
     for form in FORMS:
         if name == form:
             return form
@@ -45,8 +41,8 @@ class Writer:
 
     name: str
     dtype: np.dtype[Any] = SINGLE  # of the layer's weights, and of its stages'
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    nodes: Nodes = field(default_factory=list)
+    initializers: Tensors = field(default_factory=list)
 
     def constant(self, label: str, array: np.ndarray) -> str:
         name = f"{self.name}/{label}"
@@ -65,48 +61,41 @@ class Writer:
         return self.constant(label, stored)
 
     def node(
-        self,
-        operator: str,
-        label: str,
-        inputs: Sequence[str],
-        output: str | None = None,
-        **attributes: Any,
+        self, operator: str, label: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
     ) -> str:
-        output = output or f"{self.name}/{label}_output"
-        self.nodes.append(
-            helper.make_node(operator, list(inputs), [output], f"{self.name}/{label}", **attributes)
-        )
+        output, name = output or f"{self.name}/{label}_output", f"{self.name}/{label}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name, **attributes))
         return output
 
     def gather(self, label: str, x: str, channels: IntArray | None) -> str:
         if channels is None:
             return x
-        return self.node(
-            "Gather", f"{label}.gather", [x, self.constant(f"{label}.channels", channels)], axis=1
-        )
+        indices = self.constant(f"{label}.channels", channels)
+        return self.node("Gather", f"{label}.gather", [x, indices], axis=1)
 
     def conv(
-        self,
-        label: str,
-        x: str,
-        g: ConvGeometry,
-        weight: str,
-        bias: Array | None = None,
-        output: str | None = None,
+        self, label: str, inputs: Sequence[str], g: ConvGeometry, bias: Array | None, output: str | None
     ) -> str:
-        inputs = [x, weight]
-        if bias is not None:
-            inputs.append(self.weight(f"{label}.bias", bias))
+        biases = [] if bias is None else [self.weight(f"{label}.bias", bias)]
+        attributes = {"kernel_shape": [g.kh, g.kw], "group": g.groups, **attributes_for(g)}
+        return self.node("Conv", label, [*inputs, *biases], output, **attributes)
+
+    def fused(
+        self, label: str, x: str, pair: Sequence[ConvStage], n_i: int, bias: Array | None, output: str | None
+    ) -> str:
+        depthwise, pointwise = pair
+        bias = np.zeros(pointwise.geometry.n_o) if bias is None else bias
+        weights = {"depthwise": depthwise.weight, "pointwise": pointwise.weight, "bias": bias}
         return self.node(
-            "Conv",
+            OPERATOR,
             label,
-            inputs,
+            [x, *(self.constant(f"{label}.{part}", w.astype(np.float32)) for part, w in weights.items())],
             output,
-            kernel_shape=[g.kh, g.kw],
-            strides=list(g.strides),
-            pads=list(g.pads),
-            dilations=list(g.dilations),
-            group=g.groups,
+            domain=DOMAIN,
+            in_channels=n_i,
+            channels=depthwise.reads.tolist(),
+            group=pointwise.geometry.groups,
+            **attributes_for(depthwise.geometry),
         )
 
 
@@ -118,21 +107,17 @@ def emit(
     form: Form = "parallel",
     operator: str = "Conv",
     dtype: np.dtype[Any] = SINGLE,
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+) -> tuple[Nodes, Tensors]:
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``.
 
     ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`. Weights are
-    written as ``dtype``; the fused operator is for float32.
-
-    Raises:
-        ModelError: a weight is too large for ``dtype``.
+    written as ``dtype``, ModelError if one is too large for it; the fused operator is for float32.
     """
     writer = Writer(name, dtype)
-    form = form if dtype == np.float32 else "parallel" if form == "fused" else form
     if operator in PRODUCTS:
         _write_products(writer, factorization, x, output)
     else:
-        write(writer, factorization, x, output, form)
+        write(writer, factorization, x, output, "parallel" if form == "fused" and dtype != SINGLE else form)
     return writer.nodes, writer.initializers
 
 
@@ -141,22 +126,21 @@ def write(writer: Writer, factorization: Factorization, x: str, output: str, for
     stages, channels, index = factorization.stages, factorization.geometry.n_i, 0
     order: IntArray | None = None  # of the previous stage's output channels
     while index < len(stages):
-        stage, rest = stages[index], stages[index + 1 :]
-        both = form == "fused" and order is None and bool(rest) and stage.is_separable_with(rest[0])
-        last = len(rest) == (1 if both else 0)
-        bias, out = (factorization.bias, output) if last else (None, None)
-        if both:
-            label = f"fused{index}" if index else "fused"
-            x = _write_fused(writer, label, (stage, rest[0]), bias, channels, x, out)
-        elif _spreads(stage, rest, form):
-            x, order = _write_parallel(writer, _label(stage, index), x, stage, channels)
+        stage, *rest = stages[index:]
+        g = stage.geometry
+        label = f"{'pointwise' if g.is_pointwise else 'depthwise' if g.is_depthwise else 'conv'}{index}"
+        is_pair = form == "fused" and order is None and bool(rest) and stage.is_separable_with(rest[0])
+        bias, out = (factorization.bias, output) if len(rest) == is_pair else (None, None)
+        is_depthwise = stage.channels is not None and g.n_o == g.n_i == g.groups
+        if is_pair:
+            x = writer.fused(f"fused{index or ''}", x, (stage, rest[0]), channels, bias, out)
+        elif form != "gather" and is_depthwise and rest and rest[0].geometry.groups == 1:
+            x, order = _write_parallel(writer, label, x, stage, channels)  # the next stage takes any order
         else:
-            label = _label(stage, index)
             picked = writer.gather(label, x, stage.channels)
             weight = writer.weight(f"{label}.weight", stage.weight, order, axis=1)
-            x = writer.conv(label, picked, stage.geometry, weight, bias, out)
-            order = None
-        index += 2 if both else 1
+            x, order = writer.conv(label, [picked, weight], g, bias, out), None
+        index += 1 + is_pair
         channels = stages[index - 1].geometry.n_o
 
 
@@ -174,18 +158,6 @@ def _write_products(writer: Writer, factorization: Factorization, x: str, output
     writer.node("Gemm", label, [x, weight, writer.weight(f"{label}.bias", bias)], output, transB=1)
 
 
-def _label(stage: ConvStage, index: int) -> str:
-    g = stage.geometry
-    return f"{'pointwise' if g.is_pointwise else 'depthwise' if g.is_depthwise else 'conv'}{index}"
-
-
-def _spreads(stage: ConvStage, rest: Sequence[ConvStage], form: Form) -> bool:
-    """Whether a depthwise stage is written level by level: the next stage must work in any channel order."""
-    g = stage.geometry
-    simple = stage.channels is not None and g.n_o == g.n_i == g.groups
-    return form != "gather" and simple and bool(rest) and rest[0].geometry.groups == 1
-
-
 def _write_parallel(
     writer: Writer, label: str, x: str, stage: ConvStage, channels: int
 ) -> tuple[str, IntArray]:
@@ -194,7 +166,6 @@ def _write_parallel(
     Returns the concatenated output, and the order of the stage's output channels in it.
     """
     assert stage.channels is not None
-    g = stage.geometry
     level = np.array([np.count_nonzero(stage.channels[:i] == c) for i, c in enumerate(stage.channels)])
     parts, order = [], []
     for t in range(int(level.max()) + 1):
@@ -203,41 +174,10 @@ def _write_parallel(
         read = stage.channels[rows]
         whole = len(read) == channels  # a level never repeats a channel, so this is all of them in order
         part = writer.gather(f"{label}.{t}", x, None if whole else read)
-        geometry = ConvGeometry(len(rows), len(rows), g.kh, g.kw, g.strides, g.pads, g.dilations, len(rows))
         weight = writer.weight(f"{label}.{t}.weight", stage.weight, rows)
-        parts.append(writer.conv(f"{label}.{t}", part, geometry, weight))
+        geometry = replace(stage.geometry, n_o=len(rows), n_i=len(rows), groups=len(rows))
+        parts.append(writer.conv(f"{label}.{t}", [part, weight], geometry, None, None))
         order.append(rows)
     if len(parts) == 1:
         return parts[0], order[0]
     return writer.node("Concat", f"{label}.concat", parts, axis=1), np.concatenate(order)
-
-
-def _write_fused(
-    writer: Writer,
-    label: str,
-    stages: tuple[ConvStage, ConvStage],
-    bias: Array | None,
-    channels: int,
-    x: str,
-    output: str | None,
-) -> str:
-    depthwise, pointwise = stages
-    g = depthwise.geometry
-    weights = {
-        "depthwise": depthwise.weight,
-        "pointwise": pointwise.weight,
-        "bias": np.zeros(pointwise.geometry.n_o) if bias is None else bias,
-    }
-    return writer.node(
-        OPERATOR,
-        label,
-        [x, *(writer.constant(f"{label}.{part}", w.astype(np.float32)) for part, w in weights.items())],
-        output,
-        domain=DOMAIN,
-        in_channels=channels,
-        channels=depthwise.reads.tolist(),
-        strides=list(g.strides),
-        pads=list(g.pads),
-        dilations=list(g.dilations),
-        group=pointwise.geometry.groups,
-    )

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,8 +23,11 @@ from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
 from netdecouple.frontends.onnx.proto import (
+    Nodes,
+    array_of,
     attributes_of,
     drop_unread,
+    geometry_of,
     nodes_of,
     reads,
     remove_named,
@@ -222,12 +225,9 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     if uses_kernels(proto) and not uses_kernels(folded):  # inlined, as they are not available
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
-    for given, field in (
-        (proto.graph.input, folded.graph.input),
-        (proto.graph.output, folded.graph.output),
-        (proto.metadata_props, folded.metadata_props),
-    ):
-        replace_items(field, given)
+    replace_items(folded.graph.input, proto.graph.input)
+    replace_items(folded.graph.output, proto.graph.output)
+    replace_items(folded.metadata_props, proto.metadata_props)
     replace_items(folded.opset_import, [entry for entry in folded.opset_import if entry.domain in used])
     replace_items(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
     # messages that were replaced take memory until the model that held them is freed
@@ -252,31 +252,29 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
         if not all(name in constants for name in names):
             continue
         weight, *bias, scale, shift, mean, variance = (
-            np.asarray(numpy_helper.to_array(constants[name]), np.float64) for name in names
+            numpy_helper.to_array(constants[name]).astype(np.float64) for name in names
         )
-        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
-        factor = scale / np.sqrt(variance + epsilon)
-        folded = (
-            weight * factor.reshape(-1, *[1] * (weight.ndim - 1)),
-            shift + ((bias[0] if bias else 0.0) - mean) * factor,
-        )
+        factor = scale / np.sqrt(variance + attributes_of(norm).get("epsilon", 1e-5))
+        arrays = {
+            "weight": weight * factor.reshape(-1, *[1] * (weight.ndim - 1)),
+            "bias": shift + ((bias[0] if bias else 0.0) - mean) * factor,
+        }
         dtype = helper.tensor_dtype_to_np_dtype(constants[names[0]].data_type)
-        new = [f"{norm.output[0]}/folded.{part}" for part in ("weight", "bias")]
         with np.errstate(over="ignore"):
-            stored = [array.astype(dtype) for array in folded]
-        if not all(np.isfinite(array).all() for array in stored):
+            folded = {
+                f"{norm.output[0]}/folded.{part}": array.astype(dtype) for part, array in arrays.items()
+            }
+        if not all(np.isfinite(array).all() for array in folded.values()):
             continue
-        graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(stored, new, strict=True))
-        convolution.input[:] = [convolution.input[0], *new]
+        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in folded.items())
+        convolution.input[:] = [convolution.input[0], *folded]
         convolution.output[:] = norm.output
         graph.node.remove(norm)
     drop_unread(graph)
     return copy
 
 
-def find_layers(
-    model: OnnxModel, sample: Array
-) -> tuple[tuple[Layer, ...], dict[str, onnx.NodeProto], Shapes]:
+def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nodes, Shapes]:
     """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
 
     The shapes are those of the tensors that the layers, and all additions, read and write.
@@ -301,34 +299,33 @@ def find_layers(
     shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    context = _Context(model, constants, shapes)
-    layers = tuple(_READERS[node.op_type](node_name(node), node, context) for node in nodes)
+    context = _Context(shapes[model.input_name][0], model.size is not None, constants, shapes)
+    layers = tuple(_READERS[node.op_type](node, context) for node in nodes)
     for la in layers:
         if not all(np.isfinite(array).all() for array in (la.weight, la.bias)):
             raise ModelError(
                 f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
             )
-    return layers, {node_name(node): node for node in nodes}, shapes
+    return layers, nodes, shapes
 
 
 class _Context(NamedTuple):
     """What is known of the graph in which a layer is."""
 
-    model: OnnxModel
+    images: int  # in the sample
+    has_fixed_size: bool
     constants: dict[str, onnx.TensorProto]
     shapes: Shapes
 
 
-def _read_conv(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
-    model, constants, shapes = context
+def _read_conv(node: onnx.NodeProto, context: _Context) -> Layer:
+    images, has_fixed_size, constants, shapes = context
     maps, _, *spatial = shapes[node.input[0]]
-    images = shapes[model.input_name][0]
-    kernel = shapes[node.input[1]]
-    out = shapes[node.output[0]]
-    has_bias = len(node.input) > 2 and bool(node.input[2])
+    kernel, out = shapes[node.input[1]], shapes[node.output[0]]
+    has_bias = any(node.input[2:])
     macs = math.prod(kernel) * math.prod(out[2:] if node.op_type == "Conv" else spatial) * maps // images
     parameters = math.prod(kernel) + (out[1] if has_bias else 0)
-    layer = partial(Layer, name=name, operator=node.op_type, macs=macs, parameters=parameters)
+    layer = partial(Layer, node_name(node), node.op_type, macs, parameters)
     if node.op_type == "ConvTranspose":
         return layer(reason="transposed convolution")
     if any(t not in constants for t in node.input[1:] if t):
@@ -341,100 +338,70 @@ def _read_conv(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
     if weight.dtype not in DTYPES:
         return layer(reason=f"its weights are {weight.dtype}, not float32 or float16")
     attributes = attributes_of(node)
-    strides = tuple(attributes.get("strides", (1, 1)))
-    dilations = tuple(attributes.get("dilations", (1, 1)))
     auto = attributes.get("auto_pad", b"NOTSET").decode()
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        pads = _same_pads(spatial, kernel[2:], strides, dilations, auto)
-    else:
-        pads = tuple(attributes.get("pads", (0, 0, 0, 0))) if auto == "NOTSET" else (0, 0, 0, 0)
-    groups = attributes.get("group", 1)
-    geometry = ConvGeometry(
-        kernel[0], kernel[1] * groups, kernel[2], kernel[3], strides, pads, dilations, groups
-    )
-    bias = numpy_helper.to_array(constants[node.input[2]]) if has_bias else np.zeros(kernel[0], np.float32)
+    if auto != "NOTSET":
+        attributes["pads"] = (0, 0, 0, 0)
+    n_o, n_i, *size = kernel
+    geometry = geometry_of(n_o, n_i * attributes.get("group", 1), size, attributes)
+    if auto.startswith("SAME"):
+        geometry = replace(geometry, pads=_same_pads(geometry, spatial, auto))
+    bias = numpy_helper.to_array(constants[node.input[2]]) if has_bias else np.zeros(n_o, np.float32)
     reason = ""
     if geometry.is_depthwise:
         reason = "depthwise convolution" if geometry.n_i > 1 else ONE_CHANNEL
-    elif min(pads) < 0:
+    elif min(geometry.pads) < 0:
         reason = "negative padding"
-    elif auto.startswith("SAME") and model.size is None and max(strides) > 1:
+    elif auto.startswith("SAME") and not has_fixed_size and max(geometry.strides) > 1:
         reason = f"its padding ({auto}) depends on the image size, which is dynamic"
-    return layer(geometry=geometry, weight=weight, bias=bias, size=(spatial[0], spatial[1]), reason=reason)
+    return layer(geometry, weight, bias, (spatial[0], spatial[1]), reason)
 
 
-def _same_pads(
-    size: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], mode: str
-) -> tuple[int, int, int, int]:
+def _same_pads(g: ConvGeometry, size: list[int], mode: str) -> tuple[int, int, int, int]:
     """Compute the pads of auto_pad SAME_*: an odd pixel is last (UPPER) or first."""
-    begin, end = [], []
-    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
-        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-        small, large = total // 2, total - total // 2
-        begin.append(small if mode == "SAME_UPPER" else large)
-        end.append(large if mode == "SAME_UPPER" else small)
-    return (begin[0], begin[1], end[0], end[1])
+    n, s, d, k = map(np.array, (size, g.strides, g.dilations, (g.kh, g.kw)))
+    total = np.maximum((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+    begin = total // 2 if mode == "SAME_UPPER" else total - total // 2
+    return tuple(np.concatenate([begin, total - begin]).tolist())
 
 
-def _read_matmul(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
-    model, constants, shapes = context
-    kernel, shape = shapes[node.input[1]], shapes[node.output[0]]
+def _read_matmul(node: onnx.NodeProto, context: _Context) -> Layer:
+    images, _, constants, shapes = context
+    rows, kernel, shape = (shapes[t] for t in (*node.input[:2], node.output[0]))
     attributes = attributes_of(node)
-    turned = bool(attributes.get("transB", 0))
-    inner = kernel[-1] if turned else kernel[-2] if len(kernel) > 1 else kernel[0]
-    images = shapes[model.input_name][0]
+    is_turned = bool(attributes.get("transB", 0))
+    inner = kernel[-1] if is_turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     added = node.input[2] if len(node.input) > 2 else ""
-    parameters = math.prod(kernel) + (math.prod(shapes.get(added, (0,))) if added else 0)
     macs = math.prod(shape) * inner // images
-    bias = numpy_helper.to_array(constants[added]) if added in constants else None
-    reason = _why_kept(shapes[node.input[0]], images, kernel, attributes)
-    if not reason and added and bias is None:
-        reason = "its bias is computed, not constant"
-    if not reason and bias is not None and bias.shape not in ((), (1,), (1, 1), shape[1:], (1, *shape[1:])):
-        reason = f"its bias {bias.shape} is not one number per output"
-    weight = numpy_helper.to_array(constants[node.input[1]])
-    if not reason and weight.dtype not in DTYPES:
-        reason = f"its weights are {weight.dtype}, not float32 or float16"
-    if reason:
-        return Layer(name, node.op_type, macs, parameters, reason=reason)
-    weight = weight if turned else weight.T
+    parameters = math.prod(kernel) + math.prod(shapes.get(added, (0,)))
+    layer = partial(Layer, node_name(node), node.op_type, macs, parameters)
+    weight, bias = numpy_helper.to_array(constants[node.input[1]]), array_of(constants, node, 2)
+    scales = [name for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1]
+    bias_shape = () if bias is None else bias.shape
+    allowed = ((), (1,), (1, 1), shape[1:], (1, *shape[1:]))
+    reasons = {
+        "its input is transposed": attributes.get("transA", 0),
+        f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1": scales,
+        f"its input has {len(rows)} axes, not 2": len(rows) != 2,
+        "it does not see one row per image": rows[:1] != (images,),
+        f"its weights have {len(kernel)} axes, not 2": len(kernel) != 2,
+        "its bias is computed, not constant": added and bias is None,
+        f"its bias {bias_shape} is not one number per output": bias_shape not in allowed,
+        f"its weights are {weight.dtype}, not float32 or float16": weight.dtype not in DTYPES,
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), ""):
+        return layer(reason=reason)
+    weight = weight if is_turned else weight.T
     n_o, n_i = weight.shape
-    return Layer(
-        name,
-        node.op_type,
-        macs,
-        parameters,
-        ConvGeometry(n_o, n_i, 1, 1),
-        weight.reshape(n_o, n_i, 1, 1),
-        np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o),
-        (1, 1),
-        is_linear=True,
-    )
+    bias = np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o)
+    return layer(ConvGeometry(n_o, n_i, 1, 1), weight.reshape(n_o, n_i, 1, 1), bias, (1, 1), is_linear=True)
 
 
-def _why_kept(rows: tuple[int, ...], images: int, kernel: tuple[int, ...], attributes: dict[str, Any]) -> str:
-    """Say why a matrix product is no fully connected layer with one row per image; empty if it is."""
-    if attributes.get("transA", 0):
-        return "its input is transposed"
-    if scales := [n for n in ("alpha", "beta") if attributes.get(n, 1.0) != 1]:
-        return f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1"
-    if len(rows) != 2:
-        return f"its input has {len(rows)} axes, not 2"
-    if rows[0] != images:
-        return "it does not see one row per image"
-    return "" if len(kernel) == 2 else f"its weights have {len(kernel)} axes, not 2"
-
-
-def _read_fused(name: str, node: onnx.NodeProto, context: _Context) -> Layer:
+def _read_fused(node: onnx.NodeProto, context: _Context) -> Layer:
     shapes = context.shapes
-    sizes = [math.prod(shapes[t]) for t in node.input[1:4]]  # depthwise, pointwise, bias
-    return Layer(
-        name=name,
-        operator=node.op_type,
-        macs=math.prod(shapes[node.output[0]][2:]) * sum(sizes[:2]),
-        parameters=sum(sizes),
-        reason="already decoupled",
-    )
+    depthwise, pointwise, bias = (math.prod(shapes[t]) for t in node.input[1:4])
+    macs = math.prod(shapes[node.output[0]][2:]) * (depthwise + pointwise)
+    parameters = depthwise + pointwise + bias
+    return Layer(node_name(node), node.op_type, macs, parameters, reason="already decoupled")
 
 
 _ALWAYS = ("Conv", "ConvTranspose", OPERATOR)  # others only if they have weights

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from netdecouple.convolution import Factorization
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
+from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
-from netdecouple.frontends.onnx.emission import PRODUCTS, emit, form_of
-from netdecouple.frontends.onnx.external import ExternalWeights
-from netdecouple.frontends.onnx.fallback import add_fallbacks
-from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
+from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
-from netdecouple.frontends.onnx.proto import nodes_of, readers_of, replace_items, up_to
+from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
-from netdecouple.kernels import DOMAIN
 from netdecouple.network import Array, Layer, Observation, Positions
-from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of
+from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of, with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
 
 TOLERANCE = 1e-3  # relative difference between a built network and its plan's arithmetic
 HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
+SMALL = 1 << 12  # bytes: smaller weights stay in the model
+PAGE = 1 << 12  # bytes: weights begin at multiples of it, so that they can be mapped into memory
+WEIGHTS = "weights"
 
 
 class OnnxNetwork:
     """A pretrained ONNX network, with the shapes that it has for images of one size.
 
-    Args:
-        model: is not changed.
-        sample: (n, c, h, w), run once to find every layer's shapes.
-        memory: limits on it, and where temporary files go.
+    ``sample`` (n, c, h, w) is run once to find every layer's shapes. The model is not changed.
 
     Raises:
         ModelError: the network fails on the sample, or its weights or tensors cannot be used.
@@ -49,23 +49,32 @@ class OnnxNetwork:
         self.memory = memory
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
-        self.layers, self.nodes, self._shapes = find_layers(model, self._sample)
+        self.layers, nodes, self._shapes = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
         self.name, self.fingerprint = model.origin, model.fingerprint
         self.norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
         self.example: Any = self._sample[: model.batch or 1]
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
+        self._readers = readers_of(model.proto.graph.node)
+        self.places = {
+            la.name: LayerNode(la, node.input[0], node.output[0], self._shortcut(node.output[0]))
+            for la, node in zip(self.layers, nodes, strict=True)
+        }
+
+    def _runnable(self, proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
+        """Return a model of which others are made to be run, and the function that opens them.
+
+        Where copies of its weights would take too much memory, they are in a file.
+        """
+        if self.memory.limit is None and not is_large(self.model.proto):
+            return proto, open_session
+        external = ExternalWeights(proto, self.memory.scratch)
+        return external.proto, external.opened
 
     @cached_property
-    def _external(self) -> ExternalWeights | None:
-        """The model with its weights in a file, where copies of them would take too much memory."""
-        if self.memory.limit is None and not is_large(self.model.proto):
-            return None
-        return self._with_external_weights(self.model.proto)
-
-    def _with_external_weights(self, proto: onnx.ModelProto) -> ExternalWeights:
-        return ExternalWeights(proto, self.memory.scratch)
+    def _base(self) -> tuple[onnx.ModelProto, Callable[[onnx.ModelProto], Any]]:
+        return self._runnable(self.model.proto)
 
     def layers_of(
         self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
@@ -73,20 +82,10 @@ class OnnxNetwork:
         """List the layers of another model that was made of this one."""
         return find_layers(replace(self.model, proto=model), self._sample)[0]
 
-    @property
-    def _proto(self) -> onnx.ModelProto:
-        """The model of which others are made to be run."""
-        return self.model.proto if self._external is None else self._external.proto
-
-    def _opened(self, proto: onnx.ModelProto) -> Any:
-        """Open a model that was made of `_proto`."""
-        return open_session(proto) if self._external is None else self._external.opened(proto)
-
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches that fit in memory, or have the network's fixed size."""
-        return batch_slices(
-            count, self.layers, self.memory.batch_bytes, bytes_per_image, fixed=self.model.batch
-        )
+        limit, fixed = self.memory.batch_bytes, self.model.batch
+        return batch_slices(count, self.layers, limit, bytes_per_image, fixed)
 
     def padded(self, images: Array, batch: slice) -> Array:
         """Take a batch of images in the network's type; a fixed batch is filled up with the last image."""
@@ -98,11 +97,7 @@ class OnnxNetwork:
 
     @cached_property
     def _outputs(self) -> list[str]:
-        """The outputs that can be compared: all that are numbers.
-
-        Raises:
-            ModelError: there are none.
-        """
+        """The outputs that can be compared, which are numbers; raise ModelError if there are none."""
         kinds = {value.name: value.type for value in self.model.proto.graph.output}
         numeric = [
             name
@@ -115,15 +110,14 @@ class OnnxNetwork:
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
         """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
+        proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
-        return self._run(self._opened(self._with_kernels(kernels or {})), images)
+        return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
-        if self._external is None:
-            return self._run(open_session(model), images)
-        external = self._with_external_weights(model)
-        return self._run(external.opened(external.proto), images)
+        proto, opened = self._runnable(model)
+        return self._run(opened(proto), images)
 
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = self.batches(len(images))
@@ -134,23 +128,22 @@ class OnnxNetwork:
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
         return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
 
-    def _with_kernels(self, kernels: Mapping[str, tuple[Array, Array]]) -> onnx.ModelProto:
-        """Copy `_proto` with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
-        if not kernels:
-            return self._proto
-        proto = copy_of(self._proto)
+    def _with_kernels(
+        self, proto: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
+    ) -> onnx.ModelProto:
+        """Copy a model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        proto = copy_of(proto)
         for name, (weight, bias) in kernels.items():
-            place = self._places[name]
+            place = self.places[name]
             node = proto.graph.node[self._order[place.output]]
-            names = [f"{name}/replaced.{part}" for part in ("weight", "bias")]
+            writer, dtype = Writer(name), place.layer.weight.dtype
             if node.op_type in PRODUCTS:
                 weight = weight[:, :, 0, 0]
                 node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
-            node.input[:] = [node.input[0], *names]
-            proto.graph.initializer.extend(
-                numpy_helper.from_array(np.ascontiguousarray(a, place.layer.weight.dtype), n)
-                for a, n in zip((weight, bias), names, strict=True)
-            )
+            arrays = {"replaced.weight": weight, "replaced.bias": bias}
+            replaced = [writer.constant(label, array.astype(dtype)) for label, array in arrays.items()]
+            node.input[:] = [node.input[0], *replaced]
+            proto.graph.initializer.extend(writer.initializers)
         return proto
 
     def observe(
@@ -159,13 +152,13 @@ class OnnxNetwork:
         """Yield, batch by batch, what the layers named in ``positions`` read and write."""
         if not positions:
             return
-        places = [self._places[name] for name in positions]
+        places = [self.places[name] for name in positions]
         tensors = dict.fromkeys(t for p in places for t in (p.input, p.output, p.shortcut) if t)
         fetched = [t for t in tensors if t != self.model.input_name]
-        session = self._opened(up_to(self._proto, fetched))
-        held = sum(
-            4
-            * (la.geometry.n_i * la.size[0] * la.size[1] + 2 * la.geometry.n_o * int(np.prod(la.output_size)))
+        proto, opened = self._base
+        session = opened(up_to(proto, fetched))
+        held = 4 * sum(
+            la.geometry.n_i * math.prod(la.size) + 2 * la.geometry.n_o * math.prod(la.output_size)
             for la in (place.layer for place in places)
             if la.geometry
         )
@@ -175,16 +168,11 @@ class OnnxNetwork:
             for place, where in zip(places, positions.values(), strict=True):
                 yield place.observation(batch, where, values.__getitem__, has_run=True)
 
-    @cached_property
-    def _places(self) -> dict[str, LayerNode]:
-        return {la.name: LayerNode(la, self.nodes[la.name], self.shortcut(la.name)) for la in self.layers}
-
-    def shortcut(self, name: str) -> str | None:
-        """The tensor added to this layer's output by an Add, if it is known before the layer runs.
+    def _shortcut(self, output: str) -> str | None:
+        """The tensor that an Add adds to a layer's output, if it is known before the layer runs.
 
         Additions that broadcast (a bias map, a gate) are no residual branches.
         """
-        output = self.nodes[name].output[0]
         readers = self._readers.get(output, [])
         is_result = any(value.name == output for value in self.model.proto.graph.output)
         if len(readers) != 1 or readers[0].op_type != "Add" or is_result:
@@ -192,10 +180,6 @@ class OnnxNetwork:
         other = next(t for t in readers[0].input if t != output)
         before = self._order.get(other, len(self._order)) < self._order[output]
         return other if before and self._shapes[other] == self._shapes[output] else None
-
-    @cached_property
-    def _readers(self) -> dict[str, list[onnx.NodeProto]]:
-        return readers_of(self.model.proto.graph.node)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the same network where it is unpickled.
@@ -213,12 +197,12 @@ class OnnxNetwork:
         """Start at the network's input, ready to be decoupled layer by layer."""
         inputs = ((batch, self.padded(images, batch)) for batch in self.batches(len(images)))
         store = ArrayStore(self.memory.store_bytes, self.memory.scratch)
-        return OnnxWalk(self.model, self._places, inputs, store)
+        return OnnxWalk(self.model, self.places, inputs, store)
 
     @property
     def counts_everything(self) -> bool:
         """Whether all its operators are known, so that no MACs are missing from the layers'."""
-        counted = {node.output[0] for node in self.nodes.values()}
+        counted = {place.output for place in self.places.values()}
         return all(
             node.domain in ("", "ai.onnx") or node.output[0] in counted
             for node in nodes_of(self.model.proto.graph)
@@ -243,37 +227,24 @@ class OnnxNetwork:
     ) -> onnx.ModelProto:
         """Write the network with some layers as chains of stages, without the channels that nothing reads.
 
-        Fused operators come with functions for runtimes that do not know them.
-
-        Args:
-            factorizations: by layer.
-            forms: how each is written, by layer; "parallel" if it is not among them.
-            metadata: entries to add to the model's.
+        ``forms`` say how each is written, "parallel" by default. Fused operators come with functions for
+        runtimes that do not know them. ``metadata`` are added to the model's.
         """
         proto = copy_of(self.model.proto)
-        by_output = {self.nodes[name].output[0]: name for name in factorizations}
-        nodes: list[onnx.NodeProto] = []
-        for node in proto.graph.node:
-            name = by_output.get(node.output[0])
+        names = {self.places[name].output: name for name in factorizations}
+
+        def stages(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
+            name = names.get(node.output[0])
             if name is None:
-                nodes.append(node)
-                continue
-            form = form_of(forms.get(name, "parallel"))
-            dtype = self._places[name].layer.weight.dtype
-            new, constants = emit(
-                factorizations[name], name, node.input[0], node.output[0], form, node.op_type, dtype
-            )
-            nodes += new
-            proto.graph.initializer.extend(constants)
-        replace_items(proto.graph.node, nodes)
-        if any(node.domain == DOMAIN for node in nodes):
-            if all(entry.domain != DOMAIN for entry in proto.opset_import):
-                proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-            absorb(proto.graph, self._shapes)
+                return None
+            return self.places[name].emit(factorizations[name], form_of(forms.get(name, "parallel")))
+
+        replace_nodes(proto.graph, stages)
+        absorb(proto.graph, self._shapes)
         drop_unread_channels(proto, self._shapes)
         add_fallbacks(proto)
-        for key, value in metadata.items():
-            _set_metadata(proto, key, value)
+        entries = {entry.key: entry.value for entry in proto.metadata_props}
+        helper.set_model_props(proto, {**entries, **metadata})
         return proto
 
 
@@ -295,6 +266,40 @@ def _alike(parts: Sequence[Array]) -> bool:
     return len({part.shape[1:] for part in parts}) == 1
 
 
-def _set_metadata(proto: onnx.ModelProto, key: str, value: str) -> None:
-    entry: Any = next((e for e in proto.metadata_props if e.key == key), None) or proto.metadata_props.add()
-    entry.key, entry.value = key, value
+class ExternalWeights:
+    """A copy of a model with its large weights in a temporary file, which ONNX Runtime maps into memory.
+
+    Raises:
+        OutputError: there is no room for the weights.
+    """
+
+    def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
+        graph = model.graph
+        self.proto = with_graph(model, graph.node, graph.input, graph.output)
+        try:
+            self._folder = Scratch(beside)
+            with (Path(self._folder.name) / WEIGHTS).open("wb") as file:
+                for tensor in graph.initializer:
+                    if len(tensor.raw_data) < SMALL:
+                        self.proto.graph.initializer.add().CopyFrom(tensor)
+                        continue
+                    file.write(bytes(-file.tell() % PAGE))
+                    reference = self.proto.graph.initializer.add(
+                        name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
+                    )
+                    reference.data_location = TensorProto.EXTERNAL
+                    entries = {"location": WEIGHTS, "offset": file.tell(), "length": len(tensor.raw_data)}
+                    for key, value in entries.items():
+                        reference.external_data.add(key=key, value=str(value))
+                    file.write(numpy_helper.to_array(tensor).tobytes())
+        except OSError as error:
+            raise OutputError(
+                f"{beside or 'the temporary folder'}: no room for the model's weights "
+                f"({error.strerror or error}); make room, or name another folder with TMPDIR or work="
+            ) from error
+
+    def opened(self, proto: onnx.ModelProto) -> Any:
+        """Open a model that was made of ``proto``."""
+        path = Path(self._folder.name) / "model.onnx"
+        onnx.save_model(proto, path)
+        return open_session(path)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
-from onnx import helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
+from netdecouple.convolution import ConvGeometry
 from netdecouple.runtimes.onnxfile import with_graph
 
+Nodes = list[onnx.NodeProto]
+Tensors = list[onnx.TensorProto]
+Constants = Mapping[str, onnx.TensorProto]
+_SPATIAL = ("strides", "pads", "dilations")
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that a node holds, such as the branches of an If."""
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph, then its subgraphs, such as the branches of an If, at every depth."""
+    yield graph
+    for node in graph.node:
+        for inner in _subgraphs(node):
+            yield from graphs_of(inner)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
-
-
-def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield a graph, then its subgraphs at every depth."""
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from graphs_of(inner)
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -36,15 +42,15 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Yield every tensor that a node reads, those that its subgraphs read included."""
     yield from (t for t in node.input if t)
-    for graph in subgraphs(node):
+    for graph in _subgraphs(node):
         for inner in graph.node:
             yield from reads(inner)
         yield from (value.name for value in graph.output)
 
 
-def readers_of(nodes: Iterable[onnx.NodeProto]) -> dict[str, list[onnx.NodeProto]]:
+def readers_of(nodes: Iterable[onnx.NodeProto]) -> dict[str, Nodes]:
     """List, for every tensor, the nodes that read it: a node that reads it twice is listed twice."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
+    readers: dict[str, Nodes] = {}
     for node in nodes:
         for tensor in reads(node):
             readers.setdefault(tensor, []).append(node)
@@ -64,11 +70,41 @@ def constants_of(graphs: Sequence[onnx.GraphProto]) -> dict[str, onnx.TensorProt
     return constants
 
 
+def array_of(constants: Constants, node: onnx.NodeProto, index: int) -> NDArray[Any] | None:
+    """Return a constant input of a node; None if it is missing or computed."""
+    name = node.input[index] if index < len(node.input) else ""
+    return numpy_helper.to_array(constants[name]) if name in constants else None
+
+
+def geometry_of(n_o: int, n_i: int, kernel: Sequence[int], attributes: Mapping[str, Any]) -> ConvGeometry:
+    """Read the geometry of a 2-D convolution from its node's attributes."""
+    kh, kw = kernel
+    given: dict[str, Any] = {name: tuple(attributes[name]) for name in _SPATIAL if name in attributes}
+    return ConvGeometry(n_o, n_i, kh, kw, groups=attributes.get("group", 1), **given)
+
+
+def attributes_for(g: ConvGeometry) -> dict[str, Any]:
+    """Write the attributes of a convolution's node, except the groups."""
+    return {name: list(getattr(g, name)) for name in _SPATIAL}
+
+
 def replace_items(field: Any, items: Iterable[Any]) -> None:
     """Replace the messages of a repeated field; the new ones may come from the field itself."""
     kept = list(items)
     del field[:]
     field.extend(kept)
+
+
+def replace_nodes(
+    graph: onnx.GraphProto, replacement: Callable[[onnx.NodeProto], tuple[Nodes, Tensors] | None]
+) -> None:
+    """Put others in the place of nodes; ``replacement`` returns None for nodes that stay as they are."""
+    nodes: Nodes = []
+    for node in graph.node:
+        new, initializers = replacement(node) or ([node], [])
+        nodes += new
+        graph.initializer.extend(initializers)
+    replace_items(graph.node, nodes)
 
 
 def remove_named(field: Any, names: Collection[str]) -> None:
@@ -90,19 +126,19 @@ def drop_unread(graph: onnx.GraphProto, among: Collection[str] | None = None) ->
         remove_named(inner.input, unread)  # before IR 4, initializers are inputs too
 
 
+def nodes_for(nodes: Sequence[onnx.NodeProto], tensors: Iterable[str]) -> tuple[Nodes, set[str]]:
+    """Return the nodes that compute some tensors, and all tensors that are needed for them."""
+    kept, needed = [], set(tensors)
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(reads(node))
+    return kept[::-1], needed
+
+
 def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """Copy the part of a model that computes some of its tensors, with those as its only outputs."""
-    outputs = list(tensors)
-    needed = set(outputs)
-    nodes = []
-    for node in reversed(proto.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(reads(node))
-    return with_graph(
-        proto,
-        nodes[::-1],
-        proto.graph.input,
-        [onnx.ValueInfoProto(name=t) for t in outputs],
-        (t for t in proto.graph.initializer if t.name in needed),
-    )
+    outputs = [onnx.ValueInfoProto(name=t) for t in tensors]
+    nodes, needed = nodes_for(proto.graph.node, (value.name for value in outputs))
+    initializers = (t for t in proto.graph.initializer if t.name in needed)
+    return with_graph(proto, nodes, proto.graph.input, outputs, initializers)

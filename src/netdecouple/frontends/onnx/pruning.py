@@ -21,11 +21,9 @@ Live = dict[str, Mask]  # the channels that stay, by tensor
 
 
 def drop_unread_channels(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Remove every filter whose output nothing reads; the network computes the same.
+    """Remove, in place, every filter whose output nothing reads, and unread initializers.
 
-    Args:
-        proto: is changed in place; initializers that nothing reads are removed, too.
-        shapes: of tensors and constants, as far as they are known.
+    ``shapes`` are those of tensors and constants, as far as they are known.
     """
     graph = Graph(proto.graph, shapes)
     graph.live = _fewest(graph)
@@ -37,7 +35,7 @@ def drop_unread_channels(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int,
 def _fewest(graph: Graph) -> Live:
     """Find the fewest channels: all of the graph's inputs and outputs, and at least one of other tensors."""
     whole = graph.inputs | graph.outputs
-    live = {tensor: np.full(graph.width(tensor) or 0, tensor in whole) for tensor in graph.shapes}
+    live = {tensor: np.full(graph.width(tensor), tensor in whole) for tensor in graph.shapes}
     nodes = list(zip(graph.proto.node, graph.flows, strict=True))
     while True:
         before = sum(int(mask.sum()) for mask in live.values())
@@ -53,24 +51,23 @@ def _fewest(graph: Graph) -> Live:
         live[empty[-1]][0] = True  # the last first: then the tensors it is computed from are not empty
 
 
-def _need(live: Live, node: onnx.NodeProto, flow: Flow | None) -> None:
+def _need(live: Live, node: onnx.NodeProto, flow: Flow) -> None:
     """Add the channels of its inputs that a node needs to compute its output's live channels."""
-    output = live.get(node.output[0]) if flow else None
-    links = flow.links if flow else ()
-    for link in links:
+    output = live.get(node.output[0])
+    for link in flow.links:
         if link.tensor not in live:
             continue
         if isinstance(link, Mix):
             live[link.tensor] |= (link.used if output is None else link.used[output]).any(axis=0)
         else:
             live[link.tensor][link.source if output is None else link.source[output[link.target]]] = True
-    for tensor in {*reads(node)} - {link.tensor for link in links}:
+    for tensor in {*reads(node)} - {link.tensor for link in flow.links}:
         if tensor in live:
             live[tensor][:] = True
 
 
-def _keep(live: Live, node: onnx.NodeProto, flow: Flow | None) -> None:
+def _keep(live: Live, node: onnx.NodeProto, flow: Flow) -> None:
     """Add the output channels that are tied to live channels of the inputs."""
-    for link in flow.links if flow else ():
+    for link in flow.links:
         if isinstance(link, Link) and link.tied and node.output[0] in live:
             live[node.output[0]][link.target] |= live[link.tensor][link.source]

@@ -82,23 +82,17 @@ def tiny_model(layer: Layer, structure: Structure, form: Any, copies: int, batch
     """
     g = layer.geometry
     assert g is not None
-    flat = layer.operator in PRODUCTS
-    nodes, weights = [], []
+    is_flat = layer.operator in PRODUCTS
+    nodes, weights, outputs = [], [], []
     for index in range(copies):
-        y = f"out{index}" if flat else f"y{index}"
-        stages = emit(placeholder(structure, index), f"layer{index}", "x", y, form, layer.operator)
-        pooled = [] if flat else [helper.make_node("GlobalAveragePool", [y], [f"out{index}"])]
-        nodes += [*stages[0], *pooled]
-        weights += stages[1]
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, _shape(layer, g.n_i, layer.size, batch))],
-        [
-            helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, _shape(layer, g.n_o, (1, 1), batch))
-            for i in range(copies)
-        ],
-        weights,
-    )
+        y, end = f"out{index}" if is_flat else f"y{index}", f"out{index}"
+        stages, constants = emit(placeholder(structure, index), f"layer{index}", "x", y, form, layer.operator)
+        nodes += stages if is_flat else [*stages, helper.make_node("GlobalAveragePool", [y], [end])]
+        weights += constants
+        shape = _shape(layer, g.n_o, (1, 1), batch)
+        outputs.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, shape))
+    shape = _shape(layer, g.n_i, layer.size, batch)
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "layer", [image], outputs, weights)
     domains = [helper.make_opsetid("", 13), helper.make_opsetid(kernels.DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=domains if form == "fused" else domains[:1], ir_version=8)

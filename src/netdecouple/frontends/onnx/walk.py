@@ -15,9 +15,9 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.frontends.batches import pick
-from netdecouple.frontends.onnx.emission import emit
+from netdecouple.frontends.onnx.emission import Form, emit
 from netdecouple.frontends.onnx.model import OnnxModel
-from netdecouple.frontends.onnx.proto import reads
+from netdecouple.frontends.onnx.proto import Nodes, Tensors, reads
 from netdecouple.network import Array, Layer, Observation
 from netdecouple.runtimes.onnxfile import with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -28,27 +28,21 @@ class LayerNode:
     """A layer and its place in the graph."""
 
     layer: Layer
-    node: onnx.NodeProto
+    input: str
+    output: str
     shortcut: str | None  # the tensor that an Add adds to the layer's output, if it is known before
 
-    @property
-    def input(self) -> str:
-        return str(self.node.input[0])
-
-    @property
-    def output(self) -> str:
-        return str(self.node.output[0])
+    def emit(self, factorization: Factorization, form: Form = "parallel") -> tuple[Nodes, Tensors]:
+        """Write a factorization as nodes and initializers that take the layer's place."""
+        la = self.layer
+        return emit(factorization, la.name, self.input, self.output, form, la.operator, la.weight.dtype)
 
     def observation(
         self, batch: slice, positions: NDArray[np.int64], tensor: Callable[[str], Array], has_run: bool
     ) -> Observation:
-        """Sample what the layer reads, and what it writes if it has run.
+        """Sample what the layer reads, and what it writes if it has run, at ``positions`` (all samples, p).
 
-        Args:
-            batch: which samples.
-            positions: (all samples, p), of the output maps.
-            tensor: returns a tensor of this batch by name.
-            has_run: whether the layer's output is among the tensors.
+        ``tensor`` returns a tensor of the batch by name.
         """
         where, geometry = positions[batch], self.layer.geometry
         assert geometry is not None
@@ -67,12 +61,8 @@ class OnnxWalk:
     """The network cut in front of a layer, with every tensor held that the rest of the network reads.
 
     Advancing runs each node once more, so that a network of any depth costs one forward pass (DESIGN §4).
-
-    Args:
-        model: is not changed.
-        layers: its layers, by name.
-        inputs: the samples of every batch, and the input that the network takes for them.
-        store: holds the live tensors.
+    ``inputs`` are the samples of every batch, and the input that the network takes for them; ``store`` holds
+    the live tensors.
     """
 
     def __init__(
@@ -83,18 +73,16 @@ class OnnxWalk:
         store: ArrayStore,
     ) -> None:
         graph = model.proto.graph
-        self._model = model
-        self._layers = layers
+        self._model, self._layers, self._store = model, layers, store
         self._nodes = list(graph.node)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._outputs = {value.name for value in graph.output}
         self._position = 0  # of the next node to run
         self._live = [model.input_name]
-        self._store = store
         self._batches: list[slice] = []
-        for index, (batch, images) in enumerate(inputs):
+        for batch, images in inputs:
+            self._store[len(self._batches), model.input_name] = images
             self._batches.append(batch)
-            self._store[index, model.input_name] = images
 
     def observe(self, layer: str, positions: NDArray[np.int64]) -> Iterator[Observation]:
         """Advance to ``layer`` and yield what it reads in the network as decoupled so far."""
@@ -112,24 +100,7 @@ class OnnxWalk:
         changes rounding, and results would not be reproducible.
         """
         output = self._layers[layer].output
-        self._advance(next(i for i, n in enumerate(self._nodes) if n.output[0] == output))
-
-    def replace(self, layer: str, factorization: Factorization) -> None:
-        """Put a factorization in the place of ``layer``."""
-        place, node = self._layers[layer], self._nodes[self._position]
-        assert node.output[0] == place.output, "the walk is not at this layer"
-        nodes, constants = emit(
-            factorization,
-            layer,
-            node.input[0],
-            node.output[0],
-            operator=node.op_type,
-            dtype=place.layer.weight.dtype,
-        )
-        self._nodes[self._position : self._position + 1] = nodes
-        self._constants |= {tensor.name: tensor for tensor in constants}
-
-    def _advance(self, target: int) -> None:
+        target = next(i for i, node in enumerate(self._nodes) if node.output[0] == output)
         nodes = self._nodes[self._position : target]
         needed = {t for n in self._nodes[target:] for t in reads(n)} | self._outputs
         read = {t for n in nodes for t in reads(n)}
@@ -151,18 +122,23 @@ class OnnxWalk:
                     self._store.pop((index, name))
         self._live, self._position = [t for t in self._live if t in needed] + outputs, target
 
-    def _segment(
-        self, nodes: Sequence[onnx.NodeProto], inputs: Sequence[str], outputs: Sequence[str]
-    ) -> onnx.ModelProto:
-        used = {t for n in nodes for t in reads(n)}
+    def replace(self, layer: str, factorization: Factorization) -> None:
+        """Put a factorization in the place of ``layer``."""
+        place = self._layers[layer]
+        assert self._nodes[self._position].output[0] == place.output, "the walk is not at this layer"
+        nodes, constants = place.emit(factorization)
+        self._nodes[self._position : self._position + 1] = nodes
+        self._constants |= {tensor.name: tensor for tensor in constants}
+
+    def _segment(self, nodes: Nodes, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
         declared = []
         for name in inputs:
             value = self._store[0, name]
             kind = helper.np_dtype_to_tensor_dtype(value.dtype)
             declared.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
-        constants = [self._constants[t] for t in sorted(used) if t in self._constants]
+        used = sorted({t for n in nodes for t in reads(n)} & self._constants.keys())
         ends = [onnx.ValueInfoProto(name=t) for t in outputs]
-        return with_graph(self._model.proto, nodes, declared, ends, constants)
+        return with_graph(self._model.proto, nodes, declared, ends, [self._constants[t] for t in used])
 
 
 def single(values: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import nn
 
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
-from netdecouple.frontends.onnx.separable import fuse_separable
+from netdecouple.frontends.onnx.fused import fuse_separable
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run

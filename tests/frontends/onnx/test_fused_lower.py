@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from netdecouple import kernels
 from netdecouple.errors import ModelError
-from netdecouple.frontends.onnx.lowering import lower
+from netdecouple.frontends.onnx.fused import lower
 from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
-from tests.frontends.onnx.test_fusion import Graph, absorbed, decoupled
+from tests.frontends.onnx.test_fused import Graph, absorbed, decoupled
 from tests.kernels.cases import COUNT, TOLERANCE, case
 from tests.kernels.test_onnxruntime import CONSTANTS, fused, model_of, model_of_case
 

@@ -15,7 +15,7 @@ from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem, nd
 from netdecouple.families.chain import Step, method
 from netdecouple.frontends.onnx.emission import emit
-from netdecouple.frontends.onnx.fusion import absorb
+from netdecouple.frontends.onnx.fused import absorb
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import up_to

@@ -17,14 +17,13 @@ from netdecouple import kernels
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, UnavailableError
 from netdecouple.frontends.onnx.emission import emit
-from netdecouple.frontends.onnx.fallback import add_fallbacks
-from netdecouple.frontends.onnx.lowering import lower
+from netdecouple.frontends.onnx.fused import add_fallbacks, lower
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.runtimes import onnxruntime as runtime
 from netdecouple.runtimes.onnxruntime import OVERLOADS, open_session, run
 from tests import networks
-from tests.frontends.onnx.test_fusion import Graph, absorbed, decoupled
+from tests.frontends.onnx.test_fused import Graph, absorbed, decoupled
 from tests.kernels.cases import COUNT, TOLERANCE, case, rows_of, separable
 from tests.kernels.test_onnxruntime import CONSTANTS, fused, model_of, model_of_case
 

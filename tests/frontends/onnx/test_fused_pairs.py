@@ -7,8 +7,7 @@ import onnx
 import pytest
 
 from netdecouple import kernels
-from netdecouple.frontends.onnx.lowering import is_fused
-from netdecouple.frontends.onnx.separable import fuse_separable
+from netdecouple.frontends.onnx.fused import fuse_separable, is_fused
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import Builder, images_for
 
