@@ -27,6 +27,7 @@ SCHEMA = (
     "float? minimum, float? maximum) -> Tensor"
 )
 TENSORS = 7  # the first arguments
+WEIGHTS = slice(1, 6)  # those between the input and the residual
 
 
 class DecoupledConv2d(torch.nn.Module):
@@ -86,18 +87,12 @@ class DecoupledConv2d(torch.nn.Module):
             raise ValueError("only a depthwise stage and a pointwise one can be fused")
         depthwise, pointwise = factorization.stages
         module = cls(factorization.geometry, depthwise.geometry.n_o, slope=slope is not None, limits=limits)
-        arrays = {
-            "depthwise": depthwise.weight,
-            "pointwise": pointwise.weight,
-            "bias": factorization.bias,
-            "slope": slope,
-            "channels": depthwise.reads,
-        }
+        arrays = depthwise.weight, pointwise.weight, factorization.bias, depthwise.reads, slope
         with torch.no_grad():
-            for name, array in arrays.items():
-                tensor = getattr(module, name)
+            for name, array in zip(_Call._fields[WEIGHTS], arrays, strict=True):
                 if array is None:
                     continue
+                tensor = getattr(module, name)
                 if array.shape != tensor.shape:
                     raise ValueError(f"the {name} has shape {array.shape}, not {tuple(tensor.shape)}")
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
@@ -159,17 +154,16 @@ class _Call(NamedTuple):
     def geometry(self) -> ConvGeometry:
         """The geometry of the convolution that the weights replace."""
         (sh, sw), (top, left, bottom, right), (dh, dw) = self.strides, self.pads, self.dilations
-        n_o, (kh, kw) = self.pointwise.shape[0], self.depthwise.shape[2:]
-        return ConvGeometry(
-            n_o, self.in_channels, kh, kw, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups
-        )
+        sizes = self.pointwise.shape[0], self.in_channels, *self.depthwise.shape[2:]
+        return ConvGeometry(*sizes, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All weights that there are."""
+        return [tensor for tensor in self[WEIGHTS] if tensor is not None]
 
     def output_shape(self) -> tuple[int, int, int, int]:
-        """Check the arguments' types and shapes, and return the output's shape.
-
-        Raises:
-            ValueError: an argument has another type, device or shape than it must have.
-        """
+        """Return the output's shape; ValueError if an argument has a wrong type, device or shape."""
         for name, tensor in zip(self._fields, self[:TENSORS], strict=False):
             _check_type(name, tensor, torch.int64 if name == "channels" else torch.float32)
         for name, tensor in (("depthwise", self.depthwise), ("pointwise", self.pointwise)):
@@ -187,24 +181,15 @@ class _Call(NamedTuple):
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not {shape}")
-        if self.x.ndim != 4 or self.x.shape[1] != g.n_i:
-            raise ValueError(f"{NAME}: the input has shape {tuple(self.x.shape)}, not (n, {g.n_i}, h, w)")
-        n, _, h, w = self.x.shape
-        size = g.output_size(h, w)
-        if min(size) < 1:
-            raise ValueError(f"{NAME}: an input of {h}×{w} is smaller than the kernel")
-        y = (n, g.n_o, *size)
-        if self.residual is not None and tuple(self.residual.shape) != y:
-            raise ValueError(f"{NAME}: the residual has shape {tuple(self.residual.shape)}, not {y}")
-        return y
+        residual = None if self.residual is None else self.residual.shape
+        return kernels.output_shape(NAME, g, self.x.shape, residual)
 
     def standard(self) -> torch.Tensor:
         """Compute the output with standard operators."""
         top, left, bottom, right = self.pads
         x = functional.pad(self.x, (left, right, top, bottom)).index_select(1, self.channels)
-        x = functional.conv2d(
-            x, self.depthwise, None, self.strides, 0, self.dilations, self.depthwise.shape[0]
-        )
+        rows = self.depthwise.shape[0]
+        x = functional.conv2d(x, self.depthwise, None, self.strides, 0, self.dilations, rows)
         y = functional.conv2d(x, self.pointwise, self.bias, groups=self.groups)
         if self.residual is not None:
             y = y + self.residual
@@ -217,8 +202,8 @@ class _Call(NamedTuple):
     def packed(self) -> kernels.DecoupledConv:
         """Pack the layer for the compiled library."""
         g, rows = self.geometry(), self.depthwise.shape[0]
-        depthwise, pointwise, bias, channels = (tensor.numpy(force=True) for tensor in self[1:5])
-        slope = None if self.slope is None else self.slope.numpy(force=True)
+        depthwise, pointwise, bias, channels, *rest = (t.numpy(force=True) for t in self.weights)
+        slope = rest[0] if rest else None
         stages = (
             ConvStage(replace(g, n_o=rows, n_i=rows, groups=rows), depthwise, channels),
             ConvStage(ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups), pointwise),
@@ -241,26 +226,22 @@ class _Pack:
     """
 
     def __init__(self, call: _Call) -> None:
-        weights = call[1:6]
-        self._references = [None if tensor is None else TensorWeakRef(tensor) for tensor in weights]
-        self._storages = [None if tensor is None else tensor.untyped_storage() for tensor in weights]
-        self._states = [_state(tensor) for tensor in weights]  # first: they may change while they are packed
+        self._references = [TensorWeakRef(tensor) for tensor in call.weights]
+        self._storages = [tensor.untyped_storage() for tensor in call.weights]
+        self._states = list(map(_state, call.weights))  # first: they may change while they are packed
         self.layer = call.packed()
 
     def holds(self, call: _Call) -> bool:
         """Tell whether the weights are the same tensors, and have not changed since."""
-        parts = zip(call[1:6], self._references, self._states, strict=True)
-        return all(
-            (reference is None if tensor is None else reference is not None and reference() is tensor)
-            and _state(tensor) == state
-            for tensor, reference, state in parts
+        weights = call.weights
+        return len(weights) == len(self._references) and all(
+            reference() is tensor and _state(tensor) == state
+            for tensor, reference, state in zip(weights, self._references, self._states, strict=True)
         )
 
 
-def _state(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's address and layout, and how often it was changed."""
-    if tensor is None:
-        return ()
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
@@ -279,7 +260,7 @@ def _layer(call: _Call) -> kernels.DecoupledConv | None:
     call.output_shape()
     if not kernels.available():
         return None
-    if any(tensor is not None and tensor.is_inference() for tensor in call[1:6]):
+    if any(tensor.is_inference() for tensor in call.weights):
         return call.packed()  # PyTorch does not count changes of these
     pack = _Pack(call)
     _packs.setdefault(call.pointwise, {})[arguments] = pack
