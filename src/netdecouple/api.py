@@ -585,11 +585,7 @@ def load(module: Module, folder: str | os.PathLike[str]) -> Module:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Find out before the work that `save` could not write a folder.
-
-    Raises:
-        OutputError: it holds other files, or the place is not writable.
-    """
+    """Raise OutputError, before the work, if `save` could not write a folder."""
     with _needing_torch():
         from netdecouple.frontends.torch.folder import check_replaceable
     check_replaceable(folder)
@@ -663,8 +659,7 @@ def _network_paths(
 ) -> list[Path]:
     """Return the files of a sweep's networks, in a folder that need not exist yet.
 
-    Raises:
-        OutputError: nothing can be written there, or a network would overwrite one that is read.
+    Raises OutputError if nothing can be written there, or a network would overwrite one that is read.
     """
     is_folder = os.path.isdir(folder)
     if os.path.exists(folder) and not is_folder:

@@ -106,12 +106,8 @@ class Work:
 def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
     """Load inputs, open the network and the work folder; whatever happens, both are closed.
 
-    Args:
-        request: what to open.
-        resumes: whether the work folder depends on the settings; False where a saved plan is applied.
-
-    Raises:
-        NetDecoupleError: the inputs or the network cannot be used, or the work folder is another run's.
+    The work folder depends on the settings if the run ``resumes``; not where a saved plan is applied. Raises
+    NetDecoupleError if the inputs or the network cannot be used, or the work folder is another run's.
     """
     source, settings = request.source, request.settings
     source.check_form(request.emission.form)
@@ -140,9 +136,7 @@ def decouple(
 ) -> Outcome:
     """Decouple a network to one goal.
 
-    Raises:
-        BudgetError: the goal is out of reach.
-        ModelError: NaN or Inf on the way, or the result does not compute what its plan says.
+    Raises BudgetError if it is out of reach; ModelError at NaN or Inf, or if `finish` does.
     """
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
@@ -163,11 +157,7 @@ def decouple(
 
 
 def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
-    """Decouple a network to several budgets from one analysis; each result is that of `decouple` alone.
-
-    Raises:
-        BudgetError: a budget is out of reach.
-    """
+    """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
     plans = [plan_within(analysis, goal.budgets, _first_form(request.emission)) for goal in goals]
@@ -178,11 +168,7 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
-    """Apply a saved plan to the network and the inputs that it was made for.
-
-    Raises:
-        PlanError: it was made for others.
-    """
+    """Apply a saved plan to the network and the inputs that it was made for; PlanError if they are others."""
     network = work.network
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
@@ -258,8 +244,7 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
 def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:
     """Top-1 accuracy of a classifier's outputs [(n, classes)]; of equal scores the first counts.
 
-    Raises:
-        ModelError: the network is no classifier.
+    Raises ModelError if the network is no classifier.
     """
     first = outputs[0]
     if first.ndim != 2:
@@ -277,11 +262,7 @@ def finish(
     curve: Sequence[BudgetRow] = (),
     is_saved: bool = False,
 ) -> Outcome:
-    """Build the decoupled model, check it against the plan's arithmetic, and report on it.
-
-    Raises:
-        ModelError: the model does not compute what its plan says.
-    """
+    """Build the decoupled model, and report on it; ModelError if it does not compute what its plan says."""
     network, plan, request = work.network, applied.plan, work.request
     layers = {layer.name: layer for layer in network.layers}
     forms = {row.name: row.form for row in plan.layers if row.changed}
@@ -336,8 +317,7 @@ def _speed(latency: Latency, model: Any, plan: Plan) -> Speed:
 def compared(work: Work, name: str, other: Source) -> Compared:
     """Compare the result of an earlier run with the original, on the same held-out inputs.
 
-    Raises:
-        ModelError: it takes other inputs than the original, or has other outputs.
+    Raises ModelError if it takes other inputs than the original, or has other outputs.
     """
     network, held_out = work.network, work.inputs.held_back
     advice = f"compare networks that were made of {network.name}"
