@@ -1,24 +1,28 @@
-"""The fused operator in PyTorch: ``netdecouple::decoupled_conv``, and a module that holds its weights.
+"""The fused operator in PyTorch: ``netdecouple::decoupled_conv``, on the CPU.
 
 Importing this file registers the operator, which must be done before an exported program that contains it is
-loaded.
+loaded. Inputs and outputs are float32 tensors in contiguous memory format. Gradients are those of standard
+operators, which also compute the outputs where the compiled library is missing.
+
+The library packs the weights when they are first used, and when they have changed since by PyTorch's count of
+changes. Optimizers may change weights without counting, and writing through ``weight.data`` or a NumPy view
+is not counted either: callers `forget` the weights then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from netdecouple import kernels
-from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 
 NAME = f"{kernels.DOMAIN}::decoupled_conv"
 SCHEMA = (
@@ -27,98 +31,6 @@ SCHEMA = (
     "float? minimum, float? maximum) -> Tensor"
 )
 TENSORS = 7  # the first arguments
-WEIGHTS = slice(1, 6)  # those between the input and the residual
-
-
-class DecoupledConv2d(torch.nn.Module):
-    """A convolution written as a depthwise and a pointwise one, computed by the fused operator on the CPU.
-
-    Unlike a decoupled layer of a network it always uses the operator, and includes what the operator can
-    compute on its outputs: PReLU, limits, and the sum with a residual.
-
-    Inputs and outputs are float32 tensors in contiguous memory format. Gradients are those of the standard
-    operators. Without the compiled library the module computes with standard operators, so that a saved
-    state_dict, or an exported program, works on every machine with netdecouple.
-
-    The library packs the weights when they are first used, when they have changed since by PyTorch's count of
-    changes, and in every call with gradients, because optimizers may change weights without counting. Writing
-    through ``weight.data`` or a NumPy view is not counted either: use ``torch.no_grad()`` instead, or call
-    `forget` afterwards.
-
-    Args:
-        geometry: of the convolution that the module replaces.
-        rows: number of depthwise filters.
-        slope: whether negative outputs are multiplied by factors, as in PReLU.
-        limits: least and largest output; (0, inf) is ReLU.
-    """
-
-    def __init__(
-        self,
-        geometry: ConvGeometry,
-        rows: int,
-        *,
-        slope: bool = False,
-        limits: Sequence[float] = (-math.inf, math.inf),
-    ) -> None:
-        super().__init__()
-        self.geometry = g = geometry
-        low, high = map(float, limits)
-        self.minimum, self.maximum = None if low == -math.inf else low, None if high == math.inf else high
-        self.depthwise = torch.nn.Parameter(torch.zeros(rows, 1, g.kh, g.kw))
-        self.pointwise = torch.nn.Parameter(torch.zeros(g.n_o, rows // g.groups, 1, 1))
-        self.bias = torch.nn.Parameter(torch.zeros(g.n_o))
-        self.register_parameter("slope", torch.nn.Parameter(torch.zeros(g.n_o)) if slope else None)
-        self.register_buffer("channels", torch.zeros(rows, dtype=torch.int64))  # read by the filters
-
-    @classmethod
-    def of(
-        cls,
-        factorization: Factorization,
-        *,
-        slope: Array | None = None,
-        limits: Sequence[float] = (-math.inf, math.inf),
-    ) -> DecoupledConv2d:
-        """Copy the weights of a depthwise stage and a pointwise one (`Factorization.is_separable`).
-
-        Raises:
-            ValueError: the factorization cannot be fused, or its bias or the slope do not fit it.
-        """
-        if not factorization.is_separable:
-            raise ValueError("only a depthwise stage and a pointwise one can be fused")
-        depthwise, pointwise = factorization.stages
-        module = cls(factorization.geometry, depthwise.geometry.n_o, slope=slope is not None, limits=limits)
-        arrays = depthwise.weight, pointwise.weight, factorization.bias, depthwise.reads, slope
-        with torch.no_grad():
-            for name, array in zip(_Call._fields[WEIGHTS], arrays, strict=True):
-                if array is None:
-                    continue
-                tensor = getattr(module, name)
-                if array.shape != tensor.shape:
-                    raise ValueError(f"the {name} has shape {array.shape}, not {tuple(tensor.shape)}")
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        return module
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (n, n_o, h', w') for x (n, n_i, h, w); ``residual`` is added before slope and limits.
-
-        Raises:
-            ValueError: an input or a weight has another shape, dtype or device than it must have.
-        """
-        g = self.geometry
-        if self.pointwise.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            forget([self.pointwise])
-        return decoupled_conv(
-            *(x, self.depthwise, self.pointwise, self.bias, self.channels, self.slope, residual),
-            *(g.n_i, list(g.strides), list(g.pads), list(g.dilations), g.groups, self.minimum, self.maximum),
-        )
-
-    def extra_repr(self) -> str:
-        g = self.geometry
-        return (
-            f"{g.n_i}, {g.n_o}, kernel_size=({g.kh}, {g.kw}), rows={len(self.channels)}, "
-            f"stride={g.strides}, pads={g.pads}, dilation={g.dilations}, groups={g.groups}, "
-            f"minimum={self.minimum}, maximum={self.maximum}"
-        )
 
 
 def forget(weights: Iterable[torch.Tensor] | None = None) -> None:
@@ -154,13 +66,14 @@ class _Call(NamedTuple):
     def geometry(self) -> ConvGeometry:
         """The geometry of the convolution that the weights replace."""
         (sh, sw), (top, left, bottom, right), (dh, dw) = self.strides, self.pads, self.dilations
-        sizes = self.pointwise.shape[0], self.in_channels, *self.depthwise.shape[2:]
-        return ConvGeometry(*sizes, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups)
+        n_o, (kh, kw), pads = self.pointwise.shape[0], self.depthwise.shape[2:], (top, left, bottom, right)
+        return ConvGeometry(n_o, self.in_channels, kh, kw, (sh, sw), pads, (dh, dw), self.groups)
 
     @property
     def weights(self) -> list[torch.Tensor]:
         """All weights that there are."""
-        return [tensor for tensor in self[WEIGHTS] if tensor is not None]
+        weights = self.depthwise, self.pointwise, self.bias, self.channels, self.slope
+        return [tensor for tensor in weights if tensor is not None]
 
     def output_shape(self) -> tuple[int, int, int, int]:
         """Return the output's shape; ValueError if an argument has a wrong type, device or shape."""
