@@ -42,14 +42,7 @@ from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep, SweepPoint
 from netdecouple.runtimes import runtime
-from netdecouple.runtimes.benchmark import (
-    DECOUPLED,
-    SECONDS,
-    SHORT,
-    Benchmark,
-    benchmark,
-    layer_times,
-)
+from netdecouple.runtimes.benchmark import DECOUPLED, SECONDS, SHORT, Benchmark, benchmark, layer_times
 from netdecouple.version import __version__
 
 if TYPE_CHECKING:
@@ -121,9 +114,8 @@ class Result:
             except Exception as error:  # the network was made, which is what was asked for
                 reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
         times = Benchmark(netdecouple=__version__, models=tuple(rows), layers=tuple(profiles))
-        return replace(
-            self, report=replace(self.report, benchmark=times if rows else None, not_timed=tuple(reasons))
-        )
+        report = replace(self.report, benchmark=times if rows else None, not_timed=tuple(reasons))
+        return replace(self, report=report)
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write the report as .html or .json, by the ending; networks are timed for a page, if they were not.
@@ -187,24 +179,25 @@ def open_model(
         ModelError: it cannot be read, or cannot be changed.
         UnavailableError: a package that it needs is not installed.
     """
-    if not isinstance(model, str | os.PathLike) and hasattr(model, "check_form"):
+    is_text = isinstance(model, str | os.PathLike)
+    if not is_text and hasattr(model, "check_form"):
         return model  # type: ignore[no-any-return]
-    options: dict[str, Any] = {"device": device, "filter": filter, "arguments": arguments}
-    if _is_module(model):
-        source: Source = _torch_source()(model, is_exported=is_exported, **options)
-        return source
-    given = {"device=": device != "cpu", "filter=": filter, "arguments=": arguments, "weights=": weights}
-    if isinstance(model, str | os.PathLike) and is_named(model):
+    options = {"device": device, "filter": filter, "arguments": arguments, "is_exported": is_exported}
+    read: Callable[..., Any] | None = None
+    if is_text and is_named(model):
         with _needing_torch():
             from netdecouple.frontends.torch.sources import build
-        named: Any = build(os.fspath(model), weights, seed, is_exported=is_exported, **options)
-        source = named
+        read = partial(build, os.fspath(model), weights, seed)
+    elif _is_module(model):
+        read = partial(_torch_source(), model)
+    if read is not None:
+        source: Source = read(**options)
         return source
+    given = {"device=": device != "cpu", "filter=": filter, "arguments=": arguments, "weights=": weights}
     for name, value in given.items():
         if value:
-            raise ModelError(
-                f"{name} is for PyTorch models; {model if isinstance(model, str) else 'this'} is ONNX"
-            )
+            kind = model if isinstance(model, str) else "this"
+            raise ModelError(f"{name} is for PyTorch models; {kind} is ONNX")
     return OnnxSource(model)
 
 
@@ -322,17 +315,7 @@ def decouple(
     goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule)
     emission = Emission(emit, runtime, threads)
     source = open_model(model, device=device, filter=filter, arguments=arguments)
-    request = Request(
-        source=source,
-        calib=calib,
-        labels=labels,
-        settings=settings,
-        preprocessing=preprocessing,
-        samples=samples,
-        emission=emission,
-        resources=resources,
-        progress=progress,
-    )
+    request = Request(source, calib, labels, settings, preprocessing, samples, emission, resources, progress)
     with pipeline.opened(request) as work:
         return _given(model, source, pipeline.decouple(work, goal, show_budgets))
 
@@ -382,15 +365,8 @@ def apply_plan(
     """
     source = open_model(model, device=device, arguments=arguments)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
-    request = Request(
-        source=source,
-        calib=calib,
-        settings=settings,
-        preprocessing=preprocessing,
-        samples=plan.samples,
-        resources=resources,
-        progress=progress,
-    )
+    samples, emission = plan.samples, Emission()
+    request = Request(source, calib, None, settings, preprocessing, samples, emission, resources, progress)
     with pipeline.opened(request, resumes=False) as work:
         return _given(model, source, pipeline.apply_plan(work, plan))
 
@@ -432,22 +408,13 @@ def sweep(
     goals = parse_sweep(macs, settings.rule)
     if not goals and not compare:
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5), or networks to compare=")
-    emission = Emission(emit)
-    is_exported = output is not None and isinstance(model, str | os.PathLike)
+    emission, is_exported = Emission(emit), output is not None and isinstance(model, str | os.PathLike)
     source = open_model(model, device=device, filter=filter, arguments=arguments, is_exported=is_exported)
-    files = None if output is None else _Files(Path(output), source, goals, (model, *compare))
+    paths: Sequence[Path | None] = [None] * len(goals)
+    if output is not None:
+        paths = _network_paths(Path(output), source, goals, (model, *compare))
     others = [(_name(other), _similar(source, other)) for other in compare]
-    request = Request(
-        source=source,
-        calib=calib,
-        labels=labels,
-        settings=settings,
-        preprocessing=preprocessing,
-        samples=samples,
-        emission=emission,
-        resources=resources,
-        progress=progress,
-    )
+    request = Request(source, calib, labels, settings, preprocessing, samples, emission, resources, progress)
     points, compared = [], []
     with pipeline.opened(request) as work:
         loss = pipeline.original_loss(work)
@@ -455,10 +422,11 @@ def sweep(
             compared.append(pipeline.compared(work, name, other))
             if show is not None:
                 show(compared[-1].point)
-        for goal, outcome in pipeline.sweep(work, goals) if goals else ():
-            result = _result(source, outcome)
-            file = None if files is None else files.save(goal, result)
-            points.append(SweepPoint.of(result.report, result.plan, file))
+        for path, outcome in zip(paths, pipeline.sweep(work, goals) if goals else (), strict=True):
+            if path is not None:
+                _save(_result(source, outcome), path)
+            file = None if path is None else str(path)
+            points.append(SweepPoint.of(outcome.report, outcome.plan, file))
             if show is not None:
                 show(points[-1])
     return Sweep.of(source.name, loss, points, compared)
@@ -504,14 +472,15 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
         if outputs.shape[1] > 5:
             best = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
             top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
-        if first is not None and first.shape != outputs.shape:
+        same = kl = None
+        if first is None:
+            first = outputs
+        elif first.shape != outputs.shape:
             raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
-        same = None if first is None else agreement(first, outputs)
-        kl = None if first is None else divergence([first], [outputs], "kl")
-        first = outputs if first is None else first
-        scores.append(
-            Score(model=source.name, images=len(outputs), top1=top1, top5=top5, same_class=same, kl=kl)
-        )
+        else:
+            same, kl = agreement(first, outputs), divergence([first], [outputs], "kl")
+        score = Score(model=source.name, images=len(outputs), top1=top1, top5=top5, same_class=same, kl=kl)
+        scores.append(score)
     return scores
 
 
@@ -617,11 +586,7 @@ def load(module: Module, folder: str | os.PathLike[str]) -> Module:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Find out before the work that `save` could not write a folder.
-
-    Raises:
-        OutputError: it holds other files, or the place is not writable.
-    """
+    """Raise OutputError, before the work, if `save` could not write a folder."""
     with _needing_torch():
         from netdecouple.frontends.torch.folder import check_replaceable
     check_replaceable(folder)
@@ -690,39 +655,33 @@ def _similar(source: Source, other: Any) -> Source:
     return open_model(load(source.module, other))  # type: ignore[attr-defined]
 
 
-class _Files:
-    """The folder of a sweep's networks; it is made when the first one is written.
+def _network_paths(
+    folder: Path, source: Source, goals: Sequence[Budgets], inputs: Sequence[Any]
+) -> list[Path]:
+    """Return the files of a sweep's networks, in a folder that need not exist yet.
 
-    Raises:
-        OutputError: nothing can be written there, or a network would overwrite one that is read.
+    Raises OutputError if nothing can be written there, or a network would overwrite one that is read.
     """
-
-    def __init__(self, folder: Path, source: Source, goals: Sequence[Budgets], inputs: Sequence[Any]) -> None:
-        if os.path.exists(folder) and not os.path.isdir(folder):
-            raise OutputError(
-                f"{folder}: is a file; give the name of a folder, which gets one network per budget"
-            )
-        self._folder, self._suffix = folder, source.suffix
-        name = source.name.rpartition(":")[2].removesuffix(".onnx")
-        self._stem = name.replace("/", "_") or "model"
-        check_writable(
-            (folder if os.path.isdir(folder) else folder.resolve().parent) / f"{self._stem}{self._suffix}"
+    is_folder = os.path.isdir(folder)
+    if os.path.exists(folder) and not is_folder:
+        raise OutputError(
+            f"{folder}: is a file; give the name of a folder, which gets one network per budget"
         )
-        read = [i for i in inputs if isinstance(i, str | os.PathLike) and os.path.exists(i)]
-        for path in map(self._path, goals):
-            if os.path.exists(path) and any(path.samefile(other) for other in read):
-                raise OutputError(
-                    f"{path}: is an input, and inputs are never overwritten; choose another folder"
-                )
+    name, suffix = source.name.rpartition(":")[2].removesuffix(".onnx"), source.suffix
+    stem = name.replace("/", "_") or "model"
+    check_writable((folder if is_folder else folder.resolve().parent) / f"{stem}{suffix}")
+    paths = [folder / f"{stem}-macs{goal.percent}{suffix}" for goal in goals]
+    read = [i for i in inputs if isinstance(i, str | os.PathLike) and os.path.exists(i)]
+    for path in paths:
+        if os.path.exists(path) and any(path.samefile(other) for other in read):
+            raise OutputError(f"{path}: is an input, and inputs are never overwritten; choose another folder")
+    return paths
 
-    def _path(self, goal: Budgets) -> Path:
-        return self._folder / f"{self._stem}-macs{goal.percent}{self._suffix}"
 
-    def save(self, goal: Budgets, result: Result) -> str:
-        """Write one budget's network; return its path."""
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self._folder}: cannot make the folder ({error.strerror})") from error
-        result.save(self._path(goal))
-        return str(self._path(goal))
+def _save(result: Result, path: Path) -> None:
+    """Write one network of a sweep; the first one makes the folder."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot make the folder ({error.strerror})") from error
+    result.save(path)

@@ -7,7 +7,7 @@ Shapes follow ONNX: images are (n, c, h, w), kernels (n_o, n_i / groups, kh, kw)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,7 @@ class ConvGeometry:
         >>> ConvGeometry(64, 32, 3, 3, pads=(1, 1, 1, 1)).macs(10, 10)
         1843200
         """
-        out_h, out_w = self.output_size(h, w)
-        return int(np.prod(self.weight_shape)) * out_h * out_w
+        return int(np.prod((*self.weight_shape, *self.output_size(h, w))))
 
     def windows(self, x: Array) -> Array:
         """View every receptive field: (n, c, h, w) → (n, c, h_o, w_o, kh, kw).
@@ -132,8 +131,7 @@ class ConvStage:
         >>> ConvStage(ConvGeometry(4, 2, 1, 1, groups=2), np.ones((4, 1, 1, 1))).reads.tolist()
         [0, 0, 1, 1]
         """
-        channels = np.arange(self.geometry.n_i) if self.channels is None else self.channels
-        return channels.repeat(self.geometry.n_o // self.geometry.n_i)
+        return self.sources[:, 0]
 
     def is_separable_with(self, other: ConvStage) -> bool:
         """Whether this is a depthwise stage and ``other`` the pointwise one behind it: one fused operator."""
@@ -163,8 +161,7 @@ class ConvStage:
 
     def taps(self, n_i: int) -> Taps:
         """The kernel by its taps, matrices (n_o, n_i) over all channels of the input."""
-        g = self.geometry
-        d = g.dilations
+        g, d = self.geometry, self.geometry.dilations
         return {(i * d[0], j * d[1]): self._tap(n_i, i, j) for i, j in np.ndindex(g.kh, g.kw)}
 
     def _tap(self, n_i: int, i: int, j: int) -> Any:
@@ -226,7 +223,7 @@ class Factorization:
 
     geometry: ConvGeometry
     stages: tuple[ConvStage, ...]
-    bias: Array | None = field(default=None)  # (n_o,)
+    bias: Array | None = None  # (n_o,)
 
     def __call__(self, x: Array) -> Array:
         """Run the chain on (n, n_i, h, w) in NumPy."""
@@ -245,9 +242,8 @@ class Factorization:
             n = stage.geometry.n_o
         kernel = np.zeros((g.groups, g.n_o // g.groups, g.n_i // g.groups, g.kh, g.kw))
         for (i, j), tap in taps.items():
-            blocks = (tap.toarray() if issparse(tap) else tap).reshape(
-                g.groups, kernel.shape[1], g.groups, -1
-            )
+            matrix = tap.toarray() if issparse(tap) else tap
+            blocks = matrix.reshape(g.groups, kernel.shape[1], g.groups, -1)
             for group in range(g.groups):
                 kernel[group, :, :, i // g.dilations[0], j // g.dilations[1]] = blocks[group, :, group]
         return kernel.reshape(g.weight_shape)
@@ -276,27 +272,21 @@ class Factorization:
         """Number of weights and biases."""
         return sum(s.weight.size for s in self.stages) + (0 if self.bias is None else self.bias.size)
 
-    @property
-    def _balanced(self) -> tuple[ConvStage, ...]:
-        """The stages with the largest weight of every filter near 1, except in the last stage.
+    def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
+        """Cast weights and bias, with the largest weight of every filter near 1, except in the last stage.
 
         Fits do not determine which stage a factor goes to: where inputs hardly vary, the weights of one stage
         are huge and those of the next tiny, beyond the range of float32. Powers of two are moved from stage
         to stage, which rounds nothing.
         """
-        stages = list(self.stages)
-        for i in range(len(stages) - 1):
-            stage, following = stages[i], stages[i + 1]
-            _, exponent = np.frexp(np.abs(stage.weight).max(axis=(1, 2, 3)))
-            stages[i] = replace(stage, weight=np.ldexp(stage.weight, -exponent[:, None, None, None]))
-            moved = exponent[following.sources][:, :, None, None]
-            stages[i + 1] = replace(following, weight=np.ldexp(following.weight, moved))
-        return tuple(stages)
-
-    def astype(self, dtype: np.typing.DTypeLike) -> Factorization:
-        """Cast weights and bias, after balancing the stages; networks store float32."""
-        stages = tuple(replace(s, weight=s.weight.astype(dtype)) for s in self._balanced)
-        return replace(self, stages=stages, bias=None if self.bias is None else self.bias.astype(dtype))
+        weights = [stage.weight for stage in self.stages]
+        for i, following in enumerate(self.stages[1:]):
+            _, exponent = np.frexp(np.abs(weights[i]).max(axis=(1, 2, 3)))
+            weights[i] = np.ldexp(weights[i], -exponent[:, None, None, None])
+            weights[i + 1] = np.ldexp(weights[i + 1], exponent[following.sources][:, :, None, None])
+        stages = (replace(s, weight=w.astype(dtype)) for s, w in zip(self.stages, weights, strict=True))
+        bias = None if self.bias is None else self.bias.astype(dtype)
+        return replace(self, stages=tuple(stages), bias=bias)
 
 
 def spread(geometry: ConvGeometry, weight: Array, bias: Array | None) -> Factorization:
@@ -336,13 +326,8 @@ def _composed(first: Taps, second: Taps, step: Sequence[int]) -> Taps:
 def placeholder(structure: Structure, seed: int = 0) -> Factorization:
     """Make a factorization of some structure with random weights."""
     rng = np.random.default_rng(seed)
-    stages = tuple(
-        ConvStage(
-            g,
-            rng.standard_normal(g.weight_shape, np.float32)
-            / np.float32(np.sqrt(np.prod(g.weight_shape[1:]))),
-            channels,
-        )
-        for g, channels in zip(structure.stages, structure.channels, strict=True)
-    )
-    return Factorization(structure.geometry, stages, np.zeros(structure.geometry.n_o, np.float32))
+    stages = []
+    for g, channels in zip(structure.stages, structure.channels, strict=True):
+        weight = rng.standard_normal(g.weight_shape, np.float32) / np.float32(np.sqrt(g.unknowns))
+        stages.append(ConvStage(g, weight, channels))
+    return Factorization(structure.geometry, tuple(stages), np.zeros(structure.geometry.n_o, np.float32))

@@ -11,8 +11,8 @@ from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
 from netdecouple.planning.plan import Plan
 
 Share = str | float  # 0.5, "50%" or "2x": see `parse_share`
+# that a decoupled layer may be written in; see `frontends.onnx.emission`
 FORMS = {"standard": ("parallel", "gather"), "fused": ("fused",)}
-"""The forms that a decoupled layer may be written in; see `frontends.onnx.emission`."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,12 @@ Goal = Budgets | LatencyBudget | MaxDrop | Rule | Plan
 class Emission:
     """How the result is written, and the runtime it is written for.
 
-    Args:
-        form: "standard" or "fused", a key of `FORMS`.
-        runtime: where the forms of layers are chosen by measuring; None: not measured.
-        threads: to measure with.
-
-    Raises:
-        ModelError: there is no such form, the runtime cannot run it, or there is less than one thread.
+    Raises ModelError: no such form, or one that the runtime cannot run, or less than one thread.
     """
 
-    form: str = "standard"
-    runtime: str | None = None
-    threads: int = 1
+    form: str = "standard"  # or "fused": a key of `FORMS`
+    runtime: str | None = None  # where the forms of layers are chosen by measuring; None: not measured
+    threads: int = 1  # to measure with
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -88,8 +82,7 @@ def parse_goal(
 ) -> Goal:
     """Turn the arguments of `api.decouple` into one goal.
 
-    Raises:
-        BudgetError: none is given, or several that exclude each other, or one that makes no sense.
+    Raises BudgetError if none is given, or several that exclude each other, or one that makes no sense.
     """
     budget = macs is not None or parameters is not None or latency is not None
     if budget + (max_drop is not None) + (rule is not None) != 1:
@@ -112,10 +105,8 @@ def parse_goal(
 def parse_sweep(macs: Share | Iterable[Share], rule: Rule | None) -> list[Budgets]:
     """Read a sweep's budgets in MACs, "80%,60%,2x" or (0.8, 0.6): most MACs first, equal ones once.
 
-    Budgets are equal if four digits of their percentage are: files are named after these.
-
-    Raises:
-        BudgetError: one of them cannot be read, or there is a rule, which leaves nothing to choose.
+    Budgets are equal if four digits of their percentage are: files are named after these. Raises BudgetError
+    if one of them cannot be read, or there is a rule, which leaves nothing to choose.
     """
     if rule is not None:
         raise BudgetError("a sweep is over budgets: leave out the rule in the settings, or use decouple")

@@ -96,20 +96,11 @@ class Moments:
         """
         transposed = maps.swapaxes(1, 2)
         mean_x = np.einsum("gpd,gd->gp", maps, self.mean_x)
-        return replace(
-            self,
-            mean_x=mean_x,
-            gram=(maps if white else maps @ self.gram) @ transposed,
-            cross=self.cross @ transposed,
-        )
+        gram = (maps if white else maps @ self.gram) @ transposed
+        return replace(self, mean_x=mean_x, gram=gram, cross=self.cross @ transposed)
 
     def mean_squared_error(self, weight: Array, bias: Array) -> float:
-        """Compute Σ |y - weight x - bias|² per sample, over all groups.
-
-        Args:
-            weight: (groups, m, d).
-            bias: (groups, m).
-        """
+        """Compute Σ |y - weight x - bias|² per sample, for weight (groups, m, d) and bias (groups, m)."""
         fitted = weight @ self.gram - 2 * self.cross
         offset = self.mean_y - bias - np.einsum("gmd,gd->gm", weight, self.mean_x)
         centred = self.power.sum() + np.einsum("gmd,gmd->", fitted, weight)

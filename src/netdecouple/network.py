@@ -63,24 +63,19 @@ class Observation:
     shortcut: Array | None  # (images · positions, n_o): what is added to a residual branch's last layer
 
     def __post_init__(self) -> None:
-        self._check(self.outputs)
+        _check_finite(self.outputs, self.layer)
 
     @cached_property
     def patches(self) -> Array:
-        """What the layer saw: (images · positions, groups, n_i / groups · kh · kw).
-
-        Raises:
-            ModelError: NaN or Inf; of the layer's own output, raised at once.
-        """
+        """What the layer saw: (images · positions, groups, n_i / groups · kh · kw). Raises ModelError."""
         seen = self.look()
-        self._check(seen)
+        _check_finite(seen, self.layer)
         return seen
 
-    def _check(self, values: Array) -> None:
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"NaN or Inf in the activations of layer {self.layer!r}; check the preprocessing"
-            )
+
+def _check_finite(activations: Array, layer: str) -> None:
+    if not np.isfinite(activations).all():
+        raise ModelError(f"NaN or Inf in the activations of layer {layer!r}; check the preprocessing")
 
 
 class Walk(Protocol):
@@ -209,59 +204,31 @@ class Source(Protocol):
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
     ) -> Calibration:
-        """Load calibration inputs; None makes noise of the right shape.
-
-        Raises:
-            CalibrationError: they cannot be read, or do not fit the network.
-        """
+        """Load calibration inputs; None makes noise of the right shape. Raises CalibrationError."""
 
     def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Images, NDArray[np.int64]]:
-        """Load inputs and their class labels: FILE.npz:IMAGES,LABELS or a pair of arrays.
-
-        Raises:
-            CalibrationError: they cannot be read, or do not fit the network.
-        """
+        """Load inputs and labels: FILE.npz:IMAGES,LABELS or a pair of arrays. Raises CalibrationError."""
 
     def open(self, inputs: Images, memory: Memory) -> Network:
-        """Open the network for such inputs.
-
-        Raises:
-            ModelError: it fails on them, or has nothing to decouple.
-        """
+        """Open the network for such inputs; ModelError if it fails on them, or has nothing to decouple."""
 
     def timer(self, network: Any, runtime: str, threads: int, forms: Sequence[str]) -> Timer:
         """Measure layers and networks of an opened network in a runtime.
 
-        Raises:
-            UnavailableError: the runtime is not installed.
-            ModelError: it cannot run this kind of network.
+        Raises UnavailableError if it is not installed, ModelError if it cannot run this kind of network.
         """
 
     def outputs(self, inputs: Images) -> list[Array]:
-        """Run the network as it was read.
-
-        Raises:
-            ModelError: it fails on them.
-        """
+        """Run the network as it was read; ModelError if it fails on the inputs."""
 
     def executable(self, model: Any, example: Any, runtime: str) -> Executable:
-        """Turn a model (None: the original) into what a runtime opens.
-
-        Raises:
-            ModelError: it cannot be run there.
-        """
+        """Turn a model (None: the original) into what a runtime opens; ModelError if it cannot run there."""
 
     def check_form(self, form: str) -> None:
-        """Refuse a form that the network cannot be written in.
-
-        Raises:
-            ModelError: the form needs another type of numbers.
-        """
+        """Raise a NetDecoupleError if the network cannot be written in a form."""
 
     def save(self, result: Any, path: str | PathLike[str]) -> None:
         """Write a result's model, all of it or nothing.
 
-        Raises:
-            OutputError: the place is not writable.
-            ModelError: the model cannot be written so.
+        Raises OutputError if the place is not writable, ModelError if the model cannot be written so.
         """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError, PlanError
 from netdecouple.execution.memory import Memory
-from netdecouple.execution.progress import Progress, quiet
+from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
@@ -24,14 +24,14 @@ from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.divergence import Loss, agreement, divergence, loss_kind
+from netdecouple.planning.divergence import Loss, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
 from netdecouple.planning.settings import Settings
 from netdecouple.report.build import disagreements_of, layer_reports, quality_of
 from netdecouple.report.inspection import energies
-from netdecouple.report.model import Agreement, Report, Speed
+from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
@@ -42,19 +42,19 @@ SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets 
 CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """A network, its inputs, and how to decouple it, whatever the goal."""
 
     source: Source
     calib: Any
-    labels: Any = None
+    labels: Any
     settings: Settings
-    preprocessing: Preprocessing | None = None  # None: the source's
-    samples: int | None = None  # at most; None: all
-    emission: Emission = field(default_factory=Emission)
-    resources: Resources = field(default_factory=Resources)
-    progress: Progress = quiet
+    preprocessing: Preprocessing | None  # None: the source's
+    samples: int | None  # at most; None: all
+    emission: Emission
+    resources: Resources
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Outcome:
     example: Any  # a few inputs, to time or export the model with
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Work:
     """A request under way: the network is open, its inputs are loaded and split."""
 
@@ -90,6 +90,12 @@ class Work:
         assert self.labelled is not None
         return accuracy(self.network.run(self.labelled[0]), self.labelled[1])
 
+    def accuracies(self, run: Callable[[Any], list[Array]]) -> tuple[float, float] | None:
+        """The original's accuracy, and that of the outputs of ``run``; None without labelled inputs."""
+        if self.labelled is None:
+            return None
+        return self.accuracy, accuracy(run(self.labelled[0]), self.labelled[1])
+
     @cached_property
     def energies(self) -> dict[str, Array]:
         """Cumulative energy of the principal components of the original's layers."""
@@ -100,12 +106,8 @@ class Work:
 def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
     """Load inputs, open the network and the work folder; whatever happens, both are closed.
 
-    Args:
-        request: what to open.
-        resumes: whether the work folder depends on the settings; False where a saved plan is applied.
-
-    Raises:
-        NetDecoupleError: the inputs or the network cannot be used, or the work folder is another run's.
+    The work folder depends on the settings if the run ``resumes``; not where a saved plan is applied. Raises
+    NetDecoupleError if the inputs or the network cannot be used, or the work folder is another run's.
     """
     source, settings = request.source, request.settings
     source.check_form(request.emission.form)
@@ -114,10 +116,9 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
             raise CalibrationError(
                 "give calib= (a folder of images, FILE.npz:KEY, arrays, …), or data_free=True to do without"
             )
-        calibration = source.calibration(request.calib, request.preprocessing, request.samples, settings.seed)
-        labelled = None
-        if request.labels is not None:
-            labelled = source.labelled(request.labels, request.preprocessing)
+        labels, preprocessing = request.labels, request.preprocessing
+        calibration = source.calibration(request.calib, preprocessing, request.samples, settings.seed)
+        labelled = None if labels is None else source.labelled(labels, preprocessing)
         with (
             request.resources.opened(source.nbytes, calibration.nbytes) as run,
             closing(source.open(calibration.inputs, run.memory)) as network,
@@ -127,14 +128,7 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
             inputs = Inputs.split(calibration.inputs, settings.seed, calibration.fingerprint)
             about = identity(network, inputs, settings if resumes else None, source.framework)
             run.claim({**about, **source.about})
-            yield Work(
-                request=request,
-                network=network,
-                inputs=inputs,
-                calibration=calibration,
-                labelled=labelled,
-                run=run,
-            )
+            yield Work(request, network, inputs, calibration, labelled, run)
 
 
 def decouple(
@@ -142,9 +136,7 @@ def decouple(
 ) -> Outcome:
     """Decouple a network to one goal.
 
-    Raises:
-        BudgetError: the goal is out of reach.
-        ModelError: NaN or Inf on the way, or the result does not compute what its plan says.
+    Raises BudgetError if it is out of reach; ModelError at NaN or Inf, or if `finish` does.
     """
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
@@ -164,27 +156,19 @@ def decouple(
     return finish(work, applied, latency=latency, curve=curve)
 
 
-def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[tuple[Budgets, Outcome]]:
-    """Decouple a network to several budgets from one analysis; each result is that of `decouple` alone.
-
-    Raises:
-        BudgetError: a budget is out of reach.
-    """
+def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
+    """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
     plans = [plan_within(analysis, goal.budgets, _first_form(request.emission)) for goal in goals]
     targets = targets_for(network, work.inputs, plans, request.progress, run)
     for goal, plan in zip(goals, plans, strict=True):
         progress = _naming(goal, request.progress)
-        yield goal, finish(work, apply(network, work.inputs, plan, progress, targets, run))
+        yield finish(work, apply(network, work.inputs, plan, progress, targets, run))
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
-    """Apply a saved plan to the network and the inputs that it was made for.
-
-    Raises:
-        PlanError: it was made for others.
-    """
+    """Apply a saved plan to the network and the inputs that it was made for; PlanError if they are others."""
     network = work.network
     try:
         plan = plan.adopted(network.fingerprint, network.layers)
@@ -260,8 +244,7 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
 def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:
     """Top-1 accuracy of a classifier's outputs [(n, classes)]; of equal scores the first counts.
 
-    Raises:
-        ModelError: the network is no classifier.
+    Raises ModelError if the network is no classifier.
     """
     first = outputs[0]
     if first.ndim != 2:
@@ -279,11 +262,7 @@ def finish(
     curve: Sequence[BudgetRow] = (),
     is_saved: bool = False,
 ) -> Outcome:
-    """Build the decoupled model, check it against the plan's arithmetic, and report on it.
-
-    Raises:
-        ModelError: the model does not compute what its plan says.
-    """
+    """Build the decoupled model, and report on it; ModelError if it does not compute what its plan says."""
     network, plan, request = work.network, applied.plan, work.request
     layers = {layer.name: layer for layer in network.layers}
     forms = {row.name: row.form for row in plan.layers if row.changed}
@@ -294,29 +273,24 @@ def finish(
     new = network.run_built(model, held_out)
     few = held_out[:CHECKED]
     off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
-    both = None
-    if work.labelled is not None:
-        samples, labels = work.labelled
-        both = work.accuracy, accuracy(network.run_built(model, samples), labels)
+    both = work.accuracies(partial(network.run_built, model))
     written = network.layers_of(model, applied.factorizations)
-    rows = layer_reports(layers, applied, written, work.energies)
-    measured: dict[str, Any] = {}
+    measured: dict[str, Any] = {"agreement": None}
     if not work.calibration.is_noise:
         places = shuffled(len(work.inputs.images), plan.seed)[work.inputs.fitted :].tolist()
         worst = disagreements_of(plan, places, work.outputs, new)
         drawn = network.pictures(held_out[np.array([places.index(d.sample) for d in worst], np.int64)])
         measured = {
+            "agreement": quality_of(plan.loss, plan.predicted_loss, len(held_out), work.outputs, new),
             "disagreements": worst,
             "pictures": pictures(drawn, request.preprocessing or request.source.preprocessing),
         }
-    origin = work.calibration.origin
-    quality = None if work.calibration.is_noise else quality_of(plan, len(held_out), work.outputs, new)
+    settings = None if is_saved else request.settings
     report = Report(
         model=network.name,
         netdecouple=__version__,
         budget=plan.budget,
-        layers=rows,
-        agreement=quality,
+        layers=layer_reports(layers, applied, written, work.energies),
         difference=off,
         accuracy=both,
         speed=None if latency is None else _speed(latency, model, plan),
@@ -324,7 +298,7 @@ def finish(
         bytes_before=network.size_of(),
         bytes=network.size_of(model),
         curve=tuple(curve),
-        provenance=provenance(plan, work.inputs, origin, None if is_saved else request.settings),
+        provenance=provenance(plan, work.inputs, work.calibration.origin, settings),
         **measured,
     )
     norms = {name: network.norms[name] for name in applied.factorizations if name in network.norms}
@@ -336,69 +310,55 @@ def _speed(latency: Latency, model: Any, plan: Plan) -> Speed:
     times = latency.timer.network_times([model])
     before, after = (Timing.of(column) for column in times.T)
     share = float(np.median(times[:, 1] / times[:, 0]))
-    return Speed(
-        place=latency.timer.name,
-        before=before,
-        after=after,
-        share=share,
-        foreseen=latency.predicted_share(plan),
-    )
+    foreseen = latency.predicted_share(plan)
+    return Speed(place=latency.timer.name, before=before, after=after, share=share, foreseen=foreseen)
 
 
 def compared(work: Work, name: str, other: Source) -> Compared:
     """Compare the result of an earlier run with the original, on the same held-out inputs.
 
-    Raises:
-        ModelError: it takes other inputs than the original, or has other outputs.
+    Raises ModelError if it takes other inputs than the original, or has other outputs.
     """
     network, held_out = work.network, work.inputs.held_back
     advice = f"compare networks that were made of {network.name}"
     try:
         with closing(other.open(work.inputs.images, Memory())) as opened_other:
             new = opened_other.run(held_out)
-            costs = [sum(getattr(la, cost) for la in opened_other.layers) for cost in ("macs", "parameters")]
-            after = None
-            if work.labelled is not None:
-                after = accuracy(opened_other.run(work.labelled[0]), work.labelled[1])
+            macs, parameters = _costs(opened_other)
+            both = work.accuracies(opened_other.run)
     except ModelError as error:
         raise ModelError(f"{name}: {error}; {advice}") from error
     shapes = [[output.shape for output in outputs] for outputs in (work.outputs, new)]
     if shapes[0] != shapes[1]:
         raise ModelError(f"{name}: its outputs are {shapes[1]}, the original's {shapes[0]}; {advice}")
-    plan = _plan_in(other)
+    plan = None
+    with suppress(PlanError):  # a plan of another version
+        plan = None if other.plan_text is None else Plan.from_json(other.plan_text)
     predicted = 0.0 if plan is None else plan.predicted_loss
     quality = None
     if not work.calibration.is_noise:
-        loss = original_loss(work)
-        same = agreement(work.outputs[0], new[0]) if loss == "kl" else None
-        lost = divergence(work.outputs, new, loss)
-        quality = Agreement(
-            images=len(held_out), loss=loss, divergence=lost, predicted=predicted, same_class=same
-        )
-    before = [sum(getattr(la, cost) for la in network.layers) for cost in ("macs", "parameters")]
+        quality = quality_of(original_loss(work), predicted, len(held_out), work.outputs, new)
+    macs_before, parameters_before = _costs(network)
     point = SweepPoint(
         budget=name,
-        macs_before=before[0],
-        macs=costs[0],
-        parameters_before=before[1],
-        parameters=costs[1],
+        macs_before=macs_before,
+        macs=macs,
+        parameters_before=parameters_before,
+        parameters=parameters,
         predicted_loss=predicted,
         agreement=quality,
-        accuracy=None if after is None else (work.accuracy, after),
+        accuracy=both,
         file=name,
     )
     rows = () if plan is None else plan.layers
     return Compared(point, tuple(LayerChoice(row.name, row.family, row.sizes) for row in rows))
 
 
+def _costs(network: Network) -> tuple[int, int]:
+    """Sum up the MACs and the parameters of a network."""
+    return sum(layer.macs for layer in network.layers), sum(layer.parameters for layer in network.layers)
+
+
 def original_loss(work: Work) -> Loss:
     """How outputs of this network are compared."""
     return loss_kind(work.outputs, len(work.inputs.held_back), work.request.settings.loss)
-
-
-def _plan_in(source: Source) -> Plan | None:
-    """Read the plan that a network carries; None if there is none, or of another version."""
-    try:
-        return None if source.plan_text is None else Plan.from_json(source.plan_text)
-    except PlanError:
-        return None

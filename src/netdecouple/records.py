@@ -21,13 +21,8 @@ INFINITY = float("inf")
 def read(cls: type[T], data: Any, *, signed: bool = False) -> T:
     """Build a dataclass from what ``json.loads`` returned; JSON lists become tuples.
 
-    Args:
-        cls: the class, of numbers, texts, tuples, mappings, dataclasses, and any of these or None.
-        data: the JSON value.
-        signed: whether numbers may be negative. They must be finite.
-
-    Raises:
-        ValueError: a field is missing, unknown or of another type; one line that names it.
+    It may hold numbers, texts, tuples, mappings, dataclasses, and any of these or None. Numbers must be
+    finite, and not negative unless ``signed``. A ValueError names in one line what is wrong.
     """
     least, allowed = (-INFINITY, "finite") if signed else (0.0, "finite and not negative")
     value: T = _Reader(least, allowed).read(cls, data, cls.__name__)
@@ -52,8 +47,7 @@ def pack(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
 def unpack(kind: Any, tree: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
     """Build a value of a type (also arrays, and any numbers) from what `pack` returned.
 
-    Raises:
-        KeyError, ValueError: it is not of this type.
+    Raises KeyError or ValueError if it is not of this type.
     """
     return _Reader(None, "", arrays).read(kind, tree, "the value")
 

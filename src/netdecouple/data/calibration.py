@@ -58,19 +58,16 @@ def load(
     samples: int | None,
     seed: int,
 ) -> Samples:
-    """Load inputs for a network.
+    """Load inputs for a network with some number of channels and, if it is fixed, a size (H, W).
 
     Args:
         source: a folder of images (searched recursively, without hidden files and linked folders), FILE.npy,
             FILE.npz[:KEY] or MODULE:FUNCTION, where an existing path comes first; or an array or an iterable
             of arrays, each float (N, C, H, W) or (C, H, W), or uint8 (N, H, W, C), or (N, H, W) for one
             channel. The result is a copy.
-        channels: of the network's input (N, C, H, W).
-        size: (H, W) of the network's input; None if it is not fixed. Replaces the size of ``preprocessing``.
-        preprocessing: applied to pictures, not to floating-point arrays.
+        preprocessing: of pictures, not of floating-point arrays; ``size`` replaces its own.
         samples: how many inputs to take, at most; None takes all. Of more inputs a random subset is taken, in
             the order of the source; of a generator, the first.
-        seed: of the random subset.
 
     Raises:
         CalibrationError: the source cannot be read, or its inputs do not fit the network.
@@ -98,27 +95,23 @@ def load_labelled(
     channels: int,
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
-) -> tuple[F32, npt.NDArray[np.int64]]:
+) -> tuple[F32, Indices]:
     """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their labels (N,)."""
     text = os.fspath(source)
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size), None, 0)
+        loader = _Loader(channels, size, preprocessing.resized_for(size))
         path, key = _split_key(text)
         keys = (key or "").split(",")
         if len(keys) != 2 or not os.path.isfile(path):
             problem = "labels are missing" if os.path.isfile(path) else "not found"
             raise CalibrationError(f"{problem}: give FILE.npz:IMAGES,LABELS, with the names of two arrays")
-        batch, labels = loader.batched(_read_array(path, keys[0])), _read_array(path, keys[1])
-        classes = class_labels(labels, len(batch))
-        return loader.converted(batch, np.arange(len(batch))), classes
+        batch = loader.batched(_read_array(path, keys[0]))
+        classes = class_labels(_read_array(path, keys[1]), len(batch))
+        return loader.converted(batch), classes
 
 
-def class_labels(labels: Any, count: int) -> npt.NDArray[np.int64]:
-    """Return class labels (N,) of so many inputs.
-
-    Raises:
-        CalibrationError: they are not integers, or not as many.
-    """
+def class_labels(labels: Any, count: int) -> Indices:
+    """Return class labels (N,); CalibrationError unless they are ``count`` integers."""
     array = np.asarray(labels)
     if array.dtype.kind not in "iu" or array.shape != (count,):
         raise CalibrationError(f"labels are {array.dtype} {array.shape}, expected {count} integers")
@@ -132,8 +125,8 @@ class _Loader:
     channels: int
     size: tuple[int, int] | None
     preprocessing: Preprocessing
-    samples: int | None
-    seed: int
+    samples: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -157,9 +150,8 @@ class _Loader:
         count = 0
         for array in _guarded(arrays):
             batch = self.batched(array)
-            batch = batch if limit is None else batch[: limit - count]
-            batches.append(self.converted(batch, np.arange(len(batch))))
-            count += len(batch)
+            batches.append(self.converted(batch if limit is None else batch[: limit - count]))
+            count += len(batches[-1])
             if count == limit:
                 break
         if not batches:
@@ -192,8 +184,9 @@ class _Loader:
             raise CalibrationError(f"found {found}, expected {layout}, not empty: transpose or resize them")
         return batch
 
-    def converted(self, batch: AnyArray, chosen: Indices) -> F32:
-        """Copy the chosen inputs, pictures preprocessed."""
+    def converted(self, batch: AnyArray, chosen: Indices | None = None) -> F32:
+        """Copy the chosen inputs (None: all), pictures preprocessed."""
+        chosen = np.arange(len(batch)) if chosen is None else chosen
         if batch.dtype == np.uint8:
             self.check_bytes(len(chosen), *(self.preprocessing.size or batch.shape[1:3]))
             return self.preprocessing(batch[chosen])
@@ -208,9 +201,8 @@ class _Loader:
 
     def check_bytes(self, count: int, height: int, width: int) -> None:
         """Raise CalibrationError if ``count`` inputs of this size would take more memory than the limit."""
-        limits.SAMPLE_BYTES.check(
-            4 * count * self.channels * height * width, "as inputs this", CalibrationError
-        )
+        size = 4 * count * self.channels * height * width
+        limits.SAMPLE_BYTES.check(size, "as inputs this", CalibrationError)
 
     def from_folder(self, folder: Path) -> Samples:
         """Read a random subset of the images in a folder; unreadable images are replaced by others."""
@@ -302,7 +294,7 @@ def _read_array(path: str, key: str | None) -> AnyArray:
             limits.SAMPLE_BYTES.check(member.file_size, f"{member.filename} unpacked", CalibrationError)
             with archive.open(member) as file:
                 _check_header(file, member.file_size)
-            with archive.open(member) as file:
+                file.seek(0)
                 return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
@@ -347,8 +339,7 @@ def names_function(source: str) -> bool:
 def call(name: str) -> Any:
     """Import MODULE, also from the current directory, and call its FUNCTION without arguments.
 
-    Raises:
-        CalibrationError: the module or the function does not exist, or it raises an exception.
+    Raises CalibrationError if one of them does not exist, or raises an exception.
     """
     module_name, _, function_name = name.partition(":")
     with _reported(f"cannot import {module_name}"):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.convolution import Array, Factorization
+from netdecouple.convolution import Array, ConvGeometry, Factorization
 from netdecouple.errors import UnavailableError
 
 OPERATOR = "DecoupledConv"
@@ -36,30 +36,12 @@ def available() -> bool:
     return library_path() is not None
 
 
-def check_available() -> None:
-    """Make sure that the operator was built.
+def check_available() -> Path:
+    """Make sure that the operator was built; return where its library is.
 
     Raises:
         UnavailableError: it was not; the message says what to do.
     """
-    _existing()
-
-
-def register(options: Any) -> None:
-    """Teach the sessions that ``options`` (onnxruntime.SessionOptions) open the fused operator.
-
-    Raises:
-        UnavailableError: the operator was not built.
-    """
-    options.register_custom_ops_library(str(_existing()))
-
-
-def level() -> str:
-    """The instruction set in use: avx512, avx2 or baseline."""
-    return str(_library().netdecouple_level().decode())
-
-
-def _existing() -> Path:
     path = library_path()
     if path is None:
         raise UnavailableError(
@@ -68,6 +50,40 @@ def _existing() -> Path:
             "or turn the model into standard operators with `netdecouple lower`"
         )
     return path
+
+
+def register(options: Any) -> None:
+    """Teach the sessions that ``options`` (onnxruntime.SessionOptions) open the fused operator.
+
+    Raises:
+        UnavailableError: the operator was not built.
+    """
+    options.register_custom_ops_library(str(check_available()))
+
+
+def level() -> str:
+    """The instruction set in use: avx512, avx2 or baseline."""
+    return str(_library().netdecouple_level().decode())
+
+
+def output_shape(
+    name: str, g: ConvGeometry, x: Sequence[int], residual: Sequence[int] | None
+) -> tuple[int, int, int, int]:
+    """Return the shape of an operator's outputs for inputs of shape x and a residual, if there is one.
+
+    Raises:
+        ValueError: they do not fit the layer; the message begins with the operator's name.
+    """
+    if len(x) != 4 or x[1] != g.n_i:
+        raise ValueError(f"{name}: the input has shape {tuple(x)}, not (n, {g.n_i}, h, w)")
+    n, _, h, w = x
+    size = g.output_size(h, w)
+    if min(size) < 1:
+        raise ValueError(f"{name}: an input of {h}×{w} is smaller than the kernel")
+    y = (n, g.n_o, *size)
+    if residual is not None and tuple(residual) != y:
+        raise ValueError(f"{name}: the residual has shape {tuple(residual)}, not {y}")
+    return y
 
 
 class _Shape(ctypes.Structure):
@@ -87,7 +103,7 @@ class _OpenMP(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_existing()))
+    library = ctypes.CDLL(str(check_available()))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.netdecouple_create.restype = pointer
     library.netdecouple_create.argtypes = [pointer] * 6 + [ctypes.c_char_p, ctypes.c_size_t]
@@ -143,13 +159,9 @@ class DecoupledConv:
         slopes = None if slope is None else np.ascontiguousarray(slope, np.float32)
         error = ctypes.create_string_buffer(256)
         self._library = _library()
+        arrays = (channels, *weights, slopes)
         self._handle = self._library.netdecouple_create(
-            ctypes.addressof(shape),
-            channels.ctypes.data,
-            *(a.ctypes.data for a in weights),
-            _data(slopes),
-            error,
-            len(error),
+            ctypes.addressof(shape), *map(_data, arrays), error, len(error)
         )
         if not self._handle:
             raise ValueError(f"{OPERATOR}: {error.value.decode()}")
@@ -165,23 +177,14 @@ class DecoupledConv:
         Raises:
             ValueError: the input does not fit the layer.
         """
-        g = self._geometry
-        if x.ndim != 4 or x.shape[1] != g.n_i:
-            raise ValueError(f"{OPERATOR}: the input has shape {x.shape}, not (n, {g.n_i}, h, w)")
+        residual_shape = None if residual is None else residual.shape
+        y = np.empty(output_shape(OPERATOR, self._geometry, x.shape, residual_shape), np.float32)
         n, _, h, w = x.shape
-        size = g.output_size(h, w)
-        if min(size) < 1:
-            raise ValueError(f"{OPERATOR}: an input of {h}×{w} is smaller than the kernel")
-        y = np.empty((n, g.n_o, *size), np.float32)
-        if residual is not None and residual.shape != y.shape:
-            raise ValueError(f"{OPERATOR}: the residual has shape {residual.shape}, not {y.shape}")
         x = np.ascontiguousarray(x, np.float32)
         added = None if residual is None else np.ascontiguousarray(residual, np.float32)
         pool = _OpenMP(_gomp_parallel(), threads) if threads > 1 and _gomp_parallel() else None
         shared = (None, None) if pool is None else (self._library.netdecouple_openmp_for, ctypes.byref(pool))
-        if self._library.netdecouple_run(
-            self._handle, x.ctypes.data, _data(added), y.ctypes.data, n, h, w, *shared
-        ):
+        if self._library.netdecouple_run(self._handle, *map(_data, (x, added, y)), n, h, w, *shared):
             raise MemoryError(f"{OPERATOR}: out of memory")
         return y
 

@@ -1,24 +1,28 @@
-"""The fused operator in PyTorch: ``netdecouple::decoupled_conv``, and a module that holds its weights.
+"""The fused operator in PyTorch: ``netdecouple::decoupled_conv``, on the CPU.
 
 Importing this file registers the operator, which must be done before an exported program that contains it is
-loaded.
+loaded. Inputs and outputs are float32 tensors in contiguous memory format. Gradients are those of standard
+operators, which also compute the outputs where the compiled library is missing.
+
+The library packs the weights when they are first used, and when they have changed since by PyTorch's count of
+changes. Optimizers may change weights without counting, and writing through ``weight.data`` or a NumPy view
+is not counted either: callers `forget` the weights then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from netdecouple import kernels
-from netdecouple.convolution import Array, ConvGeometry, ConvStage, Factorization
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization
 
 NAME = f"{kernels.DOMAIN}::decoupled_conv"
 SCHEMA = (
@@ -27,103 +31,6 @@ SCHEMA = (
     "float? minimum, float? maximum) -> Tensor"
 )
 TENSORS = 7  # the first arguments
-
-
-class DecoupledConv2d(torch.nn.Module):
-    """A convolution written as a depthwise and a pointwise one, computed by the fused operator on the CPU.
-
-    Unlike a decoupled layer of a network it always uses the operator, and includes what the operator can
-    compute on its outputs: PReLU, limits, and the sum with a residual.
-
-    Inputs and outputs are float32 tensors in contiguous memory format. Gradients are those of the standard
-    operators. Without the compiled library the module computes with standard operators, so that a saved
-    state_dict, or an exported program, works on every machine with netdecouple.
-
-    The library packs the weights when they are first used, when they have changed since by PyTorch's count of
-    changes, and in every call with gradients, because optimizers may change weights without counting. Writing
-    through ``weight.data`` or a NumPy view is not counted either: use ``torch.no_grad()`` instead, or call
-    `forget` afterwards.
-
-    Args:
-        geometry: of the convolution that the module replaces.
-        rows: number of depthwise filters.
-        slope: whether negative outputs are multiplied by factors, as in PReLU.
-        limits: least and largest output; (0, inf) is ReLU.
-    """
-
-    def __init__(
-        self,
-        geometry: ConvGeometry,
-        rows: int,
-        *,
-        slope: bool = False,
-        limits: Sequence[float] = (-math.inf, math.inf),
-    ) -> None:
-        super().__init__()
-        self.geometry = g = geometry
-        low, high = map(float, limits)
-        self.minimum, self.maximum = None if low == -math.inf else low, None if high == math.inf else high
-        self.depthwise = torch.nn.Parameter(torch.zeros(rows, 1, g.kh, g.kw))
-        self.pointwise = torch.nn.Parameter(torch.zeros(g.n_o, rows // g.groups, 1, 1))
-        self.bias = torch.nn.Parameter(torch.zeros(g.n_o))
-        self.register_parameter("slope", torch.nn.Parameter(torch.zeros(g.n_o)) if slope else None)
-        self.register_buffer("channels", torch.zeros(rows, dtype=torch.int64))  # read by the filters
-
-    @classmethod
-    def of(
-        cls,
-        factorization: Factorization,
-        *,
-        slope: Array | None = None,
-        limits: Sequence[float] = (-math.inf, math.inf),
-    ) -> DecoupledConv2d:
-        """Copy the weights of a depthwise stage and a pointwise one (`Factorization.is_separable`).
-
-        Raises:
-            ValueError: the factorization cannot be fused, or its bias or the slope do not fit it.
-        """
-        if not factorization.is_separable:
-            raise ValueError("only a depthwise stage and a pointwise one can be fused")
-        depthwise, pointwise = factorization.stages
-        module = cls(factorization.geometry, depthwise.geometry.n_o, slope=slope is not None, limits=limits)
-        arrays = {
-            "depthwise": depthwise.weight,
-            "pointwise": pointwise.weight,
-            "bias": factorization.bias,
-            "slope": slope,
-            "channels": depthwise.reads,
-        }
-        with torch.no_grad():
-            for name, array in arrays.items():
-                tensor = getattr(module, name)
-                if array is None:
-                    continue
-                if array.shape != tensor.shape:
-                    raise ValueError(f"the {name} has shape {array.shape}, not {tuple(tensor.shape)}")
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        return module
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (n, n_o, h', w') for x (n, n_i, h, w); ``residual`` is added before slope and limits.
-
-        Raises:
-            ValueError: an input or a weight has another shape, dtype or device than it must have.
-        """
-        g = self.geometry
-        if self.pointwise.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            forget([self.pointwise])
-        return decoupled_conv(
-            *(x, self.depthwise, self.pointwise, self.bias, self.channels, self.slope, residual),
-            *(g.n_i, list(g.strides), list(g.pads), list(g.dilations), g.groups, self.minimum, self.maximum),
-        )
-
-    def extra_repr(self) -> str:
-        g = self.geometry
-        return (
-            f"{g.n_i}, {g.n_o}, kernel_size=({g.kh}, {g.kw}), rows={len(self.channels)}, "
-            f"stride={g.strides}, pads={g.pads}, dilation={g.dilations}, groups={g.groups}, "
-            f"minimum={self.minimum}, maximum={self.maximum}"
-        )
 
 
 def forget(weights: Iterable[torch.Tensor] | None = None) -> None:
@@ -159,17 +66,17 @@ class _Call(NamedTuple):
     def geometry(self) -> ConvGeometry:
         """The geometry of the convolution that the weights replace."""
         (sh, sw), (top, left, bottom, right), (dh, dw) = self.strides, self.pads, self.dilations
-        n_o, (kh, kw) = self.pointwise.shape[0], self.depthwise.shape[2:]
-        return ConvGeometry(
-            n_o, self.in_channels, kh, kw, (sh, sw), (top, left, bottom, right), (dh, dw), self.groups
-        )
+        n_o, (kh, kw), pads = self.pointwise.shape[0], self.depthwise.shape[2:], (top, left, bottom, right)
+        return ConvGeometry(n_o, self.in_channels, kh, kw, (sh, sw), pads, (dh, dw), self.groups)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All weights that there are."""
+        weights = self.depthwise, self.pointwise, self.bias, self.channels, self.slope
+        return [tensor for tensor in weights if tensor is not None]
 
     def output_shape(self) -> tuple[int, int, int, int]:
-        """Check the arguments' types and shapes, and return the output's shape.
-
-        Raises:
-            ValueError: an argument has another type, device or shape than it must have.
-        """
+        """Return the output's shape; ValueError if an argument has a wrong type, device or shape."""
         for name, tensor in zip(self._fields, self[:TENSORS], strict=False):
             _check_type(name, tensor, torch.int64 if name == "channels" else torch.float32)
         for name, tensor in (("depthwise", self.depthwise), ("pointwise", self.pointwise)):
@@ -187,24 +94,15 @@ class _Call(NamedTuple):
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{NAME}: {name} has shape {tuple(tensor.shape)}, not {shape}")
-        if self.x.ndim != 4 or self.x.shape[1] != g.n_i:
-            raise ValueError(f"{NAME}: the input has shape {tuple(self.x.shape)}, not (n, {g.n_i}, h, w)")
-        n, _, h, w = self.x.shape
-        size = g.output_size(h, w)
-        if min(size) < 1:
-            raise ValueError(f"{NAME}: an input of {h}×{w} is smaller than the kernel")
-        y = (n, g.n_o, *size)
-        if self.residual is not None and tuple(self.residual.shape) != y:
-            raise ValueError(f"{NAME}: the residual has shape {tuple(self.residual.shape)}, not {y}")
-        return y
+        residual = None if self.residual is None else self.residual.shape
+        return kernels.output_shape(NAME, g, self.x.shape, residual)
 
     def standard(self) -> torch.Tensor:
         """Compute the output with standard operators."""
         top, left, bottom, right = self.pads
         x = functional.pad(self.x, (left, right, top, bottom)).index_select(1, self.channels)
-        x = functional.conv2d(
-            x, self.depthwise, None, self.strides, 0, self.dilations, self.depthwise.shape[0]
-        )
+        rows = self.depthwise.shape[0]
+        x = functional.conv2d(x, self.depthwise, None, self.strides, 0, self.dilations, rows)
         y = functional.conv2d(x, self.pointwise, self.bias, groups=self.groups)
         if self.residual is not None:
             y = y + self.residual
@@ -217,8 +115,8 @@ class _Call(NamedTuple):
     def packed(self) -> kernels.DecoupledConv:
         """Pack the layer for the compiled library."""
         g, rows = self.geometry(), self.depthwise.shape[0]
-        depthwise, pointwise, bias, channels = (tensor.numpy(force=True) for tensor in self[1:5])
-        slope = None if self.slope is None else self.slope.numpy(force=True)
+        depthwise, pointwise, bias, channels, *rest = (t.numpy(force=True) for t in self.weights)
+        slope = rest[0] if rest else None
         stages = (
             ConvStage(replace(g, n_o=rows, n_i=rows, groups=rows), depthwise, channels),
             ConvStage(ConvGeometry(g.n_o, rows, 1, 1, groups=g.groups), pointwise),
@@ -241,26 +139,22 @@ class _Pack:
     """
 
     def __init__(self, call: _Call) -> None:
-        weights = call[1:6]
-        self._references = [None if tensor is None else TensorWeakRef(tensor) for tensor in weights]
-        self._storages = [None if tensor is None else tensor.untyped_storage() for tensor in weights]
-        self._states = [_state(tensor) for tensor in weights]  # first: they may change while they are packed
+        self._references = [TensorWeakRef(tensor) for tensor in call.weights]
+        self._storages = [tensor.untyped_storage() for tensor in call.weights]
+        self._states = list(map(_state, call.weights))  # first: they may change while they are packed
         self.layer = call.packed()
 
     def holds(self, call: _Call) -> bool:
         """Tell whether the weights are the same tensors, and have not changed since."""
-        parts = zip(call[1:6], self._references, self._states, strict=True)
-        return all(
-            (reference is None if tensor is None else reference is not None and reference() is tensor)
-            and _state(tensor) == state
-            for tensor, reference, state in parts
+        weights = call.weights
+        return len(weights) == len(self._references) and all(
+            reference() is tensor and _state(tensor) == state
+            for tensor, reference, state in zip(weights, self._references, self._states, strict=True)
         )
 
 
-def _state(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's address and layout, and how often it was changed."""
-    if tensor is None:
-        return ()
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
@@ -279,7 +173,7 @@ def _layer(call: _Call) -> kernels.DecoupledConv | None:
     call.output_shape()
     if not kernels.available():
         return None
-    if any(tensor is not None and tensor.is_inference() for tensor in call[1:6]):
+    if any(tensor.is_inference() for tensor in call.weights):
         return call.packed()  # PyTorch does not count changes of these
     pack = _Pack(call)
     _packs.setdefault(call.pointwise, {})[arguments] = pack

@@ -17,14 +17,16 @@ ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called
 DISAGREEMENTS = 8  # inputs shown in a report, those whose outputs changed most
 
 
-def quality_of(plan: Plan, images: int, original: Sequence[Array], new: Sequence[Array]) -> Agreement:
-    """Compare both networks' outputs on ``images`` held-out inputs by the loss that the plan was made for."""
-    is_classifier = plan.loss == "kl"
+def quality_of(
+    loss: str, predicted: float, images: int, original: Sequence[Array], new: Sequence[Array]
+) -> Agreement:
+    """Compare both networks' outputs on ``images`` held-out inputs by a loss."""
+    is_classifier = loss == "kl"
     return Agreement(
         images=images,
-        loss=plan.loss,
+        loss=loss,
         divergence=divergence(original, new, "kl" if is_classifier else "relative"),
-        predicted=plan.predicted_loss,
+        predicted=predicted,
         same_class=agreement(original[0], new[0]) if is_classifier else None,
     )
 
