@@ -69,7 +69,7 @@ def report() -> Report:
         replace(conv(f"{first.name}/pointwise1", 20, 15, 10, k=1), macs=30_000, parameters=315),
         replace(linear("fc", 15, 10), macs=150, parameters=160),
     ]
-    rows_told = layer_reports(layers, applied, written)
+    rows_told = layer_reports(layers, applied, written, {})
     return Report(
         model="net.onnx",
         netdecouple="0.1.0",
@@ -127,7 +127,7 @@ def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
             "block/conv1": 1000,
         }.items()
     ]
-    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written)
+    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written, {})
     assert [layer.macs for layer in found] == [1, 110, 1000]
 
 
@@ -146,7 +146,7 @@ def test_sizes_of_every_family_in_turn_are_shown(
     layer = conv("c", 8, 16, 10)
     plan = plan_of(changed(layer, family, sizes, channels))
     rows = layer_reports(
-        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")]
+        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")], {}
     )
     assert rows[0].sizes == sizes
     lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]

@@ -13,7 +13,7 @@ from netdecouple.cli import options
 from netdecouple.cli.results import check_outputs
 from netdecouple.cli.terminal import Json, Output, Terminal
 from netdecouple.report.files import write_text
-from netdecouple.report.text import layer_times_tables, timing_tables
+from netdecouple.report.text import layer_times_table, timing_tables
 from netdecouple.runtimes import NAMES
 from netdecouple.runtimes.benchmark import SECONDS
 from netdecouple.runtimes.feeds import parse_shape
@@ -69,6 +69,6 @@ def bench(
     )
     if report is not None:
         write_text(report, times.to_json())
-    for table in (*timing_tables(times), *layer_times_tables(times)):
+    for table in (*timing_tables(times), *map(layer_times_table, times.layers)):
         terminal.console.print(table)
     terminal.give(json.loads(times.to_json()))

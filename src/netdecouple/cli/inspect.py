@@ -38,8 +38,8 @@ def inspect(
     source = options.open_model(model, weights)
     print_weights(terminal, source)
     inspection = api.inspect(source, None if input_size is None else options.parse_size(input_size))
-    terminal.console.print(inspect_table(inspection.model, inspection.layers, inspection.energy))
-    terminal.console.print(reach_table(inspection.layers, inspection.least_macs, inspection.least_parameters))
+    terminal.console.print(inspect_table(inspection))
+    terminal.console.print(reach_table(inspection))
     if html is not None:
         write_text(html, inspect_html(inspection))
         terminal.console.print(f"Wrote       {html}", **options.PLAIN)
