@@ -55,10 +55,7 @@ def _answers(outputs: Array) -> list[Answer | None]:
 
 
 def layer_reports(
-    layers: Mapping[str, Layer],
-    applied: Applied,
-    written: Iterable[Layer],
-    energies: Mapping[str, Array],
+    layers: Mapping[str, Layer], applied: Applied, written: Iterable[Layer], energies: Mapping[str, Array]
 ) -> tuple[LayerReport, ...]:
     """Report on every layer of a plan, in its order.
 

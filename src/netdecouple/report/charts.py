@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 
@@ -51,10 +51,10 @@ class Chart:
     title: str
     description: str
     y_title: str
-    x_ticks: tuple[Tick, ...] = ()
-    y_ticks: tuple[Tick, ...] = ()
-    lines: tuple[tuple[str, str], ...] = ()  # kind, path
-    marks: tuple[Point, ...] = ()
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    lines: tuple[tuple[str, str], ...]  # kind, path
+    marks: tuple[Point, ...]
     width: int = 440
     height: int = 290
     left: int = 52
@@ -74,20 +74,17 @@ def plot(
     floor_y = min(positive)  # a loss of 0 is drawn here
     low, high = _decades(floor_y, max(positive))
     last = 1.04 * max(1.3, *(x for x, _ in everything))
-    frame = Chart(title, description, y_title)
+    left, right, top, bottom = Chart.left, Chart.right, Chart.top, Chart.bottom
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = log10(x) / log10(last), (log10(max(y, floor_y)) - low) / (high - low)
-        return (
-            round(frame.left + across * (frame.right - frame.left), 1),
-            round(frame.bottom - up * (frame.bottom - frame.top), 1),
-        )
+        return round(left + across * (right - left), 1), round(bottom - up * (bottom - top), 1)
 
     marks: list[Point] = []
     for point in points:
         x, y = place(point.x, point.y)
         near = any(m.label and abs(m.x - x) < CROWDED[0] and abs(m.y - y) < CROWDED[1] for m in marks)
-        side = "end" if x > frame.left + ROOM else "start"  # curves rise: there is room above to the left
+        side = "end" if x > left + ROOM else "start"  # curves rise: there is room above to the left
         marks.append(Point(x, y, "" if near else point.label, point.kind, side))
     marks.sort(key=lambda mark: mark.kind == "run")  # drawn last, above all others
     paths = [" L".join("{} {}".format(*place(x, y)) for x, y in line.points) for line in series]
@@ -96,7 +93,7 @@ def plot(
     shown = shown if len(shown) <= 7 else [x for x in shown if x not in BETWEEN]
     x_ticks = tuple(Tick(place(x, floor_y)[0], f"{x:g}×") for x in shown)
     y_ticks = tuple(Tick(place(1, y)[1], f"{y:g}") for y in _log_ticks(low, high))
-    return replace(frame, x_ticks=x_ticks, y_ticks=y_ticks, lines=lines, marks=tuple(marks))
+    return Chart(title, description, y_title, x_ticks, y_ticks, lines, tuple(marks))
 
 
 def _decades(low: float, high: float) -> tuple[float, float]:

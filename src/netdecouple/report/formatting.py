@@ -19,10 +19,7 @@ def count(number: float) -> str:
 
 def size(number: int) -> str:
     """Format a number of bytes: 40.6 MB."""
-    for unit, bytes_of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= bytes_of:
-            return f"{number / bytes_of:.3g} {unit}"
-    return f"{number} bytes"
+    return f"{count(number)}B" if number >= 1000 else f"{number} bytes"
 
 
 def ms(value: float) -> str:

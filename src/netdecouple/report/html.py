@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import isfunction
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from netdecouple.runtimes.benchmark import TimedLayer, TimedModel
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.version import __version__
 
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "PyTorch",
+    "torch.compile": "torch.compile",
+}
+LOSSES = {"kl": "KL divergence (nats)", "relative": "relative error"}
 OTHERS = {REORDER: " (between plain and blocked tensors)", REST: " (nodes outside all layers)", TOTAL: ""}
 OPEN = 24  # changed layers up to which all drawings are shown at once
 
@@ -42,25 +49,23 @@ class Fact:
 
 def report_html(report: Report) -> str:
     """Return a report as one self-contained page."""
-    timed = _times_by_layer(report)
+    profiles = report.benchmark.layers[:1] if report.benchmark else ()
+    timed = {row.name: row for profile in profiles for row in profile.layers}
     layers = _layer_rows(report, timed)
     return _page(
         "report.html",
         title=f"{report.model}, decoupled",
         report=report,
-        goal=fmt.goal(report),
         verdict=verdict(report),
         gains=gains(report),
         losses=losses(report),
-        notes=notes(report),
         layers=layers,
         timed_layers=any(any(row["timings"]) for row in layers),
         others=[(timed[name], note) for name, note in OTHERS.items() if name in timed],
         most_macs=max((layer.macs_before for layer in report.layers), default=1) or 1,
         is_open=sum(layer.changed for layer in report.layers) <= OPEN,
         chart=_report_chart(report),
-        loss_name=_loss_name(report.agreement.loss if report.agreement else ""),
-        changed_classes=_changed_classes(report.agreement),
+        loss_name=_loss_name(report),
         families=used_by(layer.family for layer in report.layers),
     )
 
@@ -86,7 +91,7 @@ def sweep_html(sweep: Sweep) -> str:
         sweep=sweep,
         facts=[] if knee is None else [*_cost_facts(knee), *_agreement_facts(knee.agreement)],
         chart=_sweep_chart(sweep),
-        loss_name=_loss_name(sweep.loss),
+        loss_name=LOSSES[sweep.loss],
     )
 
 
@@ -144,7 +149,7 @@ def _time(report: Report) -> Fact:
             low, median, high, label, tone = 1 / high, 1 / median, 1 / low, "slower", "loss"
         value = f"{median:.2f}×"
     detail = f"{fmt.ms(original.timing.median)} → {fmt.ms(new.timing.median)}, {low:.2f}–{high:.2f}×"
-    return Fact(value, label, f"{detail}; {runtime(new.runtime)}, {fmt.threads(new.threads)}", tone)
+    return Fact(value, label, f"{detail}; {RUNTIMES[new.runtime]}, {fmt.threads(new.threads)}", tone)
 
 
 def losses(report: Report) -> list[Fact]:
@@ -164,15 +169,11 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
         return []
     facts = []
     if a.same_class is not None:
-        detail = f"{_changed_classes(a)} of {a.images} held-out inputs"
+        detail = f"{a.changed_classes} of {a.images} held-out inputs"
         facts.append(Fact(fmt.percent(1 - a.same_class), "get another class", detail, "loss"))
     name = "KL divergence, nats" if a.loss == "kl" else "relative error of the outputs"
     detail = f"{fmt.short(a.predicted)} predicted; {a.images} held-out inputs"
     return [*facts, Fact(fmt.short(a.divergence, 2), name, detail, "loss")]
-
-
-def _changed_classes(a: Agreement | None) -> int | None:
-    return None if a is None or a.same_class is None else round((1 - a.same_class) * a.images)
 
 
 def verdict(report: Report) -> str:
@@ -182,7 +183,7 @@ def verdict(report: Report) -> str:
     if time.value == "≈":
         gained.append(time.label)
     elif time.value != "–":
-        where = f" in {runtime(timed[1].runtime)} on {fmt.threads(timed[1].threads)}" if timed else ""
+        where = f" in {RUNTIMES[timed[1].runtime]} on {fmt.threads(timed[1].threads)}" if timed else ""
         gained.append(f"{time.value} {time.label}{where}")
     a = report.agreement
     if a is None:
@@ -197,19 +198,6 @@ def verdict(report: Report) -> str:
         lost += f", and top-1 accuracy {change} {fmt.percent(after)}"
     joint = " but " if time.tone == "loss" else " and "
     return f"{joint.join(gained)}; {lost}."
-
-
-def notes(report: Report) -> list[str]:
-    """Return what the reader of a report should check."""
-    cautions = [f"{note}." for note in (fmt.samples_note(report), fmt.skipped_note(report)) if note]
-    if _time(report).label == "slower":
-        cautions.append(
-            "Fewer MACs did not mean less time here: standard operators send the values between two stages "
-            "through memory. Try the fused operators (emit) or a budget in time (latency)."
-        )
-    cautions += [f"Not timed: {why}" for why in report.not_timed]
-    off = f"{report.difference:.1e} (relative)"
-    return [*cautions, f"The written network's outputs differ by {off} from those computed during fitting."]
 
 
 # --- layers
@@ -228,11 +216,6 @@ def _layer_rows(report: Report, timed: Mapping[str, TimedLayer]) -> list[dict[st
         }
         for number, layer in enumerate(report.layers, 1)
     ]
-
-
-def _times_by_layer(report: Report) -> dict[str, TimedLayer]:
-    profiles = report.benchmark.layers[:1] if report.benchmark else ()
-    return {row.name: row for profile in profiles for row in profile.layers}
 
 
 def family_words(layer: LayerReport) -> str:
@@ -255,8 +238,8 @@ def _terms(layer: LayerReport) -> float:
 # --- curves
 
 
-def _loss_name(loss: str) -> str:
-    return {"kl": "KL divergence (nats)", "relative": "relative error"}.get(loss, "predicted loss")
+def _loss_name(report: Report) -> str:
+    return LOSSES[report.agreement.loss] if report.agreement else "predicted loss"
 
 
 def _report_chart(report: Report) -> Chart | None:
@@ -266,7 +249,7 @@ def _report_chart(report: Report) -> Chart | None:
         return None
     ratio = before / report.macs if report.macs else 1.0
     points = [Point(x, y, "", "plain") for x, y in curve]
-    name, measured = _loss_name(a.loss if a else ""), ""
+    name, measured = _loss_name(report), ""
     if a is not None:
         points.append(Point(ratio, a.divergence, "this run", "run"))
         points.append(Point(ratio, a.predicted, "predicted", "hollow"))
@@ -279,12 +262,12 @@ def _sweep_chart(sweep: Sweep) -> Chart | None:
     def at(p: SweepPoint) -> tuple[float, float]:
         return p.macs_before / p.macs, p.agreement.divergence if p.agreement else p.predicted_loss
 
-    knee = None if sweep.knee is None else sweep.points[sweep.knee]
+    knee = sweep.best
     measured = [p for p in sweep.points if p.agreement]
     points = [Point(*at(p), "", "measured") for p in measured if p is not knee]
     points += [Point(*at(knee), "knee", "run")] if knee else []
     points += [Point(*at(c.point), c.point.budget, "hollow") for c in sweep.compared if c.point.agreement]
-    name = _loss_name(sweep.loss)
+    name = LOSSES[sweep.loss]
     said = f" The knee is at {at(knee)[0]:.2f} times fewer MACs." if knee else ""
     predicted = tuple((at(p)[0], p.predicted_loss) for p in sweep.points)
     return plot(
@@ -303,10 +286,6 @@ def _described(curve: Sequence[tuple[float, float]]) -> str:
 # --- rendering
 
 
-def runtime(name: str) -> str:
-    return RUNTIMES.get(name, name)
-
-
 def breakable(name: str) -> Markup:
     """Allow line breaks in a layer's name between its modules."""
     return Markup("").join(escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[/.])", name))
@@ -321,20 +300,11 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (
-        fmt.count,
-        fmt.short,
-        fmt.ms,
-        fmt.percent,
-        fmt.faster,
-        fmt.threads,
-        describe,
-        breakable,
-        runtime,
-    )
-    environment.filters |= {function.__name__: function for function in filters}
+    filters = {name: filter for name, filter in vars(fmt).items() if isfunction(filter)}
+    environment.filters |= filters | {"describe": describe, "breakable": breakable}
     environment.filters["times_fewer"] = lambda after, before: fmt.times(before, after)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.globals["RUNTIMES"] = RUNTIMES
     return environment
 
 

@@ -75,6 +75,11 @@ class Agreement:
     predicted: float
     same_class: float | None  # share of inputs; None if the network is not a classifier
 
+    @property
+    def changed_classes(self) -> int | None:
+        """How many inputs get another class."""
+        return None if self.same_class is None else round((1 - self.same_class) * self.images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -17,7 +17,7 @@ from netdecouple.report.build import describe
 from netdecouple.report.inspection import Inspection
 from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep
-from netdecouple.runtimes.benchmark import Benchmark, LayerTimes, TimedModel
+from netdecouple.runtimes.benchmark import Benchmark, LayerTimes
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
 
@@ -58,22 +58,25 @@ def short_name(name: str, width: int = 26) -> str:
     return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"
 
 
-def _table(title: str, columns: Sequence[str], right: Collection[str]) -> Table:
+def _table(
+    title: str, columns: Sequence[str], right: Collection[str], rows: Iterable[Sequence[str]] = ()
+) -> Table:
     look = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     table = Table(title=title, pad_edge=False, **look)  # type: ignore[arg-type]
     for name in columns:
         justify: JustifyMethod = "right" if name in right else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("layer", "note"))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def summary(report: Report) -> list[Text]:
     """Return one line each for MACs, parameters, time, agreement, accuracy and notes."""
+    macs, parameters = (report.macs_before, report.macs), (report.parameters_before, report.parameters)
     lines = [
-        f"MACs        {fmt.count(report.macs_before)} → {fmt.count(report.macs)}   "
-        f"{fmt.times(report.macs_before, report.macs)} fewer",
-        f"Parameters  {fmt.count(report.parameters_before)} → {fmt.count(report.parameters)}   "
-        f"{fmt.times(report.parameters_before, report.parameters)} fewer",
+        f"{name:<11} {fmt.count(before)} → {fmt.count(after)}   {fmt.times(before, after)} fewer"
+        for name, (before, after) in {"MACs": macs, "Parameters": parameters}.items()
     ]
     if report.speed:
         s = report.speed
@@ -104,12 +107,11 @@ def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
     """Return the budgets that can be met and the predicted loss of each."""
     lost = "predicted KL" if loss == "kl" else "predicted relative error"
     names = ("fewer MACs", "MACs", "parameters", lost)
-    table = _table("Budgets that can be met", names, right=names)
-    for row in rows:
-        table.add_row(
-            row.label, fmt.count(row.macs), fmt.count(row.parameters), fmt.short(row.predicted_loss, 2)
-        )
-    return table
+    cells = (
+        (row.label, fmt.count(row.macs), fmt.count(row.parameters), fmt.short(row.predicted_loss, 2))
+        for row in rows
+    )
+    return _table("Budgets that can be met", names, names, cells)
 
 
 def inspect_table(inspection: Inspection) -> Table:
@@ -136,13 +138,15 @@ def inspect_table(inspection: Inspection) -> Table:
 def reach_table(inspection: Inspection) -> Table:
     """Return the range of budgets that can be met."""
     columns = ("", "now", "least", "at most")
-    table = _table("Budgets that can be met (`netdecouple run` measures the loss)", columns, right=columns)
-    for name, now, least in (
-        ("MACs", inspection.macs, inspection.least_macs),
-        ("parameters", inspection.parameters, inspection.least_parameters),
-    ):
-        table.add_row(name, fmt.count(now), fmt.count(least), f"{fmt.times(now, least)} fewer")
-    return table
+    costs = {
+        "MACs": (inspection.macs, inspection.least_macs),
+        "parameters": (inspection.parameters, inspection.least_parameters),
+    }
+    rows = (
+        (name, fmt.count(now), fmt.count(least), f"{fmt.times(now, least)} fewer")
+        for name, (now, least) in costs.items()
+    )
+    return _table("Budgets that can be met (`netdecouple run` measures the loss)", columns, columns, rows)
 
 
 def sweep_table(sweep: Sweep) -> Table:
@@ -211,37 +215,24 @@ def families_table(sweep: Sweep) -> Table:
 def scores_table(scores: Sequence[Score]) -> Table:
     """Return the accuracy of several networks, side by side."""
     names = ("top-1", "top-5", "same class", "KL")
-    table = _table(f"On {scores[0].images} labelled images", ["network", *names], right=names)
-    for score in scores:
-        shares = (score.top1, score.top5, score.same_class)
-        table.add_row(score.model, *map(fmt.percent, shares), fmt.short(score.kl, 2))
-    return table
+    rows = ((s.model, *map(fmt.percent, (s.top1, s.top5, s.same_class)), fmt.short(s.kl, 2)) for s in scores)
+    return _table(f"On {scores[0].images} labelled images", ["network", *names], names, rows)
 
 
 def timing_tables(timed: Benchmark) -> list[Table]:
     """Return times side by side, one table per runtime and number of threads."""
-    groups = dict.fromkeys(model.group for model in timed.models)
-    return [_timing_table([m for m in timed.models if m.group == group]) for group in groups]
-
-
-def _timing_table(models: Sequence[TimedModel]) -> Table:
-    first = models[0]
-    table = _table(
-        f"{first.runtime} {first.version}, {fmt.threads(first.threads)}, "
-        f"input {', '.join(map(describe_shape, first.shapes))}",
-        ["network", "MACs", "median ms", "quartiles", "faster"],
-        right=("MACs", "median ms", "quartiles"),
-    )
-    for model in models:
-        time = model.timing
-        table.add_row(
-            Text(model.model),
-            "–" if model.macs is None else fmt.count(model.macs),
-            f"{time.median:.3f}",
-            f"{time.lower:.3f}–{time.upper:.3f}",
-            fmt.faster(model.faster),
-        )
-    return table
+    tables = {}
+    for m in timed.models:
+        if m.group not in tables:
+            shapes = ", ".join(map(describe_shape, m.shapes))
+            title = f"{m.runtime} {m.version}, {fmt.threads(m.threads)}, input {shapes}"
+            names = ("network", "MACs", "median ms", "quartiles", "faster")
+            tables[m.group] = _table(title, names, right=names[1:4])
+        macs = "–" if m.macs is None else fmt.count(m.macs)
+        quartiles = f"{m.timing.lower:.3f}–{m.timing.upper:.3f}"
+        row = (macs, f"{m.timing.median:.3f}", quartiles, fmt.faster(m.faster))
+        tables[m.group].add_row(Text(m.model), *row)
+    return list(tables.values())
 
 
 def layer_times_table(times: LayerTimes) -> Group:
