@@ -114,8 +114,7 @@ def run(
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)
-    check_run([model], output, plan_out, *(report or ()))
-    reports = check_reports(report)
+    reports = check_run([model], output, plan_out, report)
     settings = fitting.settings(None if method is None else Rule.parse(method))
     source = open_model(terminal, model, weights, fitting.seed, output)
     with execution.opened() as resources, terminal.bars() as bars:
@@ -265,8 +264,7 @@ def apply(
       netdecouple apply model.onnx plan.json -o faster.onnx --calib inputs.npy
     """
     terminal = Terminal(printed)
-    check_run([model, plan], output, *(report or ()))
-    reports = check_reports(report)
+    reports = check_run([model, plan], output, None, report)
     saved = Plan.load(plan)
     source = open_model(terminal, model, weights, saved.seed, output)
     with terminal.bars() as bars:

@@ -30,8 +30,10 @@ def check_model(model: Path) -> None:
         )
 
 
-def check_run(inputs: Sequence[Path], networks: Sequence[Path], *others: Path | None) -> None:
-    """Check the model, the first of the inputs, and all outputs of a run before its work."""
+def check_run(
+    inputs: Sequence[Path], networks: Sequence[Path], plan: Path | None, reports: Iterable[Path] | None
+) -> list[Path]:
+    """Check the model, the first of the inputs, and all outputs before the work; return the reports."""
     check_model(inputs[0])
     is_torch = api.is_named(inputs[0])
     if not is_torch and len(networks) > 1:
@@ -44,7 +46,9 @@ def check_run(inputs: Sequence[Path], networks: Sequence[Path], *others: Path | 
                 f"{path}: PyTorch models are written as .onnx or as a folder; leave out {path.suffix}"
             )
     folders = [path for path in networks if is_torch and path.suffix != ".onnx"]
-    check_outputs(inputs, *networks, *others, folders=folders)
+    checked = check_reports(reports)
+    check_outputs(inputs, *networks, plan, *checked, folders=folders)
+    return checked
 
 
 def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequence[Path] = ()) -> None:
