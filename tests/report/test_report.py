@@ -15,8 +15,10 @@ from netdecouple.network import Layer
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.report.build import describe, layer_reports
 from netdecouple.report.formatting import count, times
-from netdecouple.report.model import Agreement, Report
+from netdecouple.report.html import report_html
+from netdecouple.report.model import Agreement, Report, Speed
 from netdecouple.report.text import report_table, short_name
+from netdecouple.runtimes.timing import Timing
 from tests.planning.layers import conv, linear
 
 
@@ -69,7 +71,7 @@ def report() -> Report:
         replace(conv(f"{first.name}/pointwise1", 20, 15, 10, k=1), macs=30_000, parameters=315),
         replace(linear("fc", 15, 10), macs=150, parameters=160),
     ]
-    rows_told = layer_reports(layers, applied, written)
+    rows_told = layer_reports(layers, applied, written, {})
     return Report(
         model="net.onnx",
         netdecouple="0.1.0",
@@ -107,6 +109,18 @@ def test_text_says_gain_loss_and_why(report: Report) -> None:
     assert "on 10 held-out inputs" in shown
 
 
+def test_a_latency_budget_is_shown_as_it_was_measured(report: Report) -> None:
+    """The plan has the share that its search ended with; where time is no budget, the budget stays."""
+    before, after = Timing(0.9, 1.0, 1.1), Timing(0.5, 0.6, 0.7)
+    speed = Speed(place="onnxruntime, 1 thread", before=before, after=after, share=0.603, foreseen=0.54)
+    timed = replace(report, speed=speed, budget="54.31% latency and 50% MACs")
+    assert text(timed).startswith("net.onnx, decoupled to 60% latency and 50% MACs")
+    assert "60% (predicted 54%) in onnxruntime, 1 thread" in text(timed)
+    assert "decoupled to 60% latency and 50% MACs" in report_html(timed)
+    assert "decoupled to 54.31% latency" in text(replace(timed, speed=None))
+    assert "decoupled to 50% MACs" in text(replace(timed, budget="50% MACs"))
+
+
 def test_costs_are_those_of_what_was_written(report: Report) -> None:
     """The plan has counted filters that nobody reads any more; stages are named after their layer."""
     first, fc = report.layers
@@ -127,7 +141,7 @@ def test_a_stage_belongs_to_the_layer_whose_name_is_longest() -> None:
             "block/conv1": 1000,
         }.items()
     ]
-    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written)
+    found = layer_reports(layers, Applied(plan=plan, factorizations={}), written, {})
     assert [layer.macs for layer in found] == [1, 110, 1000]
 
 
@@ -146,7 +160,7 @@ def test_sizes_of_every_family_in_turn_are_shown(
     layer = conv("c", 8, 16, 10)
     plan = plan_of(changed(layer, family, sizes, channels))
     rows = layer_reports(
-        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")]
+        {"c": layer}, Applied(plan=plan, factorizations={}), [replace(layer, name="c/conv0")], {}
     )
     assert rows[0].sizes == sizes
     lines = [line.strip() for line in text(replace(report, layers=rows)).splitlines()]

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, result out."""
+"""The command line: exit codes, errors in one line, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,77 +13,35 @@ from typing import Any, TextIO
 import typer
 from rich.console import Console
 
-from netdecouple.cli import apply, bench, demo, evaluate, inspect, lower, options, run, sweep
+from netdecouple.cli.commands import app
 from netdecouple.cli.flags import with_flags
 from netdecouple.cli.interrupt import Interrupted, interruptible, leave
-from netdecouple.cli.terminal import Bars
+from netdecouple.cli.terminal import PLAIN, Bars
 from netdecouple.errors import NetDecoupleError
 from netdecouple.execution import scratch
-from netdecouple.version import __version__
 
-EXIT_CODES = """\b
-Exit codes:
-  0    all is well
-  1    a mistake of ours
-  2    the input or an option is wrong, or there is no room; one line says what to do, and nothing but
-       whole results has been written
-  130  interrupted by Ctrl-C; one line says what had been written by then
-  141  what reads the output has stopped, and so has the command
-"""
 UNREAD = 141  # as shells tell of other tools, which SIGPIPE ends
 
 # typer imports click or, in later versions, brings its own copy;
 # what is wrong with arguments has this base in both
 UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-app = typer.Typer(
-    help="Make pretrained convolutional networks faster without training, by network decoupling.",
-    epilog=EXIT_CODES,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("run")(run.run)
-app.command("sweep")(sweep.sweep)
-app.command("inspect")(inspect.inspect)
-app.command("apply")(apply.apply)
-app.command("lower")(lower.lower)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("demo")(demo.demo)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version."
-    ),
-) -> None:
-    pass
-
 
 def main() -> None:
-    """Run the command line; exit code 2: the user can mend it; 130: Ctrl-C; 1: our own mistake."""
+    """Run the command line; exit code 2: a wrong input or option; 130: Ctrl-C; 1: a bug."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: nobody wants it, and no file of ours may take its number
+        if getattr(sys, name) is None:  # closed: it is not wanted, and another file must not get its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal lacks must not end the command
             stream.reconfigure(errors="replace")
     if "--json" in sys.argv[1:] and sys.stdout is sys.__stdout__:
-        # native code prints past Python: what goes to the descriptor is no part of the JSON
+        # native code prints to the descriptor, past Python: that is not part of the JSON
         sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
     out = sys.stdout
     scratch.forget()
-    # what libraries log or wonder about is no news to the user
+    # users need not see what libraries log or warn of
     if not logging.root.handlers:
         logging.root.addHandler(logging.NullHandler())
     if not sys.warnoptions:
@@ -140,7 +98,7 @@ def _failed(error: BaseException) -> int:
     return _fail(
         1,
         "internal error",
-        f"{type(error).__name__}: {error}; this is a mistake of ours, please report it "
+        f"{type(error).__name__}: {error}; this is a bug in netdecouple, please report it "
         "(NETDECOUPLE_TRACEBACK=1 shows where it happened)",
     )
 
@@ -159,7 +117,7 @@ def _fail(code: int, what: str, message: str) -> int:
     message = " ".join(message.split())
     console = Console(stderr=True)
     console.print(f"{what}:", style="bold red", end=" ")
-    console.print(message, **options.PLAIN)
+    console.print(message, **PLAIN)
     if "--json" in sys.argv[1:]:
         text = f"{what}: {message}".removeprefix("error: ")
         print(json.dumps({"error": text, "exit_code": code}, indent=1))

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ POLL = 0.2  # seconds: some systems handle no signals while they wait for longer
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, under a name that nobody else handles."""
+    """Ctrl-C, under a name that no other code handles."""
 
 
 def interruptible(work: Callable[[], Any]) -> Any:
@@ -31,31 +32,25 @@ def interruptible(work: Callable[[], Any]) -> Any:
         BaseException: whatever the work raises.
     """
     if threading.current_thread() is not threading.main_thread():
-        return work()  # signals are another's business
-    made: list[Any] = []
-    failed: list[BaseException] = []
-    done = threading.Event()
+        return work()  # only the main thread handles signals
+    result: Future[Any] = Future()
 
     def run() -> None:
         try:
-            made.append(work())
+            result.set_result(work())
         except BaseException as error:
-            failed.append(error)
-        finally:
-            done.set()
+            result.set_exception(error)
 
     handler = signal.signal(signal.SIGINT, _interrupt)
     try:
         usual = threading.stack_size(STACK)
         threading.Thread(target=run, name="command", daemon=True).start()
         threading.stack_size(usual)
-        while not done.wait(POLL):
+        while not wait([result], POLL).done:
             pass
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN if sys.exc_info()[0] is Interrupted else handler)
-    if failed:
-        raise failed[0]
-    return made[0]
+    return result.result()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -64,7 +59,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def leave(code: int) -> None:
     """End the process without waiting for any thread."""
-    with contextlib.suppress(OSError):  # there may be nobody who reads
+    with contextlib.suppress(OSError):  # the reader may have gone
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from netdecouple import api
 from netdecouple.data.preprocessing import PRESETS, Preprocessing
 from netdecouple.errors import CalibrationError
 from netdecouple.execution import executors
@@ -20,14 +19,10 @@ from netdecouple.execution.run import Resources
 from netdecouple.families.base import groups
 from netdecouple.families.chain import methods
 from netdecouple.goal import FORMS
-from netdecouple.network import Source
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.divergence import Loss
 from netdecouple.planning.settings import Settings
 from netdecouple.runtimes import NAMES
-
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-"""For printing file names, which may look like markup."""
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +63,7 @@ def complete_families(incomplete: str) -> list[str]:
     return [before + comma + word for word in words if word.startswith(last)]
 
 
-def option(*names: str, help: str, **more: Any) -> Any:
+def option(help: str, *names: str, **more: Any) -> Any:
     """An option whose default needs no mention in the help."""
     return typer.Option(*names, help=help, show_default=False, **more)
 
@@ -85,25 +80,23 @@ OnnxModel = Annotated[Path, typer.Argument(help="The network, an .onnx file.", s
 Weights = Annotated[
     str | None,
     option(
-        help="Of a PyTorch model: default (what its library downloads), random, or FILE.safetensors, .pt, "
-        ".pth."
+        "Of a PyTorch model: default (what its library downloads), random, or FILE.safetensors, .pt, .pth."
     ),
 ]
-Output = Annotated[Path, option("-o", "--output", help="Where to write the new .onnx file.")]
+Output = Annotated[Path, option("Where to write the new .onnx file.", "-o", "--output")]
 Outputs = Annotated[
     list[Path],
     option(
+        "Where to write the new network: an .onnx file; of a PyTorch model also a folder, or both.",
         "-o",
         "--output",
-        help="Where to write the new network: an .onnx file; of a PyTorch model also a folder, or both.",
     ),
 ]
 Reports = Annotated[
     list[Path] | None,
     option(
-        "--report",
-        help="Write the report here: as a page (.html; both networks are timed for it) or as data (.json). "
-        "Repeatable.",
+        "Write the report here: as a page (.html; both networks are timed for it) or as data (.json). "
+        "Repeatable."
     ),
 ]
 Labels = Annotated[str | None, typer.Option(help="Labelled images, FILE.npz:IMAGES,LABELS.")]
@@ -117,11 +110,13 @@ Emit = Annotated[
 Runtime = Annotated[
     str | None,
     option(
-        help="Choose by measuring in this runtime how layers are written: onnxruntime or openvino; of "
+        "Choose by measuring in this runtime how layers are written: onnxruntime or openvino; of "
         "PyTorch models also torch or torch.compile.",
         autocompletion=among(NAMES),
     ),
 ]
+
+InputSize = Annotated[str | None, option("Height and width: 224 or 480x640, where the model leaves it open.")]
 
 
 @dataclass(frozen=True)
@@ -131,16 +126,14 @@ class Pictures:
     preset: Annotated[
         str | None,
         option(
-            help="Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the "
+            "Preprocessing of images: imagenet, cifar10, or none (scale to 0..1); default what the "
             "weights of a PyTorch model say, else none.",
             autocompletion=among(list(PRESETS)),
         ),
     ] = None
-    input_size: Annotated[
-        str | None, option(help="Height and width: 224 or 480x640, where the model leaves it open.")
-    ] = None
-    mean: Annotated[str | None, option(help="Mean per channel, of values in 0..1: 0.485,0.456,0.406.")] = None
-    std: Annotated[str | None, option(help="Standard deviation per channel: 0.229,0.224,0.225.")] = None
+    input_size: InputSize = None
+    mean: Annotated[str | None, option("Mean per channel, of values in 0..1: 0.485,0.456,0.406.")] = None
+    std: Annotated[str | None, option("Standard deviation per channel: 0.229,0.224,0.225.")] = None
 
     def preprocessing(self, default: Preprocessing = Preprocessing()) -> Preprocessing:
         """Combine the options; what they leave open is as in ``default``."""
@@ -153,11 +146,7 @@ class Pictures:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read a height and width, 224 or 480x640.
-
-    Raises:
-        CalibrationError: it is neither.
-    """
+    """Read a height and width, 224 or 480x640."""
     try:
         numbers = [int(n) for n in text.lower().replace(",", "x").split("x")]
     except ValueError:
@@ -175,8 +164,7 @@ def _floats(text: str, name: str) -> tuple[float, ...]:
 
 
 Calib = Annotated[
-    str | None,
-    option(help="Unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, or MODULE:FUNCTION."),
+    str | None, option("Unlabelled inputs: a folder of images, FILE.npy, FILE.npz:KEY, or MODULE:FUNCTION.")
 ]
 Samples = Annotated[int, typer.Option(min=10, help="Calibration images to take at most.")]
 
@@ -208,9 +196,8 @@ class Fitting:
     loss: Annotated[
         Loss | None,
         option(
-            "--loss",
-            help="How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl "
-            "for a single output (N, classes).",
+            "How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl "
+            "for a single output (N, classes)."
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0
@@ -234,17 +221,13 @@ class Memory:
 
     work: Annotated[
         Path | None,
-        option(
-            "--work",
-            help="Folder to keep intermediate results in: an ended run, started again with it, goes on.",
-        ),
+        option("Folder to keep intermediate results in: an ended run, started again with it, goes on."),
     ] = None
     memory: Annotated[
         str | None,
         option(
-            "--memory",
-            help="Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
-            "fitted from their weights alone.",
+            "Memory to do with, like 4GB: layers are taken in smaller groups; those too wide for it are "
+            "fitted from their weights alone."
         ),
     ] = None
 
@@ -257,16 +240,11 @@ class Memory:
 class Execution(Memory):
     """What a run may use, with workers."""
 
-    workers: Annotated[
-        int | None, option("--workers", min=1, help="Processes on this machine to share the work.")
-    ] = None
-    scheduler: Annotated[
-        str | None, option("--scheduler", help="Dask cluster to share the work: tcp://HOST:8786.")
-    ] = None
+    workers: Annotated[int | None, option(min=1, help="Processes on this machine to share the work.")] = None
+    scheduler: Annotated[str | None, option("Dask cluster to share the work: tcp://HOST:8786.")] = None
     shards: Annotated[
         int | None,
         option(
-            "--shards",
             min=1,
             help="Parts to cut the inputs into for workers; the same parts give the same result. Default 8.",
         ),
@@ -275,14 +253,5 @@ class Execution(Memory):
     @contextmanager
     def opened(self) -> Iterator[Resources]:
         """Start the workers, if there are any, and end them afterwards."""
-        resources = Resources(work=self.work, memory=self.memory, shards=self.shards)
         with executors.opened(self.workers, self.scheduler) as workers:
-            yield replace(resources, workers=workers)
-
-
-def open_model(
-    model: Path, weights: str | None = None, seed: int = 0, outputs: Sequence[Path] = ()
-) -> Source:
-    """Open a network that a command line names; ``outputs`` tell whether it is to be exported."""
-    is_exported = any(path.suffix == ".onnx" for path in outputs)
-    return api.open_model(str(model), weights, seed, is_exported=is_exported)
+            yield replace(self.resources(), shards=self.shards, workers=workers)

@@ -9,16 +9,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from netdecouple import api
-from netdecouple.cli import options
 from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.scratch import check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
-from netdecouple.report.model import Report
 from netdecouple.report.text import report_table
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
@@ -26,42 +23,36 @@ WEIGHTS_ONLY = (".pt", ".pth", ".safetensors")
 
 
 def check_model(model: Path) -> None:
-    """Refuse files that hold weights and no network.
-
-    Raises:
-        ModelError: see there.
-    """
+    """Refuse files that hold weights and no network."""
     if model.suffix in WEIGHTS_ONLY and not api.is_named(model):
         raise ModelError(
             f"{model}: holds weights and no network; name that as well: torchvision:NAME --weights {model}"
         )
 
 
-def check_networks(model: Path, outputs: Sequence[Path]) -> list[Path]:
-    """Return those outputs that are folders: of PyTorch models, all that do not end in .onnx.
-
-    Raises:
-        OutputError: a network cannot be written so.
-    """
-    is_torch = api.is_named(model)
-    if not is_torch and len(outputs) > 1:
+def check_run(
+    inputs: Sequence[Path], networks: Sequence[Path], plan: Path | None, reports: Iterable[Path] | None
+) -> list[Path]:
+    """Check the model, the first of the inputs, and all outputs before the work; return the reports."""
+    check_model(inputs[0])
+    is_torch = api.is_named(inputs[0])
+    if not is_torch and len(networks) > 1:
         raise OutputError("an .onnx model becomes one .onnx file; give -o once")
-    for output in outputs:
-        if not is_torch and not output.suffix and not os.path.exists(output):
-            raise OutputError(f"{output}: .onnx models are written as .onnx files; write -o {output}.onnx")
-        if is_torch and output.suffix in NO_FOLDERS:
+    for path in networks:
+        if not is_torch and not path.suffix and not os.path.exists(path):
+            raise OutputError(f"{path}: .onnx models are written as .onnx files; write -o {path}.onnx")
+        if is_torch and path.suffix in NO_FOLDERS:
             raise OutputError(
-                f"{output}: PyTorch models are written as .onnx or as a folder; leave out {output.suffix}"
+                f"{path}: PyTorch models are written as .onnx or as a folder; leave out {path.suffix}"
             )
-    return [output for output in outputs if is_torch and output.suffix != ".onnx"]
+    folders = [path for path in networks if is_torch and path.suffix != ".onnx"]
+    checked = check_reports(reports)
+    check_outputs(inputs, *networks, plan, *checked, folders=folders)
+    return checked
 
 
 def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequence[Path] = ()) -> None:
-    """Find out before the work that an output cannot be written, or would overwrite an input.
-
-    Raises:
-        OutputError: see there.
-    """
+    """Refuse outputs that cannot be written, are named twice, or would overwrite an input."""
     given = [output for output in outputs if output is not None]
     for index, output in enumerate(given):
         if output in folders:
@@ -75,15 +66,23 @@ def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequen
 
 
 def check_reports(reports: Iterable[Path] | None) -> list[Path]:
-    """Refuse reports whose ending is not one of those that they can be written as.
-
-    Raises:
-        OutputError: see there.
-    """
+    """Refuse reports that end neither in .html nor in .json."""
     paths = list(reports or ())
     for path in paths:
         report_ending(path)
     return paths
+
+
+def open_model(
+    terminal: Terminal, model: Path, weights: str | None, seed: int = 0, outputs: Sequence[Path] = ()
+) -> Source:
+    """Open a network, which is exported if an output is an .onnx file; print the origin of its weights."""
+    source = api.open_model(
+        str(model), weights, seed, is_exported=any(path.suffix == ".onnx" for path in outputs)
+    )
+    if origin := getattr(source, "weights", ""):
+        terminal.say("Weights", origin)
+    return source
 
 
 def write_result(
@@ -91,15 +90,25 @@ def write_result(
     result: api.Result,
     outputs: Sequence[Path],
     plan: Path | None,
-    reports: Iterable[Path] = (),
+    reports: Sequence[Path],
+    runtimes: Sequence[str] = (),
+    threads: int = 1,
 ) -> None:
-    """Write the network, the plan and the reports, print the report, and give it to programs."""
-    report = with_command(result.report)
+    """Write the network, the plan and the reports, print the report, and give it to programs.
+
+    For a page, both networks are timed, if they were not: in ``runtimes``, with one thread and ``threads``.
+    """
+    report = result.report
+    if any(report_ending(path) == ".html" for path in reports) and not report.benchmark:
+        report = result.timed(tuple(dict.fromkeys(runtimes)), tuple(dict.fromkeys((1, threads)))).report
+    if report.provenance is not None:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        report = replace(report, provenance=replace(report.provenance, command=command))
     texts = {path: rendered(report, path) for path in reports}  # before anything is written
     for output in outputs:
         result.save(output)
     if plan is not None:
-        write_text(plan, result.plan.to_json() + "\n")
+        texts[plan] = result.plan.to_json() + "\n"
     for path, text in texts.items():
         write_text(path, text)
     terminal.console.print(report_table(report))
@@ -108,33 +117,13 @@ def write_result(
     written = {
         "outputs": [str(path) for path in outputs],
         "plan": None if plan is None else str(plan),
-        "reports": [str(path) for path in texts],
+        "reports": [str(path) for path in reports],
     }
-    data: dict[str, Any] = json.loads(report.to_json())
-    terminal.give(data | written)
-
-
-def with_command(report: Report) -> Report:
-    """Return the same with the command line that made it."""
-    if report.provenance is None:
-        return report
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return replace(report, provenance=replace(report.provenance, command=shlex.join(words)))
-
-
-def wants_times(reports: Iterable[Path]) -> bool:
-    """Whether a report is asked for that shows times."""
-    return any(report_ending(path) == ".html" for path in reports)
+    terminal.give(json.loads(report.to_json()) | written)
 
 
 def print_written(terminal: Terminal, output: Path) -> None:
     """Print which network was written, and its size."""
     files = output.iterdir() if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
-    terminal.console.print(f"Wrote       {output} ({size / 1e6:.2f} MB)", **options.PLAIN)
-
-
-def print_weights(terminal: Terminal, source: Source) -> None:
-    """Print what a PyTorch model's weights are."""
-    if weights := getattr(source, "weights", ""):
-        terminal.console.print(f"Weights     {weights}", **options.PLAIN)
+    terminal.say("Wrote", f"{output} ({size / 1e6:.2f} MB)")

@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 EVERY = 10.0  # seconds between lines of progress where there is no terminal to draw bars on
 
+# for printing file names, which may look like markup
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object to standard output, and all else to standard error."),
@@ -31,16 +34,6 @@ class Output:
     as_json: Json = False
 
 
-def console() -> Console:
-    """Standard output; where it is no terminal, lines are wide enough for every table."""
-    return _wide(sys.stdout.isatty())
-
-
-def _wide(is_terminal: bool, **options: Any) -> Console:
-    width = None if is_terminal or "COLUMNS" in os.environ else 150
-    return Console(width=width, markup=False, emoji=False, **options)  # names are nobody's markup
-
-
 class Terminal:
     """What one command prints to. With ``--json`` everything else that prints goes to standard error too."""
 
@@ -50,16 +43,19 @@ class Terminal:
         self.as_json = output.as_json
         if output.as_json:  # a calibration function may print as well
             sys.stdout = sys.stderr
-        if output.quiet:
-            self.console = Console(quiet=True)
-        elif output.as_json:
-            self.console = _wide(sys.stderr.isatty(), stderr=True)
-        else:
-            self.console = console()
+        # where it is no terminal, lines are wide enough for every table
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150
+        is_quiet, to_stderr = output.quiet, output.as_json
+        # names of files and layers are not markup
+        self.console = Console(width=width, markup=False, emoji=False, quiet=is_quiet, stderr=to_stderr)
 
     def bars(self) -> Bars:
         """Progress on standard error."""
         return Bars(self._quiet)
+
+    def say(self, label: str, text: object) -> None:
+        """Print one line, its label in a column of its own."""
+        self.console.print(f"{label:<11} {text}", **PLAIN)
 
     def give(self, data: dict[str, Any]) -> None:
         """Print data as JSON, if that was asked for."""
@@ -86,8 +82,7 @@ class Bars:
             console=console,
             disable=quiet or not console.is_terminal,
         )
-        self._tasks: dict[str, tuple[TaskID, int]] = {}  # step → task, last done
-        self._started: dict[str, float] = {}  # step → when it (last) began
+        self._steps: dict[str, tuple[TaskID, int, float]] = {}  # step → task, last done, when it (last) began
         self._printed = time.monotonic()
 
     def __enter__(self) -> Bars:
@@ -104,24 +99,18 @@ class Bars:
         self._progress.stop()
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        task, last = self._tasks.get(step, (None, 0))
+        now = time.monotonic()
+        task, last, began = self._steps.get(step, (None, 0, now))
         if task is None:
             task = self._progress.add_task(step, total=total)
         elif done < last:  # the step starts over, for the next group of layers
             self._progress.reset(task, total=total)
-        self._tasks[step] = (task, done)
+            began = now
+        self._steps[step] = task, done, began
         self._progress.update(task, completed=done, total=total)
-        if self._prints_lines:
-            self._line(step, done, total, step not in self._started or done < last)
-
-    def _line(self, step: str, done: int, total: int, begins: bool) -> None:
-        now = time.monotonic()
-        if begins:
-            self._started[step] = now
-        if now - self._printed < EVERY:
-            return
-        self._printed = now
-        left = (now - self._started[step]) * (total - done) / max(done, 1)
-        minutes, seconds = divmod(round(left), 60)
-        remaining = f", about {minutes}:{seconds:02} left" if left and done < total else ""
-        print(f"{step}: {done} of {total}{remaining}", file=self._console.file, flush=True)
+        if self._prints_lines and now - self._printed >= EVERY:
+            self._printed = now
+            left = (now - began) * (total - done) / max(done, 1)
+            minutes, seconds = divmod(round(left), 60)
+            remaining = f", about {minutes}:{seconds:02} left" if left and done < total else ""
+            print(f"{step}: {done} of {total}{remaining}", file=self._console.file, flush=True)

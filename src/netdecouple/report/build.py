@@ -11,6 +11,7 @@ from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.report.formatting import by
 from netdecouple.report.model import Agreement, Answer, Disagreement, LayerReport, Stage
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
@@ -45,13 +46,9 @@ def disagreements_of(
         return ()
     answers = [_answers(outputs[0]) if is_classifier else [None] * len(losses) for outputs in (original, new)]
     worst = np.argsort(-losses, kind="stable")[:DISAGREEMENTS]
-    return tuple(
-        Disagreement(
-            sample=int(places[i]), divergence=float(losses[i]), original=answers[0][i], new=answers[1][i]
-        )
-        for i in worst
-        if losses[i] > 0
-    )
+    columns = zip(places, losses.tolist(), *answers, strict=True)
+    rows = [Disagreement(sample=int(n), divergence=d, original=was, new=now) for n, d, was, now in columns]
+    return tuple(rows[i] for i in worst if losses[i] > 0)
 
 
 def _answers(outputs: Array) -> list[Answer | None]:
@@ -60,10 +57,7 @@ def _answers(outputs: Array) -> list[Answer | None]:
 
 
 def layer_reports(
-    layers: Mapping[str, Layer],
-    applied: Applied,
-    written: Iterable[Layer],
-    energies: Mapping[str, Array] | None = None,
+    layers: Mapping[str, Layer], applied: Applied, written: Iterable[Layer], energies: Mapping[str, Array]
 ) -> tuple[LayerReport, ...]:
     """Report on every layer of a plan, in its order.
 
@@ -79,49 +73,37 @@ def layer_reports(
         name = max((n for n in layers if f"{part.name}/".startswith(f"{n}/")), key=len)
         macs[name] += part.macs
         parameters[name] += part.parameters
-    energies = energies or {}
-    return tuple(
-        _layer_report(
-            layers[row.name],
-            row,
-            applied,
-            (macs[row.name], parameters[row.name]),
-            energies.get(row.name, np.zeros(0)),
+    rows = []
+    for row in applied.plan.layers:
+        layer, g, samples = layers[row.name], layers[row.name].geometry, applied.samples.get(row.name)
+        fitted = applied.factorizations.get(row.name)
+        unknowns = 0 if g is None else g.unknowns
+        rows.append(
+            LayerReport(
+                name=row.name,
+                operator=row.operator,
+                shape=describe(layer),
+                family=row.family,
+                reason=row.reason,
+                sizes=row.sizes,
+                terms_per_channel=_terms_per_channel(layer, row),
+                macs_before=row.macs_before,
+                macs=macs[row.name],
+                parameters_before=row.parameters_before,
+                parameters=parameters[row.name],
+                predicted_error=row.predicted_error if row.changed else None,
+                measured_error=applied.errors.get(row.name),
+                ridge=row.ridge or None,
+                samples=samples,
+                samples_wanted=None if samples is None else ROWS_PER_UNKNOWN * unknowns,
+                inputs=0 if g is None else g.groups * unknowns,
+                dependent=applied.dependent.get(row.name),
+                before=None if g is None else _stage(g, layer.size, g.n_i, layer.maps),
+                stages=() if fitted is None else _stages(layer, fitted),
+                energy=tuple(round(float(share), 6) for share in energies.get(row.name, ())),
+            )
         )
-        for row in applied.plan.layers
-    )
-
-
-def _layer_report(
-    layer: Layer, row: LayerPlan, applied: Applied, costs: tuple[int, int], energy: Array
-) -> LayerReport:
-    samples = applied.samples.get(row.name)
-    fitted = applied.factorizations.get(row.name)
-    g = layer.geometry
-    unknowns = 0 if g is None else g.unknowns
-    return LayerReport(
-        name=row.name,
-        operator=row.operator,
-        shape=describe(layer),
-        family=row.family,
-        reason=row.reason,
-        sizes=row.sizes,
-        terms_per_channel=_terms_per_channel(layer, row),
-        macs_before=row.macs_before,
-        macs=costs[0],
-        parameters_before=row.parameters_before,
-        parameters=costs[1],
-        predicted_error=row.predicted_error if row.changed else None,
-        measured_error=applied.errors.get(row.name),
-        ridge=row.ridge or None,
-        samples=samples,
-        samples_wanted=ROWS_PER_UNKNOWN * unknowns if samples is not None else None,
-        inputs=0 if g is None else g.groups * unknowns,
-        dependent=applied.dependent.get(row.name),
-        before=None if g is None else _stage(g, layer.size, g.n_i, layer.maps),
-        stages=() if fitted is None else stages_of(layer, fitted),
-        energy=tuple(round(float(share), 6) for share in energy),
-    )
+    return tuple(rows)
 
 
 def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
@@ -131,7 +113,7 @@ def _terms_per_channel(layer: Layer, row: LayerPlan) -> tuple[int, int] | None:
     return int(counts.min()), int(counts.max())
 
 
-def stages_of(layer: Layer, factorization: Factorization) -> tuple[Stage, ...]:
+def _stages(layer: Layer, factorization: Factorization) -> tuple[Stage, ...]:
     """Describe the convolutions that replace a layer, in order."""
     size, stages = layer.size, []
     for stage in factorization.stages:
@@ -160,12 +142,12 @@ def describe(layer: Layer) -> str:
         return ""
     if g.is_pointwise and g.groups == 1 and layer.size == (1, 1):
         return f"{g.n_i}→{g.n_o}"
-    parts = [f"{g.n_i}→{g.n_o}", f"{g.kh}×{g.kw}"]
+    parts = [f"{g.n_i}→{g.n_o}", by((g.kh, g.kw))]
     if g.strides != (1, 1):
-        parts.append("/" + "×".join(map(str, dict.fromkeys(g.strides))))
+        parts.append(f"/{by(dict.fromkeys(g.strides))}")
     if g.dilations != (1, 1):
-        parts.append("dilated " + "×".join(map(str, dict.fromkeys(g.dilations))))
+        parts.append(f"dilated {by(dict.fromkeys(g.dilations))}")
     if g.groups > 1:
         parts.append(f"{g.groups} groups")
-    parts.append("@" + "×".join(map(str, dict.fromkeys(layer.size))))
+    parts.append(f"@{by(dict.fromkeys(layer.size))}")
     return " ".join(parts)

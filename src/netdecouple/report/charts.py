@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 
-from netdecouple.report.formatting import count
+import numpy as np
+
+from netdecouple.network import Array
+from netdecouple.report.formatting import by, count
 from netdecouple.report.model import LayerReport, Stage
 
 SPEEDUPS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100)
@@ -48,10 +51,10 @@ class Chart:
     title: str
     description: str
     y_title: str
-    x_ticks: tuple[Tick, ...] = ()
-    y_ticks: tuple[Tick, ...] = ()
-    lines: tuple[tuple[str, str], ...] = ()  # kind, path
-    marks: tuple[Point, ...] = ()
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    lines: tuple[tuple[str, str], ...]  # kind, path
+    marks: tuple[Point, ...]
     width: int = 440
     height: int = 290
     left: int = 52
@@ -71,32 +74,26 @@ def plot(
     floor_y = min(positive)  # a loss of 0 is drawn here
     low, high = _decades(floor_y, max(positive))
     last = 1.04 * max(1.3, *(x for x, _ in everything))
-    frame = Chart(title, description, y_title)
+    left, right, top, bottom = Chart.left, Chart.right, Chart.top, Chart.bottom
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = log10(x) / log10(last), (log10(max(y, floor_y)) - low) / (high - low)
-        return (
-            round(frame.left + across * (frame.right - frame.left), 1),
-            round(frame.bottom - up * (frame.bottom - frame.top), 1),
-        )
+        return round(left + across * (right - left), 1), round(bottom - up * (bottom - top), 1)
 
     marks: list[Point] = []
     for point in points:
         x, y = place(point.x, point.y)
         near = any(m.label and abs(m.x - x) < CROWDED[0] and abs(m.y - y) < CROWDED[1] for m in marks)
-        side = "end" if x > frame.left + ROOM else "start"  # curves rise: there is room above to the left
+        side = "end" if x > left + ROOM else "start"  # curves rise: there is room above to the left
         marks.append(Point(x, y, "" if near else point.label, point.kind, side))
     marks.sort(key=lambda mark: mark.kind == "run")  # drawn last, above all others
-    lines = tuple(
-        (line.kind, "M" + " L".join(f"{x} {y}" for x, y in (place(*p) for p in line.points)))
-        for line in series
-        if line.points
-    )
+    paths = [" L".join("{} {}".format(*place(x, y)) for x, y in line.points) for line in series]
+    lines = tuple((line.kind, f"M{path}") for line, path in zip(series, paths, strict=True) if path)
     shown = [x for x in SPEEDUPS if x <= last]
     shown = shown if len(shown) <= 7 else [x for x in shown if x not in BETWEEN]
     x_ticks = tuple(Tick(place(x, floor_y)[0], f"{x:g}×") for x in shown)
     y_ticks = tuple(Tick(place(1, y)[1], f"{y:g}") for y in _log_ticks(low, high))
-    return replace(frame, x_ticks=x_ticks, y_ticks=y_ticks, lines=lines, marks=tuple(marks))
+    return Chart(title, description, y_title, x_ticks, y_ticks, lines, tuple(marks))
 
 
 def _decades(low: float, high: float) -> tuple[float, float]:
@@ -154,7 +151,7 @@ class Structure:
 
 
 LEFT, RIGHT, BAR = 44, 382, 6  # edges of the drawing of a structure, width of a bar
-ROWS = (48, 136)  # middles of the two rows
+MIDDLES = {"was": 48, "now": 136}  # of the two rows
 LEAST, MOST = 7, 46  # heights of bars
 LINES = 9  # at most, for a depthwise or grouped stage
 
@@ -165,23 +162,21 @@ def structure(layer: LayerReport) -> Structure | None:
         return None
     chains = {"was": (layer.before,), "now": layer.stages}
     most = max(n for stages in chains.values() for s in stages for n in (s.n_i, s.n_o))
-    rows = tuple(
-        _row(name, stages, middle, layer.before.n_i, most)
-        for (name, stages), middle in zip(chains.items(), ROWS, strict=True)
-    )
+    rows = tuple(_row(name, stages, layer.before.n_i, most) for name, stages in chains.items())
     was, now = (", then ".join(map(_described, stages)) for stages in chains.values())
     return Structure(f"Structure of {layer.name} before and after", f"It was {was}. It is now {now}.", rows)
 
 
 def _described(stage: Stage) -> str:
     """Describe a stage: a 3×3 depthwise convolution, 16 to 38 channels, 350 k MACs."""
-    kernel = "×".join(map(str, stage.kernel))
     kind = "depthwise convolution" if stage.kind == "depthwise" else "convolution"
     groups = f" in {stage.groups} groups" if stage.kind != "depthwise" and stage.groups > 1 else ""
-    return f"a {kernel} {kind}{groups}, {stage.reads} to {stage.n_o} channels, {count(stage.macs)} MACs"
+    channels = f"{stage.reads} to {stage.n_o} channels"
+    return f"a {by(stage.kernel)} {kind}{groups}, {channels}, {count(stage.macs)} MACs"
 
 
-def _row(name: str, stages: Sequence[Stage], middle: float, n_i: int, most: int) -> Row:
+def _row(name: str, stages: Sequence[Stage], n_i: int, most: int) -> Row:
+    middle = MIDDLES[name]
     channels = [n_i, *(stage.n_o for stage in stages)]
     step = (RIGHT - LEFT - BAR) / len(stages)
     heights = [LEAST + (MOST - LEAST) * sqrt(number / most) for number in channels]
@@ -204,10 +199,9 @@ def _flow(stage: Stage, left: Bar, right: Bar) -> Flow:
         if not depthwise:
             shape += f" V{right.y + b * right.height:.1f} L{start} {left.y + b * left.height:.1f} Z"
         shapes.append(shape)
-    kernel = "×".join(map(str, stage.kernel))
-    kernel += " dw" if depthwise else f" /{stage.groups}" if stage.groups > 1 else ""
-    middle = round((start + end) / 2, 1)
-    return Flow("lines" if depthwise else "band", " ".join(shapes), middle, kernel, count(stage.macs))
+    kernel = by(stage.kernel) + (" dw" if depthwise else f" /{stage.groups}" if stage.groups > 1 else "")
+    middle, kind = round((start + end) / 2, 1), "lines" if depthwise else "band"
+    return Flow(kind, " ".join(shapes), middle, kernel, count(stage.macs))
 
 
 @dataclass(frozen=True)
@@ -224,31 +218,26 @@ class Spectrum:
     base: int = 146
 
 
-def spectrum(name: str, energy: Sequence[float], taken: float | None = None) -> Spectrum | None:
+def spectrum(name: str, energy: Sequence[float] | Array, taken: float = 0.0) -> Spectrum | None:
     """Lay out the shares of all components; the first ``taken``, an average, are highlighted.
 
     ``energy`` are cumulative shares. Without any, the result is None.
     """
-    if not energy:
+    if not len(energy):
         return None
-    shares = [b - a for a, b in zip((0.0, *energy), energy, strict=False)]
+    shares = np.diff(energy, prepend=0.0).tolist()
     left, right, base, top = 8, 152, Spectrum.base, 40
     step = (right - left) / len(shares)
     bars = []
     for index, share in enumerate(shares):
         height = max(share / max(shares), 0.0) * (base - top)
-        kind = "taken" if taken is not None and index + 0.5 <= taken else "rest"
+        kind = "taken" if index + 0.5 <= taken else "rest"
         x, y = left + index * step + step * 0.12, base - height
         bars.append((round(x, 1), round(y, 1), round(step * 0.76, 1), round(height, 1), kind))
-    most = next(t for t, e in enumerate((*energy, 1.0), 1) if e >= 0.9 or t == len(energy))
+    most = next((t for t, e in enumerate(energy, 1) if e >= 0.9), len(energy))
     caption = f"{100 * energy[most - 1]:.0f}% in {most} of {len(energy)}"
     listed = ", ".join(f"{100 * s:.1f}%" for s in shares[:12]) + (", …" if len(shares) > 12 else "")
-    return Spectrum(
-        title=f"Principal components of {name}",
-        description=f"Shares of the energy of its weights, component by component: {listed}. {caption}.",
-        bars=tuple(bars),
-        labels=tuple(
-            Tick(round(left + (t - 0.5) * step, 1), str(t)) for t in dict.fromkeys((1, len(shares)))
-        ),
-        caption=caption,
-    )
+    description = f"Shares of the energy of its weights, component by component: {listed}. {caption}."
+    ends = sorted({1, len(shares)})
+    labels = tuple(Tick(round(left + (t - 0.5) * step, 1), str(t)) for t in ends)
+    return Spectrum(f"Principal components of {name}", description, tuple(bars), labels, caption)

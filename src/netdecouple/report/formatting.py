@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from netdecouple.report.model import LayerReport, Report
 from netdecouple.runtimes.timing import Ratio
 
@@ -12,6 +15,24 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
     return f"{number:.0f}"
+
+
+def size(number: int) -> str:
+    """Format a number of bytes: 40.6 MB."""
+    return f"{count(number)}B" if number >= 1000 else f"{number} bytes"
+
+
+def ms(value: float) -> str:
+    """Format milliseconds with three digits, zeros at the end included, so that columns line up."""
+    if value < 0.1:  # the profiler measures in whole microseconds
+        return f"{1000 * value:.0f} µs"
+    number, unit = (value, "ms") if value < 1000 else (value / 1000, "s")
+    return f"{number:#.3g}".removesuffix(".") + f" {unit}"
+
+
+def by(sizes: Iterable[int]) -> str:
+    """Format sizes along axes: 3×3."""
+    return "×".join(map(str, sizes))
 
 
 def times(before: float, after: float) -> str:
@@ -55,9 +76,16 @@ def layer_sizes(layer: LayerReport) -> str:
     return sizes
 
 
+def goal(report: Report) -> str:
+    """Return the budget; of a time, the share that was measured instead of the predicted one."""
+    if report.speed is None:
+        return report.budget
+    return re.sub(r"^[\d.]+(?=% latency)", f"{100 * report.speed.share:.0f}", report.budget)
+
+
 def sample_note(layer: LayerReport) -> str:
     """Describe a shortage of samples or dependent inputs in the fit of a layer; empty if there is none."""
-    if layer.family != "kept" and layer.samples is None:
+    if layer.changed and layer.samples is None:
         return "fitted from its weights"
     if layer.lacks_samples:
         return f"{count(layer.samples or 0)} of {count(layer.samples_wanted or 0)} samples wanted"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import isfunction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,9 @@ import jinja2
 from markupsafe import Markup, escape
 
 from netdecouple.families.base import REGISTRY, spreads_terms, used_by
+from netdecouple.report import formatting as fmt
 from netdecouple.report.build import describe
 from netdecouple.report.charts import Chart, Point, Series, plot, spectrum, structure
-from netdecouple.report.formatting import (
-    count,
-    faster,
-    layer_sizes,
-    percent,
-    sample_note,
-    samples_note,
-    short,
-    skipped_note,
-    threads,
-    times,
-)
 from netdecouple.report.inspection import Inspection
 from netdecouple.report.model import Agreement, LayerReport, Report
 from netdecouple.report.sweep import Sweep, SweepPoint
@@ -35,7 +26,14 @@ from netdecouple.runtimes.benchmark import TimedLayer, TimedModel
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.version import __version__
 
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "PyTorch",
+    "torch.compile": "torch.compile",
+}
+LOSSES = {"kl": "KL divergence (nats)", "relative": "relative error"}
+OTHERS = {REORDER: " (between plain and blocked tensors)", REST: " (nodes outside all layers)", TOTAL: ""}
 OPEN = 24  # changed layers up to which all drawings are shown at once
 
 
@@ -51,8 +49,9 @@ class Fact:
 
 def report_html(report: Report) -> str:
     """Return a report as one self-contained page."""
-    layers = _layer_rows(report)
-    timed = _times_by_layer(report)
+    profiles = report.benchmark.layers[:1] if report.benchmark else ()
+    timed = {row.name: row for profile in profiles for row in profile.layers}
+    layers = _layer_rows(report, timed)
     return _page(
         "report.html",
         title=f"{report.model}, decoupled",
@@ -60,71 +59,39 @@ def report_html(report: Report) -> str:
         verdict=verdict(report),
         gains=gains(report),
         losses=losses(report),
-        notes=notes(report),
         layers=layers,
-        timed_layers=any(row["before"] or row["after"] for row in layers),
-        others=[timed[name] for name in (REORDER, REST, TOTAL) if name in timed],
-        others_note={REORDER: "between plain and blocked tensors", REST: "nodes outside all layers"},
+        timed_layers=any(any(row["timings"]) for row in layers),
+        others=[(timed[name], note) for name, note in OTHERS.items() if name in timed],
         most_macs=max((layer.macs_before for layer in report.layers), default=1) or 1,
-        is_open=sum(row["changed"] for row in layers) <= OPEN,
+        is_open=sum(layer.changed for layer in report.layers) <= OPEN,
         chart=_report_chart(report),
-        loss_name=_loss_name(report.agreement.loss if report.agreement else ""),
-        samples=_samples(report),
-        changed_classes=_changed_classes(report.agreement),
+        loss_name=_loss_name(report),
         families=used_by(layer.family for layer in report.layers),
     )
 
 
 def inspect_html(inspection: Inspection) -> str:
     """Return the layers of a network as one self-contained page."""
-    layers, energy = inspection.layers, inspection.energy
-    macs, parameters = (sum(getattr(layer, unit) for layer in layers) for unit in ("macs", "parameters"))
-    rows = [
-        {
-            "number": index,
-            "layer": layer,
-            "shape": describe(layer),
-            "spectrum": spectrum(layer.name, energy[layer.name].tolist() if layer.name in energy else ()),
-        }
-        for index, layer in enumerate(layers, 1)
-    ]
-    eligible = sum(not layer.reason for layer in layers)
+    spectra = (spectrum(la.name, inspection.energy.get(la.name, ())) for la in inspection.layers)
     return _page(
         "inspect.html",
         title=f"{inspection.model}, inspected",
-        model=inspection.model,
-        rows=rows,
-        most_macs=max((layer.macs for layer in layers), default=1) or 1,
-        macs=macs,
-        facts=[
-            Fact(count(macs), "MACs", _least(macs, inspection.least_macs)),
-            Fact(count(parameters), "parameters", _least(parameters, inspection.least_parameters)),
-            Fact(str(len(rows)), "layers", f"{eligible} of them can be decoupled"),
-        ],
+        inspection=inspection,
+        rows=list(zip(count(1), inspection.layers, spectra, strict=False)),
+        most_macs=max((layer.macs for layer in inspection.layers), default=1) or 1,
     )
-
-
-def _least(now: int, least: int) -> str:
-    return f"at least {count(least)}: {times(now, least)} fewer"
 
 
 def sweep_html(sweep: Sweep) -> str:
     """Return a sweep over budgets as one self-contained page: the curve, its knee, and every point."""
-    knee = None if sweep.knee is None else sweep.points[sweep.knee]
-    compared = [c.point for c in sweep.compared]
-    points = (*sweep.points, *compared)
+    knee = sweep.best
     return _page(
         "sweep.html",
         title=f"{sweep.model}, a sweep over budgets",
         sweep=sweep,
-        knee=knee,
         facts=[] if knee is None else [*_cost_facts(knee), *_agreement_facts(knee.agreement)],
-        rows=[*((p, p is knee, False) for p in sweep.points), *((p, False, True) for p in compared)],
         chart=_sweep_chart(sweep),
-        loss_name=_loss_name(sweep.loss),
-        planned=[c.point.budget for c in sweep.compared if c.layers],
-        has_classes=any(p.agreement and p.agreement.same_class is not None for p in points),
-        has_accuracy=any(p.accuracy for p in points),
+        loss_name=LOSSES[sweep.loss],
     )
 
 
@@ -137,22 +104,22 @@ def gains(report: Report) -> list[Fact]:
     facts = [macs, _time(report), parameters]
     if report.bytes_before and report.bytes:
         sizes = report.bytes_before, report.bytes
-        facts.append(_change(*sizes, _bytes, "smaller in bytes", "larger in bytes"))
+        facts.append(_change(*sizes, fmt.size, "smaller in bytes", "larger in bytes"))
     return facts
 
 
 def _cost_facts(costs: Report | SweepPoint) -> list[Fact]:
     return [
-        _change(costs.macs_before, costs.macs, count, "fewer MACs", "more MACs"),
-        _change(costs.parameters_before, costs.parameters, count, "fewer parameters", "more parameters"),
+        _change(costs.macs_before, costs.macs, fmt.count, "fewer MACs", "more MACs"),
+        _change(costs.parameters_before, costs.parameters, fmt.count, "fewer parameters", "more parameters"),
     ]
 
 
 def _change(before: int, after: int, shown: Callable[[int], str], less: str, more: str) -> Fact:
     detail = f"{shown(before)} → {shown(after)}"
     if after > before:
-        return Fact(times(after, before), more, detail, "loss")
-    return Fact(times(before, after), less, detail, "gain")
+        return Fact(fmt.times(after, before), more, detail, "loss")
+    return Fact(fmt.times(before, after), less, detail, "gain")
 
 
 def _headline(report: Report) -> tuple[TimedModel, TimedModel] | None:
@@ -169,7 +136,7 @@ def _time(report: Report) -> Fact:
     if timed is None:
         if report.speed:
             s = report.speed
-            detail = f"{_ms(s.before.median)} → {_ms(s.after.median)} in {s.place}"
+            detail = f"{fmt.ms(s.before.median)} → {fmt.ms(s.after.median)} in {s.place}"
             return Fact(f"{1 / s.share:.2f}×", "faster" if s.share <= 1 else "as fast", detail, "gain")
         return Fact("–", "time not measured", (*report.not_timed, "no times were asked for")[0])
     original, new = timed
@@ -181,8 +148,8 @@ def _time(report: Report) -> Fact:
         if median < 1:
             low, median, high, label, tone = 1 / high, 1 / median, 1 / low, "slower", "loss"
         value = f"{median:.2f}×"
-    detail = f"{_ms(original.timing.median)} → {_ms(new.timing.median)}, {low:.2f}–{high:.2f}×"
-    return Fact(value, label, f"{detail}; {_runtime(new.runtime)}, {threads(new.threads)}", tone)
+    detail = f"{fmt.ms(original.timing.median)} → {fmt.ms(new.timing.median)}, {low:.2f}–{high:.2f}×"
+    return Fact(value, label, f"{detail}; {RUNTIMES[new.runtime]}, {fmt.threads(new.threads)}", tone)
 
 
 def losses(report: Report) -> list[Fact]:
@@ -192,7 +159,7 @@ def losses(report: Report) -> list[Fact]:
         before, after = report.accuracy
         points = 100 * (after - before)
         value = f"{points:+.1f}".replace("-", "−") if abs(points) >= 0.05 else "±0.0"
-        detail = f"{percent(before)} → {percent(after)} top-1, labelled images"
+        detail = f"{fmt.percent(before)} → {fmt.percent(after)} top-1, labelled images"
         facts.append(Fact(value, "points of accuracy", detail, "loss" if points < -0.05 else "gain"))
     return facts + _agreement_facts(report.agreement)
 
@@ -202,15 +169,11 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
         return []
     facts = []
     if a.same_class is not None:
-        detail = f"{_changed_classes(a)} of {a.images} held-out inputs"
-        facts.append(Fact(percent(1 - a.same_class), "get another class", detail, "loss"))
+        detail = f"{a.changed_classes} of {a.images} held-out inputs"
+        facts.append(Fact(fmt.percent(1 - a.same_class), "get another class", detail, "loss"))
     name = "KL divergence, nats" if a.loss == "kl" else "relative error of the outputs"
-    detail = f"{short(a.predicted)} predicted; {a.images} held-out inputs"
-    return [*facts, Fact(short(a.divergence, 2), name, detail, "loss")]
-
-
-def _changed_classes(a: Agreement | None) -> int | None:
-    return None if a is None or a.same_class is None else round((1 - a.same_class) * a.images)
+    detail = f"{fmt.short(a.predicted)} predicted; {a.images} held-out inputs"
+    return [*facts, Fact(fmt.short(a.divergence, 2), name, detail, "loss")]
 
 
 def verdict(report: Report) -> str:
@@ -220,103 +183,63 @@ def verdict(report: Report) -> str:
     if time.value == "≈":
         gained.append(time.label)
     elif time.value != "–":
-        where = f" in {_runtime(timed[1].runtime)} on {threads(timed[1].threads)}" if timed else ""
+        where = f" in {RUNTIMES[timed[1].runtime]} on {fmt.threads(timed[1].threads)}" if timed else ""
         gained.append(f"{time.value} {time.label}{where}")
     a = report.agreement
     if a is None:
         lost = "the loss of quality was not measured, as there were no calibration inputs"
     elif a.same_class is not None:
-        lost = f"the class is the same for {percent(a.same_class)} of {a.images} held-out inputs"
+        lost = f"the class is the same for {fmt.percent(a.same_class)} of {a.images} held-out inputs"
     else:
-        lost = f"the outputs' relative error on {a.images} held-out inputs is {short(a.divergence, 2)}"
+        lost = f"the outputs' relative error on {a.images} held-out inputs is {fmt.short(a.divergence, 2)}"
     if report.accuracy:
         before, after = report.accuracy
-        change = f"goes from {percent(before)} to" if abs(after - before) >= 5e-4 else "stays at"
-        lost += f", and top-1 accuracy {change} {percent(after)}"
+        change = f"goes from {fmt.percent(before)} to" if abs(after - before) >= 5e-4 else "stays at"
+        lost += f", and top-1 accuracy {change} {fmt.percent(after)}"
     joint = " but " if time.tone == "loss" else " and "
     return f"{joint.join(gained)}; {lost}."
-
-
-def notes(report: Report) -> list[str]:
-    """Return what the reader of a report should check."""
-    cautions = [f"{note}." for note in (samples_note(report), skipped_note(report)) if note]
-    if _time(report).label == "slower":
-        cautions.append(
-            "Fewer MACs did not mean less time here: standard operators send the values between two stages "
-            "through memory. Try the fused operators (emit) or a budget in time (latency)."
-        )
-    cautions += [f"Not timed: {why}" for why in report.not_timed]
-    off = f"{report.difference:.1e} (relative)"
-    return [*cautions, f"The written network's outputs differ by {off} from those computed during fitting."]
 
 
 # --- layers
 
 
-def _layer_rows(report: Report) -> list[dict[str, Any]]:
-    timed = _times_by_layer(report)
-    rows = []
-    for index, layer in enumerate(report.layers, 1):
-        before, after = timed[layer.name].timings[:2] if layer.name in timed else (None, None)
-        rows.append(
-            {
-                "number": index,
-                "layer": layer,
-                "changed": layer.family != "kept",
-                "became": family_words(layer),
-                "before": before,
-                "after": after,
-                "structure": structure(layer),
-                "spectrum": spectrum(layer.name, layer.energy, _terms(layer)),
-                "note": sample_note(layer),
-            }
-        )
-    return rows
-
-
-def _times_by_layer(report: Report) -> dict[str, TimedLayer]:
-    profiles = report.benchmark.layers[:1] if report.benchmark else ()
-    return {row.name: row for profile in profiles for row in profile.layers}
+def _layer_rows(report: Report, timed: Mapping[str, TimedLayer]) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": number,
+            "layer": layer,
+            "became": family_words(layer),
+            "timings": timed[layer.name].timings[:2] if layer.name in timed else (None, None),
+            "structure": structure(layer),
+            "spectrum": spectrum(layer.name, layer.energy, _terms(layer)),
+            "note": fmt.sample_note(layer),
+        }
+        for number, layer in enumerate(report.layers, 1)
+    ]
 
 
 def family_words(layer: LayerReport) -> str:
     """What a layer became: the families in words, each with its sizes."""
     names = [REGISTRY[part].label if part in REGISTRY else part for part in layer.family.split("+")]
     if len(names) == 1:
-        return f"{names[0]}, {layer_sizes(layer)}"
+        return f"{names[0]}, {fmt.layer_sizes(layer)}"
     if len(names) == 2:  # the second is applied to every stage of the first that has a kernel
         return f"{names[0]}, {layer.sizes[0]}; then {names[1]}, {' and '.join(map(str, layer.sizes[1:]))}"
     return f"{', then '.join(names)}: {' '.join(map(str, layer.sizes))}"
 
 
-def _terms(layer: LayerReport) -> float | None:
-    """Components per channel that are kept, on average, where that is what the size means."""
-    if layer.before is None or not layer.sizes:
-        return None
-    if spreads_terms(layer.family):
-        return layer.sizes[0] * layer.before.groups / layer.before.n_i
-    return None
-
-
-def _samples(report: Report) -> list[dict[str, Any]]:
-    pictures = [*report.pictures, *([b""] * (len(report.disagreements) - len(report.pictures)))]
-    return [
-        {
-            "sample": d.sample,
-            "divergence": d.divergence,
-            "picture": picture and f"data:image/png;base64,{base64.b64encode(picture).decode()}",
-            "answers": [f"class {a.chosen} ({100 * a.probability:.0f}%)" for a in (d.original, d.new) if a],
-            "changed": bool(d.original and d.new and d.original.chosen != d.new.chosen),
-        }
-        for d, picture in zip(report.disagreements, pictures, strict=True)
-    ]
+def _terms(layer: LayerReport) -> float:
+    """Components per channel that are kept, on average, where that is what the size means; else 0."""
+    if layer.before is None or not layer.sizes or not spreads_terms(layer.family):
+        return 0.0
+    return layer.sizes[0] * layer.before.groups / layer.before.n_i
 
 
 # --- curves
 
 
-def _loss_name(loss: str) -> str:
-    return {"kl": "KL divergence (nats)", "relative": "relative error"}.get(loss, "predicted loss")
+def _loss_name(report: Report) -> str:
+    return LOSSES[report.agreement.loss] if report.agreement else "predicted loss"
 
 
 def _report_chart(report: Report) -> Chart | None:
@@ -326,11 +249,11 @@ def _report_chart(report: Report) -> Chart | None:
         return None
     ratio = before / report.macs if report.macs else 1.0
     points = [Point(x, y, "", "plain") for x, y in curve]
-    name, measured = _loss_name(a.loss if a else ""), ""
+    name, measured = _loss_name(report), ""
     if a is not None:
         points.append(Point(ratio, a.divergence, "this run", "run"))
         points.append(Point(ratio, a.predicted, "predicted", "hollow"))
-        measured = f" This run: {ratio:.2f} times fewer MACs, measured {short(a.divergence)}."
+        measured = f" This run: {ratio:.2f} times fewer MACs, measured {fmt.short(a.divergence)}."
     title, description = "Predicted loss at other budgets", f"Predicted {name}{_described(curve)}{measured}"
     return plot(title, description, name, [Series("predicted", tuple(curve))], points)
 
@@ -339,12 +262,12 @@ def _sweep_chart(sweep: Sweep) -> Chart | None:
     def at(p: SweepPoint) -> tuple[float, float]:
         return p.macs_before / p.macs, p.agreement.divergence if p.agreement else p.predicted_loss
 
-    knee = None if sweep.knee is None else sweep.points[sweep.knee]
+    knee = sweep.best
     measured = [p for p in sweep.points if p.agreement]
     points = [Point(*at(p), "", "measured") for p in measured if p is not knee]
     points += [Point(*at(knee), "knee", "run")] if knee else []
     points += [Point(*at(c.point), c.point.budget, "hollow") for c in sweep.compared if c.point.agreement]
-    name = _loss_name(sweep.loss)
+    name = LOSSES[sweep.loss]
     said = f" The knee is at {at(knee)[0]:.2f} times fewer MACs." if knee else ""
     predicted = tuple((at(p)[0], p.predicted_loss) for p in sweep.points)
     return plot(
@@ -357,34 +280,15 @@ def _sweep_chart(sweep: Sweep) -> Chart | None:
 
 
 def _described(curve: Sequence[tuple[float, float]]) -> str:
-    return " by budget. " + "; ".join(f"{x:.2f} times fewer MACs: {short(y)}" for x, y in curve) + "."
+    return " by budget. " + "; ".join(f"{x:.2f} times fewer MACs: {fmt.short(y)}" for x, y in curve) + "."
 
 
 # --- rendering
 
 
-def _runtime(name: str) -> str:
-    return RUNTIMES.get(name, name)
-
-
-def _ms(value: float) -> str:
-    """Format milliseconds with three digits, zeros at the end included, so that columns line up."""
-    if value < 0.1:  # the profiler measures in whole microseconds
-        return f"{1000 * value:.0f} µs"
-    number, unit = (value, "ms") if value < 1000 else (value / 1000, "s")
-    return f"{number:#.3g}".removesuffix(".") + f" {unit}"
-
-
-def _breakable(name: str) -> Markup:
+def breakable(name: str) -> Markup:
     """Allow line breaks in a layer's name between its modules."""
     return Markup("").join(escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[/.])", name))
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"
 
 
 @cache
@@ -396,17 +300,11 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": count,
-        "short": short,
-        "ms": _ms,
-        "percent": percent,
-        "faster": faster,
-        "threads": threads,
-        "breakable": _breakable,
-        "runtime": _runtime,
-        "times_fewer": lambda after, before: times(before, after),
-    }
+    filters = {name: filter for name, filter in vars(fmt).items() if isfunction(filter)}
+    environment.filters |= filters | {"describe": describe, "breakable": breakable}
+    environment.filters["times_fewer"] = lambda after, before: fmt.times(before, after)
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.globals["RUNTIMES"] = RUNTIMES
     return environment
 
 

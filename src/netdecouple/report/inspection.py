@@ -24,6 +24,14 @@ class Inspection:
     least_macs: int
     least_parameters: int
 
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
     def to_json(self) -> str:
         """Return everything but the weights as JSON text."""
         layers = [
@@ -40,9 +48,9 @@ class Inspection:
         ]
         totals = {
             "model": self.model,
-            "macs": sum(layer.macs for layer in self.layers),
+            "macs": self.macs,
             "least_macs": self.least_macs,
-            "parameters": sum(layer.parameters for layer in self.layers),
+            "parameters": self.parameters,
             "least_parameters": self.least_parameters,
         }
         return json.dumps(totals | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"

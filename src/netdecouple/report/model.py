@@ -56,6 +56,10 @@ class LayerReport:
     energy: tuple[float, ...] = ()  # of its weights, in the first 1, 2, … components of every slice
 
     @property
+    def changed(self) -> bool:
+        return self.family != "kept"
+
+    @property
     def lacks_samples(self) -> bool:
         """Whether the layer was fitted to fewer samples than wanted."""
         return self.samples is not None and self.samples < (self.samples_wanted or 0)
@@ -70,6 +74,11 @@ class Agreement:
     divergence: float
     predicted: float
     same_class: float | None  # share of inputs; None if the network is not a classifier
+
+    @property
+    def changed_classes(self) -> int | None:
+        """How many inputs get another class."""
+        return None if self.same_class is None else round((1 - self.same_class) * self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +149,8 @@ class Report:
     provenance: Provenance | None = None
     benchmark: Benchmark | None = None  # the original first, then the new network; None if not timed
     not_timed: tuple[str, ...] = ()  # what could not be timed, and why
-    pictures: tuple[builtins.bytes, ...] = field(
-        default=(), repr=False, compare=False
-    )  # of the disagreements, PNG; never in JSON
+    # of the disagreements, PNG; never in JSON
+    pictures: tuple[builtins.bytes, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def macs_before(self) -> int:
@@ -183,9 +191,8 @@ class Report:
             rest = {name: value for name, value in data.items() if name not in TOTALS}
             return records.read(cls, rest | {"pictures": []})
         except (ValueError, AttributeError, RecursionError) as error:
-            raise PlanError(
-                f"not a report of this version of netdecouple ({error}); make it again"
-            ) from error
+            message = f"not a report of this version of netdecouple ({error}); make it again"
+            raise PlanError(message) from error
 
 
 TOTALS = ("macs_before", "macs", "parameters_before", "parameters")

@@ -25,10 +25,11 @@ IF_USED = ("torch", "torchvision", "timm", "openvino")
 
 def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings | None = None) -> Provenance:
     """Record the origin of a run; ``settings`` is None if a saved plan was applied."""
+    packages = (*ALWAYS, *(name for name in IF_USED if name in sys.modules))
     return Provenance(
         command="",
         python=platform.python_version(),
-        versions=(("netdecouple", __version__), *_versions()),
+        versions=(("netdecouple", __version__), *((name, _version(name)) for name in packages)),
         machine=machine(),
         threads=available(),
         calibration=calibration,
@@ -58,11 +59,6 @@ def identity(network: Network, inputs: Inputs, settings: Settings | None, runtim
         "processor": machine(),
         "threads": available(),
     }
-
-
-def _versions() -> list[tuple[str, str]]:
-    used = [*ALWAYS, *(name for name in IF_USED if name in sys.modules)]
-    return [(name, _version(name)) for name in used]
 
 
 def _version(name: str) -> str:

@@ -89,6 +89,29 @@ class Sweep:
             compared=tuple(compared),
         )
 
+    @property
+    def best(self) -> SweepPoint | None:
+        """The recommended point, at the knee."""
+        return None if self.knee is None else self.points[self.knee]
+
+    @property
+    def networks(self) -> tuple[SweepPoint, ...]:
+        """All points, those of compared networks last."""
+        return (*self.points, *(compared.point for compared in self.compared))
+
+    @property
+    def has_classes(self) -> bool:
+        return any(p.agreement is not None and p.agreement.same_class is not None for p in self.networks)
+
+    @property
+    def has_accuracy(self) -> bool:
+        return any(p.accuracy is not None for p in self.networks)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no point has a noticeable loss."""
+        return tradeoff.is_flat(losses_of(self.points))
+
     def side_by_side(self) -> dict[str, list[LayerChoice | None]]:
         """Return every layer's choice in each compared network's plan; None if a plan has no such layer."""
         plans = [{c.layer: c for c in compared.layers} for compared in self.compared if compared.layers]
@@ -102,11 +125,9 @@ class Sweep:
     def to_csv(self) -> str:
         """Return one line of CSV per point, compared networks last."""
         text = io.StringIO()
-        rows = [(p, i == self.knee) for i, p in enumerate(self.points)]
-        rows += [(c.point, False) for c in self.compared]
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_csv_row(point, at_knee) for point, at_knee in rows)
+        writer.writerows(_csv_row(point, point is self.best) for point in self.networks)
         return text.getvalue()
 
 
@@ -126,8 +147,3 @@ def losses_of(points: Sequence[SweepPoint]) -> list[float]:
     """Return the points' losses: measured on held-out inputs, or predicted if one was not measured."""
     measured = [p.agreement.divergence for p in points if p.agreement is not None]
     return measured if len(measured) == len(points) else [p.predicted_loss for p in points]
-
-
-def is_flat(points: Sequence[SweepPoint]) -> bool:
-    """Return whether no point has a noticeable loss."""
-    return tradeoff.is_flat(losses_of(points))
