@@ -18,7 +18,7 @@ from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.targets import targets_for
+from netdecouple.fitting.sequential import targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze

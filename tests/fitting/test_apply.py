@@ -18,7 +18,7 @@ from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
-from netdecouple.fitting.targets import Targets
+from netdecouple.fitting.sequential import Targets
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze

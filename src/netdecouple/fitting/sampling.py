@@ -104,7 +104,7 @@ class SplitMoments:
     def nbytes(layer: Layer) -> int:
         """Return the memory that a layer's moments take, with the buffer."""
         groups, d, m = _sizes(layer)
-        return 2 * 8 * groups * d * (d + m) + 2 * 4 * groups * d * (d + m)
+        return 2 * (8 + 4) * groups * d * (d + m)
 
     @staticmethod
     def fit_bytes(layer: Layer) -> int:
