@@ -45,8 +45,8 @@ from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
+from netdecouple.planning.analysis import groups_of
 from netdecouple.planning.candidates import candidates
-from netdecouple.planning.collection import groups_of
 from netdecouple.planning.eligibility import kept_reasons
 from netdecouple.planning.sensitivity import LEAST_SAMPLES, PROBE_MACS
 

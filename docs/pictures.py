@@ -346,7 +346,7 @@ def budgets(demo: Demo) -> Figure:
         pairs = sorted(
             zip(
                 [c.structure.macs(*layer.size) / layer.macs for c in known.candidates],
-                analysis.losses[layer.name],
+                [c.loss for c in known.candidates],
                 strict=True,
             )
         )

@@ -212,7 +212,7 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     emission = work.request.emission
     runtime = emission.runtime or work.request.source.runtimes[0]
     timer = work.request.source.timer(work.network, runtime, emission.threads, emission.forms)
-    return Latency(work.network, analysis.candidates, timer, progress=work.request.progress)
+    return Latency(analysis, timer, progress=work.request.progress)
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
@@ -239,9 +239,8 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
     def applied(share: float) -> Applied:
         return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), run=run)
 
-    total = sum(layer.macs for layer in network.layers)
     # shares of the MACs: `low` loses too much or was not tried, `high` is within the limit
-    low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
+    low, high = reachable(analysis, Macs()), 1.0
     best = applied(1.0)
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
@@ -286,8 +285,7 @@ def finish(
     """
     network, plan, request = work.network, applied.plan, work.request
     layers = {layer.name: layer for layer in network.layers}
-    forms = {row.name: row.form for row in plan.layers if row.changed}
-    factorizations, forms = with_fused_layers(plan, layers, applied.factorizations, forms)
+    factorizations, forms = with_fused_layers(plan, layers, applied.factorizations)
     metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
     model = network.build(factorizations, forms, metadata)
     held_out = work.inputs.held_back

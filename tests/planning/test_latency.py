@@ -75,7 +75,7 @@ def analysis() -> Analysis:
 def counter(analysis: Analysis, path: Path, **options: Any) -> Latency:
     assert isinstance(analysis.network, OnnxNetwork)
     timer = WeightTimer(analysis.network, **options)
-    return Latency(analysis.network, analysis.candidates, timer, Cache(path / "times.json"))
+    return Latency(analysis, timer, Cache(path / "times.json"))
 
 
 def planned(analysis: Analysis, counter: Latency, share: float) -> Any:
@@ -132,7 +132,7 @@ def test_a_spoilt_cache_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)
     cache = Cache(path)
-    cache.update({"here": 1.5})
+    cache.save({"here": 1.5})
     assert json.loads(path.read_text()) == {"here": 1.5}
     assert Cache(path)["here"] == 1.5
 
@@ -140,7 +140,7 @@ def test_a_spoilt_cache_is_replaced(tmp_path: Path, text: str) -> None:
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file" / "times.json")
-    cache.update({"here": 1.5})
+    cache.save({"here": 1.5})
     assert cache["here"] == 1.5
 
 
@@ -152,7 +152,7 @@ def test_times_are_kept_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, 
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    Cache().update({"a": 1.0})
+    Cache().save({"a": 1.0})
     assert Cache()["a"] == 1.0
 
 

@@ -21,7 +21,7 @@ from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Network, Observation, Walk
-from netdecouple.planning.collection import shared_network
+from netdecouple.planning.analysis import shared_network
 from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import Plan
 

@@ -36,6 +36,8 @@ class Candidate:
     steps: tuple[Step, ...]
     structure: Structure
     relative_error: float  # to the variance of the layer's output, predicted for held-back inputs
+    loss: float = 0.0  # predicted divergence of the network's outputs if only this layer changes
+    objective: float = 0.0  # the same with a margin (`sensitivity.MARGIN`): what the choice minimises
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -60,6 +62,10 @@ class LayerCandidates:
     probes: tuple[Probe, ...] = ()
     data_free: bool = False  # errors are in the metric of the weights
     ridge: float = 0.0  # of a wide layer, where choosing it again would take long and change next to nothing
+
+    def find(self, method: str, sizes: tuple[int, ...]) -> Candidate:
+        """Return the candidate that a plan has chosen."""
+        return next(c for c in self.candidates if (c.method, c.sizes) == (method, sizes))
 
 
 @dataclass(frozen=True)
@@ -124,18 +130,16 @@ def parse_families(text: str) -> tuple[str, ...]:
         ) from error
 
 
-def smallest(layer: Layer) -> list[Candidate]:
-    """Return the candidate of size 1 of every family that applies to the layer."""
-    if layer.geometry is None:
-        return []
-    g, steps = layer.geometry, (Step(1),)
-    structures = {name: method(name).structure(g, steps) for name in applicable(layer)}
-    return [Candidate(method=n, steps=steps, structure=s, relative_error=1.0) for n, s in structures.items()]
-
-
 def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
-    """Return the least cost of a layer, as it is or changed by a single family."""
-    return min([cost.dense(layer), *(cost.decoupled(layer, c) for c in smallest(layer))])
+    """Return the least cost of a layer, as it is or changed by a single family at size 1."""
+    costs = [cost.dense(layer)]
+    if layer.geometry is not None:
+        steps = (Step(1),)
+        for name in applicable(layer):
+            structure = method(name).structure(layer.geometry, steps)
+            smallest = Candidate(method=name, steps=steps, structure=structure, relative_error=1.0)
+            costs.append(cost.decoupled(layer, smallest))
+    return min(costs)
 
 
 def candidates(

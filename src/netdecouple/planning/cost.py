@@ -40,11 +40,14 @@ class Cost(Protocol):
 
     def dense(self, layer: Layer) -> float:
         """Return the cost of the layer as it is."""
-        ...
 
     def decoupled(self, layer: Layer, candidate: Replacement) -> float:
         """Return the cost of a candidate in the place of the layer."""
-        ...
+
+
+def total_cost(cost: Cost, layers: Iterable[Layer]) -> float:
+    """Return the cost of the original network."""
+    return cost.fixed + sum(cost.dense(layer) for layer in layers)
 
 
 class Macs:
@@ -82,8 +85,7 @@ class Budget:
 
     def limit(self, layers: Iterable[Layer]) -> float:
         """Return the most that all layers together may cost."""
-        total = self.cost.fixed + sum(self.cost.dense(layer) for layer in layers)
-        return self.share * total - self.cost.fixed
+        return self.share * total_cost(self.cost, layers) - self.cost.fixed
 
     def __str__(self) -> str:
         return f"{100 * self.share:.4g}% {self.cost.unit}"

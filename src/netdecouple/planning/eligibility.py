@@ -9,7 +9,7 @@ from netdecouple.errors import ModelError
 from netdecouple.execution.memory import Memory
 from netdecouple.fitting.sampling import SplitMoments
 from netdecouple.network import Layer
-from netdecouple.planning.candidates import LARGE, applicable, smallest, suitable
+from netdecouple.planning.candidates import LARGE, applicable, least_cost, suitable
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.settings import Settings
 
@@ -46,7 +46,7 @@ def _reason(layer: Layer, settings: Settings, memory: Memory) -> str:
         return EXCLUDED
     if layer.reason:
         return layer.reason
-    if all(Macs().decoupled(layer, candidate) >= layer.macs for candidate in smallest(layer)):
+    if least_cost(layer, Macs()) >= layer.macs:
         return "too small: nothing costs less than the layer itself"
     if (layer.is_linear or layer.upsamples) and not suitable(layer, settings.methods, settings.rule):
         return f"only {' or '.join(applicable(layer))} would do, which is not asked for"
