@@ -223,7 +223,7 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
         advice = "ask for less"
         if emission.form == "standard" and work.request.source.runtimes[0] == "onnxruntime":
             advice = "emit='fused' goes further, or ask for less"
-        return plan_for_latency(analysis, goal.budgets, latency, goal.share, advice)
+        return plan_for_latency(latency, goal.budgets, goal.share, advice)
     plan = plan_within(analysis, goal.budgets if isinstance(goal, Budgets) else (), form)
     return plan if latency is None else latency.with_fused_neighbours(plan)
 

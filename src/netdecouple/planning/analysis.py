@@ -20,6 +20,7 @@ from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate, LayerCandidates, candidates
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.eligibility import is_too_wide_to_fit, kept_reasons
+from netdecouple.planning.plan import LayerPlan
 from netdecouple.planning.sensitivity import (
     OriginalOutputs,
     errors_with_margin,
@@ -46,6 +47,11 @@ class Analysis:
         """Return a layer's candidates; there are none of a layer that is kept."""
         found = self.candidates.get(layer.name)
         return found.candidates if found else ()
+
+    def planned(self, row: LayerPlan) -> Candidate:
+        """Return the candidate that a plan has chosen for a layer."""
+        options = self.candidates[row.name].candidates
+        return next(c for c in options if (c.method, c.sizes) == (row.family, row.sizes))
 
 
 def analyze(

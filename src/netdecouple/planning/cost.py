@@ -98,14 +98,8 @@ def parse_share(text: str | float) -> float:
         BudgetError: ``text`` is none of these, or the share is not above 0 and at most 1.
     """
     try:
-        if not isinstance(text, str):
-            share = float(text)
-        elif text.strip().endswith("%"):
-            share = float(text.strip()[:-1]) / 100
-        elif text.strip().lower().endswith("x"):
-            share = 1 / float(text.strip()[:-1])
-        else:
-            share = float(text)
+        number, unit = str(text).strip()[:-1], str(text).strip()[-1:].lower()
+        share = float(number) / 100 if unit == "%" else 1 / float(number) if unit == "x" else float(text)
     except (ValueError, ZeroDivisionError) as error:
         raise BudgetError(f"{text!r} is not a budget; write 50%, 2x or 0.5") from error
     if not 0 < share <= 1:

@@ -62,8 +62,7 @@ def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict
     shapes = {la.name: la.geometry for la in open_layers if la.geometry is not None}
     work = {name: g.groups * g.unknowns**3 for name, g in shapes.items()}  # of a Cholesky factorization
     macs, parameters = (max(sum(getattr(la, cost) for la in layers), 1) for cost in ("macs", "parameters"))
-    all_work = sum(work.values())
-    reasons = {}
+    all_work, reasons = sum(work.values()), {}
     for layer in open_layers:
         effort = work[layer.name] / all_work
         share = max(layer.macs / macs, layer.parameters / parameters)

@@ -79,7 +79,7 @@ class Latency:
         self, analysis: Analysis, timer: Timer, cache: Cache | None = None, progress: Progress = quiet
     ) -> None:
         self.timer = timer
-        self._analysis = analysis
+        self.analysis = analysis
         self._layers = {layer.name: layer for layer in analysis.network.layers}
         self._cache = Cache() if cache is None else cache
         self._dense: dict[str, float] = {}
@@ -142,8 +142,8 @@ class Latency:
     def sketch(self, plan: Plan) -> object:
         """Build a plan's whole network with placeholder weights."""
         changed = [row for row in plan.layers if row.changed]
-        factorizations = {row.name: placeholder(self._candidate(row).structure) for row in changed}
-        return self._analysis.network.build(*with_fused_layers(plan, self._layers, factorizations), {})
+        factorizations = {row.name: placeholder(self.analysis.planned(row).structure) for row in changed}
+        return self.analysis.network.build(*with_fused_layers(plan, self._layers, factorizations), {})
 
     def share(self, plan: Plan) -> float:
         """Measure the share of the original's time that a plan's network takes."""
@@ -154,12 +154,9 @@ class Latency:
         """The share of the original's time that the sum of the layers' times predicts for a plan."""
         spent = self.fixed
         for row in plan.layers:
-            layer = self._layers[row.name]
-            spent += self.decoupled(layer, self._candidate(row)) if row.changed else self.dense(layer)
+            layer, change = self._layers[row.name], self.analysis.planned(row) if row.changed else None
+            spent += self.decoupled(layer, change) if change else self.dense(layer)
         return spent / self.total
-
-    def _candidate(self, row: LayerPlan) -> Candidate:
-        return self._analysis.candidates[row.name].find(row.family, row.sizes)
 
     def with_fused_neighbours(self, plan: Plan) -> Plan:
         """Decide by timing whole networks which kept layers the fused operator computes as well.
@@ -187,13 +184,7 @@ class Latency:
         return plain and layer.reason in ("", ONE_CHANNEL) and row.reason != EXCLUDED
 
 
-def plan_for_latency(
-    analysis: Analysis,
-    budgets: Sequence[Budget],
-    latency: Latency,
-    share: float,
-    advice: str = "ask for less",
-) -> Plan:
+def plan_for_latency(latency: Latency, budgets: Sequence[Budget], share: float, advice: str) -> Plan:
     """Plan for a share of the original's time, corrected by measuring whole networks (secant method).
 
     Times of layers do not just add up: what their sum predicts is asked for less or more until a whole
@@ -202,6 +193,7 @@ def plan_for_latency(
     Raises:
         BudgetError: the share is out of reach; the message says what is not, and gives ``advice``.
     """
+    analysis = latency.analysis
     least = reachable(analysis, latency) * (1 + 1e-9) + 1e-9
     best: Plan | None = None
     least_objective = float("inf")

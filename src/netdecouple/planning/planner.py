@@ -95,8 +95,7 @@ def _not_cheaper(options: Sequence[Option], budgets: Sequence[Budget]) -> str:
 
 def objective_of(analysis: Analysis, plan: Plan) -> float:
     """Return what `make_plan` minimises, for a plan of this analysis."""
-    changed = [row for row in plan.layers if row.changed]
-    return sum(analysis.candidates[row.name].find(row.family, row.sizes).objective for row in changed)
+    return sum(analysis.planned(row).objective for row in plan.layers if row.changed)
 
 
 def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
@@ -108,12 +107,11 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
     layers = analysis.network.layers
     first = _first_convolution(layers)
     options = [_options(analysis, layer, budgets) for layer in layers]
-    # T of every candidate: the published procedure has the same for all channels
+    # T of every option: the published procedure has the same for all channels
     ranks = [[0, *(c.sizes[0] // la.weight.shape[1] for c in analysis.candidates_of(la))] for la in layers]
     for rank in range(max(map(max, ranks)), 0, -1):
-        picks = [
-            r.index(rank) if rank in r and la is not first else 0 for la, r in zip(layers, ranks, strict=True)
-        ]
+        pairs = zip(layers, ranks, strict=True)
+        picks = [r.index(rank) if rank in r and la is not first else 0 for la, r in pairs]
         costs = np.sum([o[pick].costs for o, pick in zip(options, picks, strict=True)], axis=0)
         if all(cost <= budget.limit(layers) for cost, budget in zip(costs, budgets, strict=True)):
             reasons = [FIRST if layer is first else "" for layer in layers]
@@ -133,10 +131,8 @@ def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
     reasons = [
         FIRST if la is first else NO_CONVOLUTION if la.operator in FULLY_CONNECTED else "" for la in layers
     ]
-    picks = [
-        int(bool(analysis.candidates_of(la)) and not reason)
-        for la, reason in zip(layers, reasons, strict=True)
-    ]
+    pairs = zip(layers, reasons, strict=True)
+    picks = [int(bool(analysis.candidates_of(la)) and not reason) for la, reason in pairs]
     if not any(picks):
         raise BudgetError(f"rule={rule}: no layer becomes cheaper by it; give a smaller size")
     return _plan(analysis, picks, reasons, str(rule), form)

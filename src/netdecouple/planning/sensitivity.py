@@ -68,13 +68,9 @@ class OriginalOutputs:
 
 
 def probe_counts(layers: int, macs: int, samples: int, loss: Loss) -> tuple[int, int]:
-    """Return how many candidates of every layer to probe, and on how many inputs.
+    """Return how many candidates to probe of every one of ``layers``, and on how many of ``samples`` inputs.
 
-    Args:
-        layers: number of layers to probe.
-        macs: of the whole network, for one input.
-        samples: number of inputs there are.
-        loss: what the probes measure.
+    ``macs`` are those of the whole network, for one input.
     """
     probes = 3 if 3 * layers * MANY_SAMPLES * macs < PROBE_MACS else 1
     least = min(LEAST_SAMPLES[loss], samples)
