@@ -82,7 +82,7 @@ class Work:
     @cached_property
     def outputs(self) -> list[Array]:
         """The original's outputs on the held-out inputs."""
-        return self.network.run(self.inputs.held_back)
+        return self.network.run(self.inputs.held_out)
 
     @cached_property
     def accuracy(self) -> float:
@@ -288,7 +288,7 @@ def finish(
     factorizations, forms = with_fused_layers(plan, layers, applied.factorizations)
     metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
     model = network.build(factorizations, forms, metadata)
-    held_out = work.inputs.held_back
+    held_out = work.inputs.held_out
     new = network.run_built(model, held_out)
     few = held_out[:CHECKED]
     off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
@@ -349,7 +349,7 @@ def compared(work: Work, name: str, other: Source) -> Compared:
     Raises:
         ModelError: it takes other inputs than the original, or has other outputs.
     """
-    network, held_out = work.network, work.inputs.held_back
+    network, held_out = work.network, work.inputs.held_out
     advice = f"compare networks that were made of {network.name}"
     try:
         with closing(other.open(work.inputs.images, Memory())) as opened_other:
@@ -391,7 +391,7 @@ def compared(work: Work, name: str, other: Source) -> Compared:
 
 def original_loss(work: Work) -> Loss:
     """How outputs of this network are compared."""
-    return loss_kind(work.outputs, len(work.inputs.held_back), work.request.settings.loss)
+    return loss_kind(work.outputs, len(work.inputs.held_out), work.request.settings.loss)
 
 
 def _plan_in(source: Source) -> Plan | None:

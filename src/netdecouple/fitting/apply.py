@@ -17,7 +17,7 @@ from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.families.linalg import TINY
-from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.fitting.ridge import best_ridge, held_out_error
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.fitting.sequential import SequentialMoments, Targets
 from netdecouple.network import Array, Images, Layer, Network
@@ -126,24 +126,24 @@ def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, unifor
     """Fit one layer to its inputs behind the layers replaced so far, or to its weights alone."""
     assert layer.geometry is not None
     collected = None if row.data_free else sequential.collect(layer.name)
-    if collected is None or not (collected.moments.fitted.count and collected.moments.held_back.count):
+    if collected is None or not (collected.moments.fitted.count and collected.moments.held_out.count):
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
         with threads.for_unknowns(layer.geometry.unknowns):
             exact, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
         row = replace(row.with_steps(steps), data_free=True)
         return AppliedLayer(row=row, factorization=exact.astype(np.float32))
-    fitted, held_back = collected.moments.fitted, collected.moments.held_back
+    fitted, held_out = collected.moments.fitted, collected.moments.held_out
     problem = Problem.of(layer.geometry, layer.weight, fitted)
     with threads.for_unknowns(layer.geometry.unknowns):
         if row.ridge:
             regularized = problem.regularized(row.ridge)
         else:
             quick = method(row.family, uniform, rounds=1)
-            ridge, regularized = best_ridge(problem, held_back, lambda p: quick.fit(p, row.steps)[0])
+            ridge, regularized = best_ridge(problem, held_out, lambda p: quick.fit(p, row.steps)[0])
             row = replace(row, ridge=ridge)
         exact, steps = method(row.family, uniform).fit(regularized, row.steps)
         factorization = exact.astype(np.float32)
-    error = held_back_error(problem, held_back, factorization)
+    error = held_out_error(problem, held_out, factorization)
     return AppliedLayer(
         row=row.with_steps(steps),
         factorization=factorization,

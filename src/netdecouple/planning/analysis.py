@@ -66,7 +66,7 @@ def analyze(
     reasons = kept_reasons(network.layers, settings, run.memory)
     layers = [la for la in network.layers if la.name not in reasons]
     original = OriginalOutputs(network, inputs, layers)
-    held_out = len(inputs.held_back)
+    held_out = len(inputs.held_out)
     loss = run.checkpoint.once("loss", str, lambda: loss_kind(original.outputs, held_out, settings.loss))
     macs = sum(layer.macs for layer in network.layers)
     probes, samples = probe_counts(len(layers), macs, held_out, loss)
@@ -129,12 +129,12 @@ def _evaluate(
     layer = next(la for la in network.layers if la.name == name)
     assert layer.geometry is not None
     if moments is None:
-        problem, held_back = Problem.data_free(layer.geometry, layer.weight, layer.bias), None
+        problem, held_out = Problem.data_free(layer.geometry, layer.weight, layer.bias), None
     else:
-        problem, held_back = Problem.of(layer.geometry, layer.weight, moments.fitted), moments.held_back
+        problem, held_out = Problem.of(layer.geometry, layer.weight, moments.fitted), moments.held_out
     with threads.for_unknowns(layer.geometry.unknowns):
         found = candidates(
-            layer, problem, held_back, settings.methods, settings.uniform_rank, probes, settings.rule
+            layer, problem, held_out, settings.methods, settings.uniform_rank, probes, settings.rule
         )
     images, outputs = shown
     probed = [

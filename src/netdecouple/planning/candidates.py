@@ -15,7 +15,7 @@ from netdecouple.families import Problem
 from netdecouple.families.base import groups, reference, registered
 from netdecouple.families.chain import Step, Trial, method, methods, pareto, sizes_for
 from netdecouple.families.linalg import TINY, Array
-from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.fitting.ridge import best_ridge, held_out_error
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
 from netdecouple.planning.cost import Macs, Parameters, parse_share
@@ -36,7 +36,7 @@ class Candidate:
     method: str
     steps: tuple[Step, ...]
     structure: Structure
-    relative_error: float  # to the variance of the layer's output, predicted for held-back inputs
+    relative_error: float  # to the variance of the layer's output, predicted for held-out inputs
     loss: float = 0.0  # predicted divergence of the network's outputs if only this layer changes
     objective: float = 0.0  # the same with a margin (`sensitivity.MARGIN`): what the choice minimises
 
@@ -51,7 +51,7 @@ class Probe:
 
     weight: NDArray[np.float32]  # (n_o, n_i / groups, kh, kw)
     bias: NDArray[np.float32]  # (n_o,)
-    relative_error: float  # to the variance of the layer's output, on held-back inputs
+    relative_error: float  # to the variance of the layer's output, on held-out inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
 def candidates(
     layer: Layer,
     problem: Problem,
-    held_back: Moments | None,
+    held_out: Moments | None,
     methods: Sequence[str],
     uniform: bool,
     probes: int,
@@ -152,7 +152,7 @@ def candidates(
     """Evaluate the candidates of ``methods`` for a layer, or the one candidate of a rule.
 
     Every method predicts its errors for many sizes in one pass. A few candidates are fitted, and their
-    measured errors correct the other predictions. Without ``held_back`` moments (data-free) errors are in the
+    measured errors correct the other predictions. Without ``held_out`` moments (data-free) errors are in the
     metric of the weights. So many ``probes`` are made; for layers with more than ``large`` unknowns per
     output only quick methods are tried, if there are any.
     """
@@ -160,9 +160,9 @@ def candidates(
     if not names:
         return LayerCandidates(layer=layer.name)
     ridge, fitting = 0.0, problem
-    if held_back is not None:
+    if held_out is not None:
         rough = _rough_fit(problem.geometry, layer.size, suitable(layer, methods) or names, uniform)
-        ridge, fitting = best_ridge(problem, held_back, rough)
+        ridge, fitting = best_ridge(problem, held_out, rough)
     is_large, dense = problem.geometry.unknowns > large, problem.geometry.macs(*layer.size)
     if rule is None:
         trials = _explore(layer, fitting, names, uniform, is_large)
@@ -171,13 +171,13 @@ def candidates(
         trials = _ruled(layer, fitting, rule)
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # predicted, measured
     fitted_probes = []
-    rounds = 0 if held_back is None else 1  # in the metric of the weights the closed form is optimal
+    rounds = 0 if held_out is None else 1  # in the metric of the weights the closed form is optimal
     for name, trial, in_network in _to_fit(dense, trials, probes):
         fitted, _ = method(name, uniform, rounds=rounds).fit(fitting, trial.steps)
-        if held_back is None:
+        if held_out is None:
             error = fitting.relative_error(fitted)
         else:
-            error = held_back_error(problem, held_back, fitted) / max(held_back.variance, TINY)
+            error = held_out_error(problem, held_out, fitted) / max(held_out.variance, TINY)
         errors[name].append((max(trial.squared_error / fitting.power, FLOOR), max(error, FLOOR)))
         if in_network:
             weight, bias = fitted.dense().astype(np.float32), np.asarray(fitted.bias, np.float32)
@@ -191,7 +191,7 @@ def candidates(
         layer=layer.name,
         candidates=tuple(predicted),
         probes=tuple(fitted_probes),
-        data_free=held_back is None,
+        data_free=held_out is None,
         ridge=ridge if is_large else 0.0,
     )
 
