@@ -106,7 +106,7 @@ def rows(
                 seconds = analyzed + time.perf_counter() - start
                 after = accuracy(network.run_built(decoupled, test), labels)
                 same = agreement(
-                    network.run(inputs.held_back)[0], network.run_built(decoupled, inputs.held_back)[0]
+                    network.run(inputs.held_out)[0], network.run_built(decoupled, inputs.held_out)[0]
                 )
                 used = 0 if settings.data_free else count
                 yield Row(

@@ -45,8 +45,8 @@ from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
+from netdecouple.planning.analysis import groups_of
 from netdecouple.planning.candidates import candidates
-from netdecouple.planning.collection import groups_of
 from netdecouple.planning.eligibility import kept_reasons
 from netdecouple.planning.sensitivity import LEAST_SAMPLES, PROBE_MACS
 
@@ -468,12 +468,12 @@ def measured(layer: Layer) -> tuple[float, float]:
             found.add(x[:, None], (x @ weight)[:, None])
         return found
 
-    fitted, held_back = moments(2 * d), moments(d)
+    fitted, held_out = moments(2 * d), moments(d)
     problem = Problem.of(layer.geometry, layer.weight, fitted)
     settings = Settings()
     with threads.for_unknowns(d):
         began = time.process_time()
-        found = candidates(layer, problem, held_back, settings.methods, False, 1)
+        found = candidates(layer, problem, held_out, settings.methods, False, 1)
         weighing = time.process_time() - began
         if not found.candidates:
             return weighing, 0.0
@@ -483,7 +483,7 @@ def measured(layer: Layer) -> tuple[float, float]:
 
         def fit() -> None:
             quick = method(best.method, rounds=1)
-            _, regular = best_ridge(problem, held_back, lambda p: quick.fit(p, best.steps)[0])
+            _, regular = best_ridge(problem, held_out, lambda p: quick.fit(p, best.steps)[0])
             chosen.fit(regular, best.steps)
 
         return weighing, timed(fit)

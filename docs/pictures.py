@@ -26,7 +26,7 @@ from netdecouple.families import Problem
 from netdecouple.families.chain import Step, method
 from netdecouple.families.nd import full_rank
 from netdecouple.fitting.apply import apply
-from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.fitting.ridge import best_ridge, held_out_error
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
@@ -86,7 +86,7 @@ class Demo:
         """A layer's problem in the moments of so many of the images that are fitted on."""
         assert layer.geometry is not None
         count = self.inputs.fitted if images is None else images
-        inputs = Inputs(np.concatenate([self.inputs.images[:count], self.inputs.held_back]), count, "")
+        inputs = Inputs(np.concatenate([self.inputs.images[:count], self.inputs.held_out]), count, "")
         positions = sample_positions(layer, len(self.inputs.images), 0)
         positions = positions[: len(inputs.images), :: -(-positions.shape[1] // PER_IMAGE)]
         own = SplitMoments(layer, inputs)
@@ -269,12 +269,12 @@ def samples(demo: Demo) -> Figure:
     alone = fit(free(layer))
     for count in counts:
         problem, own = demo.problem(layer, count)
-        variance = own.held_back.variance
-        _, regular = best_ridge(problem, own.held_back, fit)
+        variance = own.held_out.variance
+        _, regular = best_ridge(problem, own.held_out, fit)
         biased = Problem.data_free(layer.geometry, layer.weight, layer.bias)
         rows.append(
             [
-                held_back_error(p, own.held_back, f) / variance
+                held_out_error(p, own.held_out, f) / variance
                 for p, f in (
                     (problem, fit(problem.regularized(1e-9))),
                     (regular, fit(regular)),
@@ -315,7 +315,7 @@ def budgets(demo: Demo) -> Figure:
     analysis = demo.analysis
     total = sum(layer.macs for layer in demo.network.layers)
     rows = budget_rows(analysis)[:-1]  # without the least that can be reached, which is far off
-    shown = demo.inputs.held_back
+    shown = demo.inputs.held_out
     original = demo.network.run(shown)
     points = []
     for ratio in (1.5, 2.0, 3.0):
@@ -346,7 +346,7 @@ def budgets(demo: Demo) -> Figure:
         pairs = sorted(
             zip(
                 [c.structure.macs(*layer.size) / layer.macs for c in known.candidates],
-                analysis.losses[layer.name],
+                [c.loss for c in known.candidates],
                 strict=True,
             )
         )

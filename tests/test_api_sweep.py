@@ -106,7 +106,7 @@ def test_without_output_only_figures_are_kept(tmp_path: Path, monkeypatch: pytes
 
 
 def test_networks_of_earlier_runs_are_compared(tmp_path: Path):
-    """On the same held-back inputs, with what their plans did; also when there is nothing else to do."""
+    """On the same held-out inputs, with what their plans did; also when there is nothing else to do."""
     model = networks.classifier()
     images = images_for(model)
     sweep = netdecouple.sweep(model, images, (0.7, 0.5), settings=QUICK, output=tmp_path)

@@ -18,7 +18,7 @@ from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.targets import targets_for
+from netdecouple.fitting.sequential import targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
@@ -82,7 +82,7 @@ class Work:
     @cached_property
     def outputs(self) -> list[Array]:
         """The original's outputs on the held-out inputs."""
-        return self.network.run(self.inputs.held_back)
+        return self.network.run(self.inputs.held_out)
 
     @cached_property
     def accuracy(self) -> float:
@@ -196,7 +196,7 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     emission = work.request.emission
     runtime = emission.runtime or work.request.source.runtimes[0]
     timer = work.request.source.timer(work.network, runtime, emission.threads, emission.forms)
-    return Latency(work.network, analysis.candidates, timer, progress=work.request.progress)
+    return Latency(analysis, timer, progress=work.request.progress)
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
@@ -207,7 +207,7 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
         advice = "ask for less"
         if emission.form == "standard" and work.request.source.runtimes[0] == "onnxruntime":
             advice = "emit='fused' goes further, or ask for less"
-        return plan_for_latency(analysis, goal.budgets, latency, goal.share, advice)
+        return plan_for_latency(latency, goal.budgets, goal.share, advice)
     plan = plan_within(analysis, goal.budgets if isinstance(goal, Budgets) else (), form)
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
@@ -223,9 +223,8 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
     def applied(share: float) -> Applied:
         return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), run=run)
 
-    total = sum(layer.macs for layer in network.layers)
     # shares of the MACs: `low` loses too much or was not tried, `high` is within the limit
-    low, high = reachable(analysis, [Budget(Macs(), 1.0)])[0] / total, 1.0
+    low, high = reachable(analysis, Macs()), 1.0
     best = applied(1.0)
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
@@ -265,11 +264,10 @@ def finish(
     """Build the decoupled model, and report on it; ModelError if it does not compute what its plan says."""
     network, plan, request = work.network, applied.plan, work.request
     layers = {layer.name: layer for layer in network.layers}
-    forms = {row.name: row.form for row in plan.layers if row.changed}
-    factorizations, forms = with_fused_layers(plan, layers, applied.factorizations, forms)
+    factorizations, forms = with_fused_layers(plan, layers, applied.factorizations)
     metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
     model = network.build(factorizations, forms, metadata)
-    held_out = work.inputs.held_back
+    held_out = work.inputs.held_out
     new = network.run_built(model, held_out)
     few = held_out[:CHECKED]
     off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
@@ -319,7 +317,7 @@ def compared(work: Work, name: str, other: Source) -> Compared:
 
     Raises ModelError if it takes other inputs than the original, or has other outputs.
     """
-    network, held_out = work.network, work.inputs.held_back
+    network, held_out = work.network, work.inputs.held_out
     advice = f"compare networks that were made of {network.name}"
     try:
         with closing(other.open(work.inputs.images, Memory())) as opened_other:
@@ -361,4 +359,4 @@ def _costs(network: Network) -> tuple[int, int]:
 
 def original_loss(work: Work) -> Loss:
     """How outputs of this network are compared."""
-    return loss_kind(work.outputs, len(work.inputs.held_back), work.request.settings.loss)
+    return loss_kind(work.outputs, len(work.inputs.held_out), work.request.settings.loss)

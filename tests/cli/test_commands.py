@@ -133,7 +133,7 @@ def test_run_takes_every_network(netdecouple, folder: Path, maker: str):
 
 
 def test_run_takes_fixed_batches(netdecouple, folder: Path):
-    """A batch that the images do not fill, nor those held back; also without any images."""
+    """A batch that the images do not fill, nor those held out; also without any images."""
     onnx.save(networks.classifier(batch=16), folder / "net.onnx")
     assert netdecouple(*RUN).code == 0
     shape = onnx.load(folder / "out.onnx").graph.input[0].type.tensor_type.shape

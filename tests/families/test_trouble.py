@@ -11,7 +11,7 @@ import scipy.linalg
 from netdecouple.convolution import ConvGeometry
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
-from netdecouple.fitting.ridge import RIDGES, best_ridge, held_back_error
+from netdecouple.fitting.ridge import RIDGES, best_ridge, held_out_error
 from netdecouple.moments import Moments
 
 G = ConvGeometry(6, 5, 3, 3)
@@ -146,10 +146,10 @@ def test_the_largest_size_is_the_target(samples: str, weights: str, name: str) -
 
 @pytest.mark.parametrize(("samples", "weights"), CASES)
 def test_a_ridge_is_found(samples: str, weights: str) -> None:
-    """On samples held back from the same source, or on none."""
+    """On samples held out from the same source, or on none."""
     problem, _x, _y = posed(samples, weights)
-    for held_back in (problem.moments, Moments.empty(1, D, G.n_o)):
-        ridge, regular = best_ridge(problem, held_back, lambda p: method("nd-dp").families[0].fit(p, 9))
+    for held_out in (problem.moments, Moments.empty(1, D, G.n_o)):
+        ridge, regular = best_ridge(problem, held_out, lambda p: method("nd-dp").families[0].fit(p, 9))
         assert ridge in RIDGES
         fitted = method("nd-dp").families[0].fit(regular, 9)
-        assert np.isfinite(held_back_error(problem, held_back, fitted))
+        assert np.isfinite(held_out_error(problem, held_out, fitted))

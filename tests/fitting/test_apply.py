@@ -18,7 +18,7 @@ from netdecouple.families import Problem
 from netdecouple.families.chain import method
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
-from netdecouple.fitting.targets import Targets
+from netdecouple.fitting.sequential import Targets
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.planning.analysis import analyze
@@ -101,9 +101,9 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
             layer = layers[row.name]
             problem = Problem.of(layer.geometry, layer.weight, moments[row.name].both.fitted)
             alone[row.name], _ = method(row.family).fit(problem.regularized(row.ridge), row.steps)
-    original = network.run(inputs.held_back)
+    original = network.run(inputs.held_out)
     together, separately = (
-        network.run_built(network.build(f), inputs.held_back) for f in (applied.factorizations, alone)
+        network.run_built(network.build(f), inputs.held_out) for f in (applied.factorizations, alone)
     )
     assert divergence(original, together, "kl") < 0.8 * divergence(original, separately, "kl")
 

@@ -1,4 +1,4 @@
-"""What is fitted on, what is held back, and where a layer is looked at."""
+"""What is fitted on, what is held out, and where a layer is looked at."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
 from tests.planning.layers import conv
 
 
-def test_a_fifth_is_held_back_and_nothing_is_lost() -> None:
+def test_a_fifth_is_held_out_and_nothing_is_lost() -> None:
     images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1)
     inputs = Inputs.split(images, seed=3)
-    assert (inputs.fitted, len(inputs.held_back)) == (40, 10)
+    assert (inputs.fitted, len(inputs.held_out)) == (40, 10)
     assert sorted(inputs.images.ravel()) == list(range(50))
     assert Inputs.split(images, seed=3).images.tobytes() == inputs.images.tobytes()
     assert Inputs.split(images, seed=4).images.tobytes() != inputs.images.tobytes()
@@ -61,6 +61,6 @@ def test_every_image_goes_to_its_own_side_whatever_the_batches() -> None:
     for batch in (slice(0, 3), slice(3, 9), slice(9, 10)):
         moments.add(batch, x[batch].reshape(-1, 1, 18), y[batch].reshape(-1, 3))
     whole = moments.both
-    assert (whole.fitted.count, whole.held_back.count) == (40, 10)
+    assert (whole.fitted.count, whole.held_out.count) == (40, 10)
     np.testing.assert_allclose(whole.fitted.mean_x[0], x[:8].reshape(-1, 18).mean(0))
-    np.testing.assert_allclose(whole.held_back.mean_y[0], y[8:].reshape(-1, 3).mean(0))
+    np.testing.assert_allclose(whole.held_out.mean_y[0], y[8:].reshape(-1, 3).mean(0))

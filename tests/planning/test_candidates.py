@@ -1,4 +1,4 @@
-"""Candidates: predicted errors are those of real fits on held-back samples."""
+"""Candidates: predicted errors are those of real fits on held-out samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from netdecouple.errors import BudgetError
 from netdecouple.families import Problem
 from netdecouple.families.chain import Step, method, methods
-from netdecouple.fitting.ridge import RIDGES, held_back_error
+from netdecouple.fitting.ridge import RIDGES, held_out_error
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
 from netdecouple.planning.candidates import (
@@ -56,7 +56,7 @@ def test_predicted_errors_are_close_to_those_of_full_fits(names: tuple[str, ...]
     regular = problem.regularized(1e-2)
     for candidate in found[::3]:
         fitted, _ = method(candidate.method, uniform).fit(regular, candidate.steps)
-        real = held_back_error(problem, held, fitted) / held.variance
+        real = held_out_error(problem, held, fitted) / held.variance
         assert real / 1.4 - 2e-3 <= candidate.relative_error <= 1.4 * real + 2e-3, candidate
 
 
@@ -171,7 +171,7 @@ def test_a_fully_connected_layer_with_few_samples_comes_out_safe() -> None:
         sorted(found.probes, key=lambda p: p.relative_error), (0.5, 0.2, 0.07), strict=True
     ):
         rank = round(share * layer.macs / 360)
-        truncated = held_back_error(blind, held, method("cd").fit(blind, [Step(rank)])[0]) / held.variance
+        truncated = held_out_error(blind, held, method("cd").fit(blind, [Step(rank)])[0]) / held.variance
         assert probe.relative_error < 1.1 * truncated
 
 

@@ -75,11 +75,11 @@ def analysis() -> Analysis:
 def counter(analysis: Analysis, path: Path, **options: Any) -> Latency:
     assert isinstance(analysis.network, OnnxNetwork)
     timer = WeightTimer(analysis.network, **options)
-    return Latency(analysis.network, analysis.candidates, timer, Cache(path / "times.json"))
+    return Latency(analysis, timer, Cache(path / "times.json"))
 
 
-def planned(analysis: Analysis, counter: Latency, share: float) -> Any:
-    return plan_for_latency(analysis, [], counter, share, "ask for less")
+def planned(counter: Latency, share: float) -> Any:
+    return plan_for_latency(counter, [], share, "ask for less")
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
@@ -89,7 +89,7 @@ def test_a_budget_is_met_even_where_times_do_not_add_up(
 ) -> None:
     """Whole networks gain less, or more, from fewer weights than single layers do."""
     times = counter(analysis, tmp_path, factors=dict.fromkeys(FORMS["standard"], bias))
-    plan = planned(analysis, times, share)
+    plan = planned(times, share)
     assert 0.9 * share <= times.share(plan) <= share * (1 + latency.CLOSE)
 
 
@@ -97,12 +97,12 @@ def test_what_is_out_of_reach_is_said_with_what_is_not(analysis: Analysis, tmp_p
     with pytest.raises(
         BudgetError, match=r"2% of the time is out of reach in made-up 1, 1 thread; .* takes \d+%"
     ):
-        planned(analysis, counter(analysis, tmp_path), 0.02)
+        planned(counter(analysis, tmp_path), 0.02)
 
 
 def test_a_layer_that_does_not_get_faster_is_left_alone(analysis: Analysis, tmp_path: Path) -> None:
     slow = next(iter(analysis.candidates))
-    plan = planned(analysis, counter(analysis, tmp_path, slow=slow), 0.7)
+    plan = planned(counter(analysis, tmp_path, slow=slow), 0.7)
     row = next(row for row in plan.layers if row.name == slow)
     assert (row.family, row.reason) == ("kept", "no candidate has less latency")
     assert any(row.changed for row in plan.layers)
@@ -110,7 +110,7 @@ def test_a_layer_that_does_not_get_faster_is_left_alone(analysis: Analysis, tmp_
 
 @pytest.mark.parametrize(("dear", "chosen"), [("gather", "parallel"), ("parallel", "gather")])
 def test_the_faster_form_is_chosen(analysis: Analysis, tmp_path: Path, dear: str, chosen: str) -> None:
-    plan = planned(analysis, counter(analysis, tmp_path, factors={dear: 1.2}), 0.7)
+    plan = planned(counter(analysis, tmp_path, factors={dear: 1.2}), 0.7)
     assert {row.form for row in plan.layers if row.changed} == {chosen}
 
 
@@ -132,7 +132,7 @@ def test_a_spoilt_cache_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)
     cache = Cache(path)
-    cache.update({"here": 1.5})
+    cache.save({"here": 1.5})
     assert json.loads(path.read_text()) == {"here": 1.5}
     assert Cache(path)["here"] == 1.5
 
@@ -140,7 +140,7 @@ def test_a_spoilt_cache_is_replaced(tmp_path: Path, text: str) -> None:
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file" / "times.json")
-    cache.update({"here": 1.5})
+    cache.save({"here": 1.5})
     assert cache["here"] == 1.5
 
 
@@ -152,7 +152,7 @@ def test_times_are_kept_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, 
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    Cache().update({"a": 1.0})
+    Cache().save({"a": 1.0})
     assert Cache()["a"] == 1.0
 
 

@@ -49,17 +49,22 @@ def candidate(layer: Layer, rank: int) -> Candidate:
         steps=steps,
         structure=method("nd-dp").structure(layer.geometry, steps),
         relative_error=0.1**rank,
+        loss=10 * 0.1**rank,
+        objective=20 * 0.1**rank,
     )
+
+
+def with_losses(found: LayerCandidates, loss: float, objective: float) -> LayerCandidates:
+    options = tuple(replace(c, loss=loss, objective=objective) for c in found.candidates)
+    return replace(found, candidates=options)
 
 
 def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] | None = None) -> Analysis:
     """Two convolutions in the middle that may be changed, a first one that may, and a layer that may not."""
-    found, losses, objectives = {}, {}, {}
+    found = {}
     for layer in LAYERS[:3]:
         options = tuple(candidate(layer, rank) for rank in (ranks or {}).get(layer.name, RANKS))
         found[layer.name] = LayerCandidates(layer=layer.name, candidates=options, ridge=RIDGE)
-        losses[layer.name] = tuple(10 * c.relative_error for c in options)
-        objectives[layer.name] = tuple(20 * c.relative_error for c in options)
     inputs = SimpleNamespace(fingerprint="images", images=range(50))
     network = SimpleNamespace(layers=LAYERS, fingerprint="network")
     return Analysis(
@@ -69,8 +74,6 @@ def analysis(settings: Settings = Settings(), ranks: dict[str, tuple[int, ...]] 
         loss="kl",
         reasons={"fc": "too small"},
         candidates=found,
-        losses=losses,
-        objectives=objectives,
     )
 
 
@@ -82,8 +85,8 @@ def least(counter: Macs | Parameters) -> float:
 
 
 def test_what_can_be_reached_is_every_layer_at_its_cheapest() -> None:
-    budgets = [Budget(Macs(), 0.5), Budget(Parameters(), 0.5)]
-    assert reachable(analysis(), budgets) == [least(Macs()), least(Parameters())]
+    for counter in (Macs(), Parameters()):
+        assert reachable(analysis(), counter) == least(counter) / sum(counter.dense(la) for la in LAYERS)
 
 
 def test_a_plan_holds_what_was_decided_and_where_it_comes_from() -> None:
@@ -150,8 +153,9 @@ def test_the_choice_minimises_the_objective_and_the_plan_predicts_the_loss() -> 
         la.macs - Macs().decoupled(la, candidate(la, 2)) for la in (WIDE, OTHER)
     )
     for dear in ("wide", "other"):
-        one = {name: (3.0 if name == dear else 1.0,) for name in ("first", "wide", "other")}
-        equal = replace(seen, losses=dict.fromkeys(one, (0.5,)), objectives=one | {"first": (9.0,)})
+        objectives = {"first": 9.0, "wide": 1.0, "other": 1.0, dear: 3.0}
+        options = {name: with_losses(c, 0.5, objectives[name]) for name, c in seen.candidates.items()}
+        equal = replace(seen, candidates=options)
         plan = make_plan(equal, [Budget(Macs(), limit / sum(la.macs for la in LAYERS))])
         assert [row.name for row in plan.layers if row.changed] == [{"wide": "other", "other": "wide"}[dear]]
         assert plan.predicted_loss == 0.5
@@ -182,15 +186,13 @@ def test_a_candidate_that_costs_the_same_is_none() -> None:
         analysis(),
         network=SimpleNamespace(layers=(layer,), fingerprint=""),
         candidates={"even": LayerCandidates(layer="even", candidates=(option,))},
-        losses={"even": (1.0,)},
-        objectives={"even": (1.0,)},
     )
     (row,) = make_plan(seen, [Budget(Macs(), 1.0)]).layers
     assert row.reason == "no candidate has less MACs"
 
 
 def test_a_network_of_which_nothing_can_be_changed_meets_a_budget_of_everything() -> None:
-    seen = replace(analysis(), candidates={}, objectives={})
+    seen = replace(analysis(), candidates={})
     plan = make_plan(seen, [Budget(Macs(), 1.0)])
     assert not any(row.changed for row in plan.layers)
     with pytest.raises(BudgetError, match="not even T = 1 meets 100% MACs and 100% parameters;"):
@@ -210,8 +212,8 @@ def test_a_budget_out_of_reach_says_what_can_be_had() -> None:
 
 def test_losses_that_are_not_finite_are_refused() -> None:
     seen = analysis()
-    name = next(iter(seen.objectives))
-    broken = replace(seen, objectives=seen.objectives | {name: tuple(np.inf for _ in seen.losses[name])})
+    name, found = next(iter(seen.candidates.items()))
+    broken = replace(seen, candidates=seen.candidates | {name: with_losses(found, 0.5, np.inf)})
     with pytest.raises(ModelError, match=f"layer '{name}': its predicted loss is NaN or Inf.* exclude="):
         make_plan(broken, [Budget(Macs(), 0.5)])
 
@@ -223,8 +225,8 @@ def test_the_table_of_budgets_ends_at_the_least_that_can_be_reached(
     """T = 1 of every layer takes 6.9 times fewer MACs, T = 3 takes 2.3 times fewer."""
     seen = analysis(ranks=dict.fromkeys(("first", "wide", "other"), ranks))
     rows = budget_rows(seen)
-    (fewest,) = reachable(seen, [Budget(Macs(), 1.0)])
     total = sum(la.macs for la in LAYERS)
+    fewest = round(reachable(seen, Macs()) * total)
     assert len(rows) == len(labels) + 1
     assert (rows[-1].macs, rows[-1].label) == (fewest, f"{total / fewest:.2f}×")
     for ratio, row in zip(labels, rows, strict=False):

@@ -11,15 +11,15 @@ import numpy as np
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, PlanError
 from netdecouple.execution import threads
+from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.families.chain import method
-from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.families.linalg import TINY
+from netdecouple.fitting.ridge import best_ridge, held_out_error
 from netdecouple.fitting.sampling import Inputs
-from netdecouple.fitting.sequential import SequentialMoments
-from netdecouple.fitting.targets import Targets
-from netdecouple.moments import Moments
+from netdecouple.fitting.sequential import SequentialMoments, Targets
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import applicable
 from netdecouple.planning.divergence import rounding
@@ -83,25 +83,18 @@ def apply(
     layers = {layer.name: layer for layer in network.layers}
     if [row.name for row in plan.layers] != list(layers):
         raise PlanError("the plan is for a network of other layers; make it again for this model")
-    rows = []
-    for row in plan.layers:
-        layer = layers[row.name]
-        _check_row(row, layer)
-        blind = plan.data_free or row.data_free or (row.changed and is_too_wide_to_fit(layer, run.memory))
-        rows.append(replace(row, data_free=row.changed and blind))
+    rows = [_checked(row, layers[row.name], plan.data_free, run.memory) for row in plan.layers]
     plan = replace(plan, layers=tuple(rows))
     key = run.checkpoint.key("applied", plan.to_json())
-    entries = {row.name: f"{key}-{i:04}" for i, row in enumerate(plan.layers) if row.changed}
+    changed = {row.name: (f"{key}-{i:04}", row) for i, row in enumerate(rows) if row.changed}
     applied: dict[str, AppliedLayer] = {}
     with SequentialMoments(network, inputs, plan, run, targets, progress) as sequential:
-        for row in plan.layers:
-            if not row.changed:
-                continue
-            fit = partial(_applied, row, layers[row.name], sequential, plan.uniform_rank)
-            applied[row.name] = run.checkpoint.once(entries[row.name], AppliedLayer, fit)
-            sequential.replace(row.name, applied[row.name].factorization)
-            progress("Decoupling layers", len(applied), len(entries))
-    rows = [applied[row.name].row if row.changed else row for row in plan.layers]
+        for name, (entry, row) in changed.items():
+            fit = partial(_applied, row, layers[name], sequential, plan.uniform_rank)
+            applied[name] = run.checkpoint.once(entry, AppliedLayer, fit)
+            sequential.replace(name, applied[name].factorization)
+            progress("Decoupling layers", len(applied), len(changed))
+    rows = [applied[row.name].row if row.changed else row for row in rows]
     return Applied(
         plan=replace(plan, layers=tuple(rows)),
         factorizations={name: layer.factorization for name, layer in applied.items()},
@@ -111,10 +104,10 @@ def apply(
     )
 
 
-def _check_row(row: LayerPlan, layer: Layer) -> None:
-    """Check before any work that a row can be applied to its layer."""
+def _checked(row: LayerPlan, layer: Layer, data_free: bool, memory: Memory) -> LayerPlan:
+    """Check before any work that a row can be applied; mark layers that are fitted to their weights alone."""
     if not row.changed:
-        return
+        return row
     if layer.geometry is None or layer.reason:
         raise PlanError(f"layer {row.name!r} cannot be decoupled ({layer.reason}); make the plan again")
     if row.channels and len(row.channels) != len(row.sizes):
@@ -126,46 +119,38 @@ def _check_row(row: LayerPlan, layer: Layer) -> None:
         chosen.structure(layer.geometry, row.steps)
     except ValueError as error:
         raise PlanError(f"layer {row.name!r}: {error}; make the plan again") from error
+    return replace(row, data_free=data_free or row.data_free or is_too_wide_to_fit(layer, memory))
 
 
 def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, uniform: bool) -> AppliedLayer:
     """Fit one layer to its inputs behind the layers replaced so far, or to its weights alone."""
     assert layer.geometry is not None
     collected = None if row.data_free else sequential.collect(layer.name)
-    if collected is None or not (collected.moments.fitted.count and collected.moments.held_back.count):
+    if collected is None or not (collected.moments.fitted.count and collected.moments.held_out.count):
         problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
-        with threads.for_unknowns(problem.weight.shape[2]):
+        with threads.for_unknowns(layer.geometry.unknowns):
             exact, steps = method(row.family, uniform, rounds=0).fit(problem, row.steps)
         row = replace(row.with_steps(steps), data_free=True)
         return AppliedLayer(row=row, factorization=exact.astype(np.float32))
-    fitted, held_back = collected.moments.fitted, collected.moments.held_back
+    fitted, held_out = collected.moments.fitted, collected.moments.held_out
     problem = Problem.of(layer.geometry, layer.weight, fitted)
-    with threads.for_unknowns(problem.weight.shape[2]):
-        row, regularized = _with_ridge(row, problem, held_back, uniform)
+    with threads.for_unknowns(layer.geometry.unknowns):
+        if row.ridge:
+            regularized = problem.regularized(row.ridge)
+        else:
+            quick = method(row.family, uniform, rounds=1)
+            ridge, regularized = best_ridge(problem, held_out, lambda p: quick.fit(p, row.steps)[0])
+            row = replace(row, ridge=ridge)
         exact, steps = method(row.family, uniform).fit(regularized, row.steps)
         factorization = exact.astype(np.float32)
-    error = held_back_error(problem, held_back, factorization)
+    error = held_out_error(problem, held_out, factorization)
     return AppliedLayer(
         row=row.with_steps(steps),
         factorization=factorization,
-        error=error / max(collected.variance, np.finfo(float).tiny),
+        error=error / max(collected.variance, TINY),
         samples=fitted.count,
         dependent=fitted.dependent,
     )
-
-
-def _with_ridge(
-    row: LayerPlan, problem: Problem, held_back: Moments, uniform: bool
-) -> tuple[LayerPlan, Problem]:
-    """Choose the ridge by the held-out error, unless the plan has one, and regularise the problem with it."""
-    if row.ridge:
-        return row, problem.regularized(row.ridge)
-
-    def quick(p: Problem) -> Factorization:
-        return method(row.family, uniform, rounds=1).fit(p, row.steps)[0]
-
-    ridge, regularized = best_ridge(problem, held_back, quick)
-    return replace(row, ridge=ridge), regularized
 
 
 def difference(
@@ -176,10 +161,7 @@ def difference(
     The reference is the original network with the dense convolutions that the factorizations equal. Outputs
     like ranked boxes or class indices change by whole steps when anything is rounded differently. So a
     difference beyond the tolerance is accepted if it is at most twice what noise of a hundredth of the
-    tolerance in these convolutions causes.
-
-    Returns:
-        The largest difference, relative to the reference.
+    tolerance in these convolutions causes. The largest difference is returned, relative to the reference.
 
     Raises:
         ModelError: the outputs differ by more than rounding explains.
@@ -189,9 +171,8 @@ def difference(
     if worst <= tolerance:
         return worst
     rng = np.random.default_rng(0)
-    noise = tolerance / 100
     noisy = {
-        name: ((weight * (1 + noise * rng.standard_normal(weight.shape))).astype(np.float32), bias)
+        name: ((weight * (1 + tolerance / 100 * rng.standard_normal(weight.shape))).astype(np.float32), bias)
         for name, (weight, bias) in applied.kernels.items()
     }
     if worst > min(2 * rounding(reference, network.run(images, noisy)), MOST):

@@ -12,7 +12,7 @@ from netdecouple.errors import CalibrationError
 from netdecouple.moments import Moments
 from netdecouple.network import Array, Images, Layer
 
-HELD_BACK = 5  # one input in so many is held out
+HELD_OUT = 5  # one input in so many is held out
 ROWS = 50_000  # samples per layer at most
 FLOPS = 2.7e11  # multiply-adds of a layer's moments at most, beyond 4 samples per unknown
 
@@ -42,7 +42,7 @@ class Inputs:
                 digest.update(np.ascontiguousarray(image).tobytes())
             fingerprint = digest.hexdigest()
         order = shuffled(len(images), seed)
-        return cls(images[order], len(images) - len(images) // HELD_BACK, fingerprint)
+        return cls(images[order], len(images) - len(images) // HELD_OUT, fingerprint)
 
     def shard(self, part: slice) -> Inputs:
         """Return a part of the inputs, in their order."""
@@ -50,7 +50,7 @@ class Inputs:
         return Inputs(images, int(np.clip(self.fitted - part.start, 0, len(images))), self.fingerprint)
 
     @property
-    def held_back(self) -> Images:
+    def held_out(self) -> Images:
         """The held-out inputs."""
         return self.images[self.fitted :]
 
@@ -78,12 +78,12 @@ class Split:
     """Moments of one layer on the inputs that are fitted to, and on the held-out inputs."""
 
     fitted: Moments
-    held_back: Moments
+    held_out: Moments
 
     def absorb(self, other: Split) -> None:
         """Add the moments of other samples in place."""
         self.fitted.absorb(other.fitted)
-        self.held_back.absorb(other.held_back)
+        self.held_out.absorb(other.held_out)
 
 
 class SplitMoments:
@@ -104,7 +104,7 @@ class SplitMoments:
     def nbytes(layer: Layer) -> int:
         """Return the memory that a layer's moments take, with the buffer."""
         groups, d, m = _sizes(layer)
-        return 2 * 8 * groups * d * (d + m) + 2 * 4 * groups * d * (d + m)
+        return 2 * (8 + 4) * groups * d * (d + m)
 
     @staticmethod
     def fit_bytes(layer: Layer) -> int:

@@ -1,11 +1,13 @@
 """The analysis of a network: every layer's candidates, what each costs and what it would change.
 
-It serves any number of budgets.
+It serves any number of budgets. Moments of what layers of the original network read and produce are collected
+shard by shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from netdecouple.execution import threads
@@ -13,12 +15,12 @@ from netdecouple.execution.executors import Shared
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.families import Problem
-from netdecouple.fitting.sampling import Inputs, Split, SplitMoments
+from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
-from netdecouple.planning.candidates import LayerCandidates, candidates
-from netdecouple.planning.collection import MomentCollector, groups_of
+from netdecouple.planning.candidates import Candidate, LayerCandidates, candidates
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.eligibility import is_too_wide_to_fit, kept_reasons
+from netdecouple.planning.plan import LayerPlan
 from netdecouple.planning.sensitivity import (
     OriginalOutputs,
     errors_with_margin,
@@ -26,6 +28,8 @@ from netdecouple.planning.sensitivity import (
     probe_counts,
 )
 from netdecouple.planning.settings import Settings
+
+STEP = "Collecting moments"  # name of this step in progress reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +42,20 @@ class Analysis:
     loss: Loss
     reasons: dict[str, str]  # why a layer is kept
     candidates: dict[str, LayerCandidates]
-    losses: dict[str, tuple[float, ...]]  # predicted for each of a layer's candidates
-    objectives: dict[str, tuple[float, ...]]  # the same with the margin: what the choice minimises
 
+    def candidates_of(self, layer: Layer) -> tuple[Candidate, ...]:
+        """Return a layer's candidates; there are none of a layer that is kept."""
+        found = self.candidates.get(layer.name)
+        return found.candidates if found else ()
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluatedLayer:
-    """One layer's candidates without their probes, and for each its predicted loss and its objective."""
-
-    candidates: LayerCandidates
-    losses: tuple[float, ...]
-    objectives: tuple[float, ...]
+    def planned(self, row: LayerPlan) -> Candidate:
+        """Return the candidate that a plan has chosen for a layer."""
+        options = self.candidates[row.name].candidates
+        return next(c for c in options if (c.method, c.sizes) == (row.family, row.sizes))
 
 
 def analyze(
-    network: Network,
-    inputs: Inputs,
-    settings: Settings,
-    progress: Progress = quiet,
-    run: Run = Run(),
+    network: Network, inputs: Inputs, settings: Settings, progress: Progress = quiet, run: Run = Run()
 ) -> Analysis:
     """Evaluate the candidates of every layer that may change: their errors, and their effect on the outputs.
 
@@ -67,65 +66,51 @@ def analyze(
     reasons = kept_reasons(network.layers, settings, run.memory)
     layers = [la for la in network.layers if la.name not in reasons]
     original = OriginalOutputs(network, inputs, layers)
-    held_out = len(inputs.held_back)
+    held_out = len(inputs.held_out)
     loss = run.checkpoint.once("loss", str, lambda: loss_kind(original.outputs, held_out, settings.loss))
     macs = sum(layer.macs for layer in network.layers)
     probes, samples = probe_counts(len(layers), macs, held_out, loss)
-    collector = MomentCollector(
-        network=network, inputs=inputs, seed=settings.seed, run=run, progress=progress
-    )
-    key = f"{samples} outputs, seed {settings.seed}, {collector.shared.key}"
+    shared = shared_network(network, inputs)
+    key = f"{samples} outputs, seed {settings.seed}, {shared.key}"
     shown = Shared(key, lambda: original.probe_samples(samples))
-    evaluated: dict[str, EvaluatedLayer] = {}
-    for layer in _evaluated(collector, layers, shown, (settings, probes, loss)):
-        name = layer.candidates.layer
-        evaluated[name] = layer
-        if not layer.candidates.candidates:
-            reasons[name] = "nothing costs less than the layer itself"
+    collector = MomentCollector(shared, inputs, settings.seed, run, progress)
+    evaluated: dict[str, LayerCandidates] = {}
+    for found in _evaluated(collector, layers, shown, (settings, probes, loss)):
+        evaluated[found.layer] = found
+        if not found.candidates:
+            reasons[found.layer] = "nothing costs less than the layer itself"
         progress("Evaluating candidates", len(evaluated), len(layers))
     return Analysis(
-        network=network,
-        settings=settings,
-        inputs=inputs,
-        loss=loss,
-        reasons=reasons,
-        candidates={name: layer.candidates for name, layer in evaluated.items()},
-        losses={name: layer.losses for name, layer in evaluated.items()},
-        objectives={name: layer.objectives for name, layer in evaluated.items()},
+        network=network, settings=settings, inputs=inputs, loss=loss, reasons=reasons, candidates=evaluated
     )
 
 
 def _evaluated(
     collector: MomentCollector, layers: Sequence[Layer], shown: Shared, options: tuple[Settings, int, Loss]
-) -> Iterator[EvaluatedLayer]:
+) -> Iterator[LayerCandidates]:
     """Evaluate layers in groups, so that the moments in memory at one time are bounded."""
     settings, run = options[0], collector.run
-    checkpoint = run.checkpoint
     entry = {layer.name: f"evaluated-{index:04}" for index, layer in enumerate(layers)}
     blind = {la.name for la in layers if settings.data_free or is_too_wide_to_fit(la, run.memory)}
     groups = [layers] if settings.data_free else groups_of(layers, blind, run.memory.moment_bytes)
     for index, group in enumerate(groups):
-        missing = []
-        for layer in group:
-            known = checkpoint.load(entry[layer.name], EvaluatedLayer)
-            if known is None:
-                missing.append(layer)
-            else:
-                yield known
-        with_moments = [la for la in group if la.name not in blind]
+        saved = {la.name: run.checkpoint.load(entry[la.name], LayerCandidates) for la in group}
+        yield from filter(None, saved.values())
+        missing = [la for la in group if saved[la.name] is None]
         moments: dict[str, Split] = {}
-        if any(la in missing for la in with_moments):
+        if any(la.name not in blind for la in missing):
+            with_moments = [la for la in group if la.name not in blind]
             moments = collector.collect(with_moments, f"moments-{index:04}")
         if run.workers is not None:  # the longest tasks first, so that none of them is alone at the end
             missing.sort(key=SplitMoments.fit_bytes, reverse=True)
         tasks = (
-            (collector.shared, shown, layer.name, moments.pop(layer.name, None), *options)
+            (collector.network, shown, layer.name, moments.pop(layer.name, None), *options)
             for layer in missing
         )
-        for evaluated in run.map(_evaluate, tasks, ordered=False):
-            checkpoint.save(entry[evaluated.candidates.layer], evaluated)
-            yield evaluated
-        checkpoint.drop(f"moments-{index:04}")
+        for found in run.map(_evaluate, tasks, ordered=False):
+            run.checkpoint.save(entry[found.layer], found)
+            yield found
+        run.checkpoint.drop(f"moments-{index:04}")
 
 
 def _evaluate(
@@ -136,7 +121,7 @@ def _evaluate(
     settings: Settings,
     probes: int,
     loss: Loss,
-) -> EvaluatedLayer:
+) -> LayerCandidates:
     """Fit one layer's candidates and run ``probes`` of them in the network; a task for a worker.
 
     ``shown`` is inputs and the original's outputs on them. Without ``moments`` the weights are all there is.
@@ -144,22 +129,101 @@ def _evaluate(
     layer = next(la for la in network.layers if la.name == name)
     assert layer.geometry is not None
     if moments is None:
-        problem = Problem.data_free(layer.geometry, layer.weight, layer.bias)
+        problem, held_out = Problem.data_free(layer.geometry, layer.weight, layer.bias), None
     else:
-        problem = Problem.of(layer.geometry, layer.weight, moments.fitted)
-    held_back = None if moments is None else moments.held_back
-    with threads.for_unknowns(problem.weight.shape[2]):
+        problem, held_out = Problem.of(layer.geometry, layer.weight, moments.fitted), moments.held_out
+    with threads.for_unknowns(layer.geometry.unknowns):
         found = candidates(
-            layer, problem, held_back, settings.methods, settings.uniform_rank, probes, settings.rule
+            layer, problem, held_out, settings.methods, settings.uniform_rank, probes, settings.rule
         )
     images, outputs = shown
     probed = [
         divergence(outputs, network.run(images, {name: (probe.weight, probe.bias)}), loss)
         for probe in found.probes
     ]
-    errors = [probe.relative_error for probe in found.probes]
-    return EvaluatedLayer(
-        candidates=replace(found, probes=()),
-        losses=predicted_losses([c.relative_error for c in found.candidates], errors, probed),
-        objectives=predicted_losses(errors_with_margin(found.candidates), errors, probed),
-    )
+    probe_errors = [probe.relative_error for probe in found.probes]
+    losses = predicted_losses([c.relative_error for c in found.candidates], probe_errors, probed)
+    objectives = predicted_losses(errors_with_margin(found.candidates), probe_errors, probed)
+    rows = zip(found.candidates, losses, objectives, strict=True)
+    return replace(found, candidates=tuple(replace(c, loss=lo, objective=o) for c, lo, o in rows), probes=())
+
+
+def shared_network(network: Network, inputs: Inputs) -> Shared:
+    """Return the network as an argument of tasks; its key is of the network as opened for these inputs."""
+    layers = [(la.name, la.reason, la.size) for la in network.layers]
+    identity = [network.fingerprint, inputs.fingerprint, network.memory.in_worker, layers]
+    return Shared(hashlib.sha256(repr(identity).encode()).hexdigest(), lambda: network)
+
+
+@dataclass(frozen=True)
+class CollectedMoments:
+    """Moments of layers over the first shards of the inputs."""
+
+    shards: int  # how many are in the moments
+    moments: dict[str, Split]
+
+
+@dataclass(frozen=True)
+class MomentCollector:
+    """Collects moments of what layers of the original network read and produce."""
+
+    network: Shared
+    inputs: Inputs
+    seed: int
+    run: Run
+    progress: Progress
+
+    def collect(self, layers: Sequence[Layer], entry: str) -> dict[str, Split]:
+        """Return the moments of some layers; checkpoint ``entry`` holds those of the shards that are done."""
+        checkpoint, inputs, count = self.run.checkpoint, self.inputs, len(self.inputs.images)
+        shards, names = self.run.parts(count), tuple(layer.name for layer in layers)
+        progress = self.progress if self.run.workers is None else quiet
+        collected: CollectedMoments = checkpoint.load(entry, CollectedMoments) or CollectedMoments(0, {})
+        tasks = (
+            (self.network, inputs.shard(shard), shard.start, count, names, self.seed, progress)
+            for shard in shards[collected.shards :]
+        )
+        for moments in self.run.map(_collect_shard, tasks):
+            if collected.shards:
+                for name, total in collected.moments.items():
+                    total.absorb(moments[name])
+                moments = collected.moments
+            collected = CollectedMoments(collected.shards + 1, moments)
+            checkpoint.save(entry, collected)
+            self.progress(STEP, shards[collected.shards - 1].stop, count)
+        return collected.moments
+
+
+def _collect_shard(
+    network: Network,
+    shard: Inputs,
+    start: int,
+    total: int,
+    names: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Split]:
+    """Return moments of the named layers over one shard, which starts at input ``start`` of ``total``."""
+    layers = [layer for layer in network.layers if layer.name in names]
+    stop = start + len(shard.images)
+    positions = {la.name: sample_positions(la, total, seed)[start:stop] for la in layers}
+    moments = {la.name: SplitMoments(la, shard) for la in layers}
+    for observation in network.observe(shard.images, positions):
+        moments[observation.layer].add(observation.images, observation.patches, observation.outputs)
+        progress(STEP, min(start + observation.images.stop, total), total)
+    return {name: split.both for name, split in moments.items()}
+
+
+def groups_of(layers: Sequence[Layer], blind: Collection[str], limit: int) -> Iterator[Sequence[Layer]]:
+    """Split layers into groups whose moments take at most ``limit`` bytes; ``blind`` layers need none."""
+    group: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = 0 if layer.name in blind else SplitMoments.nbytes(layer)
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(layer)
+        held += size
+    if group:
+        yield group

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple.convolution import Factorization, Structure
+from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.errors import BudgetError
 from netdecouple.families import Problem
 from netdecouple.families.base import groups, reference, registered
 from netdecouple.families.chain import Step, Trial, method, methods, pareto, sizes_for
 from netdecouple.families.linalg import TINY, Array
-from netdecouple.fitting.ridge import best_ridge, held_back_error
+from netdecouple.fitting.ridge import best_ridge, held_out_error
 from netdecouple.moments import Moments
 from netdecouple.network import Layer
 from netdecouple.planning.cost import Macs, Parameters, parse_share
@@ -35,7 +36,9 @@ class Candidate:
     method: str
     steps: tuple[Step, ...]
     structure: Structure
-    relative_error: float  # to the variance of the layer's output, predicted for held-back inputs
+    relative_error: float  # to the variance of the layer's output, predicted for held-out inputs
+    loss: float = 0.0  # predicted divergence of the network's outputs if only this layer changes
+    objective: float = 0.0  # the same with a margin (`sensitivity.MARGIN`): what the choice minimises
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -48,7 +51,7 @@ class Probe:
 
     weight: NDArray[np.float32]  # (n_o, n_i / groups, kh, kw)
     bias: NDArray[np.float32]  # (n_o,)
-    relative_error: float  # to the variance of the layer's output, on held-back inputs
+    relative_error: float  # to the variance of the layer's output, on held-out inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,24 +127,22 @@ def parse_families(text: str) -> tuple[str, ...]:
         ) from error
 
 
-def smallest(layer: Layer) -> list[Candidate]:
-    """Return the candidate of size 1 of every family that applies to the layer."""
-    if layer.geometry is None:
-        return []
-    g, steps = layer.geometry, (Step(1),)
-    structures = {name: method(name).structure(g, steps) for name in applicable(layer)}
-    return [Candidate(method=n, steps=steps, structure=s, relative_error=1.0) for n, s in structures.items()]
-
-
 def least_cost(layer: Layer, cost: Macs | Parameters) -> int:
-    """Return the least cost of a layer, as it is or changed by a single family."""
-    return min([cost.dense(layer), *(cost.decoupled(layer, c) for c in smallest(layer))])
+    """Return the least cost of a layer, as it is or changed by a single family at size 1."""
+    costs = [cost.dense(layer)]
+    if layer.geometry is not None:
+        steps = (Step(1),)
+        for name in applicable(layer):
+            structure = method(name).structure(layer.geometry, steps)
+            smallest = Candidate(method=name, steps=steps, structure=structure, relative_error=1.0)
+            costs.append(cost.decoupled(layer, smallest))
+    return min(costs)
 
 
 def candidates(
     layer: Layer,
     problem: Problem,
-    held_back: Moments | None,
+    held_out: Moments | None,
     methods: Sequence[str],
     uniform: bool,
     probes: int,
@@ -151,26 +152,18 @@ def candidates(
     """Evaluate the candidates of ``methods`` for a layer, or the one candidate of a rule.
 
     Every method predicts its errors for many sizes in one pass. A few candidates are fitted, and their
-    measured errors correct the other predictions.
-
-    Args:
-        layer: the layer.
-        problem: its moments on the inputs to fit.
-        held_back: its moments on held-back inputs; None (data-free): errors are in the metric of the weights.
-        methods: as `families.chain.methods` lists them.
-        uniform: every channel has the same number of terms.
-        probes: number of candidates to be run in the network.
-        rule: one method of one size.
-        large: unknowns per output beyond which only quick methods are tried, if there are any.
+    measured errors correct the other predictions. Without ``held_out`` moments (data-free) errors are in the
+    metric of the weights. So many ``probes`` are made; for layers with more than ``large`` unknowns per
+    output only quick methods are tried, if there are any.
     """
     names = suitable(layer, methods, rule)
     if not names:
         return LayerCandidates(layer=layer.name)
     ridge, fitting = 0.0, problem
-    if held_back is not None:
-        rough = _rough_fit(layer, suitable(layer, methods) or names, uniform)
-        ridge, fitting = best_ridge(problem, held_back, rough)
-    is_large = problem.geometry.unknowns > large
+    if held_out is not None:
+        rough = _rough_fit(problem.geometry, layer.size, suitable(layer, methods) or names, uniform)
+        ridge, fitting = best_ridge(problem, held_out, rough)
+    is_large, dense = problem.geometry.unknowns > large, problem.geometry.macs(*layer.size)
     if rule is None:
         trials = _explore(layer, fitting, names, uniform, is_large)
     else:
@@ -178,13 +171,13 @@ def candidates(
         trials = _ruled(layer, fitting, rule)
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in trials}  # predicted, measured
     fitted_probes = []
-    rounds = 0 if held_back is None else 1  # in the metric of the weights the closed form is optimal
-    for name, trial, in_network in _to_fit(layer, trials, probes):
+    rounds = 0 if held_out is None else 1  # in the metric of the weights the closed form is optimal
+    for name, trial, in_network in _to_fit(dense, trials, probes):
         fitted, _ = method(name, uniform, rounds=rounds).fit(fitting, trial.steps)
-        if held_back is None:
+        if held_out is None:
             error = fitting.relative_error(fitted)
         else:
-            error = held_back_error(problem, held_back, fitted) / max(held_back.variance, TINY)
+            error = held_out_error(problem, held_out, fitted) / max(held_out.variance, TINY)
         errors[name].append((max(trial.squared_error / fitting.power, FLOOR), max(error, FLOOR)))
         if in_network:
             weight, bias = fitted.dense().astype(np.float32), np.asarray(fitted.bias, np.float32)
@@ -198,7 +191,7 @@ def candidates(
         layer=layer.name,
         candidates=tuple(predicted),
         probes=tuple(fitted_probes),
-        data_free=held_back is None,
+        data_free=held_out is None,
         ridge=ridge if is_large else 0.0,
     )
 
@@ -210,20 +203,20 @@ def _explore(
     if large:
         methods = [name for name in methods if method(name).wide_ok(problem.geometry)] or methods
     by_method: dict[str, list[Trial]] = {}
-    rounding = FLOOR * problem.power
+    rounding, dense = FLOOR * problem.power, problem.geometry.macs(*layer.size)
     for name in methods:
-        length = name.count("+") + 1
         if not _has_promising_parts(name, methods, by_method):
             continue
+        length = name.count("+") + 1
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS if length == 1 else INNER))
         outer = tuple(np.geomspace(0.8, 0.1, OUTER // 2 if large or length > 2 else OUTER))
         trials = method(name, uniform, rounds=0).trials(problem, layer.size, levels, outer)
         # where all weights are zero, all sizes have the same error, and only the smallest is left
-        by_method[name] = [t for t in trials if t.macs >= FEWEST * _macs(layer)] or trials[:1]
+        by_method[name] = [t for t in trials if t.macs >= FEWEST * dense] or trials[:1]
         envelope = pareto(t for of_method in by_method.values() for t in of_method)
-        for other in by_method:
-            least = {t.macs: max(_least(envelope, t.macs), rounding) for t in by_method[other]}
-            by_method[other] = [t for t in by_method[other] if t.squared_error <= HOPELESS * least[t.macs]]
+        for other, of_method in by_method.items():
+            least = {t.macs: max(_least(envelope, t.macs), rounding) for t in of_method}
+            by_method[other] = [t for t in of_method if t.squared_error <= HOPELESS * least[t.macs]]
     return {name: trials for name, trials in by_method.items() if trials}
 
 
@@ -248,12 +241,6 @@ def _has_promising_parts(name: str, methods: Sequence[str], by_method: Mapping[s
     return len(tried) < 2 or sum(bool(by_method.get(part)) for part in tried) > 1
 
 
-def _macs(layer: Layer) -> int:
-    """Count the layer's MACs on one map, as for trials."""
-    assert layer.geometry is not None
-    return layer.geometry.macs(*layer.size)
-
-
 def _least(envelope: Sequence[Trial], macs: int) -> float:
     """Return the least squared error at no more than so many MACs."""
     return min((t.squared_error for t in envelope if t.macs <= macs), default=np.inf)
@@ -261,42 +248,37 @@ def _least(envelope: Sequence[Trial], macs: int) -> float:
 
 def _ruled(layer: Layer, problem: Problem, rule: Rule) -> dict[str, list[Trial]]:
     """Return the one trial that a rule asks for; none where it would not make the layer cheaper."""
-    chosen = method(rule.method, rule.is_uniform, rounds=1)
+    chosen, dense = method(rule.method, rule.is_uniform, rounds=1), problem.geometry.macs(*layer.size)
     if rule.kind == "share":
         levels = tuple(np.geomspace(0.97, FEWEST, LEVELS))
         trials = chosen.trials(problem, layer.size, levels, levels[:: LEVELS // OUTER])
-        trials = [t for t in trials if t.macs <= rule.value * _macs(layer)]
+        trials = [t for t in trials if t.macs <= rule.value * dense]
     else:
         trials = chosen.of_size(problem, layer.size, rule.kind, rule.value)
     best = min(trials, key=lambda t: t.squared_error, default=None)
-    return {rule.method: [best]} if best and best.macs < _macs(layer) else {}
+    return {rule.method: [best]} if best and best.macs < dense else {}
 
 
-def _rough_fit(layer: Layer, methods: Sequence[str], uniform: bool) -> Callable[[Problem], Factorization]:
+def _rough_fit(
+    g: ConvGeometry, size: tuple[int, int], methods: Sequence[str], uniform: bool
+) -> Callable[[Problem], Factorization]:
     """Return the closed form of one family at a medium size, to choose a ridge by."""
     name = reference().name if reference().name in methods else methods[0]
     family = method(name, uniform, rounds=0).families[0]
-
-    def fit(problem: Problem) -> Factorization:
-        g = problem.geometry
-        (size,) = sizes_for(family, g, layer.size, PROBES[1:2]) or [family.grain(g)]
-        return family.fit(problem, size)
-
-    return fit
+    (medium,) = sizes_for(family, g, size, PROBES[1:2]) or [family.grain(g)]
+    return partial(family.fit, size=medium)
 
 
-def _to_fit(
-    layer: Layer, trials: Mapping[str, Sequence[Trial]], probes: int
-) -> list[tuple[str, Trial, bool]]:
+def _to_fit(dense: int, trials: Mapping[str, Sequence[Trial]], probes: int) -> list[tuple[str, Trial, bool]]:
     """Choose the trials to fit: a few of the best of all, to be run in the network, and one per method."""
     named = {id(t): (name, t) for name, of_method in trials.items() for t in of_method}
     envelope = pareto(t for of_method in trials.values() for t in of_method)
     shares = PROBES if probes >= len(PROBES) else PROBES[1:2]
-    picks = {id(_nearest(envelope, share * _macs(layer))): True for share in shares if envelope}
+    picks = {id(_nearest(envelope, share * dense)): True for share in shares if envelope}
     covered = {named[pick][0] for pick in picks}
     for name, of_method in trials.items():
         if name not in covered:
-            picks[id(_nearest(of_method, PROBES[1] * _macs(layer)))] = False
+            picks[id(_nearest(of_method, PROBES[1] * dense))] = False
     return [(*named[pick], in_network) for pick, in_network in picks.items()]
 
 

@@ -40,11 +40,14 @@ class Cost(Protocol):
 
     def dense(self, layer: Layer) -> float:
         """Return the cost of the layer as it is."""
-        ...
 
     def decoupled(self, layer: Layer, candidate: Replacement) -> float:
         """Return the cost of a candidate in the place of the layer."""
-        ...
+
+
+def total_cost(cost: Cost, layers: Iterable[Layer]) -> float:
+    """Return the cost of the original network."""
+    return cost.fixed + sum(cost.dense(layer) for layer in layers)
 
 
 class Macs:
@@ -82,8 +85,7 @@ class Budget:
 
     def limit(self, layers: Iterable[Layer]) -> float:
         """Return the most that all layers together may cost."""
-        total = self.cost.fixed + sum(self.cost.dense(layer) for layer in layers)
-        return self.share * total - self.cost.fixed
+        return self.share * total_cost(self.cost, layers) - self.cost.fixed
 
     def __str__(self) -> str:
         return f"{100 * self.share:.4g}% {self.cost.unit}"
@@ -96,14 +98,8 @@ def parse_share(text: str | float) -> float:
         BudgetError: ``text`` is none of these, or the share is not above 0 and at most 1.
     """
     try:
-        if not isinstance(text, str):
-            share = float(text)
-        elif text.strip().endswith("%"):
-            share = float(text.strip()[:-1]) / 100
-        elif text.strip().lower().endswith("x"):
-            share = 1 / float(text.strip()[:-1])
-        else:
-            share = float(text)
+        number, unit = str(text).strip()[:-1], str(text).strip()[-1:].lower()
+        share = float(number) / 100 if unit == "%" else 1 / float(number) if unit == "x" else float(text)
     except (ValueError, ZeroDivisionError) as error:
         raise BudgetError(f"{text!r} is not a budget; write 50%, 2x or 0.5") from error
     if not 0 < share <= 1:

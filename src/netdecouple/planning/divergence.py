@@ -16,12 +16,7 @@ TINY = float(np.finfo(float).tiny)
 
 
 def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = None) -> Loss:
-    """Return KL for a classifier (one output (n, classes) for n inputs), relative squared error otherwise.
-
-    Args:
-        outputs: of the original network.
-        count: number of inputs they belong to.
-        requested: what the user asks for, if anything.
+    """Return what is requested, or KL for a classifier: one output (n, classes) for ``count`` n inputs.
 
     Raises:
         ModelError: KL is requested, and the network is not a classifier.

@@ -9,7 +9,7 @@ from netdecouple.errors import ModelError
 from netdecouple.execution.memory import Memory
 from netdecouple.fitting.sampling import SplitMoments
 from netdecouple.network import Layer
-from netdecouple.planning.candidates import LARGE, applicable, smallest, suitable
+from netdecouple.planning.candidates import LARGE, applicable, least_cost, suitable
 from netdecouple.planning.cost import Macs
 from netdecouple.planning.settings import Settings
 
@@ -46,7 +46,7 @@ def _reason(layer: Layer, settings: Settings, memory: Memory) -> str:
         return EXCLUDED
     if layer.reason:
         return layer.reason
-    if all(Macs().decoupled(layer, candidate) >= layer.macs for candidate in smallest(layer)):
+    if least_cost(layer, Macs()) >= layer.macs:
         return "too small: nothing costs less than the layer itself"
     if (layer.is_linear or layer.upsamples) and not suitable(layer, settings.methods, settings.rule):
         return f"only {' or '.join(applicable(layer))} would do, which is not asked for"
@@ -62,8 +62,7 @@ def _not_worth_it(open_layers: Sequence[Layer], layers: Sequence[Layer]) -> dict
     shapes = {la.name: la.geometry for la in open_layers if la.geometry is not None}
     work = {name: g.groups * g.unknowns**3 for name, g in shapes.items()}  # of a Cholesky factorization
     macs, parameters = (max(sum(getattr(la, cost) for la in layers), 1) for cost in ("macs", "parameters"))
-    all_work = sum(work.values())
-    reasons = {}
+    all_work, reasons = sum(work.values()), {}
     for layer in open_layers:
         effort = work[layer.name] / all_work
         share = max(layer.macs / macs, layer.parameters / parameters)

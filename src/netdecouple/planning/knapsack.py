@@ -47,9 +47,7 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     scale = np.where(room > 0, room, 1.0)
     # options beyond the room are excluded by their bounds; huge coefficients would only disturb the solver
     above = np.minimum(above / scale[:, None], HUGE)
-    one_each = np.zeros((len(layers), len(losses)))
-    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        one_each[row, start:end] = 1
+    one_each = np.repeat(np.eye(len(layers)), sizes, axis=1)
     for slack in SLACKS:
         solution = milp(
             losses / max(losses.max(initial=0.0), np.finfo(float).tiny),

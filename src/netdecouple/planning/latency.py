@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,9 +22,9 @@ from netdecouple.errors import BudgetError
 from netdecouple.execution.machine import machine
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
-from netdecouple.network import ONE_CHANNEL, Layer, Network, Timer
+from netdecouple.network import ONE_CHANNEL, Layer, Timer
 from netdecouple.planning.analysis import Analysis
-from netdecouple.planning.candidates import Candidate, LayerCandidates
+from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.cost import Budget, Replacement
 from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import LayerPlan, Plan
@@ -35,34 +36,24 @@ TRIES = 6  # plans measured as whole networks
 CLOSE = 0.02  # relative distance from the budget at which the search ends
 
 
-class Cache:
+class Cache(dict[str, float]):
     """Times of layers on disk, by machine, runtime and version; an unreadable file is replaced."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or _cache_folder() / "netdecouple" / "latency.json"
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            self._times = {str(k): float(v) for k, v in known.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            self._times = {}
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            times = json.loads(self.path.read_text(encoding="utf-8"))
+            super().__init__({key: float(value) for key, value in times.items()})
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._times
-
-    def __getitem__(self, key: str) -> float:
-        return self._times[key]
-
-    def update(self, times: Mapping[str, float]) -> None:
-        """Add times, and write the file if possible."""
-        self._times |= times
-        try:
+    def save(self, times: Mapping[str, float]) -> None:
+        """Add times, and write the file if possible; otherwise they are measured again next time."""
+        self.update(times)
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with Scratch(parent=self.path.parent) as folder:
                 partial = Path(folder) / self.path.name
-                partial.write_text(json.dumps(self._times, indent=0, sort_keys=True), encoding="utf-8")
+                partial.write_text(json.dumps(self, indent=0, sort_keys=True), encoding="utf-8")
                 os.replace(partial, self.path)
-        except OSError:
-            pass  # measured again next time
 
 
 def _cache_folder() -> Path:
@@ -76,8 +67,7 @@ class Latency:
     """A counter of milliseconds (`planning.cost.Cost`), from measured times of layers.
 
     Args:
-        network: is measured as a whole; what it takes besides its layers is ``fixed``.
-        candidates: of every layer that may be changed.
+        analysis: of the network, which is measured as a whole; what it takes besides its layers is ``fixed``.
         timer: measures, in the runtime that the network is meant for.
         cache: times that were measured before.
         progress: called after every layer.
@@ -86,23 +76,17 @@ class Latency:
     unit = "latency"
 
     def __init__(
-        self,
-        network: Network,
-        candidates: Mapping[str, LayerCandidates],
-        timer: Timer,
-        cache: Cache | None = None,
-        progress: Progress = quiet,
+        self, analysis: Analysis, timer: Timer, cache: Cache | None = None, progress: Progress = quiet
     ) -> None:
         self.timer = timer
-        self._network = network
-        self._layers = {layer.name: layer for layer in network.layers}
-        self._candidates = candidates
-        self._cache = cache or Cache()
+        self.analysis = analysis
+        self._layers = {layer.name: layer for layer in analysis.network.layers}
+        self._cache = Cache() if cache is None else cache
         self._dense: dict[str, float] = {}
         self._times: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}  # MACs, milliseconds
-        layers = [la for la in network.layers if candidates.get(la.name) and candidates[la.name].candidates]
+        layers = [layer for layer in analysis.network.layers if analysis.candidates_of(layer)]
         for index, layer in enumerate(layers):
-            self._time_layer(layer, candidates[layer.name])
+            self._time_layer(layer, analysis.candidates_of(layer))
             progress("Timing layers", index + 1, len(layers))
         self.total = float(np.median(timer.network_times([])))
         # layers timed alone may take longer than within the network, and than all of it on a busy machine
@@ -128,26 +112,23 @@ class Latency:
             for form in self.timer.forms(layer)
         }
 
-    def _time_layer(self, layer: Layer, choices: LayerCandidates) -> None:
+    def _time_layer(self, layer: Layer, candidates: Sequence[Candidate]) -> None:
         """Time the layer as it is, and a few candidates of every method in every form."""
         assert layer.geometry is not None
         forms = self.timer.forms(layer)
         dense = Structure.of(layer.geometry, layer.geometry)
         dense_key = self._key(layer, "dense", dense)
         kinds: dict[str, tuple[Structure, str]] = {dense_key: (dense, "gather")}
-        anchors = {
-            name: _anchors(choices.candidates, name) for name in {c.method for c in choices.candidates}
-        }
-        for _, picked in sorted(anchors.items()):
-            for form, candidate in product(forms, picked):
-                kinds[self._key(layer, form, candidate.structure)] = (candidate.structure, form)
+        anchors = {name: _anchors(candidates, name) for name in sorted({c.method for c in candidates})}
+        for structures in anchors.values():
+            kinds |= {self._key(layer, form, s): (s, form) for form, s in product(forms, structures)}
         if missing := {key: kind for key, kind in kinds.items() if key not in self._cache}:
             times = self.timer.layer_times(layer, list(missing.values()))
-            self._cache.update(dict(zip(missing, times, strict=True)))
+            self._cache.save(dict(zip(missing, times, strict=True)))
         self._dense[layer.name] = self._cache[dense_key]
         for name, form in product(anchors, forms):
-            structures = [c.structure for c in anchors[name]]
-            points = sorted((s.macs(*layer.size), self._cache[self._key(layer, form, s)]) for s in structures)
+            keys = [(s.macs(*layer.size), self._key(layer, form, s)) for s in anchors[name]]
+            points = sorted((macs, self._cache[key]) for macs, key in keys)
             macs, times = (list(column) for column in zip(*points, strict=True))
             self._times[layer.name, name, form] = (macs, times)
 
@@ -160,12 +141,9 @@ class Latency:
 
     def sketch(self, plan: Plan) -> object:
         """Build a plan's whole network with placeholder weights."""
-        factorizations, forms = {}, {}
-        for row in plan.layers:
-            if row.changed:
-                factorizations[row.name] = placeholder(_planned(row, self._candidates[row.name]).structure)
-                forms[row.name] = row.form
-        return self._network.build(*with_fused_layers(plan, self._layers, factorizations, forms), {})
+        changed = [row for row in plan.layers if row.changed]
+        factorizations = {row.name: placeholder(self.analysis.planned(row).structure) for row in changed}
+        return self.analysis.network.build(*with_fused_layers(plan, self._layers, factorizations), {})
 
     def share(self, plan: Plan) -> float:
         """Measure the share of the original's time that a plan's network takes."""
@@ -174,13 +152,11 @@ class Latency:
 
     def predicted_share(self, plan: Plan) -> float:
         """The share of the original's time that the sum of the layers' times predicts for a plan."""
-        spent = sum(
-            self.decoupled(self._layers[row.name], _planned(row, self._candidates[row.name]))
-            if row.changed
-            else self.dense(self._layers[row.name])
-            for row in plan.layers
-        )
-        return (self.fixed + spent) / self.total
+        spent = self.fixed
+        for row in plan.layers:
+            layer, change = self._layers[row.name], self.analysis.planned(row) if row.changed else None
+            spent += self.decoupled(layer, change) if change else self.dense(layer)
+        return spent / self.total
 
     def with_fused_neighbours(self, plan: Plan) -> Plan:
         """Decide by timing whole networks which kept layers the fused operator computes as well.
@@ -208,13 +184,7 @@ class Latency:
         return plain and layer.reason in ("", ONE_CHANNEL) and row.reason != EXCLUDED
 
 
-def plan_for_latency(
-    analysis: Analysis,
-    budgets: Sequence[Budget],
-    latency: Latency,
-    share: float,
-    advice: str = "ask for less",
-) -> Plan:
+def plan_for_latency(latency: Latency, budgets: Sequence[Budget], share: float, advice: str) -> Plan:
     """Plan for a share of the original's time, corrected by measuring whole networks (secant method).
 
     Times of layers do not just add up: what their sum predicts is asked for less or more until a whole
@@ -223,9 +193,8 @@ def plan_for_latency(
     Raises:
         BudgetError: the share is out of reach; the message says what is not, and gives ``advice``.
     """
-    layers = analysis.network.layers
-    total = latency.fixed + sum(latency.dense(la) for la in layers)
-    least = (latency.fixed + reachable(analysis, [Budget(latency, 1.0)])[0]) / total * (1 + 1e-9) + 1e-9
+    analysis = latency.analysis
+    least = reachable(analysis, latency) * (1 + 1e-9) + 1e-9
     best: Plan | None = None
     least_objective = float("inf")
     asked, tried = share, [(1.0, 1.0)]  # shares asked for, and measured
@@ -255,24 +224,17 @@ def plan_for_latency(
 
 
 def with_fused_layers(
-    plan: Plan,
-    layers: Mapping[str, Layer],
-    factorizations: Mapping[str, Factorization],
-    forms: Mapping[str, str],
+    plan: Plan, layers: Mapping[str, Layer], factorizations: Mapping[str, Factorization]
 ) -> tuple[dict[str, Factorization], dict[str, str]]:
-    """Add the kept layers that the plan has the fused operator compute, as exact factorizations."""
+    """Add the kept layers that the fused operator computes, exactly factorized; return also all forms."""
     kept = [layers[row.name] for row in plan.layers if not row.changed and row.form == "fused"]
     exact = {la.name: spread(la.geometry, la.weight, la.bias) for la in kept if la.geometry}
-    return {**factorizations, **exact}, {**forms, **dict.fromkeys(exact, "fused")}
+    written = {**factorizations, **exact}
+    return written, {row.name: row.form for row in plan.layers if row.name in written}
 
 
-def _planned(row: LayerPlan, choices: LayerCandidates) -> Candidate:
-    """Find the candidate that a plan has chosen for a layer."""
-    return next(c for c in choices.candidates if (c.method, c.sizes) == (row.family, row.sizes))
-
-
-def _anchors(candidates: Sequence[Candidate], name: str) -> list[Candidate]:
+def _anchors(candidates: Sequence[Candidate], name: str) -> list[Structure]:
     """Pick some of a method's candidates, evenly spread."""
-    same = [c for c in candidates if c.method == name]
+    same = [c.structure for c in candidates if c.method == name]
     picks = np.unique(np.linspace(0, len(same) - 1, ANCHORS if "+" not in name else ANCHORS // 2))
     return [same[int(i)] for i in np.unique(picks.round())]

@@ -63,10 +63,8 @@ class LayerPlan:
     def steps(self) -> tuple[Step, ...]:
         """The sizes with their channels, as far as they are known."""
         channels = self.channels or ((),) * len(self.sizes)
-        return tuple(
-            Step(size, np.array(read) if read else None)
-            for size, read in zip(self.sizes, channels, strict=True)
-        )
+        pairs = zip(self.sizes, channels, strict=True)
+        return tuple(Step(size, np.array(read) if read else None) for size, read in pairs)
 
     def with_steps(self, steps: Iterable[Step]) -> LayerPlan:
         """Return a copy with the channels of fitted steps."""
@@ -92,8 +90,8 @@ class Plan:
     @property
     def before(self) -> Costs:
         """Costs of the original network."""
-        macs = sum(row.macs_before for row in self.layers)
-        return Costs(macs, sum(row.parameters_before for row in self.layers))
+        rows = self.layers
+        return Costs(sum(row.macs_before for row in rows), sum(row.parameters_before for row in rows))
 
     @property
     def after(self) -> Costs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from netdecouple.errors import BudgetError, ModelError
 from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis
 from netdecouple.planning.candidates import Candidate
-from netdecouple.planning.cost import Budget, Macs, Parameters
+from netdecouple.planning.cost import Budget, Cost, Macs, Parameters, total_cost
 from netdecouple.planning.knapsack import Option, choose
 from netdecouple.planning.plan import LayerPlan, Plan
 
@@ -51,68 +51,51 @@ def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = para
         ModelError: a predicted loss is NaN or Inf.
     """
     layers = analysis.network.layers
-    _check_reachable(analysis, budgets)
-    options = [_options(analysis, layer, budgets) for layer in layers]
-    picks = choose(options, [b.limit(layers) for b in budgets])
-    reasons = [_not_cheaper(analysis, layer, budgets) for layer in layers]
-    return _plan(analysis, picks, reasons, _text(budgets), form)
-
-
-def reachable(analysis: Analysis, budgets: Sequence[Budget]) -> list[float]:
-    """Return the least that the network's layers can cost, in each budget's unit."""
-    least = []
     for budget in budgets:
-        total = 0.0
-        for layer in analysis.network.layers:
-            costs = [budget.cost.decoupled(layer, c) for c in _candidates(analysis, layer)]
-            total += min([budget.cost.dense(layer), *costs])
-        least.append(total)
-    return least
-
-
-def _check_reachable(analysis: Analysis, budgets: Sequence[Budget]) -> None:
-    layers = analysis.network.layers
-    for budget, least in zip(budgets, reachable(analysis, budgets), strict=True):
-        if budget.limit(layers) < least:
-            total = budget.cost.fixed + sum(budget.cost.dense(la) for la in layers)
-            share = (budget.cost.fixed + least) / total
+        share = reachable(analysis, budget.cost)
+        if budget.share < share:
             raise BudgetError(
                 f"{budget} is out of reach; the least this network can have is {100 * share:.1f}% "
                 f"({1 / share:.2f} times fewer {budget.cost.unit}) with the layers that may be changed"
             )
+    options = [_options(analysis, layer, budgets) for layer in layers]
+    picks = choose(options, [b.limit(layers) for b in budgets])
+    return _plan(analysis, picks, [_not_cheaper(o, budgets) for o in options], _text(budgets), form)
+
+
+def reachable(analysis: Analysis, cost: Cost) -> float:
+    """Return the least share of the original's cost that the network can have."""
+    layers = analysis.network.layers
+    least = cost.fixed
+    for layer in layers:
+        least += min([cost.dense(layer), *(cost.decoupled(layer, c) for c in analysis.candidates_of(layer))])
+    return least / total_cost(cost, layers)
 
 
 def _options(analysis: Analysis, layer: Layer, budgets: Sequence[Budget]) -> list[Option]:
     """Return what can be done to a layer: first to keep it, then its candidates."""
-    objectives = analysis.objectives.get(layer.name, ())
-    if not np.isfinite(objectives).all():
+    candidates = analysis.candidates_of(layer)
+    if not np.isfinite([c.objective for c in candidates]).all():
         raise ModelError(
             f"layer {layer.name!r}: its predicted loss is NaN or Inf, because the network makes too large "
             "numbers; check the preprocessing, or exclude the layer with exclude="
         )
     return [Option(0.0, tuple(b.cost.dense(layer) for b in budgets))] + [
-        Option(objective, tuple(b.cost.decoupled(layer, c) for b in budgets))
-        for objective, c in zip(objectives, _candidates(analysis, layer), strict=True)
+        Option(c.objective, tuple(b.cost.decoupled(layer, c) for b in budgets)) for c in candidates
     ]
 
 
-def _not_cheaper(analysis: Analysis, layer: Layer, budgets: Sequence[Budget]) -> str:
+def _not_cheaper(options: Sequence[Option], budgets: Sequence[Budget]) -> str:
     """Return the reason if none of a layer's candidates is cheaper than the layer, in some budget's unit."""
-    candidates = _candidates(analysis, layer)
-    for budget in budgets if candidates else ():
-        if all(budget.cost.decoupled(layer, c) >= budget.cost.dense(layer) for c in candidates):
+    for budget, dense, *others in zip(budgets, *(option.costs for option in options), strict=True):
+        if others and min(others) >= dense:
             return f"no candidate has less {budget.cost.unit}"
     return ""
 
 
 def objective_of(analysis: Analysis, plan: Plan) -> float:
     """Return what `make_plan` minimises, for a plan of this analysis."""
-    total = 0.0
-    for row in plan.layers:
-        if row.changed:
-            choices = [(c.method, c.sizes) for c in analysis.candidates[row.name].candidates]
-            total += analysis.objectives[row.name][choices.index((row.family, row.sizes))]
-    return total
+    return sum(analysis.planned(row).objective for row in plan.layers if row.changed)
 
 
 def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
@@ -124,11 +107,11 @@ def published_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf =
     layers = analysis.network.layers
     first = _first_convolution(layers)
     options = [_options(analysis, layer, budgets) for layer in layers]
-    ranks = [[0, *(_common_rank(la, c) for c in _candidates(analysis, la))] for la in layers]
+    # T of every option: the published procedure has the same for all channels
+    ranks = [[0, *(c.sizes[0] // la.weight.shape[1] for c in analysis.candidates_of(la))] for la in layers]
     for rank in range(max(map(max, ranks)), 0, -1):
-        picks = [
-            r.index(rank) if rank in r and la is not first else 0 for la, r in zip(layers, ranks, strict=True)
-        ]
+        pairs = zip(layers, ranks, strict=True)
+        picks = [r.index(rank) if rank in r and la is not first else 0 for la, r in pairs]
         costs = np.sum([o[pick].costs for o, pick in zip(options, picks, strict=True)], axis=0)
         if all(cost <= budget.limit(layers) for cost, budget in zip(costs, budgets, strict=True)):
             reasons = [FIRST if layer is first else "" for layer in layers]
@@ -148,10 +131,8 @@ def ruled_plan(analysis: Analysis, form: FormOf = parallel) -> Plan:
     reasons = [
         FIRST if la is first else NO_CONVOLUTION if la.operator in FULLY_CONNECTED else "" for la in layers
     ]
-    picks = [
-        1 if _candidates(analysis, la) and not reason else 0
-        for la, reason in zip(layers, reasons, strict=True)
-    ]
+    pairs = zip(layers, reasons, strict=True)
+    picks = [int(bool(analysis.candidates_of(la)) and not reason) for la, reason in pairs]
     if not any(picks):
         raise BudgetError(f"rule={rule}: no layer becomes cheaper by it; give a smaller size")
     return _plan(analysis, picks, reasons, str(rule), form)
@@ -169,7 +150,7 @@ class BudgetRow:
 
 def budget_rows(analysis: Analysis) -> list[BudgetRow]:
     """Plan for a series of MAC budgets, and for the least that can be reached."""
-    least = reachable(analysis, [Budget(Macs(), 1.0)])[0] / sum(la.macs for la in analysis.network.layers)
+    least = reachable(analysis, Macs())
     shares = [1 / ratio for ratio in RATIOS if 1 / ratio > least]
     rows = []
     for share in [*shares, least * (1 + 1e-9)]:
@@ -182,17 +163,6 @@ def budget_rows(analysis: Analysis) -> list[BudgetRow]:
 def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
     """Return the layer that published procedures keep."""
     return next((la for la in layers if la.operator.startswith("Conv")), None)
-
-
-def _candidates(analysis: Analysis, layer: Layer) -> tuple[Candidate, ...]:
-    found = analysis.candidates.get(layer.name)
-    return found.candidates if found else ()
-
-
-def _common_rank(layer: Layer, candidate: Candidate) -> int:
-    """T of a candidate that has the same for all channels."""
-    assert layer.geometry is not None
-    return candidate.sizes[0] // layer.geometry.weight_shape[1]
 
 
 def _plan(
@@ -223,18 +193,15 @@ def _changed(analysis: Analysis, layer: Layer, index: int, form: FormOf) -> Laye
     """Return the plan for one layer that becomes its candidate number ``index``."""
     found = analysis.candidates[layer.name]
     candidate = found.candidates[index]
-    return LayerPlan(
-        name=layer.name,
-        operator=layer.operator,
+    return replace(
+        LayerPlan.kept(layer, ""),
         family=candidate.method,
         sizes=candidate.sizes,
         ridge=found.ridge,
-        macs_before=layer.macs,
         macs=Macs().decoupled(layer, candidate),
-        parameters_before=layer.parameters,
         parameters=Parameters().decoupled(layer, candidate),
         predicted_error=candidate.relative_error,
-        predicted_loss=analysis.losses[layer.name][index],
+        predicted_loss=candidate.loss,
         form=form(layer, candidate),
         data_free=found.data_free,
     )

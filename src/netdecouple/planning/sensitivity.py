@@ -46,7 +46,7 @@ class OriginalOutputs:
     @cached_property
     def outputs(self) -> list[Array]:
         """The network's outputs; all of them are finite."""
-        images = self.inputs.held_back
+        images = self.inputs.held_out
         outputs = self.network.run(images)
         if all(np.isfinite(o).all() for o in outputs if o.dtype.kind == "f"):
             return outputs
@@ -63,18 +63,14 @@ class OriginalOutputs:
         The network runs again instead of cutting ``outputs``, as an output (boxes of a detector, for example)
         need not have one row per input.
         """
-        images = self.inputs.held_back[:count]
-        return images, self.outputs if count >= len(self.inputs.held_back) else self.network.run(images)
+        images = self.inputs.held_out[:count]
+        return images, self.outputs if count >= len(self.inputs.held_out) else self.network.run(images)
 
 
 def probe_counts(layers: int, macs: int, samples: int, loss: Loss) -> tuple[int, int]:
-    """Return how many candidates of every layer to probe, and on how many inputs.
+    """Return how many candidates to probe of every one of ``layers``, and on how many of ``samples`` inputs.
 
-    Args:
-        layers: number of layers to probe.
-        macs: of the whole network, for one input.
-        samples: number of inputs there are.
-        loss: what the probes measure.
+    ``macs`` are those of the whole network, for one input.
     """
     probes = 3 if 3 * layers * MANY_SAMPLES * macs < PROBE_MACS else 1
     least = min(LEAST_SAMPLES[loss], samples)

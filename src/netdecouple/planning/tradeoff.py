@@ -20,17 +20,13 @@ def knee(reductions: Sequence[float], losses: Sequence[float]) -> int | None:
     """Return the index of the point beyond which every further saving costs more than those before.
 
     The curve starts at the original network, which loses nothing, and goes through the points in the plane of
-    the reduction's logarithm and the loss. Points that another one beats in both are left out. A loss beyond
-    0.5 counts as 0.5, and the first such point ends the curve. Both axes are scaled to 1. The
-    knee is the point farthest below the chord from the curve's start to its end (Satopää et al. 2011,
-    "Kneedle").
+    the logarithm of the reduction (how many times fewer MACs) and the loss. Points that another one beats in
+    both are left out. A loss beyond 0.5 counts as 0.5, and the first such point ends the curve. Both axes are
+    scaled to 1. The knee is the point farthest below the chord from the curve's start to its end (Satopää et
+    al. 2011, "Kneedle").
 
     If all losses are below 0.01 the curve is flat, and the point of the greatest reduction is recommended. If
     no point lies 0.05 below the chord (a straight line, or all is lost at once) there is no knee: None.
-
-    Args:
-        reductions: how many times fewer MACs every point has than the original network.
-        losses: of every point.
     """
     if not losses:
         return None

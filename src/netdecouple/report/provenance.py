@@ -34,7 +34,7 @@ def provenance(plan: Plan, inputs: Inputs, calibration: str, settings: Settings 
         threads=available(),
         calibration=calibration,
         samples=len(inputs.images),
-        held_back=len(inputs.held_back),
+        held_back=len(inputs.held_out),
         seed=plan.seed,
         method=_method(plan, settings),
         model_hash=plan.model,

@@ -24,7 +24,7 @@ class SweepPoint:
     parameters_before: int
     parameters: int
     predicted_loss: float  # 0 where nothing was predicted
-    agreement: Agreement | None  # with the original on held-back inputs; None without calibration images
+    agreement: Agreement | None  # with the original on held-out inputs; None without calibration images
     accuracy: tuple[float, float] | None  # before, after; with labels only
     file: str | None  # the written network; None if it was not written
 
