@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from netdecouple.report.model import Report
+from netdecouple.runtimes import benchmark, timing
 from tests import networks
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
@@ -18,9 +19,11 @@ RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stopwatch runs as it does, for a few rounds only."""
-    monkeypatch.setattr("netdecouple.runtimes.timing.FEWEST", 2)
-    monkeypatch.setattr("netdecouple.runtimes.timing.TURN", 0.1)
-    monkeypatch.setattr("netdecouple.runtimes.benchmark.SHORT", 0.0)
+    rounds = timing.rounds
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(timing, "TURN", 0.1)
+    for module in (timing, benchmark):
+        monkeypatch.setattr(module, "rounds", lambda count, _, **more: rounds(count, 0, **more))
 
 
 def test_run_writes_a_page_and_data(netdecouple, folder: Path):
