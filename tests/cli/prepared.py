@@ -1,7 +1,7 @@
 """A process that has imported the command line, and forks for each command: none waits for imports.
 
-The copies begin and end as ``python -m netdecouple`` does, with standard streams made anew on their descriptors,
-which are flushed at the end.
+The copies begin and end as ``python -m netdecouple`` does, with standard streams of their own
+that are flushed at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Prepared:
         out: int | None = None,
         encoding: str = "utf-8",
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in a folder; standard output is returned, unless it goes to the descriptor ``out``."""
+        """Run a command in a folder; standard output is returned, unless it goes to a descriptor, ``out``."""
         environment = dict(os.environ if environment is None else environment)
         with tempfile.TemporaryFile() as written, tempfile.TemporaryFile() as told:
             request = json.dumps(

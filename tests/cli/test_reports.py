@@ -10,20 +10,9 @@ import onnx
 import pytest
 
 from netdecouple.report.model import Report
-from netdecouple.runtimes import benchmark, timing
 from tests import networks
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stopwatch runs as it does, for a few rounds only."""
-    rounds = timing.rounds
-    monkeypatch.setattr(timing, "FEWEST", 2)
-    monkeypatch.setattr(timing, "TURN", 0.1)
-    for module in (timing, benchmark):
-        monkeypatch.setattr(module, "rounds", lambda count, _, **more: rounds(count, 0, **more))
 
 
 def test_run_writes_a_page_and_data(netdecouple, folder: Path):
