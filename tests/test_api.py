@@ -405,7 +405,11 @@ def test_the_original_is_never_changed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"macs": "30x", "settings": QUICK}, BudgetError, r"the least this network can have is \d"),
+        (
+            {"macs": "30x", "settings": replace(QUICK, data_free=True)},
+            BudgetError,
+            r"the least this network can have is \d",
+        ),
         ({}, BudgetError, "give one goal: a budget"),
         ({"max_drop": 1.0}, BudgetError, "labels="),
         ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one goal"),
