@@ -74,6 +74,18 @@ def images(model: onnx.ModelProto) -> np.ndarray:
     return networks.images_for(model)
 
 
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopwatch runs as it does, for a few rounds only."""
+    from netdecouple.runtimes import benchmark, timing  # not before coverage is measured
+
+    rounds = timing.rounds
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(timing, "TURN", 0.1)
+    for module in (timing, benchmark):
+        monkeypatch.setattr(module, "rounds", lambda count, _, **more: rounds(count, 0, **more))
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A headless Chromium, started once; skipped where there is none."""

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from netdecouple.cli import main
-from netdecouple.runtimes import benchmark, timing
 from tests import networks
 from tests.cli.prepared import Prepared, prepared
 
@@ -30,13 +29,8 @@ class Ended:
 
 
 @pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stopwatch runs as it does, for a few rounds only."""
-    rounds = timing.rounds
-    monkeypatch.setattr(timing, "FEWEST", 2)
-    monkeypatch.setattr(timing, "TURN", 0.1)
-    for module in (timing, benchmark):
-        monkeypatch.setattr(module, "rounds", lambda count, _, **more: rounds(count, 0, **more))
+def short_timing(short_timing: None) -> None:
+    """Every command measures for a few rounds only."""
 
 
 @pytest.fixture
