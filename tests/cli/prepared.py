@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-LONGEST = 65536  # bytes of a request
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -38,13 +36,17 @@ class Prepared:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in a folder; standard output is returned, unless it goes to a descriptor, ``out``."""
         environment = dict(os.environ if environment is None else environment)
-        with tempfile.TemporaryFile() as written, tempfile.TemporaryFile() as told:
-            request = json.dumps(
-                {"folder": str(folder), "arguments": list(arguments), "environment": environment}
-            )
-            streams = [written.fileno() if out is None else out, told.fileno()]
-            socket.send_fds(self.connection, [request.encode()], streams)
-            code = int(self.connection.recv(LONGEST))
+        request = {"folder": str(folder), "arguments": list(arguments), "environment": environment}
+        with (
+            tempfile.TemporaryFile() as asked,
+            tempfile.TemporaryFile() as written,
+            tempfile.TemporaryFile() as told,
+        ):
+            asked.write(json.dumps(request).encode())
+            asked.seek(0)
+            streams = [asked.fileno(), written.fileno() if out is None else out, told.fileno()]
+            socket.send_fds(self.connection, [b"."], streams)
+            code = int(self.connection.recv(8))
             for stream in (written, told):
                 stream.seek(0)
             texts = [stream.read().decode(encoding) for stream in (written, told)]
@@ -54,7 +56,7 @@ class Prepared:
 @contextmanager
 def prepared() -> Iterator[Prepared]:
     """Start the process that imports, and end it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "tests.cli.prepared", str(theirs.fileno())]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     with ours, theirs:
@@ -73,16 +75,17 @@ def _serve(connection: socket.socket) -> None:
     import netdecouple.cli  # noqa: F401
 
     while True:
-        request, streams, _, _ = socket.recv_fds(connection, LONGEST, 2)
-        if not request:
+        byte, files, _, _ = socket.recv_fds(connection, 1, 3)
+        if not byte:
             os._exit(0)
         process = os.fork()
         if not process:
             connection.close()
-            _begin(json.loads(request), streams)
+            with open(files[0]) as asked:
+                _begin(json.load(asked), files[1:])
             return
-        for stream in streams:
-            os.close(stream)
+        for file in files:
+            os.close(file)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         connection.send(str(code).encode())
 
