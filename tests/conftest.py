@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_collection_finish() -> None:
+    """Spare every garbage collection the modules and tests, which stay until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with pretrained networks and images; its tests are marked ``shared``."""
@@ -65,6 +72,18 @@ def model(network_maker: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
 @pytest.fixture
 def images(model: onnx.ModelProto) -> np.ndarray:
     return networks.images_for(model)
+
+
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopwatch runs as it does, for a few rounds only."""
+    from netdecouple.runtimes import benchmark, timing  # not before coverage is measured
+
+    rounds = timing.rounds
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(timing, "TURN", 0.1)
+    for module in (timing, benchmark):
+        monkeypatch.setattr(module, "rounds", lambda count, _, **more: rounds(count, 0, **more))
 
 
 @pytest.fixture(scope="session")

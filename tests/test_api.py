@@ -40,7 +40,7 @@ QUICK = Settings(families=("nd-dp",))  # a single family is weighed in a fractio
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200)
+    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=100)
 
 
 def test_the_budget_holds_and_accuracy_stays(result: Result, tmp_path: Path) -> None:
@@ -79,8 +79,13 @@ def test_the_file_never_has_more_than_was_planned(result: Result) -> None:
         assert written.parameters <= planned.parameters
 
 
-def test_all_families_together_lose_less_than_one(result: Result) -> None:
-    alone = netdecouple.decouple(MODEL, CALIB, macs="3x", samples=200, settings=QUICK)
+@pytest.fixture(scope="module")
+def alone() -> Result:
+    """The same with a single family."""
+    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=100, settings=QUICK)
+
+
+def test_all_families_together_lose_less_than_one(result: Result, alone: Result) -> None:
     assert [layer.family for layer in alone.report.layers] == ["kept", *["nd-dp"] * 5, "kept"]
     assert result.plan.predicted_loss < alone.plan.predicted_loss
     assert result.report.agreement is not None
@@ -91,7 +96,7 @@ def test_all_families_together_lose_less_than_one(result: Result) -> None:
 def test_the_prediction_is_of_the_right_size(result: Result) -> None:
     agreement = result.report.agreement
     assert agreement is not None
-    assert agreement.images == 40
+    assert agreement.images == 20
     assert agreement.predicted / 5 < agreement.divergence < agreement.predicted * 5
     assert agreement.same_class is not None
     assert 0.9 <= agreement.same_class <= 1
@@ -126,25 +131,20 @@ def test_the_plan_travels_in_the_models_metadata(result: Result) -> None:
 
 
 def test_a_plan_is_refused_other_images_than_its_own(result: Result) -> None:
-    images = np.random.default_rng(0).random((200, 1, 32, 32), np.float32)
+    images = np.random.default_rng(0).random((100, 1, 32, 32), np.float32)
     with pytest.raises(PlanError, match="other calibration inputs"):
         netdecouple.apply_plan(MODEL, result.plan, images)
 
 
-def test_fitting_to_inputs_beats_the_published_method_by_far() -> None:
-    """At no more MACs than the paper's own procedure (data-free, one T)."""
-    images = np.load(DEMO / "digits.npz")["calib"][:100]
+def test_fitting_to_inputs_beats_the_published_method_by_far(alone: Result) -> None:
+    """Even at fewer MACs than the paper's own procedure (data-free, one T)."""
     paper = netdecouple.decouple(
         MODEL, CALIB, macs="2x", samples=100, settings=Settings(data_free=True, uniform_rank=True)
     )
-    share = paper.report.macs / paper.report.macs_before
-    aware = netdecouple.decouple(
-        MODEL, images[..., 0].astype(np.float32)[:, None] / 255, macs=share, samples=100, settings=QUICK
-    )
-    assert aware.report.macs <= paper.report.macs
+    assert alone.report.macs < paper.report.macs
     assert paper.report.agreement is not None
-    assert aware.report.agreement is not None
-    assert aware.report.agreement.divergence < 0.1 * paper.report.agreement.divergence
+    assert alone.report.agreement is not None
+    assert alone.report.agreement.divergence < 0.1 * paper.report.agreement.divergence
 
 
 def test_the_published_method_has_one_rank_and_keeps_the_first_layer() -> None:
@@ -405,7 +405,11 @@ def test_the_original_is_never_changed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"macs": "30x", "settings": QUICK}, BudgetError, r"the least this network can have is \d"),
+        (
+            {"macs": "30x", "settings": replace(QUICK, data_free=True)},
+            BudgetError,
+            r"the least this network can have is \d",
+        ),
         ({}, BudgetError, "give one goal: a budget"),
         ({"max_drop": 1.0}, BudgetError, "labels="),
         ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one goal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -50,6 +51,7 @@ MAY_IMPORT = {
 """By room, the rooms that it may import besides itself and the basics, which import nothing above them."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name below ``netdecouple``."""
     paths = (path.relative_to(SOURCES).with_suffix("") for path in sorted(SOURCES.rglob("*.py")))
@@ -80,6 +82,7 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
             yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("netdecouple."))
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """By module, the modules that it imports."""
     known = modules()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from netdecouple.cli import main
 from tests import networks
+from tests.cli.prepared import Prepared, prepared
 
 Inputs = dict[str, str]
 
@@ -25,6 +26,11 @@ class Ended:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def short_timing(short_timing: None) -> None:
+    """Every command measures for a few rounds only."""
 
 
 @pytest.fixture
@@ -59,3 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         picture = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "images" / f"{index:02}.png")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Prepared]:
+    """Run the command line in a process of its own, which does not wait for imports."""
+    with prepared() as process:
+        yield process

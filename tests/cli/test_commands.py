@@ -138,7 +138,7 @@ def test_run_takes_fixed_batches(netdecouple, folder: Path):
     assert netdecouple(*RUN).code == 0
     shape = onnx.load(folder / "out.onnx").graph.input[0].type.tensor_type.shape
     assert [d.dim_value for d in shape.dim] == [16, 3, 8, 8]
-    ended = netdecouple("run", "net.onnx", "-o", "out.onnx", "--macs", "50%", "--data-free")
+    ended = netdecouple(*RUN[:-2], "--data-free")
     assert ended.code == 0, ended
 
 
@@ -146,7 +146,8 @@ def test_run_takes_networks_of_any_size(netdecouple, folder: Path):
     """A fully convolutional network with two outputs; the pictures' size counts."""
     onnx.save(networks.restorer(), folder / "net.onnx")
     ended = netdecouple(
-        "run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--calib", "images", "--report", "report.json"
+        *("run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--families", "nd", "--calib", "images"),
+        *("--report", "report.json"),
     )
     assert ended.code == 0, ended
     report = json.loads((folder / "report.json").read_text())
@@ -171,9 +172,7 @@ def test_run_counts_unreadable_images(netdecouple, folder: Path):
     """They are skipped, counted and named."""
     for name in ("03.png", "07.png"):
         (folder / "images" / name).write_bytes(b"not a picture")
-    ended = netdecouple(
-        "run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "images", "--report", "r.json"
-    )
+    ended = netdecouple(*RUN[:-1], "images", "--report", "r.json")
     assert ended.code == 0
     assert "2 unreadable images: 03.png, 07.png" in ended.out
     assert json.loads((folder / "r.json").read_text())["skipped"] == ["03.png", "07.png"]
@@ -203,7 +202,17 @@ def test_run_keeps_a_parameter_budget(netdecouple, folder: Path):
 def test_run_without_data(netdecouple, folder: Path):
     """From the weights alone, no images asked for; the report claims no agreement."""
     ended = netdecouple(
-        "run", "net.onnx", "-o", "out.onnx", "--macs", "60%", "--data-free", "--report", "r.json"
+        "run",
+        "net.onnx",
+        "-o",
+        "out.onnx",
+        "--macs",
+        "60%",
+        "--families",
+        "nd",
+        "--data-free",
+        "--report",
+        "r.json",
     )
     assert ended.code == 0, ended
     assert json.loads((folder / "r.json").read_text())["agreement"] is None
@@ -265,7 +274,7 @@ def test_run_keeps_to_an_allowed_drop(netdecouple, folder: Path):
     images = np.load(folder / "data.npz")["images"]
     labels = outputs(folder / "net.onnx", images).argmax(1)  # so the original is right always
     np.savez(folder / "right.npz", images=images, labels=labels)
-    arguments = ["run", "net.onnx", "-o", "out.onnx", "--calib", "data.npz:images"]
+    arguments = [*RUN[:4], *RUN[6:]]  # without a budget
     ended = netdecouple(
         *arguments, "--max-drop", "10", "--labels", "right.npz:images,labels", "--report", "r.json"
     )
@@ -334,17 +343,7 @@ def test_apply_reproduces_every_family(netdecouple, folder: Path, more: list[str
 
 def test_apply_without_data(netdecouple, folder: Path):
     """A data-free plan needs no images."""
-    arguments = [
-        "run",
-        "net.onnx",
-        "-o",
-        "out.onnx",
-        "--macs",
-        "2x",
-        "--data-free",
-        "--plan-out",
-        "plan.json",
-    ]
+    arguments = [*RUN[:-2], "--data-free", "--plan-out", "plan.json"]
     assert netdecouple(*arguments).code == 0
     ended = netdecouple("apply", "net.onnx", "plan.json", "-o", "again.onnx")
     assert ended.code == 0, ended
@@ -386,7 +385,7 @@ def test_a_fused_network_is_used_without_the_library(
     netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Written with it; evaluated, inspected, timed and decoupled once more without, and still fused then."""
-    budget = ["--macs", "60%", "--data-free"]
+    budget = ["--macs", "60%", "--data-free", "--families", "nd"]
     assert netdecouple("run", "net.onnx", "-o", "fused.onnx", "--emit", "fused", *budget).code == 0
     images = np.load(folder / "data.npz")["images"]
     expected, told = outputs(folder / "fused.onnx", images), netdecouple("inspect", "fused.onnx").out
@@ -397,7 +396,7 @@ def test_a_fused_network_is_used_without_the_library(
     assert netdecouple("inspect", "fused.onnx").out == told
     ended = netdecouple("bench", "net.onnx", "fused.onnx", "--layers", "--seconds", "0.05")
     assert (ended.code, ended.err) == (0, "")
-    ended = netdecouple("run", "fused.onnx", "-o", "again.onnx", "--macs", "90%", "--data-free")
+    ended = netdecouple("run", "fused.onnx", "-o", "again.onnx", "--macs", "90%", *budget[2:])
     assert (ended.code, ended.err) == (0, "")
     fused, again = (onnx.load(folder / name) for name in ("fused.onnx", "again.onnx"))
     assert list(again.functions) == list(fused.functions)

@@ -175,6 +175,21 @@ def test_inside_a_native_call(long_run: Path, library: str):
     assert files(long_run) == before
 
 
+EVALUATED = """
+import sys
+import onnxruntime as ort
+from netdecouple.__main__ import main
+
+def run(*arguments):
+    print("at work", file=sys.stderr, flush=True)
+    return real(*arguments)
+
+real, ort.InferenceSession.run = ort.InferenceSession.run, run
+sys.argv = ["netdecouple", *sys.argv[1:]]
+main()
+"""
+
+
 def test_inside_onnx_runtime(long_run: Path):
     """One run of a network on a large batch takes many seconds as well."""
     b = networks.Builder()
@@ -187,8 +202,10 @@ def test_inside_onnx_runtime(long_run: Path):
     images = rng.standard_normal((4000, 3, 8, 8)).astype(np.float32)
     np.savez(long_run / "many.npz", images=images, labels=np.zeros(4000, np.int64))
     before = files(long_run)
-    process = started(long_run, "eval", "net.onnx", "--data", "many.npz:images,labels")
-    time.sleep(4)
+    arguments = ("eval", "net.onnx", "--data", "many.npz:images,labels")
+    process = started(long_run, *arguments, begin=("-c", EVALUATED))
+    wait_for(process.stderr, "at work")
+    time.sleep(0.5)
     assert process.poll() is None
     interrupted(process)
     assert files(long_run) == before

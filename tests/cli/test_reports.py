@@ -15,14 +15,6 @@ from tests import networks
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--families", "nd", "--calib", "data.npz:images"]
 
 
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stopwatch runs as it does, for a few rounds only."""
-    monkeypatch.setattr("netdecouple.runtimes.timing.FEWEST", 2)
-    monkeypatch.setattr("netdecouple.runtimes.timing.TURN", 0.1)
-    monkeypatch.setattr("netdecouple.runtimes.benchmark.SHORT", 0.0)
-
-
 def test_run_writes_a_page_and_data(netdecouple, folder: Path):
     """One run, both kinds; timed with one thread and with as many as were asked for; the command is told."""
     ended = netdecouple(*RUN, "--threads", "2", "--report", "r.html", "--report", "r.json")

@@ -13,6 +13,7 @@ import pytest
 
 from netdecouple.cli import terminal
 from netdecouple.cli.terminal import Bars
+from tests.cli.prepared import Prepared
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images", "--families", "nd"]
 
@@ -133,28 +134,24 @@ def test_lines_of_progress_where_there_is_no_terminal(
 @pytest.mark.parametrize(
     ("variable", "coloured"), [("NO_COLOR", False), ("FORCE_COLOR", True), ("TERM", False)]
 )
-def test_colours_are_for_terminals(folder: Path, variable: str, coloured: bool):
+def test_colours_are_for_terminals(forked: Prepared, folder: Path, variable: str, coloured: bool):
     """None in a pipe, unless they are forced; none where nobody wants them."""
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "netdecouple", "inspect", "net.onnx"],
-        env=environment | {variable: "xterm-256color" if variable == "TERM" else "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment |= {variable: "xterm-256color" if variable == "TERM" else "1"}
+    ended = forked(folder, ["inspect", "net.onnx"], environment)
+    assert ended.returncode == 0
     assert ("\x1b[" in ended.stdout) == coloured
 
 
 @pytest.mark.parametrize("arguments", [["inspect", "net.onnx"], ["inspect", "gone.onnx"], ["run", "--help"]])
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_it_ends_quietly_where_nobody_reads(folder: Path, arguments: list[str], more: list[str]):
+def test_it_ends_quietly_where_nobody_reads(
+    forked: Prepared, folder: Path, arguments: list[str], more: list[str]
+):
     """As other tools do, which the system ends; what goes wrong is told all the same."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "netdecouple", *arguments, *more]
-    ended = subprocess.run(command, cwd=folder, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    ended = forked(folder, [*arguments, *more], out=writer)
     os.close(writer)
     if "gone.onnx" not in arguments:
         assert ended.returncode == 141
@@ -165,11 +162,11 @@ def test_it_ends_quietly_where_nobody_reads(folder: Path, arguments: list[str], 
         assert ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["", "--json"])
-def test_where_nothing_can_be_printed(folder: Path, option: str):
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_where_nothing_can_be_printed(forked: Prepared, folder: Path, options: list[str]):
     """One line, as for files."""
-    command = f"{shlex.quote(sys.executable)} -m netdecouple inspect net.onnx {option} > /dev/full"
-    ended = subprocess.run(command, shell=True, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
+    with open("/dev/full", "w") as full:
+        ended = forked(folder, ["inspect", "net.onnx", *options], out=full.fileno())
     assert ended.returncode == 2
     message = "error: standard output: cannot write there (No space left on device); "
     assert ended.stderr.splitlines()[-1].startswith(message)
@@ -202,16 +199,10 @@ def test_names_in_tables_are_no_markup(netdecouple, folder: Path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_what_an_encoding_lacks_is_replaced(folder: Path, encoding: str):
+def test_what_an_encoding_lacks_is_replaced(forked: Prepared, folder: Path, encoding: str):
     """Tables have signs that not every terminal can show."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "netdecouple", "inspect", "net.onnx"],
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-        cwd=folder,
-        capture_output=True,
-        encoding=encoding,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    ended = forked(folder, ["inspect", "net.onnx"], environment, encoding=encoding)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Budgets that can be met" in ended.stdout
 
@@ -226,20 +217,13 @@ def test_what_an_encoding_lacks_is_replaced(folder: Path, encoding: str):
         ("netdecouple sw", {"sweep"}),
     ],
 )
-def test_completions(folder: Path, line: str, expected: set[str]):
+def test_completions(forked: Prepared, folder: Path, line: str, expected: set[str]):
     """What bash is told when somebody presses tab."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "netdecouple"],
-        env=os.environ
-        | {
-            "_NETDECOUPLE_COMPLETE": "complete_bash",
-            "_TYPER_COMPLETE_ARGS": line,
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(line.split(" ")) - 1),
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {
+        "_NETDECOUPLE_COMPLETE": "complete_bash",
+        "_TYPER_COMPLETE_ARGS": line,
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+    }
+    ended = forked(folder, [], environment)
     assert set(ended.stdout.split()) == expected, ended

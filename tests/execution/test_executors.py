@@ -24,55 +24,13 @@ import pytest
 import netdecouple
 from netdecouple import Resources, Settings
 from netdecouple.errors import ModelError, NetDecoupleError, UnavailableError
-from netdecouple.execution.executors import Shared, Stale, ThisProcess, Workers, dask, processes
+from netdecouple.execution.executors import Shared, ThisProcess, Workers, dask, processes
 from tests import networks
+from tests.execution.tasks import Unknown, counted, deadly, each, factor, failing, once_deadly, process, times
 from tests.networks import images_for
 
 SETTINGS = Settings(families=("nd",))
 PATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-
-
-def times(factor: int, number: int) -> int:
-    return factor * number
-
-
-def process(factor: int, number: int) -> int:
-    return os.getpid()
-
-
-def failing(factor: int, number: int) -> int:
-    raise ModelError(f"layer {number} is no good")
-
-
-def once_deadly(factor: int, folder: str, number: int) -> int:
-    """Kill the worker the first time that a number comes."""
-    mark = Path(folder) / str(number)
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return factor * number
-
-
-def deadly(factor: int, number: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return 0
-
-
-def counted(counter: list[int], expected: int) -> tuple[int, int]:
-    """Count calls in a shared argument; it is stale if there were not as many as expected."""
-    if len(counter) != expected:
-        raise Stale
-    counter.append(os.getpid())
-    return len(counter), os.getpid()
-
-
-def factor(value: int = 3) -> Shared:
-    return Shared(f"factor {value}", lambda: value)
-
-
-def each(count: int, value: int = 3) -> Iterator[tuple[Shared, int]]:
-    """Arguments of so many tasks: a shared factor, and a number."""
-    return ((factor(value), n) for n in range(count))
 
 
 @pytest.fixture(scope="module")
@@ -151,24 +109,18 @@ def test_what_cannot_be_pickled_is_an_error(two: Workers):
         list(two.map(times, [(Shared("lock", threading.Lock), 1)]))
 
 
-class Unknown:
-    """An object whose module does not exist in workers."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, ("no_such_module",)
-
-
 def test_what_workers_cannot_open_is_an_error(two: Workers):
     with pytest.raises(ModelError, match="a worker cannot open what it was sent"):
         list(two.map(times, [(Shared("unknown", Unknown), 1)]))
 
 
 def test_a_worker_that_dies_is_replaced(two: Workers, tmp_path: Path):
-    tasks = [(factor(), str(tmp_path), n) for n in range(6)]
-    assert list(two.map(once_deadly, tasks)) == [3 * n for n in range(6)]
+    tasks = [(factor(), str(tmp_path), n) for n in range(3)]
+    assert list(two.map(once_deadly, tasks)) == [3 * n for n in range(3)]
 
 
-def test_a_task_that_kills_every_worker_is_given_up(two: Workers):
+def test_a_task_that_kills_every_worker_is_given_up(two: Workers, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("netdecouple.execution.executors.LOSSES", 1)
     with pytest.raises(UnavailableError) as caught:
         list(two.map(deadly, each(3)))
     assert "workers died while they executed tasks" in str(caught.value)
@@ -196,7 +148,7 @@ def test_worker_processes_end_with_their_parent(tmp_path: Path):
     script.write_text(
         "import os, time\n"
         "from netdecouple.execution.executors import processes\n"
-        "from tests.execution.test_executors import each, process\n"
+        "from tests.execution.tasks import each, process\n"
         "if __name__ == '__main__':\n"
         "    with processes(2) as workers:\n"
         "        print(*set(workers.map(process, each(20))), flush=True)\n"

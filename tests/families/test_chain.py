@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ def steps_of(name: str, g: ConvGeometry, share: float) -> list[Step]:
     return steps
 
 
+def inherited(name: str) -> Any:
+    """The body of one of the family tests, without its examples."""
+    test: Any = getattr(FamilyTests, name)
+    return test.hypothesis.inner_test
+
+
 class CombinedTests(FamilyTests):
     name: str
 
@@ -43,6 +50,23 @@ class CombinedTests(FamilyTests):
 
     def fit(self, problem: Problem, level: int) -> Factorization:
         return method(self.name).fit(problem, steps_of(self.name, problem.geometry, level / 100))[0]
+
+    # fewer examples than of a family: each stage has those of its family, and here only joining them is new
+
+    @given(geometries(), st.integers(0, 99), st.booleans())
+    @settings(INHERITED, max_examples=25)
+    def test_exact_at_full_rank(self, g: ConvGeometry, seed: int, aware: bool) -> None:
+        inherited("test_exact_at_full_rank")(self, g, seed, aware)
+
+    @given(geometries(max_kernel=4), st.integers(0, 99), st.booleans())
+    @settings(INHERITED, max_examples=15)
+    def test_error_never_rises_with_rank(self, g: ConvGeometry, seed: int, aware: bool) -> None:
+        inherited("test_error_never_rises_with_rank")(self, g, seed, aware)
+
+    @given(geometries(), st.integers(0, 99), st.floats(0, 1))
+    @settings(INHERITED, max_examples=25)
+    def test_stages_agree_with_the_composed_kernel(self, g: ConvGeometry, seed: int, share: float) -> None:
+        inherited("test_stages_agree_with_the_composed_kernel")(self, g, seed, share)
 
     @given(geometries(max_kernel=4), st.integers(0, 99), st.floats(0.2, 1))
     @settings(INHERITED, max_examples=15)

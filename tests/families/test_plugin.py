@@ -78,6 +78,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*arguments, "--calib", "data.npz:images"])
 
 
+@pytest.mark.usefixtures("short_timing")
 def test_a_registered_family_runs_and_is_reported(toy: type[Family], folder: Path) -> None:
     ended = run(
         *("run", "net.onnx", "-o", "out.onnx", "--macs", "70%", "--families", "toy"),

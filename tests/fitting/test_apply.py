@@ -32,17 +32,21 @@ from tests.test_api import DEMO, MODEL
 
 @pytest.fixture(scope="module")
 def pieces() -> tuple:
-    images = np.load(DEMO / "digits.npz")["calib"][:100].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    images = np.load(DEMO / "digits.npz")["calib"][:60].transpose(0, 3, 1, 2).astype(np.float32) / 255
     network = OnnxNetwork(read_model(MODEL), images)
     inputs = Inputs.split(images, 0)
     analysis = analyze(network, inputs, Settings(families=("nd", "cd")))
     return network, inputs, make_plan(analysis, [Budget(Macs(), 0.25)])
 
 
-def test_every_node_of_the_network_runs_once_per_batch(
-    pieces: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the depth, applying costs one forward pass, not one per layer (DESIGN §4)."""
+@pytest.fixture(scope="module")
+def applied(pieces: tuple) -> Applied:
+    return apply(*pieces)
+
+
+@pytest.fixture(scope="module")
+def with_targets(pieces: tuple) -> tuple[Applied, list[str]]:
+    """The same with targets that were recorded before, and the nodes that were run for it."""
     network, inputs, plan = pieces
     targets = Targets(network, inputs, [plan])
     nodes: list[str] = []
@@ -52,20 +56,24 @@ def test_every_node_of_the_network_runs_once_per_batch(
         nodes.extend(node.output[0] for node in onnx.load_from_string(model).graph.node)
         return open_session(model, *others, **options)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
-    applied = apply(network, inputs, plan, targets=targets)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnxruntime, "InferenceSession", record)
+        return apply(network, inputs, plan, targets=targets), nodes
+
+
+def test_every_node_of_the_network_runs_once_per_batch(with_targets: tuple[Applied, list[str]]) -> None:
+    """Whatever the depth, applying costs one forward pass, not one per layer (DESIGN §4)."""
+    applied, nodes = with_targets
     assert len(applied.factorizations) == 5
     assert 5 < len(nodes) == len(set(nodes))
 
 
-def test_targets_that_were_recorded_before_change_nothing(pieces: tuple) -> None:
-    network, inputs, plan = pieces
-    one, other = (
-        apply(network, inputs, plan),
-        apply(network, inputs, plan, targets=Targets(network, inputs, [plan])),
-    )
-    assert one.plan == other.plan
-    assert one.errors == other.errors
+def test_targets_that_were_recorded_before_change_nothing(
+    applied: Applied, with_targets: tuple[Applied, list[str]]
+) -> None:
+    other, _ = with_targets
+    assert applied.plan == other.plan
+    assert applied.errors == other.errors
 
 
 def test_the_target_of_a_residual_branch_includes_the_error_of_its_shortcut() -> None:
@@ -86,10 +94,9 @@ def test_the_target_of_a_residual_branch_includes_the_error_of_its_shortcut() ->
         np.testing.assert_allclose(targets.of(observed), expected, atol=1e-6)
 
 
-def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
+def test_later_layers_make_up_for_earlier_ones(pieces: tuple, applied: Applied) -> None:
     """Fitting on what the decoupled network feeds a layer beats fitting each layer on its own."""
-    network, inputs, plan = pieces
-    applied = apply(network, inputs, plan)
+    network, inputs, _ = pieces
     layers = {layer.name: layer for layer in network.layers}
     positions = {name: sample_positions(layers[name], 100, 0) for name in applied.factorizations}
     moments = {name: SplitMoments(layers[name], inputs) for name in positions}
@@ -108,9 +115,7 @@ def test_later_layers_make_up_for_earlier_ones(pieces: tuple) -> None:
     assert divergence(original, together, "kl") < 0.8 * divergence(original, separately, "kl")
 
 
-def test_measured_errors_are_those_of_layers_fitted_at_all(pieces: tuple) -> None:
-    network, inputs, plan = pieces
-    applied = apply(network, inputs, plan)
+def test_measured_errors_are_those_of_layers_fitted_at_all(applied: Applied) -> None:
     assert set(applied.errors) == set(applied.factorizations)
     assert all(0 < e < 1 for e in applied.errors.values())
     assert all(row.channels and row.ridge for row in applied.plan.layers if row.changed)

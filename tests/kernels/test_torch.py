@@ -69,8 +69,12 @@ def check(module: Any, x: Any = None) -> None:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every packed layer that is made, weakly; those made before are forgotten."""
+    """Every packed layer that is made, weakly; those made before are forgotten.
+
+    What is there is left out of garbage collections, which would take seconds where many tests ran before.
+    """
     fused.forget()
+    gc.freeze()
     found = []
     original = kernels.DecoupledConv
 

@@ -29,10 +29,6 @@ return box.width > 0 && box.top >= 0 && box.bottom <= innerHeight && box.left >=
 
 PAPER = (700, 990)  # of A4, between the margins, in CSS pixels
 WIDER = "return arguments[0].scrollWidth > arguments[0].clientWidth"
-NATURAL = """
-const order = new Intl.Collator("en", { numeric: true });
-return [...arguments[0]].sort(order.compare);
-"""
 
 
 @pytest.fixture(scope="session", params=["report", "inspect", "sweep"])
@@ -112,13 +108,19 @@ def test_every_drawing_has_words(browser: Browser, page: Path) -> None:
     )
 
 
-def column(browser: Browser, table: int, index: int) -> list[str]:
-    return browser.run(  # type: ignore[no-any-return]
-        "return [...document.querySelectorAll('table.sortable')[arguments[0]].tBodies[0].rows]"
-        ".map(r => r.cells[arguments[1]].dataset.value ?? r.cells[arguments[1]].textContent.trim())",
-        table,
-        index,
-    )
+COLUMN = """
+const table = document.querySelectorAll("table.sortable")[arguments[0]];
+const cells = [...table.tBodies[0].rows].map((row) => row.cells[arguments[1]]);
+const values = cells.map((cell) => cell.dataset.value ?? cell.textContent.trim());
+const button = table.tHead.querySelectorAll("button")[arguments[1]];
+button.scrollIntoView({ block: "center", behavior: "instant" });
+return {
+  values,
+  numeric: cells.every((cell) => cell.dataset.value !== undefined),
+  natural: values.filter((value) => value).sort(new Intl.Collator("en", { numeric: true }).compare),
+  said: [...table.tHead.querySelectorAll("th")].map((head) => head.getAttribute("aria-sort")),
+};
+"""
 
 
 @pytest.mark.parametrize("press", ["click", "enter", "space"])
@@ -129,39 +131,27 @@ def test_every_column_sorts(browser: Browser, page: Path, press: str) -> None:
     browser.open(page)
     for at, table in enumerate(browser.all("table.sortable")):
         buttons = table.find_elements("css selector", "thead button")
-        assert len(buttons) == len(table.find_elements("css selector", "thead th"))
         for index, button in enumerate(buttons if press == "click" else buttons[:3]):
+            before = browser.run(COLUMN, at, index)  # scrolls the button into view, too
+            assert len(before["said"]) == len(buttons)
             for direction in ("ascending", "descending"):
-                before = column(browser, at, index)
                 if press == "click":
-                    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
                     button.click()
                 else:
-                    browser.run("arguments[0].focus()", button)
                     button.send_keys(Keys.ENTER if press == "enter" else Keys.SPACE)
-                said = [h.get_attribute("aria-sort") for h in table.find_elements("css selector", "thead th")]
-                assert said == [direction if i == index else None for i in range(len(said))]
-                after = column(browser, at, index)
-                assert sorted(after) == sorted(before)
-                filled = [v for v in after if v]
-                assert after[: len(filled)] == filled
-                if is_numeric(browser, at, index):
-                    rising = sorted(map(float, filled))
-                    found = [float(v) for v in filled]
+                after = browser.run(COLUMN, at, index)
+                assert after["said"] == [direction if i == index else None for i in range(len(buttons))]
+                values = after["values"]
+                assert sorted(values) == sorted(before["values"])
+                filled = [v for v in values if v]
+                assert values[: len(filled)] == filled
+                if after["numeric"]:
+                    rising: list[object] = sorted(map(float, filled))
+                    found: list[object] = [float(v) for v in filled]
                 else:
-                    rising = browser.run(NATURAL, filled)
-                    found = filled
+                    rising, found = after["natural"], filled
                 assert found == rising if direction == "ascending" else found[::-1] == rising
     assert browser.messages() == []
-
-
-def is_numeric(browser: Browser, table: int, index: int) -> bool:
-    return browser.run(  # type: ignore[no-any-return]
-        "return [...document.querySelectorAll('table.sortable')[arguments[0]].tBodies[0].rows]"
-        ".every(r => r.cells[arguments[1]].dataset.value !== undefined)",
-        table,
-        index,
-    )
 
 
 def test_rows_stay_whole(browser: Browser, report_page: Path) -> None:

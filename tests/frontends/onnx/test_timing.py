@@ -59,6 +59,7 @@ def test_tiny_models_of_fully_connected_layers_are_matrix_products(form: Form) -
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("short_timing")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_layers_are_timed_with_as_many_images_as_the_network(batch: int) -> None:
     """Of a model with a fixed batch."""

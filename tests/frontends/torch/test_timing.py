@@ -21,6 +21,7 @@ from netdecouple.frontends.torch.timing import TorchTimer  # noqa: E402
 from netdecouple.network import Layer  # noqa: E402
 from tests.frontends.torch.modules import inputs, net  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("short_timing")
 RUNTIMES = ["torch", "onnxruntime", "openvino", pytest.param("torch.compile", marks=pytest.mark.slow)]
 
 
