@@ -6,6 +6,7 @@ Shapes follow ONNX: images are (n, c, h, w), kernels (n_o, n_i / groups, kh, kw)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +81,7 @@ class ConvGeometry:
         >>> ConvGeometry(64, 32, 3, 3, pads=(1, 1, 1, 1)).macs(10, 10)
         1843200
         """
-        return int(np.prod((*self.weight_shape, *self.output_size(h, w))))
+        return math.prod((*self.weight_shape, *self.output_size(h, w)))
 
     def windows(self, x: Array) -> Array:
         """View every receptive field: (n, c, h, w) → (n, c, h_o, w_o, kh, kw).
@@ -214,7 +215,7 @@ class Structure:
         >>> Structure.of(conv, ConvGeometry(32, 32, 3, 3, groups=32), ConvGeometry(64, 32, 1, 1)).parameters
         2400
         """
-        return sum(int(np.prod(stage.weight_shape)) for stage in self.stages) + self.geometry.n_o
+        return sum(math.prod(stage.weight_shape) for stage in self.stages) + self.geometry.n_o
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ def check_run(
                 f"{path}: PyTorch models are written as .onnx or as a folder; leave out {path.suffix}"
             )
     folders = [path for path in networks if is_torch and path.suffix != ".onnx"]
-    checked = check_reports(reports)
-    check_outputs(inputs, *networks, plan, *checked, folders=folders)
-    return checked
+    paths = list(reports or ())
+    check_outputs(inputs, *networks, plan, *paths, folders=folders)
+    return check_reports(paths)
 
 
 def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequence[Path] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,7 @@ def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
     """Draw p flat output positions of a layer for each image, evenly spread over the map: (images, p)."""
     assert layer.geometry is not None
     d = layer.geometry.unknowns
-    pixels = int(np.prod(layer.output_size))
+    pixels = math.prod(layer.output_size)
     rows = max(4 * d, min(ROWS, FLOPS / d**2 / layer.geometry.groups))
     p = min(pixels, int(np.ceil(rows / images)))
     key = int.from_bytes(hashlib.sha256(layer.name.encode()).digest()[:8], "little")
