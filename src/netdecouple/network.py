@@ -58,7 +58,7 @@ class Observation:
 
     layer: str
     images: slice
-    look: Callable[[], Array]  # gathers the patches, which not everyone wants
+    gather: Callable[[], Array]  # makes the patches, where they are asked for
     outputs: Array  # (images · positions, n_o): what the layer produced
     shortcut: Array | None  # (images · positions, n_o): what is added to a residual branch's last layer
 
@@ -68,9 +68,9 @@ class Observation:
     @cached_property
     def patches(self) -> Array:
         """What the layer saw: (images · positions, groups, n_i / groups · kh · kw). Raises ModelError."""
-        seen = self.look()
-        _check_finite(seen, self.layer)
-        return seen
+        patches = self.gather()
+        _check_finite(patches, self.layer)
+        return patches
 
 
 def _check_finite(activations: Array, layer: str) -> None:
@@ -88,7 +88,7 @@ class Walk(Protocol):
         """
 
     def advance(self, layer: str) -> None:
-        """Go as far as ``layer``, without a look at it."""
+        """Advance to ``layer`` without observing it."""
 
     def replace(self, layer: str, factorization: Factorization) -> None:
         """Put a factorization in the place of ``layer``, before the walk goes past it."""

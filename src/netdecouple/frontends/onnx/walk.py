@@ -51,7 +51,7 @@ class LayerNode:
         return Observation(
             layer=self.layer.name,
             images=batch,
-            look=lambda: single(geometry.patches(maps, where)),
+            gather=lambda: single(geometry.patches(maps, where)),
             outputs=single(pick(tensor(self.output), where)) if has_run else np.zeros((0, 0), np.float32),
             shortcut=single(pick(tensor(self.shortcut), where)) if self.shortcut else None,
         )

@@ -278,7 +278,7 @@ class TorchNetwork:
                     batch, arguments[0], output, positions[name][batch], shortcuts.of(name)
                 )
                 patches = observation.patches if with_patches else NO_PATCHES
-                gathered[name] = replace(observation, look=lambda: patches)
+                gathered[name] = replace(observation, gather=lambda: patches)
             elif name in found and len(output):  # copied: later operations may change them in place
                 calls.setdefault(name, []).append((arguments[0].clone(), output.clone()))
             shortcuts.after(name, arguments, output)
