@@ -155,7 +155,7 @@ def test_both_doors_agree(module: Any, x: Any, families: tuple[str, ...]):
     new = netdecouple.decouple(module, x, macs=0.5, settings=settings)
     result = netdecouple.decouple(exported(module, x), x.numpy(), macs=0.5, settings=settings)
     assert rows(new.decoupling.plan) == rows(result.plan)
-    assert len([row for row in result.plan.layers if row.changed]) >= 4
+    assert len([row for row in result.plan.layers if row.changed]) >= 3
     expected = output(new, x).numpy()
     np.testing.assert_allclose(ran(result.model, x), expected, atol=1e-4)
     assert np.abs(output(module, x).numpy() - expected).max() > 0.01

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.sequential import targets_for
+from netdecouple.fitting.sequential import Targets, targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.divergence import Loss, loss_kind
+from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
@@ -38,6 +39,9 @@ from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
 from netdecouple.runtimes.timing import Timing
 from netdecouple.version import __version__
 
+# A plan minimises Σ lossᵉ over the layers, for each of these e; the one that measures best is kept. Losses
+# add where the errors of layers are independent; where they are coherent, their amplitudes do (DESIGN §4).
+EXPONENTS = (1.0, 0.5)
 SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
 CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
 
@@ -151,8 +155,8 @@ def decouple(
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
-        plan = run.checkpoint.once(key, Plan, lambda: _plan(work, analysis, goal, latency))
-        applied = apply(network, work.inputs, plan, request.progress, run=run)
+        plans = run.checkpoint.once(key, tuple[Plan, ...], lambda: _plans(work, analysis, goal, latency))
+        applied = _best_applied(work, plans, request.progress)
     return finish(work, applied, latency=latency, curve=curve)
 
 
@@ -160,11 +164,11 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
     """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
-    plans = [plan_within(analysis, goal.budgets, _first_form(request.emission)) for goal in goals]
-    targets = targets_for(network, work.inputs, plans, request.progress, run)
-    for goal, plan in zip(goals, plans, strict=True):
-        progress = _naming(goal, request.progress)
-        yield finish(work, apply(network, work.inputs, plan, progress, targets, run))
+    plans = [_plans(work, analysis, goal, None) for goal in goals]
+    targets = targets_for(network, work.inputs, list(chain(*plans)), request.progress, run)
+    for goal, some in zip(goals, plans, strict=True):
+        progress = _naming(f"{goal.percent}%", request.progress)
+        yield finish(work, _best_applied(work, some, progress, targets))
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
@@ -182,9 +186,9 @@ def apply_plan(work: Work, plan: Plan) -> Outcome:
     return finish(work, applied, is_saved=True)
 
 
-def _naming(goal: Budgets, progress: Progress) -> Progress:
-    """Add the budget to the name of every step."""
-    return lambda step, done, total: progress(f"{step} {goal.percent}%", done, total)
+def _naming(suffix: str, progress: Progress) -> Progress:
+    """Add a suffix to the name of every step."""
+    return lambda step, done, total: progress(f"{step} {suffix}", done, total)
 
 
 def _first_form(emission: Emission) -> Callable[..., str]:
@@ -197,6 +201,31 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     runtime = emission.runtime or work.request.source.runtimes[0]
     timer = work.request.source.timer(work.network, runtime, emission.threads, emission.forms)
     return Latency(analysis, timer, progress=work.request.progress)
+
+
+def _plans(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> tuple[Plan, ...]:
+    """Plan for each of the exponents, where there is a choice that can be measured; no plan comes twice."""
+    settings = analysis.settings
+    is_measured = isinstance(goal, Budgets) and settings.procedure == "planned" and not settings.data_free
+    exponents = EXPONENTS if is_measured else EXPONENTS[:1]
+    plans = [_plan(work, analysis.with_exponent(exponent), goal, latency) for exponent in exponents]
+    return tuple(plan for i, plan in enumerate(plans) if plan not in plans[:i])
+
+
+def _best_applied(
+    work: Work, plans: Sequence[Plan], progress: Progress, targets: Targets | None = None
+) -> Applied:
+    """Apply some plans; return the one whose outputs on held-out inputs are nearest to the original's."""
+    network, inputs, run = work.network, work.inputs, work.run
+    if len(plans) == 1:
+        return apply(network, inputs, plans[0], progress, targets, run)
+    tried, losses = [], []
+    for index, plan in enumerate(plans):
+        named = _naming(f"(plan {index + 1} of {len(plans)})", progress)
+        tried.append(apply(network, inputs, plan, named, targets, run))
+        outputs = network.run(inputs.held_out, tried[-1].kernels)
+        losses.append(divergence(work.outputs, outputs, original_loss(work)))
+    return tried[losses.index(min(losses))]
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:

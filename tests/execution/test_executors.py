@@ -218,7 +218,7 @@ def test_shards_that_are_lost_start_again(tmp_path: Path):
     with processes(2) as workers:
 
         def progress(step: str, done: int, total: int) -> None:
-            if step == "Decoupling layers" and done in (1, 3):
+            if step.startswith("Decoupling layers") and done in (1, 3) and len(killed) < 2:
                 assert total > 4
                 pids = set(workers.map(process, each(20)))
                 killed.append(pids.pop())
@@ -362,7 +362,7 @@ def test_a_dask_cluster_may_lose_workers(tmp_path: Path):
             steps.append(step)
             if (step, len(steps)) == ("Collecting moments", 2):
                 started[0].kill()
-            if step == "Decoupling layers" and steps.count(step) == 2:
+            if step.startswith("Decoupling layers") and steps.count(step) == 2:
                 started[1].kill()
 
         resources = Resources(shards=6, workers=workers)

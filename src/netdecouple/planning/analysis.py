@@ -48,6 +48,17 @@ class Analysis:
         found = self.candidates.get(layer.name)
         return found.candidates if found else ()
 
+    def with_exponent(self, exponent: float) -> Analysis:
+        """Return the analysis for plans that minimise Σ lossᵉ over the layers, instead of Σ loss."""
+
+        def raised(found: LayerCandidates) -> LayerCandidates:
+            return replace(
+                found,
+                candidates=tuple(replace(c, objective=c.objective**exponent) for c in found.candidates),
+            )
+
+        return replace(self, candidates={name: raised(found) for name, found in self.candidates.items()})
+
     def planned(self, row: LayerPlan) -> Candidate:
         """Return the candidate that a plan has chosen for a layer."""
         options = self.candidates[row.name].candidates
