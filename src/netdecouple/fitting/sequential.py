@@ -177,9 +177,8 @@ class SequentialMoments:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._sent is not None and (
-            kind is None or self._is_local
-        ):  # after an error, workers may have gone
+        may_run = kind is None or self._is_local  # after an error, workers may have gone
+        if self._sent is not None and may_run:
             self._executor.forget(self._key)
 
 
