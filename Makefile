@@ -14,7 +14,7 @@ COMPILE := $(TOOLS)/bin/uv pip compile --universal --generate-hashes --no-annota
 # tests that compute, for other processors than this one
 COMPUTE := tests/families tests/planning tests/fitting tests/kernels tests/test_api.py tests/test_moments.py tests/test_convolution.py
 
-.PHONY: demo test quick processors lint docs benchmark extras lock release audit mutants clean
+.PHONY: demo test covered slow quick processors lint docs benchmark extras lock release audit mutants clean
 
 $(READY): pyproject.toml requirements/develop.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "netdecouple needs Python 3.11 or newer; set PYTHON=…")'
@@ -35,8 +35,12 @@ $(TOOLS)/.ready: requirements/tools.txt
 demo: $(READY)  ## decouple the network that comes with the package; results in out/demo
 	$(BIN)/netdecouple demo --output out/demo
 
-test: $(READY)  ## every test, quick ones first, which must run 95% of the engine; those marked `shared` need ../shared
+test: covered slow  ## every test, quick ones first; those marked `shared` need ../shared
+
+covered: $(READY)  ## the quick tests, which must run 95% of the engine
 	$(BIN)/python -m pytest -q -m 'not shared and not slow' --cov
+
+slow: $(READY)  ## the other tests
 	$(BIN)/python -m pytest -q -m 'shared or slow'
 
 quick: $(READY)  ## the tests that need no pretrained networks

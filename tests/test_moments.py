@@ -132,3 +132,16 @@ def test_a_linear_target_needs_no_targets_to_be_seen() -> None:
 
 def test_examples_in_docstrings_give_what_they_print() -> None:
     assert doctest.testmod(moments).failed == 0
+
+
+def test_a_weight_counts_as_so_many_samples() -> None:
+    rng = np.random.default_rng(0)
+    x, y, times = rng.standard_normal((6, 2, 3)), rng.standard_normal((6, 2, 4)), np.array([1, 3, 2, 1, 1, 2])
+    weighted, repeated = (
+        Moments.of(x, y, times.astype(float)),
+        Moments.of(x.repeat(times, 0), y.repeat(times, 0)),
+    )
+    for field in ("count", "mean_x", "mean_y", "gram", "cross", "power"):
+        np.testing.assert_allclose(
+            getattr(weighted, field), getattr(repeated, field), atol=1e-12, err_msg=field
+        )

@@ -52,3 +52,19 @@ def test_of_several_plans_the_one_that_measures_best_is_kept(
     np.testing.assert_allclose(result.report.agreement.divergence, min(measured.values()), rtol=1e-4)
     worst = max(measured.values())
     assert result.report.agreement.divergence < 0.99 * worst
+
+
+def test_a_few_unusual_inputs_do_not_decide_the_fit() -> None:
+    """Squared errors of inputs with a thousand times the signal would be all that a fit sees."""
+    model = chain()
+    usual = networks.images_for(model, 60)
+    unusual = usual.copy()
+    unusual[:3] *= 1000
+    network = OnnxNetwork(read_model(model), usual)
+    fresh = networks.images_for(model, 200, seed=1)
+    original = network.run(fresh)
+    errors = []
+    for images in (usual, unusual):
+        result = netdecouple.decouple(model, images, macs=0.5, settings=Settings(families=("nd",)))
+        errors.append(divergence(original, network.run_built(result.model, fresh), "relative"))
+    assert errors[1] < 1.5 * errors[0]

@@ -21,7 +21,7 @@ DEPENDENT = 1e-9  # the share of an entry's variance below which the rest is rou
 class Moments:
     """Count, means and centred sums of squares, for each group of a layer separately."""
 
-    count: int
+    count: float  # of samples, or the sum of their weights
     mean_x: Array  # (groups, d)
     mean_y: Array  # (groups, m)
     gram: Array  # (groups, d, d)   Σ (x-μx)(x-μx)ᵀ
@@ -39,24 +39,28 @@ class Moments:
         return cls(0, *(np.zeros(shape) for shape in shapes))
 
     @classmethod
-    def of(cls, x: Array, y: Array) -> Moments:
-        """Compute the moments of samples x (n, groups, d) and y (n, groups, m).
+    def of(cls, x: Array, y: Array, weights: Array | None = None) -> Moments:
+        """Compute the moments of samples x (n, groups, d) and y (n, groups, m), with weights (n,) or alike.
 
         >>> moments = Moments.of(np.array([[[1.0]], [[3.0]]]), np.array([[[0.0]], [[4.0]]]))
         >>> float(moments.gram.item()), float(moments.cross.item()), moments.variance
         (2.0, 4.0, 4.0)
         """
         x, y = np.array(x, np.float64), np.array(y, np.float64)  # copies, which are changed below
-        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+        count = len(x) if weights is None else float(weights.sum())
+        mean_x, mean_y = (np.average(v, axis=0, weights=weights) for v in (x, y))
         x -= mean_x
         y -= mean_y
+        if weights is not None:
+            for v in (x, y):
+                v *= np.sqrt(weights)[:, None, None]
         x, y = x.swapaxes(0, 1), y.swapaxes(0, 1)  # (groups, n, ·)
         gram = np.stack([g.T @ g for g in x])  # a plain AᵀA lets BLAS do half the work
-        return cls(x.shape[1], mean_x, mean_y, gram, y.swapaxes(1, 2) @ x, np.square(y).sum(axis=1))
+        return cls(count, mean_x, mean_y, gram, y.swapaxes(1, 2) @ x, np.square(y).sum(axis=1))
 
-    def add(self, x: Array, y: Array) -> None:
-        """Add a batch of samples in place: x (n, groups, d), y (n, groups, m)."""
-        self.absorb(Moments.of(x, y))
+    def add(self, x: Array, y: Array, weights: Array | None = None) -> None:
+        """Add a batch of samples in place: x (n, groups, d), y (n, groups, m), with weights (n,) or alike."""
+        self.absorb(Moments.of(x, y, weights))
 
     def absorb(self, other: Moments) -> None:
         """Add other samples' moments in place, by Chan, Golub and LeVeque's (1979) pairwise update.
@@ -105,7 +109,7 @@ class Moments:
         offset = self.mean_y - bias - np.einsum("gmd,gd->gm", weight, self.mean_x)
         centred = self.power.sum() + np.einsum("gmd,gmd->", fitted, weight)
         # a sum of squares: what falls below zero is rounding
-        return max(float(centred) / max(self.count, 1), 0.0) + float(np.square(offset).sum())
+        return max(float(centred) / (self.count or 1), 0.0) + float(np.square(offset).sum())
 
     def bias(self, weight: Array) -> Array:
         """Return the best bias (groups, m) for a weight (groups, m, d): μy − Ŵ μx."""
@@ -134,4 +138,4 @@ class Moments:
         >>> Moments.of(np.zeros((2, 1, 3)), np.array([[[0.0, 1.0]], [[4.0, 1.0]]])).variance
         4.0
         """
-        return float(self.power.sum()) / max(self.count, 1)
+        return float(self.power.sum()) / (self.count or 1)

@@ -130,6 +130,8 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
             if labelled is not None:  # a network without classes is refused before the work
                 accuracy(network.run(labelled[0][:1]), labelled[1][:1])
             inputs = Inputs.split(calibration.inputs, settings.seed, calibration.fingerprint)
+            if not settings.data_free:
+                inputs = inputs.with_scales(network, settings.seed, request.progress)
             about = identity(network, inputs, settings if resumes else None, source.framework)
             run.claim({**about, **source.about})
             yield Work(request, network, inputs, calibration, labelled, run)

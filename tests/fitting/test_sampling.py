@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from netdecouple.errors import CalibrationError
-from netdecouple.fitting.sampling import Inputs, SplitMoments, sample_positions
+from netdecouple.fitting.sampling import UNUSUAL, Inputs, Scale, SplitMoments, sample_positions
+from netdecouple.frontends.onnx.model import read_model
+from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.moments import Moments
+from tests import networks
 from tests.planning.layers import conv
 
 
@@ -64,3 +68,43 @@ def test_every_image_goes_to_its_own_side_whatever_the_batches() -> None:
     assert (whole.fitted.count, whole.held_out.count) == (40, 10)
     np.testing.assert_allclose(whole.fitted.mean_x[0], x[:8].reshape(-1, 18).mean(0))
     np.testing.assert_allclose(whole.held_out.mean_y[0], y[8:].reshape(-1, 3).mean(0))
+
+
+def test_an_unusual_input_counts_as_much_as_the_most_of_a_usual_one() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((10, 40, 3))
+    y[4] *= 10
+    means, squares = y.mean(axis=1), np.square(y).mean(axis=1)
+    scale = Scale.of(means, squares)
+    energies = np.square(y - scale.mean).mean(axis=1).sum(axis=1)
+    np.testing.assert_allclose(scale.energy, np.median(energies))
+    weights = scale.weights(y.reshape(400, 3), 10).reshape(10, 40)
+    assert np.all(np.delete(weights, 4, axis=0) == 1)
+    np.testing.assert_allclose(weights[4] * energies[4], UNUSUAL * scale.energy)
+
+
+def test_outputs_that_are_mostly_constant_count_alike() -> None:
+    y = np.zeros((5, 1, 2))
+    y[0] = 1
+    assert np.all(Scale.of(y[1:, 0], y[1:, 0] ** 2).weights(y.reshape(5, 2), 5) == 1)
+
+
+def test_moments_take_the_weights_of_the_layers_scale() -> None:
+    model = networks.classifier()
+    images = networks.images_for(model, 20)
+    images[3] *= 100
+    network = OnnxNetwork(read_model(model), images)
+    inputs = Inputs.split(images, 0).with_scales(network, 0)
+    layer = next(la for la in network.layers if la.name in inputs.scales)
+    positions = {layer.name: sample_positions(layer, 20, 0)}
+    split, samples = SplitMoments(layer, inputs), []
+    for seen in network.observe(inputs.images, positions):
+        split.add(seen.images, seen.patches, seen.outputs)
+        samples.append((seen.patches, seen.outputs))
+    x, y = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    weights = inputs.weights(layer.name, y, 20)
+    assert weights.min() < 0.1
+    kept = slice(0, len(x) * inputs.fitted // 20)
+    expected = Moments.of(x[kept], y[kept, None], weights[kept])
+    np.testing.assert_allclose(split.both.fitted.cross, expected.cross, rtol=1e-6)
+    assert split.both.fitted.count < len(x[kept])

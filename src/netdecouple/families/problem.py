@@ -91,7 +91,7 @@ class Problem:
         if self.white:
             return float(np.square(self.weight - fitted).sum())
         mean = self.moments.mean_squared_error(fitted, self.moments.bias(fitted))
-        return mean * max(self.moments.count, 1)
+        return mean * (self.moments.count or 1)
 
     def relative_error(self, factorization: Factorization) -> float:
         """Compute the squared error relative to the variance of the targets."""

@@ -148,7 +148,7 @@ def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, unifor
         row=row.with_steps(steps),
         factorization=factorization,
         error=error / max(collected.variance, TINY),
-        samples=fitted.count,
+        samples=round(fitted.count),
         dependent=fitted.dependent,
     )
 

@@ -4,18 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.errors import CalibrationError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.moments import Moments
-from netdecouple.network import Array, Images, Layer
+from netdecouple.network import Array, Images, Layer, Network
 
 HELD_OUT = 5  # one input in so many is held out
 ROWS = 50_000  # samples per layer at most
 FLOPS = 2.7e11  # multiply-adds of a layer's moments at most, beyond 4 samples per unknown
+SCALED = 128  # inputs from which a layer's `Scale` is taken
+# Inputs with more than so many times the usual energy in the outputs of a layer count no more than if they
+# had so many times: otherwise a few decide the fit. Of 128 crops, 5 have 97 % of the variance in the last
+# hidden layer of a denoiser (DnCNN): at half the MACs it lost 3.6 dB, and loses 0.2 dB with these weights.
+UNUSUAL = 4.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a layer's outputs are like for most inputs.
+
+    The energy of an input is the mean squared distance of its outputs from the mean of all.
+    """
+
+    mean: Array  # (n_o,)
+    energy: float  # the inputs' median
+
+    @classmethod
+    def of(cls, means: Array, means_of_squares: Array) -> Scale:
+        """Take the scale from every input's mean of its outputs (n, n_o), and of their squares."""
+        mean = means.mean(axis=0)
+        energies = (means_of_squares - 2 * mean * means + mean**2).sum(axis=1)
+        return cls(mean, max(float(np.median(energies)), 0.0))
+
+    def weights(self, outputs: Array, images: int) -> Array:
+        """Return the weight of every row of outputs (images · p, n_o): 1 for most."""
+        off = outputs - self.mean
+        energies = np.square(off, out=off).reshape(images, -1, len(self.mean)).mean(axis=1).sum(axis=1)
+        most = UNUSUAL * self.energy or np.inf
+        return np.repeat(
+            np.minimum(most / np.maximum(energies, np.finfo(float).tiny), 1.0), len(outputs) // images
+        )
 
 
 @dataclass(frozen=True)
@@ -25,6 +60,7 @@ class Inputs:
     images: Images
     fitted: int
     fingerprint: str
+    scales: Mapping[str, Scale] = field(default_factory=dict)  # by layer; without one, all inputs count alike
 
     @classmethod
     def split(cls, images: Images, seed: int, fingerprint: str | None = None) -> Inputs:
@@ -45,10 +81,34 @@ class Inputs:
         order = shuffled(len(images), seed)
         return cls(images[order], len(images) - len(images) // HELD_OUT, fingerprint)
 
+    def weights(self, layer: str, outputs: Array, images: int) -> Array:
+        """Return the weight of every row of a layer's outputs (images · p, n_o): 1 unless it is unusual."""
+        scale = self.scales.get(layer)
+        return np.ones(len(outputs)) if scale is None else scale.weights(outputs, images)
+
     def shard(self, part: slice) -> Inputs:
         """Return a part of the inputs, in their order."""
         images = self.images[part]
-        return Inputs(images, int(np.clip(self.fitted - part.start, 0, len(images))), self.fingerprint)
+        fitted = int(np.clip(self.fitted - part.start, 0, len(images)))
+        return replace(self, images=images, fitted=fitted)
+
+    def with_scales(self, network: Network, seed: int, progress: Progress = quiet) -> Inputs:
+        """Return the same with the scale of every layer, from the first of them.
+
+        Raises:
+            ModelError: activations are NaN or Inf.
+        """
+        able = [la for la in network.layers if la.geometry and not la.reason]
+        images = self.images[:SCALED]
+        positions = {la.name: sample_positions(la, len(self.images), seed)[:SCALED] for la in able}
+        # per layer and batch, every input's mean of y (n, n_o) and of y² (n, n_o)
+        means: dict[str, list[Array]] = {}
+        for observed in network.observe(images, positions, with_patches=False):
+            n, y = observed.images.stop - observed.images.start, observed.outputs.astype(np.float64)
+            both = np.stack([y, y**2]).reshape(2, n, -1, y.shape[1])
+            means.setdefault(observed.layer, []).append(both.mean(axis=2))
+            progress("Measuring layers", observed.images.stop, len(images))
+        return replace(self, scales={name: Scale.of(*np.hstack(parts)) for name, parts in means.items()})
 
     @property
     def held_out(self) -> Images:
@@ -98,8 +158,9 @@ class SplitMoments:
         groups, d, m = _sizes(layer)
         self._cut = inputs.fitted
         self._unknowns = d
+        self._weights = partial(inputs.weights, layer.name)
         self._moments = (Moments.empty(groups, d, m), Moments.empty(groups, d, m))
-        self._buffers: tuple[list[tuple[Array, Array]], ...] = ([], [])
+        self._buffers: tuple[list[tuple[Array, Array, Array]], ...] = ([], [])
 
     @staticmethod
     def nbytes(layer: Layer) -> int:
@@ -120,19 +181,24 @@ class SplitMoments:
 
     def add(self, batch: slice, x: Array, y: Array) -> None:
         """Add the samples of a batch of images: patches x (n · p, groups, d) and targets y (n · p, n_o)."""
-        y = y.reshape(len(x), x.shape[1], -1)
         images = batch.stop - batch.start
+        weights = self._weights(y, images)
+        y = y.reshape(len(x), x.shape[1], -1)
         cut = int(np.clip(self._cut - batch.start, 0, images)) * len(x) // images
         for side, rows in enumerate((slice(0, cut), slice(cut, len(x)))):
             # copies, because a frontend's arrays may be views, and would keep the larger arrays in memory
-            self._buffers[side].append((x[rows].copy(), y[rows].copy()))
-            if sum(len(samples) for samples, _ in self._buffers[side]) >= self._unknowns:
+            self._buffers[side].append((x[rows].copy(), y[rows].copy(), weights[rows]))
+            if self._buffered(side) >= self._unknowns:
                 self._flushed(side)
+
+    def _buffered(self, side: int) -> int:
+        return sum(len(samples) for samples, *_ in self._buffers[side])
 
     def _flushed(self, side: int) -> Moments:
         buffer = self._buffers[side]
-        if sum(len(samples) for samples, _ in buffer):
-            self._moments[side].add(*(np.concatenate(parts) for parts in zip(*buffer, strict=True)))
+        if self._buffered(side):
+            x, y, weights = (np.concatenate(parts) for parts in zip(*buffer, strict=True))
+            self._moments[side].add(x, y, None if weights.min() == 1.0 else weights)
         buffer.clear()
         return self._moments[side]
 

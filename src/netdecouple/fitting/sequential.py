@@ -58,7 +58,8 @@ class Targets:
         fitted = {row.name for plan in plans for row in plan.layers if row.changed and not row.data_free}
         part, total = part or slice(0, count), total or count
         self.positions = {la.name: sample_positions(la, total, plans[0].seed)[part] for la in able}
-        self.sums = {la.name: np.zeros((2, len(la.bias))) for la in able if la.name in fitted}  # of y, of y²
+        # per layer, the sums of 1, y and y² over all samples, by their weights (3, n_o)
+        self.sums = {la.name: np.zeros((3, len(la.bias))) for la in able if la.name in fitted}
         self._store = ArrayStore(network.memory.store_bytes, network.memory.scratch)  # y + s
         self._batches: dict[str, list[slice]] = {name: [] for name in fitted}
         for observed in network.observe(inputs.images, self.positions if fitted else {}, with_patches=False):
@@ -66,10 +67,9 @@ class Targets:
             if observed.layer not in fitted:
                 continue
             y, s = observed.outputs, observed.shortcut
-            self.sums[observed.layer] += [
-                y.sum(axis=0, dtype=np.float64),
-                np.square(y, dtype=np.float64).sum(axis=0),
-            ]
+            self.sums[observed.layer] += _sums(
+                y, inputs.weights(observed.layer, y, observed.images.stop - observed.images.start)
+            )
             self._store[observed.layer, observed.images.start] = y if s is None else y + s
             self._batches[observed.layer].append(observed.images)
 
@@ -105,19 +105,18 @@ class LayerMoments:
     """Moments of a layer's inputs in the partly decoupled network and of its targets."""
 
     moments: Split
-    sums: Array  # (2, n_o): of the original layer's outputs y, and of y²
-    rows: int  # the number of outputs in these sums
+    sums: Array  # (3, n_o): of 1, the original layer's outputs y, and y², by the samples' weights
 
     def absorb(self, other: LayerMoments) -> None:
         """Add the moments of other inputs."""
         self.moments.absorb(other.moments)
         self.sums = self.sums + other.sums
-        self.rows += other.rows
 
     @property
     def variance(self) -> float:
         """Variance of the original layer's outputs, summed over its n_o channels."""
-        mean, mean_of_squares = self.sums / self.rows
+        count, total, total_of_squares = self.sums
+        mean, mean_of_squares = total / count, total_of_squares / count
         # for a constant output the difference is nothing but rounding
         return max(float((mean_of_squares - mean**2).sum()), 1e-12 * float(mean_of_squares.sum()))
 
@@ -217,4 +216,10 @@ class _Shard:
         for observed in self.walk.observe(layer, positions):
             if (t := targets.of(observed)) is not None:
                 moments.add(observed.images, observed.patches, t)
-        return LayerMoments(moments.both, targets.sums[layer], positions.size)
+        return LayerMoments(moments.both, targets.sums[layer])
+
+
+def _sums(y: Array, weights: Array) -> Array:
+    """Sum up 1, y and y² over the samples y (n, n_o), by their weights (n,): (3, n_o)."""
+    y = np.asarray(y, np.float64)
+    return np.stack([np.full(y.shape[1], weights.sum()), weights @ y, weights @ np.square(y)])
