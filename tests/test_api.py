@@ -14,9 +14,10 @@ from onnx import TensorProto, numpy_helper
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
 from netdecouple.api import evaluate, inspect
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError
 from netdecouple.families.chain import methods
 from netdecouple.planning.candidates import Rule
+from netdecouple.report.model import Report
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import (
     Builder,
@@ -27,6 +28,7 @@ from tests.networks import (
     kinds,
     perceptron,
     residual,
+    restorer,
 )
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
@@ -267,6 +269,49 @@ def test_the_smallest_network_within_a_drop_is_found() -> None:
     assert result.report.macs_before / result.report.macs > 3
 
 
+@pytest.mark.slow
+def test_the_smallest_network_within_a_limit_is_found() -> None:
+    """It keeps the limit on inputs that took no part, and a network of fewer MACs is refused."""
+    result = netdecouple.decouple(MODEL, CALIB, within="95%", settings=QUICK)
+    promise, report = result.report.promise, result.report
+    assert promise is not None
+    assert promise.kept
+    assert 0.95 <= promise.expected <= promise.measured == report.agreement.same_class
+    assert report.macs_before / report.macs > 1.5
+    same = netdecouple.evaluate([MODEL, result.model], LABELS)[1].same_class
+    assert same >= 0.95
+    with pytest.raises(QualityError, match="the network is not within 95%: the same class on"):
+        netdecouple.decouple(MODEL, CALIB, macs=0.1, within="95%", settings=QUICK)
+
+
+def test_a_network_that_is_not_within_the_limit_is_returned_if_forced() -> None:
+    arguments = {"macs": 0.1, "within": "kl=0.0001", "samples": 60, "settings": QUICK}
+    with pytest.raises(QualityError, match=r"not within kl=0.0001: a KL divergence of .*; ask for less"):
+        netdecouple.decouple(MODEL, CALIB, **arguments)
+    report = netdecouple.decouple(MODEL, CALIB, **arguments, force=True).report
+    assert report.promise is not None
+    assert not report.promise.kept
+    assert report.promise.measured == pytest.approx(report.agreement.divergence)
+    assert report == Report.from_json(report.to_json())
+
+
+def test_no_network_within_a_limit_is_an_error() -> None:
+    with pytest.raises(QualityError, match="no smaller network was found within kl=1e-12"):
+        netdecouple.decouple(MODEL, CALIB, within="kl=0.000000000001", samples=40, settings=QUICK)
+
+
+def test_outputs_that_changed_a_lot_are_warned_of() -> None:
+    """By the share of classes, by the PSNR of pictures, and where more has changed than predicted."""
+    report = netdecouple.decouple(MODEL, CALIB, macs=0.06, samples=200, settings=QUICK).report
+    assert report.agreement.same_class < 0.95
+    assert "the outputs changed a lot: another class for" in report.warnings[0]
+    images = images_for(restorer(), 40)
+    report = netdecouple.decouple(restorer(), images, macs=0.3, settings=QUICK).report
+    assert "dB between the outputs" in report.warnings[0]
+    quiet = netdecouple.decouple(MODEL, CALIB, macs=0.7, samples=200, settings=QUICK).report
+    assert quiet.warnings == ()
+
+
 @pytest.mark.parametrize("make", [classifier, residual, kinds, perceptron])
 @pytest.mark.parametrize("data_free", [False, True])
 def test_a_float16_model_keeps_its_type(make: Callable[[], onnx.ModelProto], data_free: bool, tmp_path: Path):
@@ -412,6 +457,8 @@ def test_the_original_is_never_changed() -> None:
         ),
         ({}, BudgetError, "give one goal: a budget"),
         ({"max_drop": 1.0}, BudgetError, "labels="),
+        ({"within": "42"}, BudgetError, "within='42': write 99%"),
+        ({"within": "99%", "calib": None, "settings": Settings(data_free=True)}, BudgetError, "give calib="),
         ({"macs": "2x", "max_drop": 1.0, "labels": "x"}, BudgetError, "give one goal"),
         ({"macs": "2x", "settings": Settings(rule=Rule("sd", "share", 0.5))}, BudgetError, "give one goal"),
         ({"macs": "2x", "calib": None}, CalibrationError, "give calib="),

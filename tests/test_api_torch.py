@@ -505,10 +505,25 @@ def test_the_smallest_module_within_a_drop_in_accuracy(module: Any, x: Any, kind
         assert agreed == pytest.approx(after)
 
 
+def test_the_smallest_module_within_a_limit(module: Any, x: Any):
+    report = netdecouple.decouple(module, x, within="kl=0.05", settings=ND).decoupling.report
+    assert report.promise.kept
+    assert report.promise.measured == pytest.approx(report.agreement.divergence)
+    assert report.macs < report.macs_before
+
+
 def test_labels_that_are_not_classes_are_refused(module: Any, x: Any):
-    """Their number and type."""
+    """Their number, type and values."""
     for labels in (np.zeros(7, np.int64), np.zeros(40)):
         with pytest.raises(CalibrationError, match="40 integers"):
+            netdecouple.decouple(module, x, max_drop=1.0, labels=(x, labels), settings=ND)
+    one_hot = np.eye(4, dtype=np.int64)[np.arange(40) % 4]
+    with pytest.raises(CalibrationError, match=r"one-hot labels give labels.argmax\(axis=1\)"):
+        netdecouple.decouple(module, x, max_drop=1.0, labels=(x, one_hot), settings=ND)
+    for wrong in (-1, 1000):
+        labels = np.zeros(40, np.int64)
+        labels[39] = wrong
+        with pytest.raises(CalibrationError, match="the labels go from"):
             netdecouple.decouple(module, x, max_drop=1.0, labels=(x, labels), settings=ND)
 
 

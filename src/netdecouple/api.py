@@ -32,11 +32,12 @@ from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
 from netdecouple.goal import Budgets, Emission, Share, parse_goal, parse_sweep
 from netdecouple.network import Array, Source
-from netdecouple.pipeline import Outcome, Request, accuracy
+from netdecouple.pipeline import Outcome, Request, accuracy, majority
 from netdecouple.planning.divergence import agreement, divergence
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.settings import Settings
+from netdecouple.planning.tolerance import Tolerance
 from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.model import Report, Score
@@ -210,6 +211,8 @@ def decouple(
     parameters: Share | None = None,
     latency: Share | None = None,
     max_drop: float | None = None,
+    within: str | None = None,
+    force: bool = False,
     labels: Labels | None = None,
     settings: Settings = ...,
     emit: str = "standard",
@@ -230,6 +233,8 @@ def decouple(
     parameters: Share | None = None,
     latency: Share | None = None,
     max_drop: float | None = None,
+    within: str | None = None,
+    force: bool = False,
     labels: Labels | None = None,
     settings: Settings = ...,
     emit: str = "standard",
@@ -252,6 +257,8 @@ def decouple(
     parameters: Share | None = None,
     latency: Share | None = None,
     max_drop: float | None = None,
+    within: str | None = None,
+    force: bool = False,
     labels: Labels | None = None,
     settings: Settings = Settings(),
     emit: str = "standard",
@@ -268,8 +275,8 @@ def decouple(
 ) -> Any:
     """Decouple a network to a goal. The network given is not changed.
 
-    One goal is given: budgets (one or several of ``macs``, ``parameters`` and ``latency``), ``max_drop``, or
-    ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
+    One goal is given: budgets (one or several of ``macs``, ``parameters`` and ``latency``), ``max_drop``,
+    ``settings.rule``, or ``within`` alone. Shares are 0.5, "50%" or "2x" (two times fewer).
 
     Args:
         model: an .onnx file or `onnx.ModelProto` with one image input (N, C, H, W) of float32 or float16; a
@@ -283,6 +290,11 @@ def decouple(
         latency: the share of its time that the network may still take, for one input, in ``runtime``.
         max_drop: points of top-1 accuracy that may be lost on ``labels``; the smallest network is searched
             for.
+        within: how much the outputs may change, for new inputs of the same kind: "99%" (the same class),
+            "42dB" (PSNR to the original's outputs, for a peak that is their range; "42dB@255" for one of
+            255), "kl=0.01" (nats) or "error=0.01" (squared error over variance). It is measured on held-out
+            inputs, with a margin for chance. Alone it asks for the smallest such network.
+        force: return a network that is not ``within`` the limit, too.
         labels: labelled inputs to measure accuracy on: FILE.npz:IMAGES,LABELS, or a pair (inputs, integers
             (N,)).
         settings: layers to leave alone, families to choose from, how to fit, seed.
@@ -307,15 +319,29 @@ def decouple(
 
     Raises:
         BudgetError: no goal, several, or one out of reach.
+        QualityError: the network is not ``within`` the limit.
         CalibrationError: the inputs cannot be read or do not fit.
         ModelError: the network cannot be read, run or decoupled.
         UnavailableError: a runtime, or the fused operator, is not installed.
         NetDecoupleError: the base of them all; messages are one line that says what to do.
     """
-    goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule)
+    tolerance = None if within is None else Tolerance.parse(within)
+    goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule, tolerance)
     emission = Emission(emit, runtime, threads)
     source = open_model(model, device=device, filter=filter, arguments=arguments)
-    request = Request(source, calib, labels, settings, preprocessing, samples, emission, resources, progress)
+    request = Request(
+        source,
+        calib,
+        labels,
+        settings,
+        preprocessing,
+        samples,
+        emission,
+        resources,
+        progress,
+        tolerance,
+        force,
+    )
     with pipeline.opened(request) as work:
         return _given(model, source, pipeline.decouple(work, goal, show_budgets))
 
@@ -479,8 +505,17 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
             raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
         else:
             same, kl = agreement(first, outputs), divergence([first], [outputs], "kl")
-        score = Score(model=source.name, images=len(outputs), top1=top1, top5=top5, same_class=same, kl=kl)
-        scores.append(score)
+        scores.append(
+            Score(
+                model=source.name,
+                images=len(outputs),
+                top1=top1,
+                top5=top5,
+                same_class=same,
+                kl=kl,
+                majority=majority(labels),
+            )
+        )
     return scores
 
 

@@ -21,6 +21,10 @@ class BudgetError(NetDecoupleError, ValueError):
     """The budget cannot be parsed or cannot be met; the message says what can."""
 
 
+class QualityError(NetDecoupleError):
+    """The outputs differ from the original's by more than was allowed; the message says by how much."""
+
+
 class PlanError(NetDecoupleError, ValueError):
     """The plan file is malformed or was made for another network."""
 

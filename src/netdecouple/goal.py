@@ -9,6 +9,7 @@ from netdecouple.errors import BudgetError, ModelError
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs, budgets_of, parse_share
 from netdecouple.planning.plan import Plan
+from netdecouple.planning.tolerance import Tolerance
 
 Share = str | float  # 0.5, "50%" or "2x": see `parse_share`
 # that a decoupled layer may be written in; see `frontends.onnx.emission`
@@ -42,7 +43,14 @@ class MaxDrop:
     points: float
 
 
-Goal = Budgets | LatencyBudget | MaxDrop | Rule | Plan
+@dataclass(frozen=True)
+class Within:
+    """The fewest MACs with outputs as near to the original's as `Tolerance` says."""
+
+    tolerance: Tolerance
+
+
+Goal = Budgets | LatencyBudget | MaxDrop | Within | Rule | Plan
 
 
 @dataclass(frozen=True)
@@ -79,16 +87,20 @@ def parse_goal(
     max_drop: float | None,
     labels: object,
     rule: Rule | None,
+    tolerance: Tolerance | None = None,
 ) -> Goal:
-    """Turn the arguments of `api.decouple` into one goal.
+    """Turn the arguments of `api.decouple` into one goal; a tolerance alone is one, too.
 
     Raises BudgetError if none is given, or several that exclude each other, or one that makes no sense.
     """
     budget = macs is not None or parameters is not None or latency is not None
-    if budget + (max_drop is not None) + (rule is not None) != 1:
+    goals = budget + (max_drop is not None) + (rule is not None)
+    if not goals and tolerance is not None:
+        return Within(tolerance)
+    if goals != 1:
         raise BudgetError(
-            "give one goal: a budget (macs=0.5, parameters='2x', latency='60%'), max_drop= with labels=, "
-            "or rule="
+            "give one goal: a budget (macs=0.5, parameters='2x', latency='60%'), a limit (within='99%'), "
+            "max_drop= with labels=, or rule="
         )
     if max_drop is not None:
         if not max_drop >= 0:

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.data.preprocessing import Preprocessing
-from netdecouple.errors import CalibrationError, ModelError, PlanError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError
 from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.fitting.sequential import Targets, targets_for
-from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, goal_key
+from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, Within, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
@@ -30,7 +30,14 @@ from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_l
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
 from netdecouple.planning.settings import Settings
-from netdecouple.report.build import disagreements_of, layer_reports, quality_of
+from netdecouple.planning.tolerance import Promise, Tolerance
+from netdecouple.report.build import (
+    chance_warning,
+    disagreements_of,
+    layer_reports,
+    quality_of,
+    warnings_of,
+)
 from netdecouple.report.inspection import energies
 from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
@@ -59,6 +66,8 @@ class Request:
     emission: Emission
     resources: Resources
     progress: Progress
+    tolerance: Tolerance | None = None  # for the outputs
+    force: bool = False  # return a network that does not keep it, too
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,16 @@ class Work:
     def outputs(self) -> list[Array]:
         """The original's outputs on the held-out inputs."""
         return self.network.run(self.inputs.held_out)
+
+    @cached_property
+    def known_outputs(self) -> list[Array]:
+        """The original's outputs on all inputs, those that are fitted to as well."""
+        return self.network.run(self.inputs.images)
+
+    def promise(self, new: list[Array]) -> Promise | None:
+        """Whether outputs on the held-out inputs are within the tolerance; None without one."""
+        tolerance = self.request.tolerance
+        return None if tolerance is None else tolerance.promise(self.outputs, new, self.known_outputs)
 
     @cached_property
     def accuracy(self) -> float:
@@ -128,7 +147,7 @@ def opened(request: Request, *, resumes: bool = True) -> Iterator[Work]:
             closing(source.open(calibration.inputs, run.memory)) as network,
         ):
             if labelled is not None:  # a network without classes is refused before the work
-                accuracy(network.run(labelled[0][:1]), labelled[1][:1])
+                accuracy(network.run(labelled[0][:1]), labelled[1])
             inputs = Inputs.split(calibration.inputs, settings.seed, calibration.fingerprint)
             if not settings.data_free:
                 inputs = inputs.with_scales(network, settings.seed, request.progress)
@@ -142,9 +161,14 @@ def decouple(
 ) -> Outcome:
     """Decouple a network to one goal.
 
-    Raises BudgetError if it is out of reach; ModelError at NaN or Inf, or if `finish` does.
+    Raises BudgetError if it is out of reach; QualityError if the tolerance is not kept, and not forced;
+    ModelError at NaN or Inf, or if `finish` does.
     """
     network, request, run = work.network, work.request, work.run
+    if request.tolerance is not None:
+        if work.calibration.is_noise:
+            raise BudgetError("within= is measured on calibration inputs; give calib=, or leave it out")
+        request.tolerance.check(work.outputs, len(work.inputs.held_out))
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
     curve = [] if isinstance(goal, Rule) else budget_rows(analysis)
     if show_budgets is not None and curve:
@@ -153,13 +177,25 @@ def decouple(
     if isinstance(goal, LatencyBudget) or request.emission.runtime is not None:
         latency = _latency(work, analysis)
     if isinstance(goal, MaxDrop):
-        applied = _smallest_within(work, analysis, goal)
+        applied = _smallest(work, analysis, partial(_keeps_accuracy, work, goal.points))
+    elif isinstance(goal, Within):
+        applied = _smallest(work, analysis, partial(_keeps_tolerance, work))
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
         plans = run.checkpoint.once(key, tuple[Plan, ...], lambda: _plans(work, analysis, goal, latency))
         applied = _best_applied(work, plans, request.progress)
-    return finish(work, applied, latency=latency, curve=curve)
+    outcome = finish(work, applied, latency=latency, curve=curve)
+    promise = outcome.report.promise
+    if promise is None or request.force:
+        return outcome
+    if isinstance(goal, Within) and not (promise.kept and applied.factorizations):
+        advice = "give more inputs, or allow more"
+        raise QualityError(f"no smaller network was found within {promise.asked}; {advice}")
+    if not promise.kept:
+        advice = "ask for less, give more inputs, or allow more; force=True returns it all the same"
+        raise QualityError(f"the network is not within {promise.asked}: {promise.text}; {advice}")
+    return outcome
 
 
 def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
@@ -243,18 +279,15 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
 
-def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
-    """Bisect the budget in MACs for the smallest network that loses at most ``goal.points`` of accuracy."""
+def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) -> Applied:
+    """Bisect the budget in MACs for the smallest network that keeps what is asked for."""
     network, inputs, run, progress = work.network, work.inputs, work.run, work.request.progress
-    assert work.labelled is not None
-    samples, labels = work.labelled
     form = _first_form(work.request.emission)
-    limit = work.accuracy - goal.points / 100
 
     def applied(share: float) -> Applied:
         return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), run=run)
 
-    # shares of the MACs: `low` loses too much or was not tried, `high` is within the limit
+    # shares of the MACs: `low` does not keep it or was not tried, `high` does
     low, high = reachable(analysis, Macs()), 1.0
     best = applied(1.0)
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
@@ -262,8 +295,7 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
         progress("Searching the budget", step, steps)
         share = float(np.sqrt(low * high))
         tried = applied(share)
-        outputs = network.run_built(network.build(tried.factorizations, {}, {}), samples)
-        if accuracy(outputs, labels) >= limit:
+        if keeps(tried):
             best, high = tried, share
         else:
             low = share
@@ -271,17 +303,47 @@ def _smallest_within(work: Work, analysis: Analysis, goal: MaxDrop) -> Applied:
     return best
 
 
+def _keeps_accuracy(work: Work, points: float, applied: Applied) -> bool:
+    """Whether a network loses at most so many points of accuracy on the labelled inputs."""
+    network = work.network
+    assert work.labelled is not None
+    samples, labels = work.labelled
+    outputs = network.run_built(network.build(applied.factorizations, {}, {}), samples)
+    return accuracy(outputs, labels) >= work.accuracy - points / 100
+
+
+def _keeps_tolerance(work: Work, applied: Applied) -> bool:
+    promise = work.promise(work.network.run(work.inputs.held_out, applied.kernels))
+    assert promise is not None
+    return promise.kept
+
+
 def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:
     """Top-1 accuracy of a classifier's outputs [(n, classes)]; of equal scores the first counts.
 
-    Raises ModelError if the network is no classifier.
+    Raises ModelError if the network is no classifier, CalibrationError if a label is no class of it.
     """
     first = outputs[0]
     if first.ndim != 2:
         raise ModelError(f"accuracy needs outputs (N, classes), these are {first.shape}; leave out labels=")
     if len(first) > len(labels):
         raise ModelError(f"accuracy needs one output per image; {len(labels)} images gave {first.shape}")
+    classes = first.shape[1]
+    if labels.size and not (labels.min() >= 0 and labels.max() < classes):
+        raise CalibrationError(
+            f"the labels go from {labels.min()} to {labels.max()}, and the network's classes from 0 to "
+            f"{classes - 1}; number the labels as the network's outputs are"
+        )
     return float(np.mean(first.argmax(axis=1) == labels[: len(first)]))
+
+
+def majority(labels: NDArray[np.int64]) -> float:
+    """The share of the most frequent label.
+
+    >>> majority(np.array([1, 0, 1, 1]))
+    0.75
+    """
+    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def finish(
@@ -304,13 +366,19 @@ def finish(
     off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
     both = work.accuracies(partial(network.run_built, model))
     written = network.layers_of(model, applied.factorizations)
-    measured: dict[str, Any] = {"agreement": None}
+    warnings: tuple[str, ...] = ()
+    if both is not None and work.labelled is not None:
+        warnings = chance_warning(both[0], majority(work.labelled[1]))
+    measured: dict[str, Any] = {"agreement": None, "warnings": warnings}
     if not work.calibration.is_noise:
+        quality = quality_of(plan.loss, plan.predicted_loss, len(held_out), work.outputs, new)
         places = shuffled(len(work.inputs.images), plan.seed)[work.inputs.fitted :].tolist()
         worst = disagreements_of(plan, places, work.outputs, new)
         drawn = network.pictures(held_out[np.array([places.index(d.sample) for d in worst], np.int64)])
         measured = {
-            "agreement": quality_of(plan.loss, plan.predicted_loss, len(held_out), work.outputs, new),
+            "agreement": quality,
+            "promise": work.promise(new),
+            "warnings": warnings + warnings_of(quality),
             "disagreements": worst,
             "pictures": pictures(drawn, request.preprocessing or request.source.preprocessing),
         }

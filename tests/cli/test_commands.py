@@ -287,6 +287,32 @@ def test_run_keeps_to_an_allowed_drop(netdecouple, folder: Path):
     assert total_macs(folder / "out.onnx") < 0.8 * total_macs(folder / "net.onnx")
 
 
+def test_run_writes_nothing_that_is_not_within_the_limit(netdecouple, folder: Path):
+    """Exit code 3, the limit and the figures in one line; --force writes it."""
+    ended = netdecouple(*RUN, "--within", "kl=0.000001", "--report", "r.json")
+    assert ended.code == 3
+    assert "not written: the network is not within kl=1e-06: a KL divergence of" in ended.err
+    assert "--force" in ended.err
+    assert not (folder / "out.onnx").exists()
+    assert not (folder / "r.json").exists()
+    ended = netdecouple(*RUN, "--within", "kl=0.000001", "--report", "r.json", "--force")
+    assert ended.code == 0
+    assert "kl=1e-06 is NOT kept" in ended.out
+    assert json.loads((folder / "r.json").read_text())["promise"]["kept"] is False
+    assert (folder / "out.onnx").exists()
+
+
+def test_eval_warns_where_the_network_is_no_better_than_one_answer(netdecouple, folder: Path):
+    """Labels of another order, or a wrong preprocessing."""
+    images = np.load(folder / "data.npz")["images"]
+    labels = (outputs(folder / "net.onnx", images).argmax(1) + 1) % 4  # never right
+    np.savez(folder / "wrong.npz", images=images, labels=labels)
+    ended = netdecouple("eval", "net.onnx", "--data", "wrong.npz:images,labels")
+    assert ended.code == 0
+    assert "Warning" in ended.out
+    assert "check the labels and the preprocessing" in ended.out
+
+
 def test_run_takes_fewer_samples_when_told(netdecouple, folder: Path):
     """--samples bounds them."""
     assert netdecouple(*RUN, "--samples", "12", "--plan-out", "plan.json").code == 0

@@ -26,6 +26,7 @@ from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.settings import Settings
 from netdecouple.report import text
+from netdecouple.report.build import chance_warning
 from netdecouple.report.files import rendered, write_text
 from netdecouple.report.html import inspect_html
 from netdecouple.runtimes import NAMES
@@ -39,6 +40,7 @@ Exit codes:
   1    a bug in netdecouple
   2    the input or an option is wrong, or there is no room; one line says what to do, and nothing but
        whole results has been written
+  3    the outputs would change by more than --within allows; nothing has been written
   130  interrupted by Ctrl-C; one line says what had been written by then
   141  what reads the output has stopped, and so has the command
 """
@@ -85,6 +87,16 @@ def run(
             min=0, help="Instead of a budget: points of top-1 accuracy that may be lost on --labels."
         ),
     ] = None,
+    within: Annotated[
+        str | None,
+        options.option(
+            "How much the outputs may change, for new inputs of the same kind: 99% (the same class), 42dB or "
+            "42dB@255 (PSNR, for a peak of 255), kl=0.01 or error=0.01. Alone: the smallest such network."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a network that is not --within the limit, too.")
+    ] = False,
     labels: options.Labels = None,
     fitting: options.Fitting = options.Fitting(),
     method: Annotated[
@@ -111,6 +123,7 @@ def run(
     Examples:
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --macs 50%
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --latency 60%
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --within 99%
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)
@@ -125,6 +138,8 @@ def run(
             parameters=params,
             latency=latency,
             max_drop=max_drop,
+            within=within,
+            force=force,
             labels=labels,
             settings=settings,
             emit=emit,
@@ -321,7 +336,10 @@ def evaluate(
     sources = [api.open_model(str(path), weights if api.is_named(path) else None) for path in paths]
     scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing))
     terminal.console.print(text.scores_table(scores))
-    terminal.give({"scores": [asdict(score) for score in scores]})
+    warnings = chance_warning(scores[0].top1, scores[0].majority)
+    for warning in warnings:
+        terminal.say("Warning", warning)
+    terminal.give({"scores": [asdict(score) for score in scores], "warnings": warnings})
 
 
 @app.command()

@@ -114,7 +114,10 @@ def class_labels(labels: Any, count: int) -> Indices:
     """Return class labels (N,); CalibrationError unless they are ``count`` integers."""
     array = np.asarray(labels)
     if array.dtype.kind not in "iu" or array.shape != (count,):
-        raise CalibrationError(f"labels are {array.dtype} {array.shape}, expected {count} integers")
+        advice = ""
+        if array.ndim == 2 and len(array) == count and np.all((array != 0).sum(axis=1) == 1):
+            advice = "; of one-hot labels give labels.argmax(axis=1)"
+        raise CalibrationError(f"labels are {array.dtype} {array.shape}, expected {count} integers{advice}")
     return array.astype(np.int64)
 
 

@@ -9,12 +9,20 @@ import numpy as np
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
-from netdecouple.planning.divergence import agreement, divergence, divergences, log_probabilities
+from netdecouple.planning.divergence import TINY, agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.planning.tolerance import decibels, squared_errors
 from netdecouple.report.formatting import by
 from netdecouple.report.model import Agreement, Answer, Disagreement, LayerReport, Stage
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
+SAME_CLASS, PSNR, ERROR = (
+    0.95,
+    35.0,
+    0.05,
+)  # share of inputs, dB, relative error: beyond, outputs changed a lot
+SURPRISE = 3.0  # times the predicted divergence
+NEGLIGIBLE = 1e-3  # divergence of which no one is warned
 DISAGREEMENTS = 8  # inputs shown in a report, those whose outputs changed most
 
 
@@ -23,13 +31,48 @@ def quality_of(
 ) -> Agreement:
     """Compare both networks' outputs on ``images`` held-out inputs by a loss."""
     is_classifier = loss == "kl"
+    errors = squared_errors(original, new) if all(map(_is_picture, original)) else None
     return Agreement(
         images=images,
         loss=loss,
         divergence=divergence(original, new, "kl" if is_classifier else "relative"),
         predicted=predicted,
         same_class=agreement(original[0], new[0]) if is_classifier else None,
+        psnr=None if errors is None else decibels(float(errors.mean())),
     )
+
+
+def _is_picture(output: Array) -> bool:
+    return (
+        output.ndim == 4
+        and output.dtype.kind == "f"
+        and (output.shape[1] in (1, 3) or output.shape[3] in (1, 3))
+    )
+
+
+def chance_warning(accuracy: float, majority: float) -> tuple[str, ...]:
+    """Warn if the original is no more often right than one answer for all inputs would be."""
+    if accuracy > majority:
+        return ()
+    return (
+        f"the original is right for {accuracy:.1%} of the labelled inputs, one answer for all would be for "
+        f"{majority:.1%}; check the labels and the preprocessing",
+    )
+
+
+def warnings_of(a: Agreement) -> tuple[str, ...]:
+    """Warn of outputs that changed a lot, or far more than predicted."""
+    changes = []
+    if a.same_class is not None and a.same_class < SAME_CLASS:
+        changes.append(f"another class for {a.changed_classes} of {a.images} held-out inputs")
+    elif a.psnr is not None and a.psnr < PSNR:
+        changes.append(f"a PSNR of {a.psnr:.1f} dB between the outputs")
+    elif a.same_class is None and a.psnr is None and a.divergence > ERROR:
+        changes.append(f"a relative error of {a.divergence:.2g} of the outputs")
+    if a.divergence > max(SURPRISE * a.predicted, NEGLIGIBLE):
+        changes.append(f"{a.divergence / max(a.predicted, TINY):.1f} times the change that was predicted")
+    advice = "ask for a larger budget, give more inputs, or say with `within` what must be kept"
+    return tuple(f"the outputs changed a lot: {change}; {advice}" for change in changes)
 
 
 def disagreements_of(

@@ -171,6 +171,10 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
     if a.same_class is not None:
         detail = f"{a.changed_classes} of {a.images} held-out inputs"
         facts.append(Fact(fmt.percent(1 - a.same_class), "get another class", detail, "loss"))
+    if a.psnr is not None:
+        facts.append(
+            Fact(f"{a.psnr:.1f} dB", "PSNR between the outputs", f"{a.images} held-out inputs", "loss")
+        )
     name = "KL divergence, nats" if a.loss == "kl" else "relative error of the outputs"
     detail = f"{fmt.short(a.predicted)} predicted; {a.images} held-out inputs"
     return [*facts, Fact(fmt.short(a.divergence, 2), name, detail, "loss")]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from netdecouple import records
 from netdecouple.errors import PlanError
 from netdecouple.planning.planner import BudgetRow
+from netdecouple.planning.tolerance import Promise
 from netdecouple.runtimes.benchmark import Benchmark
 from netdecouple.runtimes.timing import Timing
 
@@ -74,6 +75,7 @@ class Agreement:
     divergence: float
     predicted: float
     same_class: float | None  # share of inputs; None if the network is not a classifier
+    psnr: float | None = None  # dB, for the range of the original's outputs; None if these are no pictures
 
     @property
     def changed_classes(self) -> int | None:
@@ -139,6 +141,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     agreement: Agreement | None  # None without calibration images
     difference: float  # relative, between the outputs of the written network and of the fitted layers
+    promise: Promise | None = None  # None if no limit was asked for
+    warnings: tuple[str, ...] = ()  # of outputs that have changed a lot
     accuracy: tuple[float, float] | None = None  # top-1 before, after; None without labels
     speed: Speed | None = None  # None unless the budget is a latency
     skipped: tuple[str, ...] = ()  # calibration files that could not be read
@@ -208,3 +212,4 @@ class Score:
     top5: float | None  # None with five classes or fewer
     same_class: float | None  # share of images; None for the first network
     kl: float | None  # divergence from the first network, nats; None for the first network
+    majority: float = 0.0  # share of the most frequent label: the accuracy of one answer for all

@@ -88,6 +88,7 @@ def summary(report: Report) -> list[Text]:
         a = report.agreement
         loss = "KL divergence" if a.loss == "kl" else "relative error"
         same = f"same class on {fmt.percent(a.same_class)}, " if a.same_class is not None else ""
+        same += f"PSNR {a.psnr:.1f} dB, " if a.psnr is not None else ""
         lines.append(
             f"Agreement   {same}{loss} {fmt.short(a.divergence)} (predicted {fmt.short(a.predicted)}), "
             f"on {a.images} held-out inputs"
@@ -98,9 +99,13 @@ def summary(report: Report) -> list[Text]:
     lines.append(
         f"Saved file  outputs differ by {report.difference:.1e} (relative) from those computed during fitting"
     )
+    if report.promise:
+        kept = "kept" if report.promise.kept else "NOT kept"
+        lines.append(f"Within      {report.promise.asked} is {kept}: {report.promise.text}")
     lines += [f"Note        {note}" for note in [fmt.samples_note(report)] if note]
     lines += [f"Skipped     {note}" for note in [fmt.skipped_note(report)] if note]
-    return [Text(line) for line in lines]
+    texts = [Text(line) for line in lines]
+    return texts + [Text(f"Warning     {warning}", style="bold red") for warning in report.warnings]
 
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:

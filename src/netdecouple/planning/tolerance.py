@@ -1,0 +1,188 @@
+"""How far a network's outputs may be from the original's, and what can be expected of new inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from netdecouple.errors import BudgetError, ModelError
+from netdecouple.network import Array
+from netdecouple.planning.divergence import WORST, divergences, log_probabilities, loss_kind
+
+Kind = Literal["class", "psnr", "kl", "error"]
+MARGIN = 1.28  # standard errors: nine of ten estimates are then on the safe side
+NARROW = (
+    3  # one input in so many, those with the narrowest margins, shows how margins change where it matters
+)
+UNITS: dict[Kind, str] = {
+    "class": "the same class on {:.2%} of the inputs",
+    "psnr": "a PSNR of {:.2f} dB",
+    "kl": "a KL divergence of {:.3g}",
+    "error": "a relative error of {:.3g}",
+}
+SYNTAX = "99% (inputs with the same class), 42dB or 42dB@255 (PSNR, for a peak of 255), kl=0.01 or error=0.01"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """Whether a network keeps a tolerance. Figures are shares of inputs, dB, nats, or relative errors."""
+
+    asked: str
+    text: str  # the figures in words
+    measured: float  # on held-out inputs
+    expected: float  # of new inputs: with a margin for chance
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far outputs may be from the original's: a limit on one figure."""
+
+    kind: Kind
+    limit: float
+    peak: float | None = None  # of "psnr"; None: the range of the original's outputs
+
+    @classmethod
+    def parse(cls, text: str) -> Tolerance:
+        """Read "99%", "42dB", "42dB@255", "kl=0.01" or "error=0.01".
+
+        Raises:
+            BudgetError: the text is none of these, or makes no sense.
+        """
+        number = r"(\d+\.?\d*|\.\d+)"
+        patterns: dict[Kind, str] = {
+            "class": rf"{number}\s*%",
+            "psnr": rf"{number}\s*db(?:@{number})?",
+            "kl": rf"kl={number}",
+            "error": rf"error={number}",
+        }
+        for kind, pattern in patterns.items():
+            if match := re.fullmatch(pattern, str(text).strip(), re.IGNORECASE):
+                limit = float(match[1]) / (100 if kind == "class" else 1)
+                peak = float(match[2]) if kind == "psnr" and match[2] else None
+                if limit > 0 and (kind != "class" or limit <= 1) and peak != 0:
+                    return cls(kind, limit, peak)
+        raise BudgetError(f"within={text!r}: write {SYNTAX}")
+
+    def __str__(self) -> str:
+        peak = "" if self.peak is None else f"@{self.peak:g}"
+        return {
+            "class": f"{100 * self.limit:g}%",
+            "psnr": f"{self.limit:g}dB{peak}",
+            "kl": f"kl={self.limit:g}",
+            "error": f"error={self.limit:g}",
+        }[self.kind]
+
+    def check(self, outputs: Sequence[Array], count: int) -> None:
+        """Raise ModelError unless this can be measured on such outputs for ``count`` inputs."""
+        is_classifier = loss_kind(outputs, count) == "kl"
+        if self.kind in ("class", "kl") and not is_classifier:
+            shapes = ", ".join(str(output.shape) for output in outputs)
+            raise ModelError(
+                f"within={self} is for outputs (N, classes) of a classifier, {count} inputs gave {shapes}; "
+                "write a PSNR (42dB) or error=0.01"
+            )
+        if self.kind == "psnr" and not any(output.dtype.kind == "f" for output in outputs):
+            raise ModelError(f"within={self} needs outputs that are floating-point numbers")
+
+    def promise(self, original: Sequence[Array], new: Sequence[Array], known: Sequence[Array]) -> Promise:
+        """Compare the outputs of two networks on held-out inputs.
+
+        Args:
+            original: the original's outputs.
+            new: the other network's outputs.
+            known: the original's outputs on all inputs there are, held out or not.
+        """
+        if self.kind == "class":
+            share, chance = changed_classes(original[0], new[0], known[0])
+            measured, expected = 1 - share, 1 - chance
+        else:
+            worst = 0.0 if self.kind == "psnr" else WORST
+            losses = self._losses(original, new)
+            if losses is None or not np.isfinite(losses).all():
+                measured = expected = worst
+            else:
+                margin = MARGIN * losses.std() / np.sqrt(len(losses))
+                measured, expected = (self._figure(v) for v in (losses.mean(), losses.mean() + margin))
+        kept = expected >= self.limit if self.kind in ("class", "psnr") else expected <= self.limit
+        unit = UNITS[self.kind]
+        text = f"{unit.format(measured)} (held-out inputs), {unit.format(expected)} expected of new inputs"
+        return Promise(asked=str(self), text=text, measured=measured, expected=expected, kept=bool(kept))
+
+    def _losses(self, original: Sequence[Array], new: Sequence[Array]) -> Array | None:
+        """Return what has a limited mean, for every input; of "psnr" the squared error for a peak of 1."""
+        if self.kind != "psnr":
+            return divergences(original, new, "kl" if self.kind == "kl" else "relative")
+        return squared_errors(original, new, self.peak)
+
+    def _figure(self, loss: float) -> float:
+        return decibels(loss) if self.kind == "psnr" else float(loss)
+
+
+def decibels(squared_error: float) -> float:
+    """Return the PSNR of a mean squared error for a peak of 1; 200 dB at most.
+
+    >>> decibels(0.01)
+    20.0
+    """
+    return float(-10 * np.log10(max(float(squared_error), 1e-20)))
+
+
+def squared_errors(
+    original: Sequence[Array], new: Sequence[Array], peak: float | None = None
+) -> Array | None:
+    """Return every input's mean squared error (n,) over the outputs that are numbers, relative to peak².
+
+    ``peak`` None: the range of the original's output. None if the outputs are not one for each input.
+    """
+    pairs = [(a, b) for a, b in zip(original, new, strict=True) if a.dtype.kind == "f"]
+    if not pairs or any(
+        a.shape != b.shape or not (a.ndim and a.size) or len(a) != len(pairs[0][0]) for a, b in pairs
+    ):
+        return None
+    errors = []
+    for a, b in pairs:
+        a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (a, b))
+        unit = peak or float(np.ptp(a)) or 1.0
+        errors.append(np.square((b - a) / unit).mean(axis=1))
+    return np.mean(errors, axis=0)  # type: ignore[no-any-return]
+
+
+def changed_classes(original: Array, new: Array, known: Array) -> tuple[float, float]:
+    """Return the share of inputs that get another class, and the share to expect of new inputs at most.
+
+    Few held-out inputs change their class, so that counting them says little. But all margins (the score of
+    the original's class less the best other one) change; those of the inputs with narrow margins change as
+    margins do that are near zero. So this change is combined with the margin of every known input. The
+    expected share is the larger one of this and the counted share, plus `MARGIN` standard errors.
+
+    Args:
+        original: the original's scores on held-out inputs (n, classes).
+        new: another network's scores on the same inputs.
+        known: the original's scores on more inputs (N, classes).
+    """
+    if not np.isfinite(new).all():
+        return 1.0, 1.0
+    chosen = original.argmax(axis=1)
+    counted = float(np.mean(new.argmax(axis=1) != chosen))
+    before, after = (_margins(scores, chosen) for scores in (original, new))
+    narrow = np.argsort(before, kind="stable")[: -(-len(before) // NARROW)]
+    changes = np.sort((after - before)[narrow])
+    margins = _margins(known, known.argmax(axis=1))
+    smoothed = float(np.mean(np.searchsorted(changes, -margins) / len(changes)))
+    share = max(counted, smoothed)
+    return counted, share + MARGIN * float(np.sqrt(share * (1 - share) / len(original)))
+
+
+def _margins(scores: Array, chosen: Array) -> Array:
+    """Return the log odds (n,) of the chosen classes against the best other ones."""
+    logs = log_probabilities(scores)
+    rows = np.arange(len(logs))
+    of_chosen = logs[rows, chosen]
+    logs = logs.copy()
+    logs[rows, chosen] = -np.inf
+    return of_chosen - logs.max(axis=1)  # type: ignore[no-any-return]
