@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
-from netdecouple.fitting.sequential import Targets, targets_for
+from netdecouple.fitting.sequential import targets_for
 from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, Within, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
-from netdecouple.planning.analysis import Analysis, analyze
+from netdecouple.planning.analysis import Analysis, Objective, analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
@@ -46,9 +45,15 @@ from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
 from netdecouple.runtimes.timing import Timing
 from netdecouple.version import __version__
 
-# A plan minimises Σ lossᵉ over the layers, for each of these e; the one that measures best is kept. Losses
-# add where the errors of layers are independent; where they are coherent, their amplitudes do (DESIGN §4).
-EXPONENTS = (1.0, 0.5)
+# A plan is made for each of these; the one whose outputs are nearest to the original's in a trial is kept.
+OBJECTIVES = (
+    Objective(),
+    Objective(exponent=0.5),
+    Objective(depth=2.0),
+    Objective(exponent=0.5, depth=2.0),
+    Objective(others=2.0),
+)
+TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
 CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
 
@@ -183,8 +188,8 @@ def decouple(
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
-        plans = run.checkpoint.once(key, tuple[Plan, ...], lambda: _plans(work, analysis, goal, latency))
-        applied = _best_applied(work, plans, request.progress)
+        plan = run.checkpoint.once(key, Plan, lambda: _best_plan(work, analysis, goal, latency))
+        applied = apply(network, work.inputs, plan, request.progress, run=run)
     outcome = finish(work, applied, latency=latency, curve=curve)
     promise = outcome.report.promise
     if promise is None or request.force:
@@ -202,11 +207,11 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
     """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
-    plans = [_plans(work, analysis, goal, None) for goal in goals]
-    targets = targets_for(network, work.inputs, list(chain(*plans)), request.progress, run)
-    for goal, some in zip(goals, plans, strict=True):
+    plans = [_best_plan(work, analysis, goal, None) for goal in goals]
+    targets = targets_for(network, work.inputs, plans, request.progress, run)
+    for goal, plan in zip(goals, plans, strict=True):
         progress = _naming(f"{goal.percent}%", request.progress)
-        yield finish(work, _best_applied(work, some, progress, targets))
+        yield finish(work, apply(network, work.inputs, plan, progress, targets, run))
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
@@ -241,29 +246,28 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     return Latency(analysis, timer, progress=work.request.progress)
 
 
-def _plans(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> tuple[Plan, ...]:
-    """Plan for each of the exponents, where there is a choice that can be measured; no plan comes twice."""
-    settings = analysis.settings
-    is_measured = isinstance(goal, Budgets) and settings.procedure == "planned" and not settings.data_free
-    exponents = EXPONENTS if is_measured else EXPONENTS[:1]
-    plans = [_plan(work, analysis.with_exponent(exponent), goal, latency) for exponent in exponents]
-    return tuple(plan for i, plan in enumerate(plans) if plan not in plans[:i])
+def _best_plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
+    """Make a plan for every objective, and try them; return the one that measures best on held-out inputs.
 
-
-def _best_applied(
-    work: Work, plans: Sequence[Plan], progress: Progress, targets: Targets | None = None
-) -> Applied:
-    """Apply some plans; return the one whose outputs on held-out inputs are nearest to the original's."""
-    network, inputs, run = work.network, work.inputs, work.run
-    if len(plans) == 1:
-        return apply(network, inputs, plans[0], progress, targets, run)
-    tried, losses = [], []
+    In a trial a plan is applied with part of the inputs. Where nothing may be measured, or nothing is left to
+    choose, there is one plan and no trial.
+    """
+    network, run, settings = work.network, work.run, analysis.settings
+    is_tried = isinstance(goal, Budgets) and settings.procedure == "planned" and not settings.data_free
+    objectives = OBJECTIVES if is_tried else OBJECTIVES[:1]
+    plans = [_plan(work, analysis.with_objective(objective), goal, latency) for objective in objectives]
+    if not is_tried:
+        return plans[0]
+    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
+    inputs = work.inputs.part(TRIAL, LEAST)
+    targets = targets_for(network, inputs, plans, work.request.progress, run)
+    tried = []
     for index, plan in enumerate(plans):
-        named = _naming(f"(plan {index + 1} of {len(plans)})", progress)
-        tried.append(apply(network, inputs, plan, named, targets, run))
-        outputs = network.run(inputs.held_out, tried[-1].kernels)
-        losses.append(divergence(work.outputs, outputs, original_loss(work)))
-    return tried[losses.index(min(losses))]
+        progress = _naming(f"(trial {index + 1} of {len(plans)})", work.request.progress)
+        applied = apply(network, inputs, plan, progress, targets, run)
+        outputs = network.run(work.inputs.held_out, applied.kernels)
+        tried.append(replace(plan, trial_loss=divergence(work.outputs, outputs, analysis.loss)))
+    return min(tried, key=lambda plan: plan.predicted_loss)
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:

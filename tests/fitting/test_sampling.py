@@ -108,3 +108,16 @@ def test_moments_take_the_weights_of_the_layers_scale() -> None:
     expected = Moments.of(x[kept], y[kept, None], weights[kept])
     np.testing.assert_allclose(split.both.fitted.cross, expected.cross, rtol=1e-6)
     assert split.both.fitted.count < len(x[kept])
+
+
+def test_a_part_has_inputs_of_both_kinds_and_fewer_samples() -> None:
+    inputs = Inputs.split(np.arange(400, dtype=np.float32).reshape(400, 1, 1, 1), seed=0)
+    part, layer = inputs.part(0.25, 10), conv("a", 4, 4, 64)
+    assert (part.fitted, len(part.held_out)) == (80, 20)
+    np.testing.assert_array_equal(part.images[:80], inputs.images[:80])
+    np.testing.assert_array_equal(part.held_out, inputs.held_out[:20])
+    samples = inputs.positions(layer, 0).size
+    assert part.positions(layer, 0).size == pytest.approx(samples / 4, rel=0.02)
+    least = inputs.part(0.25, 200)
+    assert len(least.images) == 200
+    assert inputs.part(0.25, 1000).images.shape == inputs.images.shape

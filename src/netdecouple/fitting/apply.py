@@ -85,7 +85,7 @@ def apply(
         raise PlanError("the plan is for a network of other layers; make it again for this model")
     rows = [_checked(row, layers[row.name], plan.data_free, run.memory) for row in plan.layers]
     plan = replace(plan, layers=tuple(rows))
-    key = run.checkpoint.key("applied", plan.to_json())
+    key = run.checkpoint.key("applied", (plan.to_json(), inputs.share))
     changed = {row.name: (f"{key}-{i:04}", row) for i, row in enumerate(rows) if row.changed}
     applied: dict[str, AppliedLayer] = {}
     with SequentialMoments(network, inputs, plan, run, targets, progress) as sequential:

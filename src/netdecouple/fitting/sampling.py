@@ -61,6 +61,7 @@ class Inputs:
     fitted: int
     fingerprint: str
     scales: Mapping[str, Scale] = field(default_factory=dict)  # by layer; without one, all inputs count alike
+    share: float = 1.0  # of the usual number of samples per layer
 
     @classmethod
     def split(cls, images: Images, seed: int, fingerprint: str | None = None) -> Inputs:
@@ -85,6 +86,20 @@ class Inputs:
         """Return the weight of every row of a layer's outputs (images · p, n_o): 1 unless it is unusual."""
         scale = self.scales.get(layer)
         return np.ones(len(outputs)) if scale is None else scale.weights(outputs, images)
+
+    def part(self, share: float, least: int) -> Inputs:
+        """Return the first of the inputs of both kinds: this share, or ``least`` if there are as many.
+
+        So many fewer samples are taken of every layer, too.
+        """
+        share = min(max(share, least / len(self.images)), 1.0)
+        fitted, held_out = (max(round(share * n), 1) for n in (self.fitted, len(self.held_out)))
+        kept = np.r_[:fitted, self.fitted : self.fitted + held_out]
+        return replace(self, images=self.images[kept], fitted=fitted, share=share)
+
+    def positions(self, layer: Layer, seed: int, total: int | None = None) -> NDArray[np.int64]:
+        """Draw positions of a layer for ``total`` inputs, or these: see `sample_positions`."""
+        return sample_positions(layer, len(self.images) if total is None else total, seed, self.share)
 
     def shard(self, part: slice) -> Inputs:
         """Return a part of the inputs, in their order."""
@@ -121,12 +136,15 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
-def sample_positions(layer: Layer, images: int, seed: int) -> NDArray[np.int64]:
-    """Draw p flat output positions of a layer for each image, evenly spread over the map: (images, p)."""
+def sample_positions(layer: Layer, images: int, seed: int, share: float = 1.0) -> NDArray[np.int64]:
+    """Draw p flat output positions of a layer for each image, evenly spread over the map: (images, p).
+
+    There are at least four per unknown, and this ``share`` of `ROWS` or of what `FLOPS` allow.
+    """
     assert layer.geometry is not None
     d = layer.geometry.unknowns
     pixels = math.prod(layer.output_size)
-    rows = max(4 * d, min(ROWS, FLOPS / d**2 / layer.geometry.groups))
+    rows = max(4 * d, share * min(ROWS, FLOPS / d**2 / layer.geometry.groups))
     p = min(pixels, int(np.ceil(rows / images)))
     key = int.from_bytes(hashlib.sha256(layer.name.encode()).digest()[:8], "little")
     rng = np.random.default_rng([seed, key])

@@ -19,7 +19,7 @@ from netdecouple.execution.executors import Shared, Stale, ThisProcess
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
-from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
+from netdecouple.fitting.sampling import Inputs, Split, SplitMoments
 from netdecouple.network import Array, Network, Observation, Walk
 from netdecouple.planning.analysis import shared_network
 from netdecouple.planning.eligibility import EXCLUDED
@@ -57,7 +57,7 @@ class Targets:
         able = [la for la in network.layers if la.geometry and not la.reason and la.name not in excluded]
         fitted = {row.name for plan in plans for row in plan.layers if row.changed and not row.data_free}
         part, total = part or slice(0, count), total or count
-        self.positions = {la.name: sample_positions(la, total, plans[0].seed)[part] for la in able}
+        self.positions = {la.name: inputs.positions(la, plans[0].seed, total)[part] for la in able}
         # per layer, the sums of 1, y and y² over all samples, by their weights (3, n_o)
         self.sums = {la.name: np.zeros((3, len(la.bias))) for la in able if la.name in fitted}
         self._store = ArrayStore(network.memory.store_bytes, network.memory.scratch)  # y + s

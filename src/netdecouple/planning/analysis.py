@@ -10,11 +10,14 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from netdecouple.execution import threads
 from netdecouple.execution.executors import Shared
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.families import Problem
+from netdecouple.families.base import reference
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate, LayerCandidates, candidates
@@ -33,6 +36,24 @@ STEP = "Collecting moments"  # name of this step in progress reports
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a plan minimises: Σ (weight · loss)ᵉ over the layers.
+
+    Losses of single layers add up if their errors are independent; amplitudes do if they are coherent. Errors
+    of late layers grow with those of the layers before them.
+    """
+
+    exponent: float = 1.0  # e
+    depth: float = 0.0  # logarithm of the last layer's weight; the first one's is 1
+    others: float = 1.0  # weight of all families but the reference (ND)
+
+    def of(self, candidate: Candidate, place: float) -> float:
+        """Return a candidate's part of the sum, for the place of its layer from 0 (first) to 1 (last)."""
+        weight = np.exp(self.depth * place) * (1.0 if candidate.method == reference().name else self.others)
+        return float((weight * candidate.objective) ** self.exponent)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Analysis:
     """What can be done to a network: every layer's candidates, with their losses."""
 
@@ -48,16 +69,20 @@ class Analysis:
         found = self.candidates.get(layer.name)
         return found.candidates if found else ()
 
-    def with_exponent(self, exponent: float) -> Analysis:
-        """Return the analysis for plans that minimise Σ lossᵉ over the layers, instead of Σ loss."""
-
-        def raised(found: LayerCandidates) -> LayerCandidates:
-            return replace(
+    def with_objective(self, objective: Objective) -> Analysis:
+        """Return the analysis for plans that minimise something else."""
+        names = [layer.name for layer in self.network.layers if layer.name in self.candidates]
+        places = dict(zip(names, np.linspace(0, 1, len(names)), strict=True))
+        changed = {
+            name: replace(
                 found,
-                candidates=tuple(replace(c, objective=c.objective**exponent) for c in found.candidates),
+                candidates=tuple(
+                    replace(c, objective=objective.of(c, places[name])) for c in found.candidates
+                ),
             )
-
-        return replace(self, candidates={name: raised(found) for name, found in self.candidates.items()})
+            for name, found in self.candidates.items()
+        }
+        return replace(self, candidates=changed)
 
     def planned(self, row: LayerPlan) -> Candidate:
         """Return the candidate that a plan has chosen for a layer."""

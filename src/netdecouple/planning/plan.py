@@ -86,6 +86,7 @@ class Plan:
     uniform_rank: bool
     budget: str
     layers: tuple[LayerPlan, ...]
+    trial_loss: float | None = None  # divergence of the whole network in a trial with part of the inputs
 
     @property
     def before(self) -> Costs:
@@ -100,6 +101,9 @@ class Plan:
 
     @property
     def predicted_loss(self) -> float:
+        """Predicted divergence of the network's outputs: the trial's, or the sum over the layers."""
+        if self.trial_loss is not None:
+            return self.trial_loss
         return sum(layer.predicted_loss for layer in self.layers)
 
     def adopted(self, fingerprint: str, layers: Sequence[Layer]) -> Plan:
