@@ -107,6 +107,10 @@ class Work:
         """The original's outputs on all inputs, those that are fitted to as well."""
         return self.network.run(self.inputs.images)
 
+    def held_out_outputs(self, applied: Applied) -> list[Array]:
+        """The outputs, on the held-out inputs, of the network with a plan applied."""
+        return self.network.run(self.inputs.held_out, applied.kernels)
+
     def promise(self, new: list[Array]) -> Promise | None:
         """Whether outputs on the held-out inputs are within the tolerance; None without one."""
         tolerance = self.request.tolerance
@@ -249,24 +253,27 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
 def _best_plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
     """Make a plan for every objective, and try them; return the one that measures best on held-out inputs.
 
-    In a trial a plan is applied with part of the inputs. Where nothing may be measured, or nothing is left to
-    choose, there is one plan and no trial.
+    For a latency there is one plan, as many networks are timed for each. There is no trial where the settings
+    leave nothing to choose, or nothing may be measured.
     """
-    network, run, settings = work.network, work.run, analysis.settings
-    is_tried = isinstance(goal, Budgets) and settings.procedure == "planned" and not settings.data_free
-    objectives = OBJECTIVES if is_tried else OBJECTIVES[:1]
+    settings, is_budget = analysis.settings, isinstance(goal, Budgets)
+    is_tried = settings.procedure == "planned" and not settings.data_free
+    objectives = OBJECTIVES if is_tried and is_budget else OBJECTIVES[:1]
     plans = [_plan(work, analysis.with_objective(objective), goal, latency) for objective in objectives]
-    if not is_tried:
-        return plans[0]
+    return _tried(work, analysis, plans) if is_tried else plans[0]
+
+
+def _tried(work: Work, analysis: Analysis, plans: Sequence[Plan]) -> Plan:
+    """Apply plans with part of the inputs; return the one that measures best, with what it measured."""
     plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
-    inputs = work.inputs.part(TRIAL, LEAST)
-    targets = targets_for(network, inputs, plans, work.request.progress, run)
+    inputs, given = work.inputs.part(TRIAL, LEAST), work.request.progress
+    targets = targets_for(work.network, inputs, plans, given, work.run)
     tried = []
     for index, plan in enumerate(plans):
-        progress = _naming(f"(trial {index + 1} of {len(plans)})", work.request.progress)
-        applied = apply(network, inputs, plan, progress, targets, run)
-        outputs = network.run(work.inputs.held_out, applied.kernels)
-        tried.append(replace(plan, trial_loss=divergence(work.outputs, outputs, analysis.loss)))
+        progress = _naming(f"(trial {index + 1} of {len(plans)})", given)
+        applied = apply(work.network, inputs, plan, progress, targets, work.run)
+        loss = divergence(work.outputs, work.held_out_outputs(applied), analysis.loss)
+        tried.append(replace(plan, trial_loss=loss))
     return min(tried, key=lambda plan: plan.predicted_loss)
 
 
@@ -284,27 +291,39 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
 
 
 def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) -> Applied:
-    """Bisect the budget in MACs for the smallest network that keeps what is asked for."""
-    network, inputs, run, progress = work.network, work.inputs, work.run, work.request.progress
-    form = _first_form(work.request.emission)
+    """Bisect the budget in MACs for the smallest network that keeps what is asked for.
 
-    def applied(share: float) -> Applied:
-        return apply(network, inputs, make_plan(analysis, [Budget(Macs(), share)], form), run=run)
+    The search applies plans with part of the inputs, for the objective that is best in its middle. What it
+    finds is applied with all inputs, and with larger budgets until it keeps what is asked for.
+    """
+    network, run, progress = work.network, work.run, work.request.progress
+    form, part = _first_form(work.request.emission), work.inputs.part(TRIAL, LEAST)
+
+    def plans(share: float, choices: Sequence[Analysis]) -> list[Plan]:
+        return [make_plan(choice, [Budget(Macs(), share)], form) for choice in choices]
 
     # shares of the MACs: `low` does not keep it or was not tried, `high` does
     low, high = reachable(analysis, Macs()), 1.0
-    best = applied(1.0)
+    choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
+    middle = plans(float(np.sqrt(low * high)), choices)
+    best = _tried(work, analysis, middle)
+    choice = [choices[[plan.layers for plan in middle].index(best.layers)]]
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
         progress("Searching the budget", step, steps)
         share = float(np.sqrt(low * high))
-        tried = applied(share)
-        if keeps(tried):
-            best, high = tried, share
+        if keeps(apply(network, part, plans(share, choice)[0], run=run)):
+            high = share
         else:
             low = share
     progress("Searching the budget", steps, steps)
-    return best
+    more = SEARCH_STEP
+    while True:
+        applied = apply(network, work.inputs, _tried(work, analysis, plans(high, choice)), progress, run=run)
+        if high >= 1.0 or keeps(applied):
+            return applied
+        more **= 2
+        high = min(high * more, 1.0)
 
 
 def _keeps_accuracy(work: Work, points: float, applied: Applied) -> bool:
@@ -317,7 +336,7 @@ def _keeps_accuracy(work: Work, points: float, applied: Applied) -> bool:
 
 
 def _keeps_tolerance(work: Work, applied: Applied) -> bool:
-    promise = work.promise(work.network.run(work.inputs.held_out, applied.kernels))
+    promise = work.promise(work.held_out_outputs(applied))
     assert promise is not None
     return promise.kept
 

@@ -13,7 +13,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from netdecouple.errors import BudgetError
 
-HUGE = 1e6  # times the room: costs above are taken for this
 GAP = 1e-5  # relative to the best total loss: closer solutions count as equal
 SECONDS = 60.0  # for one solution
 # The solver may overshoot a limit by its tolerance of 1e-6, the choice may not: then it is solved again for
@@ -46,7 +45,7 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     possible = np.all(above <= room[:, None], axis=0)
     scale = np.where(room > 0, room, 1.0)
     # options beyond the room are excluded by their bounds; huge coefficients would only disturb the solver
-    above = np.minimum(above / scale[:, None], HUGE)
+    above = np.where(possible, above / scale[:, None], 0.0)
     one_each = np.repeat(np.eye(len(layers)), sizes, axis=1)
     for slack in SLACKS:
         solution = milp(
