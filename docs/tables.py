@@ -34,6 +34,7 @@ import gpu  # noqa: E402
 import kernel  # noqa: E402
 import latency  # noqa: E402
 import paper_table  # noqa: E402
+import planning  # noqa: E402
 import rows  # noqa: E402
 
 
@@ -148,6 +149,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cells = paper_table.read(DOCS / "paper_table.jsonl")
     networks = dict.fromkeys(network for network, _, _ in cells)
+    tried = rows.read(DOCS / "planning.jsonl", planning.Row)
     pages = {
         "commands": commands(),
         "families": families(),
@@ -156,6 +158,7 @@ def main() -> None:
         "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),
         "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
         "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),
+        "planning": _all([planning.table(tried)] if tried else []),
         "paper": _all(paper_table.table(name, cells) for name in networks),
     }
     for name, text in pages.items():

@@ -37,7 +37,7 @@ from netdecouple.planning.divergence import agreement, divergence
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.settings import Settings
-from netdecouple.planning.tolerance import Tolerance
+from netdecouple.planning.tolerance import Tolerance, decibels
 from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.model import Report, Score
@@ -476,11 +476,12 @@ def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
 
 
 def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing | None = None) -> list[Score]:
-    """Measure top-1 and top-5 accuracy of networks on labelled inputs, and agreement with the first one.
+    """Measure networks on labelled inputs, and their agreement with the first one.
 
     Args:
         models: each as in `decouple`.
-        data: as ``labels`` in `decouple`.
+        data: as ``labels`` in `decouple`, for top-1 and top-5 accuracy; for networks that return images the
+            images (N, …) that are right, instead of labels, for their PSNR. uint8 ones are divided by 255.
         preprocessing: as in `decouple`.
 
     Raises:
@@ -491,32 +492,45 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
     for model in models:
         source = open_model(model)
         with source.session():
-            inputs, labels = source.labelled(data, preprocessing)
+            inputs, right = source.labelled(data, preprocessing)
             outputs = source.outputs(inputs)[0]
-        top1, labels = accuracy([outputs], labels), labels[: len(outputs)]
-        top5 = None
-        if outputs.shape[1] > 5:
-            best = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
-            top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
-        same = kl = None
-        if first is None:
-            first = outputs
-        elif first.shape != outputs.shape:
+        if first is not None and first.shape != outputs.shape:
             raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
-        else:
-            same, kl = agreement(first, outputs), divergence([first], [outputs], "kl")
-        scores.append(
-            Score(
-                model=source.name,
-                images=len(outputs),
-                top1=top1,
-                top5=top5,
-                same_class=same,
-                kl=kl,
-                majority=majority(labels),
-            )
-        )
+        score = _scored_classes if right.ndim == 1 else _scored_images
+        scores.append(replace(score(outputs, right, first), model=source.name))
+        first = outputs if first is None else first
     return scores
+
+
+def _scored_classes(outputs: Array, labels: NDArray[Any], first: Array | None) -> Score:
+    top1, labels = accuracy([outputs], labels), labels[: len(outputs)]
+    top5 = None
+    if outputs.shape[1] > 5:
+        best = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
+        top5 = float(np.mean((best == labels[:, None]).any(axis=1)))
+    return Score(
+        model="",
+        images=len(outputs),
+        top1=top1,
+        top5=top5,
+        same_class=None if first is None else agreement(first, outputs),
+        kl=None if first is None else divergence([first], [outputs], "kl"),
+        majority=majority(labels),
+    )
+
+
+def _scored_images(outputs: Array, targets: NDArray[Any], first: Array | None) -> Score:
+    """Compute the mean PSNR of images; the peak is 1 if the targets are within 0 and 1, else their range."""
+    if outputs.shape != targets.shape:
+        raise ModelError(f"the outputs are {outputs.shape}, and the images to compare with {targets.shape}")
+    peak = 1.0 if targets.min() >= 0 and targets.max() <= 1 else float(np.ptp(targets))
+
+    def psnr(other: Array) -> float:
+        errors = np.square((outputs.astype(np.float64) - other) / peak).reshape(len(other), -1).mean(axis=1)
+        return float(np.mean([decibels(error) for error in errors]))
+
+    to_first = None if first is None else psnr(first)
+    return Score(model="", images=len(outputs), psnr=psnr(targets), psnr_to_first=to_first)
 
 
 def bench(

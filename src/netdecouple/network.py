@@ -206,8 +206,11 @@ class Source(Protocol):
     ) -> Calibration:
         """Load calibration inputs; None makes noise of the right shape. Raises CalibrationError."""
 
-    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Images, NDArray[np.int64]]:
-        """Load inputs and labels: FILE.npz:IMAGES,LABELS or a pair of arrays. Raises CalibrationError."""
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Images, NDArray[Any]]:
+        """Load inputs and class labels (N,), or the images (N, …) that the network should return.
+
+        They are FILE.npz:INPUTS,LABELS or a pair of arrays. Raises CalibrationError.
+        """
 
     def open(self, inputs: Images, memory: Memory) -> Network:
         """Open the network for such inputs; ModelError if it fails on them, or has nothing to decouple."""

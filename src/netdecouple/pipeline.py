@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,9 @@ def decouple(
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
-        plan = run.checkpoint.once(key, Plan, lambda: _best_plan(work, analysis, goal, latency))
+        plan = run.checkpoint.once(
+            key, Plan, lambda: _tried(work, analysis, [_plans(work, analysis, goal, latency)])[0]
+        )
         applied = apply(network, work.inputs, plan, request.progress, run=run)
     outcome = finish(work, applied, latency=latency, curve=curve)
     promise = outcome.report.promise
@@ -211,7 +214,7 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
     """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
-    plans = [_best_plan(work, analysis, goal, None) for goal in goals]
+    plans = _tried(work, analysis, [_plans(work, analysis, goal, None) for goal in goals])
     targets = targets_for(network, work.inputs, plans, request.progress, run)
     for goal, plan in zip(goals, plans, strict=True):
         progress = _naming(f"{goal.percent}%", request.progress)
@@ -250,31 +253,41 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     return Latency(analysis, timer, progress=work.request.progress)
 
 
-def _best_plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
-    """Make a plan for every objective, and try them; return the one that measures best on held-out inputs.
+def _plans(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> list[Plan]:
+    """Make a plan for every objective; one where the settings leave nothing to choose or nothing is measured.
 
-    For a latency there is one plan, as many networks are timed for each. There is no trial where the settings
-    leave nothing to choose, or nothing may be measured.
+    For a latency there is one plan, too, as many networks are timed for each.
     """
-    settings, is_budget = analysis.settings, isinstance(goal, Budgets)
-    is_tried = settings.procedure == "planned" and not settings.data_free
-    objectives = OBJECTIVES if is_tried and is_budget else OBJECTIVES[:1]
-    plans = [_plan(work, analysis.with_objective(objective), goal, latency) for objective in objectives]
-    return _tried(work, analysis, plans) if is_tried else plans[0]
+    objectives = OBJECTIVES if isinstance(goal, Budgets) and _is_tried(analysis) else OBJECTIVES[:1]
+    return [_plan(work, analysis.with_objective(objective), goal, latency) for objective in objectives]
 
 
-def _tried(work: Work, analysis: Analysis, plans: Sequence[Plan]) -> Plan:
-    """Apply plans with part of the inputs; return the one that measures best, with what it measured."""
-    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
-    inputs, given = work.inputs.part(TRIAL, LEAST), work.request.progress
-    targets = targets_for(work.network, inputs, plans, given, work.run)
-    tried = []
-    for index, plan in enumerate(plans):
-        progress = _naming(f"(trial {index + 1} of {len(plans)})", given)
-        applied = apply(work.network, inputs, plan, progress, targets, work.run)
+def _is_tried(analysis: Analysis) -> bool:
+    return analysis.settings.procedure == "planned" and not analysis.settings.data_free
+
+
+def _tried(work: Work, analysis: Analysis, goals: Sequence[Sequence[Plan]]) -> list[Plan]:
+    """Apply every goal's plans with part of the inputs; return its best one each, with what it measured.
+
+    If nothing may be measured, the first one is returned.
+    """
+    if not _is_tried(analysis):
+        return [plans[0] for plans in goals]
+    network, given, run = work.network, work.request.progress, work.run
+    inputs = work.inputs.part(TRIAL, LEAST)
+    targets = targets_for(network, inputs, list(chain(*goals)), given, run)
+
+    def tried(plan: Plan, number: str) -> Plan:
+        applied = apply(network, inputs, plan, _naming(f"(trial {number})", given), targets, run)
         loss = divergence(work.outputs, work.held_out_outputs(applied), analysis.loss)
-        tried.append(replace(plan, trial_loss=loss))
-    return min(tried, key=lambda plan: plan.predicted_loss)
+        return replace(plan, trial_loss=loss)
+
+    best = []
+    for plans in goals:
+        unlike = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
+        trials = [tried(plan, f"{i} of {len(unlike)}") for i, plan in enumerate(unlike, 1)]
+        best.append(min(trials, key=lambda plan: plan.predicted_loss))
+    return best
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
@@ -306,7 +319,7 @@ def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) 
     low, high = reachable(analysis, Macs()), 1.0
     choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
     middle = plans(float(np.sqrt(low * high)), choices)
-    best = _tried(work, analysis, middle)
+    (best,) = _tried(work, analysis, [middle])
     choice = [choices[[plan.layers for plan in middle].index(best.layers)]]
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
@@ -319,7 +332,8 @@ def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) 
     progress("Searching the budget", steps, steps)
     more = SEARCH_STEP
     while True:
-        applied = apply(network, work.inputs, _tried(work, analysis, plans(high, choice)), progress, run=run)
+        (plan,) = _tried(work, analysis, [plans(high, choice)])
+        applied = apply(network, work.inputs, plan, progress, run=run)
         if high >= 1.0 or keeps(applied):
             return applied
         more **= 2
@@ -347,6 +361,8 @@ def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:
     Raises ModelError if the network is no classifier, CalibrationError if a label is no class of it.
     """
     first = outputs[0]
+    if labels.ndim != 1:
+        raise CalibrationError("labels= needs class labels (N,) here; these are images")
     if first.ndim != 2:
         raise ModelError(f"accuracy needs outputs (N, classes), these are {first.shape}; leave out labels=")
     if len(first) > len(labels):

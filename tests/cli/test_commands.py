@@ -313,6 +313,31 @@ def test_eval_warns_where_the_network_is_no_better_than_one_answer(netdecouple, 
     assert "check the labels and the preprocessing" in ended.out
 
 
+def test_eval_measures_images_by_their_psnr(netdecouple, folder: Path):
+    """Of a network that returns images: to the targets, as uint8 or in 0 to 1, and to the first network."""
+    onnx.save(networks.restorer(), folder / "restorer.onnx")
+    images = networks.images_for(networks.restorer(), 30)
+    original = run(open_session(folder / "restorer.onnx"), None, {"image": images})[0]
+    targets = np.clip(original + 0.01, 0, 1).astype(np.float32)
+    np.savez(
+        folder / "pairs.npz", inputs=images, targets=targets, bytes=np.round(255 * targets).astype(np.uint8)
+    )
+    expected = np.mean(-10 * np.log10(np.square(original - targets).mean(axis=(1, 2, 3))))
+    for key in ("targets", "bytes"):
+        ended = netdecouple(
+            "eval", "restorer.onnx", "restorer.onnx", "--data", f"pairs.npz:inputs,{key}", "--json"
+        )
+        assert ended.code == 0, ended
+        first, second = json.loads(ended.out)["scores"]
+        assert first["psnr"] == pytest.approx(expected, abs=0.05)
+        assert (first["psnr_to_first"], second["psnr_to_first"], first["top1"]) == (None, 200, None)
+    assert f"{expected:.2f}" in netdecouple("eval", "restorer.onnx", "--data", "pairs.npz:inputs,targets").out
+    np.savez(folder / "pairs.npz", inputs=images, targets=targets[:, :, :4])
+    ended = netdecouple("eval", "restorer.onnx", "--data", "pairs.npz:inputs,targets")
+    assert ended.code == 2
+    assert "the images to compare with" in ended.err
+
+
 def test_run_takes_fewer_samples_when_told(netdecouple, folder: Path):
     """--samples bounds them."""
     assert netdecouple(*RUN, "--samples", "12", "--plan-out", "plan.json").code == 0

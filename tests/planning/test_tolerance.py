@@ -14,6 +14,7 @@ from netdecouple.planning.tolerance import Tolerance, changed_classes, squared_e
     [
         ("99%", "class", 0.99, None),
         (" 99.5 % ", "class", 0.995, None),
+        ("kl=1e-6", "kl", 1e-6, None),
         ("42dB", "psnr", 42.0, None),
         ("42.5 db@255", "psnr", 42.5, 255.0),
         ("kl=.01", "kl", 0.01, None),

@@ -13,7 +13,7 @@ from rich.console import Console
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Layer
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.report.build import describe, layer_reports
+from netdecouple.report.build import describe, layer_reports, warnings_of
 from netdecouple.report.formatting import count, times
 from netdecouple.report.html import report_html
 from netdecouple.report.model import Agreement, Report, Speed
@@ -206,3 +206,28 @@ def test_ratios_and_names_are_short() -> None:
 
 def test_a_fully_connected_layers_shape_is_its_inputs_and_outputs() -> None:
     assert describe(linear("fc", 512, 10)) == "512→10"
+
+
+@pytest.mark.parametrize(
+    ("agreement", "warnings"),
+    [
+        ({"same_class": 0.94, "divergence": 0.1, "predicted": 0.1}, ["another class for 12 of 200 held-out"]),
+        ({"same_class": 0.95, "divergence": 0.1, "predicted": 0.1}, []),
+        (
+            {"same_class": 0.99, "divergence": 0.1, "predicted": 0.02},
+            ["5.0 times the change that was predicted"],
+        ),
+        ({"same_class": 1.0, "divergence": 0.0009, "predicted": 0.0001}, []),
+        ({"psnr": 34.9, "divergence": 0.01, "predicted": 0.01}, ["a PSNR of 34.9 dB"]),
+        ({"psnr": 35.1, "divergence": 0.2, "predicted": 0.2}, []),
+        ({"divergence": 0.06, "predicted": 0.06}, ["a relative error of 0.06"]),
+        ({"divergence": 0.04, "predicted": 0.0}, ["times the change that was predicted"]),
+    ],
+)
+def test_warnings_name_what_changed(agreement: dict, warnings: list[str]):
+    """Classes, pictures, other outputs, and surprises; changes that are negligible surprise no one."""
+    given = {"images": 200, "loss": "kl", "same_class": None, **agreement}
+    found = warnings_of(Agreement(**given))
+    assert len(found) == len(warnings)
+    for text, warning in zip(found, warnings, strict=True):
+        assert warning in text

@@ -315,7 +315,12 @@ def lower(model: options.OnnxModel, output: options.Output, printed: Output = Ou
 @options.expanded
 def evaluate(
     model: options.Model,
-    data: Annotated[str, options.option("Labelled images, FILE.npz:IMAGES,LABELS.")],
+    data: Annotated[
+        str,
+        options.option(
+            "Labelled images, FILE.npz:IMAGES,LABELS; if networks return images, FILE.npz:INPUTS,TARGETS."
+        ),
+    ],
     other: Annotated[
         Path | None, typer.Argument(help="A second network to compare.", show_default=False)
     ] = None,
@@ -323,7 +328,7 @@ def evaluate(
     weights: options.Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy, and how often two networks agree.
+    """Measure top-1 and top-5 accuracy, or the PSNR of images, and how far two networks agree.
 
     \b
     Example:
@@ -336,7 +341,8 @@ def evaluate(
     sources = [api.open_model(str(path), weights if api.is_named(path) else None) for path in paths]
     scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing))
     terminal.console.print(text.scores_table(scores))
-    warnings = chance_warning(scores[0].top1, scores[0].majority)
+    first = scores[0]
+    warnings = () if first.top1 is None else chance_warning(first.top1, first.majority or 0.0)
     for warning in warnings:
         terminal.say("Warning", warning)
     terminal.give({"scores": [asdict(score) for score in scores], "warnings": warnings})
@@ -434,7 +440,8 @@ def demo(
         networks.append(output / "digits-standard.onnx")
         api.lower(faster, networks[-1])
     times = api.bench(networks, layers=True)
-    report = replace(result.report, accuracy=(scores[0].top1, scores[1].top1), benchmark=times)
+    top1 = (scores[0].top1 or 0.0, scores[1].top1 or 0.0)
+    report = replace(result.report, accuracy=top1, benchmark=times)
     page = output / "report.html"
     result = replace(result, report=report)
     write_result(terminal, result, [faster], output / "plan.json", [output / "report.json", page])

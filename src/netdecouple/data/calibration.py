@@ -95,8 +95,8 @@ def load_labelled(
     channels: int,
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
-) -> tuple[F32, Indices]:
-    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their labels (N,)."""
+) -> tuple[F32, Indices | F32]:
+    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their `answers`."""
     text = os.fspath(source)
     with _prefixed(text):
         loader = _Loader(channels, size, preprocessing.resized_for(size))
@@ -106,13 +106,18 @@ def load_labelled(
             problem = "labels are missing" if os.path.isfile(path) else "not found"
             raise CalibrationError(f"{problem}: give FILE.npz:IMAGES,LABELS, with the names of two arrays")
         batch = loader.batched(_read_array(path, keys[0]))
-        classes = class_labels(_read_array(path, keys[1]), len(batch))
-        return loader.converted(batch), classes
+        right = answers(_read_array(path, keys[1]), len(batch))
+        return loader.converted(batch), right
 
 
-def class_labels(labels: Any, count: int) -> Indices:
-    """Return class labels (N,); CalibrationError unless they are ``count`` integers."""
+def answers(labels: Any, count: int) -> Indices | F32:
+    """Return class labels (N,), or the images (N, …) that a network should return; uint8 ones as 0 to 1.
+
+    Raises CalibrationError unless there are ``count``.
+    """
     array = np.asarray(labels)
+    if array.ndim > 2 and len(array) == count and array.dtype.kind in "fu":
+        return array.astype(np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
     if array.dtype.kind not in "iu" or array.shape != (count,):
         advice = ""
         if array.ndim == 2 and len(array) == count and np.all((array != 0).sum(axis=1) == 1):

@@ -56,7 +56,8 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
             ],
             integrality=np.ones(len(losses)),
             bounds=Bounds(0, possible.astype(float)),
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+            # with presolve HiGHS sometimes prints a line to standard output
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
         )
         if solution.x is None:
             break

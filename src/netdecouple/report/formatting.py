@@ -76,6 +76,11 @@ def layer_sizes(layer: LayerReport) -> str:
     return sizes
 
 
+def decibels(value: float | None) -> str:
+    """Format a PSNR in dB, "–" if there is none."""
+    return "–" if value is None else f"{value:.2f}"
+
+
 def goal(report: Report) -> str:
     """Return the budget; of a time, the share that was measured instead of the predicted one."""
     if report.speed is None:

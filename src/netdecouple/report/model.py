@@ -204,12 +204,14 @@ TOTALS = ("macs_before", "macs", "parameters_before", "parameters")
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Accuracy of one network, and its agreement with the first network of the same evaluation."""
+    """Accuracy or PSNR of one network, and its agreement with the first network of the same evaluation."""
 
     model: str
     images: int
-    top1: float
-    top5: float | None  # None with five classes or fewer
-    same_class: float | None  # share of images; None for the first network
-    kl: float | None  # divergence from the first network, nats; None for the first network
-    majority: float = 0.0  # share of the most frequent label: the accuracy of one answer for all
+    top1: float | None = None  # None where images are evaluated
+    top5: float | None = None  # None with five classes or fewer
+    same_class: float | None = None  # share of images; None for the first network
+    kl: float | None = None  # divergence from the first network, nats; None for the first network
+    majority: float | None = None  # share of the most frequent label: the accuracy of one answer for all
+    psnr: float | None = None  # dB, the mean of all images; None where classes are evaluated
+    psnr_to_first: float | None = None  # between its outputs and those of the first network

@@ -219,6 +219,10 @@ def families_table(sweep: Sweep) -> Table:
 
 def scores_table(scores: Sequence[Score]) -> Table:
     """Return the accuracy of several networks, side by side."""
+    if scores[0].psnr is not None:
+        columns = ("PSNR, dB", "to the first network, dB")
+        figures = ([s.model, fmt.decibels(s.psnr), fmt.decibels(s.psnr_to_first)] for s in scores)
+        return _table(f"On {scores[0].images} images", ["network", *columns], columns, figures)
     names = ("top-1", "top-5", "same class", "KL")
     rows = ((s.model, *map(fmt.percent, (s.top1, s.top5, s.same_class)), fmt.short(s.kl, 2)) for s in scores)
     return _table(f"On {scores[0].images} labelled images", ["network", *names], names, rows)

@@ -84,13 +84,13 @@ class OnnxSource:
             inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
         )
 
-    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Array, NDArray[np.int64]]:
-        """Load images and their class labels."""
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Array, NDArray[Any]]:
+        """Load images and their class labels, or the images that the network should return."""
         shape = self._shape(preprocessing)
         if not isinstance(labels, tuple):
             return calibration.load_labelled(labels, **shape)
         inputs = calibration.load(labels[0], **shape, samples=None, seed=0).images
-        return inputs, calibration.class_labels(labels[1], len(inputs))
+        return inputs, calibration.answers(labels[1], len(inputs))
 
     def open(self, inputs: Array, memory: Memory) -> OnnxNetwork:
         """Open the network for such images."""

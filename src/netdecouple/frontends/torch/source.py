@@ -149,7 +149,7 @@ class TorchSource:
             )
         return preprocessing.size
 
-    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[np.int64]]:
+    def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[Any]]:
         if isinstance(labels, tuple):
             inputs, classes = labels
         else:
@@ -158,7 +158,7 @@ class TorchSource:
                 labels, channels=self._channels, size=None, preprocessing=preprocessing
             )
         samples = collect(inputs, self.module, None, self._arguments if isinstance(labels, tuple) else None)
-        return samples, calibration.class_labels(classes, len(samples))
+        return samples, calibration.answers(classes, len(samples))
 
     def open(self, inputs: Samples, memory: Memory) -> TorchNetwork:
         return TorchNetwork(self.module, inputs, self._device, self._filter, memory, self.name)
