@@ -115,7 +115,7 @@ class Work:
     def promise(self, new: list[Array]) -> Promise | None:
         """Whether outputs on the held-out inputs are within the tolerance; None without one."""
         tolerance = self.request.tolerance
-        return None if tolerance is None else tolerance.promise(self.outputs, new, self.known_outputs)
+        return None if tolerance is None else tolerance.promise(self.outputs, new, lambda: self.known_outputs)
 
     @cached_property
     def accuracy(self) -> float:

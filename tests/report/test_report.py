@@ -215,7 +215,7 @@ def test_a_fully_connected_layers_shape_is_its_inputs_and_outputs() -> None:
         ({"same_class": 0.95, "divergence": 0.1, "predicted": 0.1}, []),
         (
             {"same_class": 0.99, "divergence": 0.1, "predicted": 0.02},
-            ["5.0 times the change that was predicted"],
+            ["5.0 times the change"],
         ),
         ({"same_class": 1.0, "divergence": 0.0009, "predicted": 0.0001}, []),
         ({"psnr": 34.9, "divergence": 0.01, "predicted": 0.01}, ["a PSNR of 34.9 dB"]),

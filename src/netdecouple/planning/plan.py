@@ -16,7 +16,7 @@ from netdecouple.families.chain import Step
 from netdecouple.network import Layer
 from netdecouple.planning.cost import Costs
 
-VERSION = 4
+VERSION = 5
 KEPT = "kept"  # the family of layers that are not changed
 
 
