@@ -148,6 +148,7 @@ void product(int64_t depth, const float* a, const float* b, const Store& s) {
 #pragma GCC unroll 3
             for (int j = 0; j < W; ++j) sum[i][j] += a[i] * x[j];
     }
+    EACH_SUM KEEP(sum[i][j]);  // else GCC keeps the sums of narrow panels in memory, all through the loop
     if (s.rows == BLOCK_ROWS && s.pixels >= W * LANES) {
         finish<W>(sum, s, s.y, s.residual, s.stride);
         return;
