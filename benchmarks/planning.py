@@ -59,10 +59,8 @@ class Row:
 def words(objective: Objective) -> str:
     """Describe what is minimised."""
     terms = "√loss" if objective.exponent == 0.5 else "loss"
-    parts = ["late layers count more"] * bool(objective.depth) + ["plain ND preferred"] * (
-        objective.others > 1
-    )
-    return ", ".join([f"sum of {terms}", *parts])
+    late = f", the last layer counts {np.exp(objective.depth):.2g} times" if objective.depth else ""
+    return f"sum of {terms}{late}"
 
 
 def opened(folder: Path, name: str) -> tuple[OnnxNetwork, Inputs, Array, Array]:

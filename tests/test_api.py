@@ -270,17 +270,14 @@ def test_the_smallest_network_within_a_drop_is_found() -> None:
 
 @pytest.mark.slow
 def test_the_smallest_network_within_a_limit_is_found() -> None:
-    """It keeps the limit on inputs that took no part, and a network of fewer MACs is refused."""
-    result = netdecouple.decouple(MODEL, CALIB, within="95%", settings=QUICK)
+    """It keeps the limit on inputs that took no part."""
+    result = netdecouple.decouple(MODEL, CALIB, within="90%", samples=150, settings=QUICK)
     promise, report = result.report.promise, result.report
     assert promise is not None
     assert promise.kept
-    assert 0.95 <= promise.expected <= promise.measured == report.agreement.same_class
-    assert report.macs_before / report.macs > 1.5
-    same = netdecouple.evaluate([MODEL, result.model], LABELS)[1].same_class
-    assert same >= 0.95
-    with pytest.raises(QualityError, match="the network is not within 95%: the same class on"):
-        netdecouple.decouple(MODEL, CALIB, macs=0.1, within="95%", settings=QUICK)
+    assert 0.9 <= promise.expected <= promise.measured == report.agreement.same_class
+    assert report.macs_before / report.macs > 2
+    assert netdecouple.evaluate([MODEL, result.model], LABELS)[1].same_class >= 0.9
 
 
 def test_a_network_that_is_not_within_the_limit_is_returned_if_forced() -> None:

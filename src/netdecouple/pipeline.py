@@ -50,9 +50,9 @@ from netdecouple.version import __version__
 OBJECTIVES = (
     Objective(),
     Objective(exponent=0.5),
+    Objective(depth=1.0),
     Objective(depth=2.0),
-    Objective(exponent=0.5, depth=2.0),
-    Objective(others=2.0),
+    Objective(exponent=0.5, depth=1.0),
 )
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close

@@ -54,9 +54,11 @@ def test_new_inputs_change_class_no_more_often_than_expected() -> None:
         assert kept >= 36
 
 
-def test_equal_scores_change_no_class() -> None:
-    known = scores(np.random.default_rng(0), 50)
-    assert changed_classes(known[:20], known[:20], known) == (0.0, 0.0)
+def test_few_inputs_promise_little() -> None:
+    """Where no class changes, the next one may be the first."""
+    known = scores(np.random.default_rng(0), 500)
+    for count in (9, 99):
+        assert changed_classes(known[:count], known[:count], known) == (0.0, 1 / (count + 1))
 
 
 def test_psnr_is_for_the_range_of_the_original_or_a_peak() -> None:

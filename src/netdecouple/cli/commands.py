@@ -123,7 +123,7 @@ def run(
     Examples:
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --macs 50%
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --latency 60%
-      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --within 99%
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --within kl=0.05
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)

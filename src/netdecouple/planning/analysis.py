@@ -17,7 +17,6 @@ from netdecouple.execution.executors import Shared
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.families import Problem
-from netdecouple.families.base import reference
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate, LayerCandidates, candidates
@@ -45,12 +44,10 @@ class Objective:
 
     exponent: float = 1.0  # e
     depth: float = 0.0  # logarithm of the last layer's weight; the first one's is 1
-    others: float = 1.0  # weight of all families but the reference (ND)
 
     def of(self, candidate: Candidate, place: float) -> float:
         """Return a candidate's part of the sum, for the place of its layer from 0 (first) to 1 (last)."""
-        weight = np.exp(self.depth * place) * (1.0 if candidate.method == reference().name else self.others)
-        return float((weight * candidate.objective) ** self.exponent)
+        return float((np.exp(self.depth * place) * candidate.objective) ** self.exponent)
 
 
 @dataclass(frozen=True, kw_only=True)

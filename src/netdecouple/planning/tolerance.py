@@ -162,7 +162,8 @@ def changed_classes(original: Array, new: Array, known: Array) -> tuple[float, f
     Few held-out inputs change their class, so that counting them says little. But all margins (the score of
     the original's class less the best other one) change; those of the inputs with narrow margins change as
     margins do that are near zero. So this change is combined with the margin of every known input. The
-    expected share is the larger one of this and the counted share, plus `MARGIN` standard errors.
+    expected share is the larger one of this and the counted share, plus `MARGIN` standard errors, and at
+    least one of n + 1: that nothing changed for n inputs says no more.
 
     Args:
         original: the original's scores on held-out inputs (n, classes).
@@ -178,8 +179,8 @@ def changed_classes(original: Array, new: Array, known: Array) -> tuple[float, f
     changes = np.sort((after - before)[narrow])
     margins = _margins(known, known.argmax(axis=1))
     smoothed = float(np.mean(np.searchsorted(changes, -margins) / len(changes)))
-    share = max(counted, smoothed)
-    return counted, share + MARGIN * float(np.sqrt(share * (1 - share) / len(original)))
+    share, n = max(counted, smoothed), len(original)
+    return counted, max(share + MARGIN * float(np.sqrt(share * (1 - share) / n)), 1 / (n + 1))
 
 
 def _margins(scores: Array, chosen: Array) -> Array:
