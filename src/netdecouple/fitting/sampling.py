@@ -47,10 +47,9 @@ class Scale:
         """Return the weight of every row of outputs (images · p, n_o): 1 for most."""
         off = outputs - self.mean
         energies = np.square(off, out=off).reshape(images, -1, len(self.mean)).mean(axis=1).sum(axis=1)
-        most = UNUSUAL * self.energy or np.inf
-        return np.repeat(
-            np.minimum(most / np.maximum(energies, np.finfo(float).tiny), 1.0), len(outputs) // images
-        )
+        most = UNUSUAL * self.energy
+        weights = most / np.maximum(energies, most) if most else np.ones(images)
+        return np.repeat(weights, len(outputs) // images)
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,10 @@ class Inputs:
         # per layer and batch, every input's mean of y (n, n_o) and of y² (n, n_o)
         means: dict[str, list[Array]] = {}
         for observed in network.observe(images, positions, with_patches=False):
-            n, y = observed.images.stop - observed.images.start, observed.outputs.astype(np.float64)
-            both = np.stack([y, y**2]).reshape(2, n, -1, y.shape[1])
-            means.setdefault(observed.layer, []).append(both.mean(axis=2))
+            n, y = observed.images.stop - observed.images.start, observed.outputs
+            y = y.reshape(n, -1, y.shape[1])
+            squares = np.einsum("npc,npc->nc", y, y, dtype=np.float64) / y.shape[1]
+            means.setdefault(observed.layer, []).append(np.stack([y.mean(axis=1, dtype=np.float64), squares]))
             progress("Measuring layers", observed.images.stop, len(images))
         return replace(self, scales={name: Scale.of(*np.hstack(parts)) for name, parts in means.items()})
 
