@@ -14,6 +14,10 @@ COMPILE := $(TOOLS)/bin/uv pip compile --universal --generate-hashes --no-annota
 # tests that compute, for other processors than this one
 COMPUTE := tests/families tests/planning tests/fitting tests/kernels tests/test_api.py tests/test_moments.py tests/test_convolution.py
 
+# what to start the quick and the other tests with: `.ci/run` gives each a core
+QUICK :=
+SLOW :=
+
 .PHONY: demo test covered slow quick processors lint docs benchmark extras lock release audit mutants clean
 
 $(READY): pyproject.toml requirements/develop.txt $(NATIVE)
@@ -38,17 +42,17 @@ demo: $(READY)  ## decouple the network that comes with the package; results in 
 test: covered slow  ## every test, quick ones first; those marked `shared` need ../shared
 
 covered: $(READY)  ## the quick tests, which must run 95% of the engine
-	$(BIN)/python -m pytest -q -m 'not shared and not slow' --cov
+	$(QUICK) $(BIN)/python -m pytest -q -m 'not shared and not slow' --cov
 
 slow: $(READY)  ## the other tests
-	$(BIN)/python -m pytest -q -m 'shared or slow'
+	$(SLOW) $(BIN)/python -m pytest -q -m 'shared or slow'
 
 quick: $(READY)  ## the tests that need no pretrained networks
 	$(BIN)/python -m pytest -q -m 'not shared and not slow'
 
 processors: $(READY)  ## the tests that compute, as processors without AVX-512 (one thread) and without AVX2 (two) run them
-	$(BIN)/python -m tests.another_processor avx2 1 -m 'not shared and not slow' $(COMPUTE)
-	$(BIN)/python -m tests.another_processor baseline 2 -m 'not shared and not slow' $(COMPUTE)
+	$(QUICK) $(BIN)/python -m tests.another_processor avx2 1 -m 'not shared and not slow' $(COMPUTE)
+	$(QUICK) $(BIN)/python -m tests.another_processor baseline 2 -m 'not shared and not slow' $(COMPUTE)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks examples docs

@@ -31,12 +31,12 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Array
-from netdecouple.pipeline import LEAST, OBJECTIVES, TRIAL
+from netdecouple.pipeline import LEAST, OBJECTIVES, TRIAL, accuracy
 from netdecouple.planning.analysis import Analysis, Objective, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
 from netdecouple.planning.planner import make_plan
-from netdecouple.planning.tolerance import decibels
+from netdecouple.planning.tolerance import mean_psnr
 from rows import keep
 
 RATIOS = {"dncnn25": 2.0, "resnet20": 3.3, "resnet56": 3.7}
@@ -123,9 +123,7 @@ def fitted(
 
 def quality(outputs: Array, right: Array) -> float:
     """Top-1 accuracy in percent, or the mean PSNR of images in dB."""
-    if outputs.ndim == 2:
-        return 100 * float(np.mean(outputs.argmax(axis=1) == right))
-    return float(np.mean([decibels(e) for e in np.square(outputs - right).mean(axis=(1, 2, 3))]))
+    return 100 * accuracy([outputs], right) if outputs.ndim == 2 else mean_psnr(right, outputs, 1.0)
 
 
 def main(

@@ -37,7 +37,7 @@ from netdecouple.planning.divergence import agreement, divergence
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.settings import Settings
-from netdecouple.planning.tolerance import Tolerance, decibels
+from netdecouple.planning.tolerance import Tolerance, mean_psnr
 from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.model import Report, Score
@@ -525,12 +525,9 @@ def _scored_images(outputs: Array, targets: NDArray[Any], first: Array | None) -
         raise ModelError(f"the outputs are {outputs.shape}, and the images to compare with {targets.shape}")
     peak = 1.0 if targets.min() >= 0 and targets.max() <= 1 else float(np.ptp(targets))
 
-    def psnr(other: Array) -> float:
-        errors = np.square((outputs.astype(np.float64) - other) / peak).reshape(len(other), -1).mean(axis=1)
-        return float(np.mean([decibels(error) for error in errors]))
-
-    to_first = None if first is None else psnr(first)
-    return Score(model="", images=len(outputs), psnr=psnr(targets), psnr_to_first=to_first)
+    to_first = None if first is None else mean_psnr(first, outputs, peak)
+    psnr = mean_psnr(targets, outputs, peak)
+    return Score(model="", images=len(outputs), psnr=psnr, psnr_to_first=to_first)
 
 
 def bench(

@@ -136,6 +136,13 @@ def decibels(squared_error: float) -> float:
     return float(-10 * np.log10(max(float(squared_error), 1e-20)))
 
 
+def mean_psnr(original: Array, new: Array, peak: float) -> float:
+    """Return the mean of all images' PSNR in dB, of arrays (n, …) of one shape."""
+    errors = squared_errors([original], [new], peak)
+    assert errors is not None
+    return float(np.mean([decibels(error) for error in errors]))
+
+
 def squared_errors(
     original: Sequence[Array], new: Sequence[Array], peak: float | None = None
 ) -> Array | None:
