@@ -213,6 +213,7 @@ def decouple(
     max_drop: float | None = None,
     within: str | None = None,
     force: bool = False,
+    refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = ...,
     emit: str = "standard",
@@ -235,6 +236,7 @@ def decouple(
     max_drop: float | None = None,
     within: str | None = None,
     force: bool = False,
+    refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = ...,
     emit: str = "standard",
@@ -259,6 +261,7 @@ def decouple(
     max_drop: float | None = None,
     within: str | None = None,
     force: bool = False,
+    refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = Settings(),
     emit: str = "standard",
@@ -295,6 +298,9 @@ def decouple(
             255), "kl=0.01" (nats) or "error=0.01" (squared error over variance). It is measured on held-out
             inputs, with a margin for chance. Alone it asks for the smallest such network.
         force: return a network that is not ``within`` the limit, too.
+        refine: minutes in which the decoupled layers are trained together until the outputs are the
+            original's again, on ``calib``; no labels are needed. ONNX models need PyTorch for it. The time
+            decides how far the training gets, so that two results are not the same.
         labels: labelled inputs to measure accuracy on: FILE.npz:IMAGES,LABELS, or a pair (inputs, integers
             (N,)).
         settings: layers to leave alone, families to choose from, how to fit, seed.
@@ -327,6 +333,8 @@ def decouple(
     """
     tolerance = None if within is None else Tolerance.parse(within)
     goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule, tolerance)
+    if refine is not None and not 0 < refine < np.inf:
+        raise BudgetError(f"refine={refine}: give minutes, more than 0")
     emission = Emission(emit, runtime, threads)
     source = open_model(model, device=device, filter=filter, arguments=arguments)
     request = Request(
@@ -341,6 +349,7 @@ def decouple(
         progress,
         tolerance,
         force,
+        refine,
     )
     with pipeline.opened(request) as work:
         return _given(model, source, pipeline.decouple(work, goal, show_budgets))

@@ -94,6 +94,27 @@ class Walk(Protocol):
         """Put a factorization in the place of ``layer``, before the walk goes past it."""
 
 
+class Trainable(Protocol):
+    """A network with some layers as chains of stages, whose weights PyTorch can train."""
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The weights of all stages, and the biases, as tensors."""
+
+    @property
+    def original(self) -> Callable[[Images], list[Array]]:
+        """The network without its changes, to run many times."""
+
+    def __call__(self, images: Images) -> list[Any]:
+        """Run one batch; return the outputs as tensors. ModelError if an operator has no gradients."""
+
+    def augmented(self, images: Images, change: Callable[[Array], Array]) -> Images:
+        """Return images of the same kind, with pictures (n, c, h, w) changed; others stay as they are."""
+
+    def factorizations(self) -> dict[str, Factorization]:
+        """Return the changed layers with their weights as they are now."""
+
+
 class Timer(Protocol):
     """Measures, in one runtime and with one number of threads, what layers and networks take."""
 
@@ -142,6 +163,15 @@ class Network(Protocol):
         metadata: Mapping[str, str],
     ) -> Any:
         """Build a model in which some layers are chains of stages; everything else stays as it was read."""
+
+    def trainable(self, factorizations: Mapping[str, Factorization]) -> Trainable:
+        """Return the network with some layers as chains of stages, for PyTorch to train.
+
+        Raises ModelError if this network cannot be trained.
+        """
+
+    def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
+        """Cut so many images into batches that fit in memory, or have the size that the network asks for."""
 
     def run_built(self, model: Any, images: Images) -> list[Array]:
         """Return the outputs of a model that `build` made."""

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netdecouple.data.preprocessing import Preprocessing
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError
+from netdecouple.errors import (
+    BudgetError,
+    CalibrationError,
+    ModelError,
+    PlanError,
+    QualityError,
+    UnavailableError,
+)
 from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress
 from netdecouple.execution.run import Resources, Run
@@ -74,6 +81,7 @@ class Request:
     progress: Progress
     tolerance: Tolerance | None = None  # for the outputs
     force: bool = False  # return a network that does not keep it, too
+    refine: float | None = None  # minutes of training the decoupled layers together; None: they are not
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,10 @@ def decouple(
         if work.calibration.is_noise:
             raise BudgetError("within= is measured on calibration inputs; give calib=, or leave it out")
         request.tolerance.check(work.outputs, len(work.inputs.held_out))
+    if request.refine is not None:
+        if work.calibration.is_noise:
+            raise BudgetError("refine= trains on calibration inputs; give calib=, or leave it out")
+        _refinement().check(network, work.inputs.held_out)
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
     curve = [] if isinstance(goal, Rule) else budget_rows(analysis)
     if show_budgets is not None and curve:
@@ -197,6 +209,8 @@ def decouple(
             key, Plan, lambda: _tried(work, analysis, [_plans(work, analysis, goal, latency)])[0]
         )
         applied = apply(network, work.inputs, plan, request.progress, run=run)
+    if request.refine is not None:
+        applied = _refined(work, analysis, applied, request.refine)
     outcome = finish(work, applied, latency=latency, curve=curve)
     promise = outcome.report.promise
     if promise is None or request.force:
@@ -208,6 +222,24 @@ def decouple(
         advice = "ask for less, give more inputs, or allow more; force=True returns it all the same"
         raise QualityError(f"the network is not within {promise.asked}: {promise.text}; {advice}")
     return outcome
+
+
+def _refinement() -> Any:
+    """Import what needs PyTorch, or raise UnavailableError."""
+    try:
+        from netdecouple.fitting import refinement
+    except ImportError as error:
+        raise UnavailableError("refine= needs PyTorch; pip install 'netdecouple[torch]'") from error
+    return refinement
+
+
+def _refined(work: Work, analysis: Analysis, applied: Applied, minutes: float) -> Applied:
+    """Train the decoupled layers together, once for a work folder: no two trainings end alike."""
+    network, run = work.network, work.run
+    key = run.checkpoint.key("refined", (applied.plan.to_json(), minutes))
+    refine = partial(_refinement().refine, network, work.inputs, applied, analysis.loss, minutes)
+    refined: Applied = run.checkpoint.once(key, Applied, lambda: refine(work.request.progress))
+    return refined
 
 
 def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
@@ -434,6 +466,7 @@ def finish(
         bytes_before=network.size_of(),
         bytes=network.size_of(model),
         curve=tuple(curve),
+        refinement=applied.refinement,
         provenance=provenance(plan, work.inputs, work.calibration.origin, settings),
         **measured,
     )

@@ -97,6 +97,13 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Write a network that is not --within the limit, too.")
     ] = False,
+    refine: Annotated[
+        float | None,
+        options.option(
+            "Minutes to train the decoupled layers in, without labels, until the outputs are the original's "
+            "again. ONNX models need PyTorch for it."
+        ),
+    ] = None,
     labels: options.Labels = None,
     fitting: options.Fitting = options.Fitting(),
     method: Annotated[
@@ -140,6 +147,7 @@ def run(
             max_drop=max_drop,
             within=within,
             force=force,
+            refine=refine,
             labels=labels,
             settings=settings,
             emit=emit,

@@ -30,6 +30,16 @@ MOST = 0.5  # relative difference of outputs that rounding can never explain
 
 
 @dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """What training the decoupled layers together has brought."""
+
+    seconds: float
+    steps: int
+    loss_before: float  # on held-out inputs
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Applied:
     """A plan that has been applied: with its ranks and ridges, and the stages of every changed layer."""
 
@@ -38,6 +48,7 @@ class Applied:
     errors: dict[str, float] = field(default_factory=dict)  # see `AppliedLayer`; of layers that were fitted
     samples: dict[str, int] = field(default_factory=dict)
     dependent: dict[str, int] = field(default_factory=dict)
+    refinement: Refinement | None = None
 
     @property
     def kernels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -99,6 +99,18 @@ def sample_note(layer: LayerReport) -> str:
     return ""
 
 
+def refinement(report: Report) -> str:
+    """Say what training the layers together has brought; empty if they were not."""
+    if report.refinement is None:
+        return ""
+    r = report.refinement
+    minutes = f"{r.seconds / 60:.1f} min"
+    if r.loss >= r.loss_before:
+        return f"{r.steps} steps of training in {minutes} brought nothing, and none is kept"
+    loss = "KL divergence" if report.agreement and report.agreement.loss == "kl" else "relative error"
+    return f"{loss} {short(r.loss_before)} → {short(r.loss)} in {r.steps} steps of training, {minutes}"
+
+
 def samples_note(report: Report) -> str:
     """Say how many layers lack samples; empty if none does."""
     number = sum(layer.lacks_samples for layer in report.layers)

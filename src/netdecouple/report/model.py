@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from netdecouple import records
 from netdecouple.errors import PlanError
+from netdecouple.fitting.apply import Refinement
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.tolerance import Promise
 from netdecouple.runtimes.benchmark import Benchmark
@@ -142,6 +143,7 @@ class Report:
     agreement: Agreement | None  # None without calibration images
     difference: float  # relative, between the outputs of the written network and of the fitted layers
     promise: Promise | None = None  # None if no limit was asked for
+    refinement: Refinement | None = None  # None if the layers were not trained together
     warnings: tuple[str, ...] = ()  # of outputs that have changed a lot
     accuracy: tuple[float, float] | None = None  # top-1 before, after; None without labels
     speed: Speed | None = None  # None unless the budget is a latency

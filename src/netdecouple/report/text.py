@@ -93,6 +93,8 @@ def summary(report: Report) -> list[Text]:
             f"Agreement   {same}{loss} {fmt.short(a.divergence)} (predicted {fmt.short(a.predicted)}), "
             f"on {a.images} held-out inputs"
         )
+    if report.refinement:
+        lines.append(f"Refined     {fmt.refinement(report)}")
     if report.accuracy:
         before, after = map(fmt.percent, report.accuracy)
         lines.append(f"Accuracy    {before} → {after} top-1 on the labelled images")

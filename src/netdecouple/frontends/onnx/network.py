@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
-from netdecouple.network import Array, Layer, Observation, Positions
+from netdecouple.network import Array, Layer, Observation, Positions, Trainable
 from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of, with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
 
@@ -96,7 +96,7 @@ class OnnxNetwork:
             return whole.astype(self.model.dtype, copy=False)
 
     @cached_property
-    def _outputs(self) -> list[str]:
+    def output_names(self) -> list[str]:
         """The outputs that can be compared, which are numbers; raise ModelError if there are none."""
         kinds = {value.name: value.type for value in self.model.proto.graph.output}
         numeric = [
@@ -114,6 +114,11 @@ class OnnxNetwork:
         # opened within the call, so that the copy with other kernels is freed before it runs
         return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
 
+    def runner(self) -> Callable[[Array], list[Array]]:
+        """Open the network once, to run it many times."""
+        proto, opened = self._base
+        return partial(self._run, opened(proto))
+
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
         proto, opened = self._runnable(model)
@@ -122,7 +127,7 @@ class OnnxNetwork:
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = self.batches(len(images))
         parts = [
-            run(session, self._outputs, {self.model.input_name: self.padded(images, batch)})
+            run(session, self.output_names, {self.model.input_name: self.padded(images, batch)})
             for batch in batches
         ]
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
@@ -198,6 +203,16 @@ class OnnxNetwork:
         inputs = ((batch, self.padded(images, batch)) for batch in self.batches(len(images)))
         store = ArrayStore(self.memory.store_bytes, self.memory.scratch)
         return OnnxWalk(self.model, self.places, inputs, store)
+
+    def trainable(self, factorizations: Mapping[str, Factorization]) -> Trainable:
+        """Return the network with some layers as chains of stages, for PyTorch to train.
+
+        Raises:
+            ModelError: it is not float32.
+        """
+        from netdecouple.frontends.onnx.training import OnnxTrainable  # needs PyTorch
+
+        return OnnxTrainable(self, factorizations)
 
     @property
     def counts_everything(self) -> bool:

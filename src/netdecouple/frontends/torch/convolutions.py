@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from netdecouple import kernels
-from netdecouple.convolution import ConvGeometry, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
 from netdecouple.kernels.torch import decoupled_conv, forget
 from netdecouple.network import ONE_CHANNEL, Array
 
@@ -293,7 +293,7 @@ class Factorized(nn.Sequential):
 
     def __init__(self, convolution: Convolution, structure: Structure) -> None:
         super().__init__(*convolution.modules(structure))
-        self.convolution, self.geometry = convolution, structure.geometry
+        self.convolution, self.geometry, self.structure = convolution, structure.geometry, structure
         self.selects = tuple(i for i, channels in enumerate(structure.channels) if channels is not None)
         self._fused = self._pairs()
 
@@ -308,6 +308,17 @@ class Factorized(nn.Sequential):
         bias = factorization.bias
         stages[-1].bias.copy_(torch.zeros(()) if bias is None else torch.from_numpy(bias))
         return module
+
+    def factorization(self) -> Factorization:
+        """The same as arrays, with the weights as they are now."""
+        layers: list[Any] = [part for part in self if isinstance(part, LAYERS)]
+        stages = tuple(
+            ConvStage(geometry, Convolution.of(layer).kernel_of(layer.weight.numpy(force=True)), channels)
+            for layer, geometry, channels in zip(
+                layers, self.structure.stages, self.structure.channels, strict=True
+            )
+        )
+        return Factorization(self.structure.geometry, stages, layers[-1].bias.numpy(force=True).copy())
 
     def _pairs(self) -> dict[int, ConvGeometry]:
         """The separable pairs that the fused operator computes: index of the first module → geometry."""

@@ -33,7 +33,7 @@ from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.trace import StopForward, Trace, hooked, tensors
 from netdecouple.frontends.torch.walk import Shortcuts, TorchWalk
-from netdecouple.network import Array, Layer, Observation, Positions
+from netdecouple.network import Array, Layer, Observation, Positions, Trainable
 
 VALUES = 4096  # taken of a sample's outputs, where these differ in size from sample to sample
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # relative differences that rounding explains, the second to 16 bits
@@ -227,8 +227,16 @@ class TorchNetwork:
     def run_module(self, module: nn.Module, images: Samples) -> list[Array]:
         """Return the captured outputs of another module with this one's names."""
         parts: list[list[Array]] = []
+        with torch.no_grad():
+            for batch in self.batches(len(images)):
+                outputs = self.captured_outputs(module, images[batch])
+                parts.append([to_numpy(output).astype(np.float32) for output in outputs])
+        return [_joined(list(outputs_of)) for outputs_of in zip(*parts, strict=True)]
+
+    def captured_outputs(self, module: nn.Module, images: Samples) -> list[torch.Tensor]:
+        """Run a module with this one's names on one batch; return the captured outputs as tensors."""
         outputs: dict[str, Any] = {}
-        remaining: Counter[str] = Counter()  # calls
+        remaining = Counter(self.captured)  # calls
 
         def after(name: str, arguments: tuple[Any, ...], output: Any) -> None:
             outputs[name] = output
@@ -236,17 +244,9 @@ class TorchNetwork:
             if max(remaining.values()) < 1:
                 raise StopForward  # the rest, a detector's boxes for instance, takes long and is not used
 
-        with torch.no_grad(), hooked(module, after=after, names=self.captured):
-            for batch in self.batches(len(images)):
-                remaining.update(self.captured)
-                with suppress(StopForward):
-                    self.forward(module, images[batch])
-                parts.append(
-                    [to_numpy(t).astype(np.float32) for n in self.captured for t in tensors(outputs[n])]
-                )
-                outputs.clear()
-                remaining.clear()
-        return [_joined(list(outputs_of)) for outputs_of in zip(*parts, strict=True)]
+        with hooked(module, after=after, names=self.captured), suppress(StopForward):
+            self.forward(module, images)
+        return [tensor for name in self.captured for tensor in tensors(outputs[name])]
 
     def evaluated(self, module: nn.Module) -> nn.Module:
         """Copy this module, or one made of it, in evaluation mode, onto the device."""
@@ -336,6 +336,11 @@ class TorchNetwork:
     def close(self) -> None:
         for walk in list(self._walks):
             walk.close()
+
+    def trainable(self, factorizations: Mapping[str, Factorization]) -> Trainable:
+        from netdecouple.frontends.torch.training import TorchTrainable
+
+        return TorchTrainable(self, factorizations)
 
     def run_built(self, model: nn.Module, images: Samples) -> list[Array]:
         return self.run_module(self.evaluated(model), images)

@@ -1,0 +1,169 @@
+"""Train the stages of all decoupled layers together until the network's outputs are the original's again.
+
+The original is the teacher (distillation, Hinton, Vinyals and Dean 2015), so that no labels are needed. Needs
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import monotonic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from netdecouple.convolution import ConvStage, Factorization
+from netdecouple.errors import ModelError
+from netdecouple.execution.progress import Progress, quiet
+from netdecouple.fitting.apply import Applied, Refinement
+from netdecouple.fitting.sampling import Inputs
+from netdecouple.network import Array, Images, Network, Trainable
+from netdecouple.planning.divergence import TINY, Loss, divergence, log_probabilities, rounding
+
+BATCH = 64  # inputs per step, or as many as fit in memory
+RATE = 1e-3  # of Adam, relative to the root mean square of every array of weights
+WARM_UP = 0.03  # share of the time in which the rate rises from zero
+CHECKS = 20  # how often the network is compared on held-out inputs
+SHIFT = 8  # pictures are shifted by at most one part in so many of their size
+STEP = "Refining"
+
+
+def refine(
+    network: Network,
+    inputs: Inputs,
+    applied: Applied,
+    loss: Loss,
+    minutes: float,
+    progress: Progress = quiet,
+) -> Applied:
+    """Train the stages on the inputs that are fitted to, and keep the state with the least held-out loss.
+
+    That state may be the one from before. Pictures are mirrored, shifted and mixed. The time decides how many
+    steps there are, so that results differ from run to run.
+
+    Raises:
+        ModelError: PyTorch cannot run the network, or not with gradients.
+    """
+    start, limit = monotonic(), 60 * minutes
+    trained = network.trainable(applied.factorizations)
+    original = trained.original(inputs.held_out)
+
+    def held_out_loss() -> float:
+        return divergence(original, _outputs(network, trained, inputs.held_out), loss)
+
+    before = least = held_out_loss()
+    check_time = monotonic() - start
+    best, steps, checked = applied.factorizations, 0, 0
+    groups = [{"params": [p], "lr": 0.0, "size": _size(p)} for p in trained.parameters]
+    optimizer = torch.optim.Adam(groups)
+    rng = np.random.default_rng(applied.plan.seed)
+    for batch in _batches(network, inputs, rng):
+        share = (monotonic() - start) / max(limit - check_time, TINY)
+        due = min(int(share * CHECKS), CHECKS)
+        if due > checked:
+            checked = due
+            if (now := held_out_loss()) < least:
+                least, best = now, trained.factorizations()
+            progress(STEP, checked, CHECKS)
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * group["size"] * min(share / WARM_UP, (1 + math.cos(math.pi * share)) / 2)
+        images = trained.augmented(batch, lambda pictures: augmented(pictures, rng))
+        value = _loss(trained.original(images), trained(images), loss)
+        if not torch.isfinite(value):
+            break
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        steps += 1
+    progress(STEP, CHECKS, CHECKS)
+    seconds = monotonic() - start
+    refinement = Refinement(seconds=seconds, steps=steps, loss_before=before, loss=least)
+    # the layers' own errors were those of other weights
+    return replace(applied, factorizations=best, errors={}, refinement=refinement)
+
+
+def check(network: Network, images: Images) -> None:
+    """Find out before the work whether a network can be refined, by its first layer as a single stage.
+
+    Raises:
+        ModelError: PyTorch cannot run it, or not with gradients, or computes something else.
+    """
+    layer = next(la for la in network.layers if la.geometry and not la.reason)
+    assert layer.geometry is not None
+    stage = ConvStage(layer.geometry, layer.weight.astype(np.float32))
+    exact = Factorization(layer.geometry, (stage,), layer.bias.astype(np.float32))
+    trained, few = network.trainable({layer.name: exact}), images[network.batches(len(images))[0]][:2]
+    original, outputs = trained.original(few), trained(few)
+    if not rounding(original, [output.numpy(force=True) for output in outputs]) <= network.tolerance:
+        raise ModelError(
+            f"{network.name}: it cannot be refined, as PyTorch computes something else; leave out refine="
+        )
+    _loss(original, outputs, "relative").backward()
+
+
+@torch.no_grad()
+def _outputs(network: Network, trained: Trainable, images: Images) -> list[Array]:
+    parts = [trained(images[batch]) for batch in network.batches(len(images))]
+    return [torch.cat(outputs)[: len(images)].numpy(force=True) for outputs in zip(*parts, strict=True)]
+
+
+def _size(parameter: torch.Tensor) -> float:
+    """The root mean square of an array of weights."""
+    return float(parameter.detach().square().mean().sqrt()) or 1.0
+
+
+def _batches(network: Network, inputs: Inputs, rng: np.random.Generator) -> Iterator[Images]:
+    """Yield batches of the inputs that are fitted to, in a new order every time around, for ever."""
+    images = inputs.images[: inputs.fitted]
+    size = min(BATCH, network.batches(inputs.fitted)[0].stop)
+    while True:
+        order = rng.permutation(inputs.fitted)
+        for start in range(0, max(len(order) - size, 0) + 1, size):
+            yield images[order[start : start + size]]
+
+
+def augmented(pictures: Array, rng: np.random.Generator) -> Array:
+    """Mirror half of the pictures (n, c, h, w), shift all, and mix half of them with others."""
+    pictures = pictures.copy()
+    n, _, h, w = pictures.shape
+    mirrored = rng.random(n) < 0.5
+    pictures[mirrored] = pictures[mirrored, ..., ::-1]
+    rows, columns = (_shifted(size, n, rng) for size in (h, w))
+    each = np.arange(n)[:, None, None]
+    pictures = pictures[each, :, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
+    mixed = np.where(rng.random(n) < 0.5, rng.random(n), 1.0).astype(pictures.dtype)[:, None, None, None]
+    return np.ascontiguousarray(mixed * pictures + (1 - mixed) * pictures[rng.permutation(n)])
+
+
+def _shifted(size: int, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices (n, size) along an axis, shifted, and reflected at the ends."""
+    most = size // SHIFT
+    indices = np.abs(np.arange(size) + rng.integers(-most, most + 1, size=(n, 1)))
+    return np.minimum(indices, 2 * (size - 1) - indices)
+
+
+def _loss(original: Sequence[Array], outputs: Sequence[torch.Tensor], loss: Loss) -> torch.Tensor:
+    """The divergence of outputs from the original's, with gradients: see `planning.divergence`."""
+    per_output = _kl if loss == "kl" else _relative
+    pairs = zip(original, outputs, strict=True)
+    values = [per_output(a, b) for a, b in pairs if b.is_floating_point() and b.requires_grad]
+    if not values:
+        raise ModelError("no output depends on a changed layer by way of gradients; leave out refine=")
+    return torch.stack(values).mean()
+
+
+def _kl(original: Array, outputs: torch.Tensor) -> torch.Tensor:
+    target = torch.from_numpy(log_probabilities(original)).to(outputs)
+    is_probability = original.min() >= 0 and np.allclose(original.sum(axis=-1), 1, atol=1e-3)
+    logs = outputs.clamp_min(1e-12).log() if is_probability else outputs.log_softmax(dim=-1)
+    return (target.exp() * (target - logs)).sum(dim=-1).mean()
+
+
+def _relative(original: Array, outputs: torch.Tensor) -> torch.Tensor:
+    target = torch.from_numpy(original).to(outputs)
+    return (outputs - target).square().mean() / max(float(original.var()), TINY)
