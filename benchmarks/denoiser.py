@@ -4,12 +4,13 @@ Trains a DnCNN (Zhang et al. 2017: 17 layers of 3×3, 64 channels, grey images, 
 subtracted inside the network) on images that come inside scikit-image's wheel, for noise of standard
 deviation 25/255, exports it to out/denoiser/dncnn.onnx, where the next run finds it again, and decouples
 it with noisy patches of the training images. Clean images are only ever looked at to train and to print;
-no test image is seen before that.
+no test image is seen before that. Or a VDSR (Kim et al. 2016: 20 such layers without BatchNorm), for images
+that were halved and enlarged again.
 
 Needs PyTorch and scikit-image: pip install 'netdecouple[torch]' scikit-image
 
     python benchmarks/denoiser.py                       # everything: 20 minutes of training, then as long
-    python benchmarks/denoiser.py --ratio 2
+    python benchmarks/denoiser.py --network vdsr --ratio 2
     python benchmarks/denoiser.py --retrain --steps 500
 """
 
@@ -20,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +125,13 @@ def noisy(images: Image, rng: np.random.Generator) -> Image:
     return images + SIGMA * rng.standard_normal(images.shape, np.float32)
 
 
+def enlarged(images: Image, rng: np.random.Generator) -> Image:
+    """Halve images and enlarge them again: details are missing. Nothing is random."""
+    resize = partial(torch.nn.functional.interpolate, mode="bicubic", antialias=True)
+    half = resize(torch.from_numpy(images), scale_factor=0.5)
+    return np.ascontiguousarray(resize(half, scale_factor=2.0).numpy())
+
+
 def crops(names: tuple[str, ...], size: int) -> Image:
     """As many crops (n, 1, size, size) as fit side by side."""
     found = [
@@ -140,28 +149,48 @@ def psnr(clean: Image, restored: Image) -> float:
     return float(np.mean(-10 * np.log10(error)))
 
 
-class DnCNN(torch.nn.Module):
-    def __init__(self, depth: int = 17, width: int = 64) -> None:
+@dataclass(frozen=True)
+class Task:
+    """A network, and what it repairs."""
+
+    title: str
+    depth: int
+    has_norms: bool
+    damaged: Callable[[Image, np.random.Generator], Image]
+
+
+TASKS = {
+    "dncnn": Task("DnCNN, noise 25/255", 17, True, noisy),
+    "vdsr": Task("VDSR, twice the size", 20, False, enlarged),
+}
+
+
+class Chain(torch.nn.Module):
+    """Layers one after the other, whose output is subtracted from the input."""
+
+    def __init__(self, depth: int, has_norms: bool, width: int = 64) -> None:
         super().__init__()
         layers: list[torch.nn.Module] = [torch.nn.Conv2d(1, width, 3, padding=1), torch.nn.ReLU()]
         for _ in range(depth - 2):
-            layers += [
-                torch.nn.Conv2d(width, width, 3, padding=1, bias=False),
-                torch.nn.BatchNorm2d(width),
-                torch.nn.ReLU(),
-            ]
+            layers.append(torch.nn.Conv2d(width, width, 3, padding=1, bias=not has_norms))
+            if has_norms:
+                layers.append(torch.nn.BatchNorm2d(width))
+            layers.append(torch.nn.ReLU())
+        if not has_norms:  # without them the usual start lets 20 layers say nothing
+            for layer in layers[::2]:
+                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         self.noise = torch.nn.Sequential(*layers, torch.nn.Conv2d(width, 1, 3, padding=1))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image - self.noise(image)
 
 
-def train(steps: int, seed: int, bfloat16: bool, console: Console) -> DnCNN:
+def train(task: Task, steps: int, seed: int, bfloat16: bool, console: Console) -> Chain:
     """Adam from 1e-3 down to nothing (cosine, after a short rise); the same seed gives the same network."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images = pyramid(TRAINING)
-    network = DnCNN().to(memory_format=torch.channels_last)
+    network = Chain(task.depth, task.has_norms).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters())
     start, mean = time.perf_counter(), math.nan
     for step in range(steps):
@@ -169,12 +198,13 @@ def train(steps: int, seed: int, bfloat16: bool, console: Console) -> DnCNN:
             group["lr"] = 1e-3 * min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
         clean = patches(images, BATCH, PATCH, rng)
         target = torch.from_numpy(clean)
-        image = torch.from_numpy(noisy(clean, rng))
+        image = torch.from_numpy(task.damaged(clean, rng))
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             predicted = network.noise(image)
         loss = torch.nn.functional.mse_loss(image - predicted.float(), target)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
@@ -183,7 +213,7 @@ def train(steps: int, seed: int, bfloat16: bool, console: Console) -> DnCNN:
     return network.eval()
 
 
-def export(network: DnCNN, path: Path, note: str) -> None:
+def export(network: Chain, path: Path, note: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = {0: "n", 2: "h", 3: "w"}
     unfinished = path.with_suffix(".part")
@@ -210,11 +240,18 @@ def restore(model: str | bytes, images: Image) -> Image:
 
 
 def rows(
-    path: Path, clean: Image, test: Image, images: int, ratios: list[float], methods: list[str], seed: int
+    path: Path,
+    task: Task,
+    clean: Image,
+    test: Image,
+    images: int,
+    ratios: list[float],
+    methods: list[str],
+    seed: int,
 ) -> Iterator[Row]:
     """Decouple at every ratio, each time from the beginning."""
     rng = np.random.default_rng([seed, 1])
-    calibration = noisy(patches(pyramid(TRAINING), images, CALIBRATION_PATCH, rng), rng)
+    calibration = task.damaged(patches(pyramid(TRAINING), images, CALIBRATION_PATCH, rng), rng)
     before = psnr(clean, restore(str(path), test))
     for method, ratio in product(methods, ratios):
         start = time.perf_counter()
@@ -240,6 +277,7 @@ def rows(
 
 
 def main(
+    network: Annotated[str, typer.Option(help=f"Among: {', '.join(TASKS)}")] = "dncnn",
     ratio: Annotated[list[float] | None, typer.Option(help="Times fewer MACs.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(METHODS)}")] = None,
     images: Annotated[int, typer.Option(help="Noisy patches to calibrate with.")] = 300,
@@ -254,26 +292,26 @@ def main(
 ) -> None:
     """Print the table of dB against MACs."""
     console = Console()
-    path = out / "dncnn.onnx"
+    path, task = out / f"{network}.onnx", TASKS[network]
     if retrain or not path.exists():
         torch.set_num_threads(threads)
         start = time.perf_counter()
-        network = train(steps, seed, bfloat16, console)
-        export(network, path, f"{steps} steps, {time.perf_counter() - start:.0f} s on {threads} thread(s)")
+        trained = train(task, steps, seed, bfloat16, console)
+        export(trained, path, f"{steps} steps, {time.perf_counter() - start:.0f} s on {threads} thread(s)")
     note = {entry.key: entry.value for entry in onnx.load(path).metadata_props}.get("training", "unknown")
     clean = crops(TEST, TEST_CROP)
-    test = noisy(clean, np.random.default_rng([seed, 2]))
+    test = task.damaged(clean, np.random.default_rng([seed, 2]))
     console.print(f"{path}: trained {note}; {len(test)} test crops of {', '.join(TEST)}")
     sanity = Table(title="Mean PSNR on the test crops, dB")
     sanity.add_column("filter")
     sanity.add_column("PSNR", justify="right")
     sanity.add_row("none", f"{psnr(clean, test):.2f}")
-    for name, restored in FILTERS.items():
+    for name, restored in FILTERS.items() if task.damaged is noisy else ():
         sanity.add_row(name, f"{psnr(clean, np.stack([restored(crop[0])[None] for crop in test])):.2f}")
     sanity.add_row("this network", f"{psnr(clean, restore(str(path), test)):.2f}")
     console.print(sanity)
 
-    table = Table(title=f"DnCNN, noise 25/255, {len(test)} test crops of {TEST_CROP} × {TEST_CROP}")
+    table = Table(title=f"{task.title}, {len(test)} test crops of {TEST_CROP} × {TEST_CROP}")
     for column in (
         "method",
         "patches",
@@ -286,7 +324,9 @@ def main(
         "seconds",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows(path, clean, test, images, ratio or [1.5, 2.0, 2.5, 3.0], method or list(METHODS), seed):
+    for row in rows(
+        path, task, clean, test, images, ratio or [1.5, 2.0, 2.5, 3.0], method or list(METHODS), seed
+    ):
         cells = (
             row.method,
             str(row.images or "–"),

@@ -101,10 +101,6 @@ class Trainable(Protocol):
     def parameters(self) -> list[Any]:
         """The weights of all stages, and the biases, as tensors."""
 
-    @property
-    def original(self) -> Callable[[Images], list[Array]]:
-        """The network without its changes, to run many times."""
-
     def __call__(self, images: Images) -> list[Any]:
         """Run one batch; return the outputs as tensors. ModelError if an operator has no gradients."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,10 @@ class _Reader:
             return kind(**{key: self.read(hints[key], inner, key) for key, inner in value.items()})
         if origin in (Union, UnionType):  # T | None
             return None if value is None else self.read(arguments[0], value, name)
+        if origin is Literal:
+            if value not in arguments:
+                raise ValueError(f"{name!r} must be {' or '.join(map(repr, arguments))}, not {value!r:.80}")
+            return value
         if origin is np.ndarray and self.arrays is not None:
             return self.arrays[value]
         if origin is dict:

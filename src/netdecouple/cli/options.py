@@ -196,8 +196,8 @@ class Fitting:
     loss: Annotated[
         Loss | None,
         option(
-            "How outputs are compared: kl (a classifier's scores) or relative (numbers). Default: kl "
-            "for a single output (N, classes)."
+            "How outputs are compared: kl (a classifier's scores), boxes (a detector's) or relative "
+            "(numbers). Default: what fits the outputs."
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0

@@ -14,6 +14,7 @@ from time import monotonic
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from netdecouple.convolution import ConvStage, Factorization
 from netdecouple.errors import ModelError
@@ -21,6 +22,7 @@ from netdecouple.execution.progress import Progress, quiet
 from netdecouple.fitting.apply import Applied, Refinement
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.network import Array, Images, Network, Trainable
+from netdecouple.planning.boxes import layout_of
 from netdecouple.planning.divergence import TINY, Loss, divergence, log_probabilities, rounding
 
 BATCH = 64  # inputs per step, or as many as fit in memory
@@ -48,8 +50,8 @@ def refine(
         ModelError: PyTorch cannot run the network, or not with gradients.
     """
     start, limit = monotonic(), 60 * minutes
-    trained = network.trainable(applied.factorizations)
-    original = trained.original(inputs.held_out)
+    trained, teacher = network.trainable(applied.factorizations), network.trainable({})
+    original = _outputs(network, teacher, inputs.held_out)
 
     def held_out_loss() -> float:
         return divergence(original, _outputs(network, trained, inputs.held_out), loss)
@@ -73,7 +75,9 @@ def refine(
         for group in optimizer.param_groups:
             group["lr"] = RATE * group["size"] * min(share / WARM_UP, (1 + math.cos(math.pi * share)) / 2)
         images = trained.augmented(batch, lambda pictures: augmented(pictures, rng))
-        value = _loss(trained.original(images), trained(images), loss)
+        with torch.no_grad():
+            right = teacher(images)
+        value = _loss(right, trained(images), loss)
         if not torch.isfinite(value):
             break
         optimizer.zero_grad()
@@ -98,12 +102,12 @@ def check(network: Network, images: Images) -> None:
     stage = ConvStage(layer.geometry, layer.weight.astype(np.float32))
     exact = Factorization(layer.geometry, (stage,), layer.bias.astype(np.float32))
     trained, few = network.trainable({layer.name: exact}), images[network.batches(len(images))[0]][:2]
-    original, outputs = trained.original(few), trained(few)
+    original, outputs = network.run(few), trained(few)
     if not rounding(original, [output.numpy(force=True) for output in outputs]) <= network.tolerance:
         raise ModelError(
             f"{network.name}: it cannot be refined, as PyTorch computes something else; leave out refine="
         )
-    _loss(original, outputs, "relative").backward()
+    _loss([torch.from_numpy(output) for output in original], outputs, "relative").backward()
 
 
 @torch.no_grad()
@@ -112,7 +116,7 @@ def _outputs(network: Network, trained: Trainable, images: Images) -> list[Array
     return [torch.cat(outputs)[: len(images)].numpy(force=True) for outputs in zip(*parts, strict=True)]
 
 
-def _size(parameter: torch.Tensor) -> float:
+def _size(parameter: Tensor) -> float:
     """The root mean square of an array of weights."""
     return float(parameter.detach().square().mean().sqrt()) or 1.0
 
@@ -128,7 +132,7 @@ def _batches(network: Network, inputs: Inputs, rng: np.random.Generator) -> Iter
 
 
 def augmented(pictures: Array, rng: np.random.Generator) -> Array:
-    """Mirror half of the pictures (n, c, h, w), shift all, and mix half of them with others."""
+    """Mirror half of the pictures (n, c, h, w), shift all, and mix each with another (Zhang et al. 2018)."""
     pictures = pictures.copy()
     n, _, h, w = pictures.shape
     mirrored = rng.random(n) < 0.5
@@ -136,7 +140,7 @@ def augmented(pictures: Array, rng: np.random.Generator) -> Array:
     rows, columns = (_shifted(size, n, rng) for size in (h, w))
     each = np.arange(n)[:, None, None]
     pictures = pictures[each, :, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
-    mixed = np.where(rng.random(n) < 0.5, rng.random(n), 1.0).astype(pictures.dtype)[:, None, None, None]
+    mixed = np.asarray(rng.random(n), pictures.dtype)[:, None, None, None]
     return np.ascontiguousarray(mixed * pictures + (1 - mixed) * pictures[rng.permutation(n)])
 
 
@@ -147,23 +151,31 @@ def _shifted(size: int, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     return np.minimum(indices, 2 * (size - 1) - indices)
 
 
-def _loss(original: Sequence[Array], outputs: Sequence[torch.Tensor], loss: Loss) -> torch.Tensor:
+def _loss(original: Sequence[Tensor], outputs: Sequence[Tensor], loss: Loss) -> Tensor:
     """The divergence of outputs from the original's, with gradients: see `planning.divergence`."""
-    per_output = _kl if loss == "kl" else _relative
-    pairs = zip(original, outputs, strict=True)
-    values = [per_output(a, b) for a, b in pairs if b.is_floating_point() and b.requires_grad]
+    arrays = [output.numpy(force=True) for output in original]
+    layout = layout_of(arrays, len(arrays[0])) if loss == "boxes" else None
+    weights = [None] * len(arrays) if layout is None else layout.weights(arrays)
+    values = [
+        _kl(a, b) if loss == "kl" else _relative(a, b) if weight is None else _weighted(a, b, weight)
+        for a, b, weight in zip(original, outputs, weights, strict=True)
+        if b.requires_grad
+    ]
     if not values:
         raise ModelError("no output depends on a changed layer by way of gradients; leave out refine=")
     return torch.stack(values).mean()
 
 
-def _kl(original: Array, outputs: torch.Tensor) -> torch.Tensor:
-    target = torch.from_numpy(log_probabilities(original)).to(outputs)
-    is_probability = original.min() >= 0 and np.allclose(original.sum(axis=-1), 1, atol=1e-3)
+def _kl(original: Tensor, outputs: Tensor) -> Tensor:
+    target = torch.from_numpy(log_probabilities(original.numpy(force=True))).to(outputs)
+    is_probability = original.min() >= 0 and torch.allclose(original.sum(-1), torch.ones(()), atol=1e-3)
     logs = outputs.clamp_min(1e-12).log() if is_probability else outputs.log_softmax(dim=-1)
     return (target.exp() * (target - logs)).sum(dim=-1).mean()
 
 
-def _relative(original: Array, outputs: torch.Tensor) -> torch.Tensor:
-    target = torch.from_numpy(original).to(outputs)
-    return (outputs - target).square().mean() / max(float(original.var()), TINY)
+def _weighted(original: Tensor, outputs: Tensor, weights: Array) -> Tensor:
+    return (torch.from_numpy(weights).to(outputs) * (outputs - original).square()).sum()
+
+
+def _relative(original: Tensor, outputs: Tensor) -> Tensor:
+    return (outputs - original).square().mean() / max(float(original.var()), TINY)

@@ -9,17 +9,21 @@ import numpy as np
 
 from netdecouple.errors import ModelError
 from netdecouple.network import Array
+from netdecouple.planning.boxes import layout_of
 
-Loss = Literal["kl", "relative"]
+Loss = Literal["kl", "relative", "boxes"]
 WORST = 1e9  # the divergence of outputs that are NaN or Inf: more than any finite outputs have
 TINY = float(np.finfo(float).tiny)
 
 
 def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = None) -> Loss:
-    """Return what is requested, or KL for a classifier: one output (n, classes) for ``count`` n inputs.
+    """Return what is requested, or what fits the outputs for ``count`` inputs.
+
+    That is KL for a classifier (one output (n, classes)), and the weighted error of boxes and scores for a
+    detector whose outputs are recognised.
 
     Raises:
-        ModelError: KL is requested, and the network is not a classifier.
+        ModelError: KL is requested, and the network is not a classifier; or boxes, and it is no detector.
     """
     first = outputs[0]
     scores = first.ndim == 2 and first.dtype.kind == "f" and len(first) == count and first.shape[1] > 1
@@ -29,11 +33,17 @@ def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = Non
         raise ModelError(
             f"loss=kl is for a single output (N, classes), and {count} inputs gave {shapes}; leave it out"
         )
-    return requested or ("kl" if is_classifier else "relative")
+    layout = layout_of(outputs, count) if requested in (None, "boxes") else None
+    has_boxes = layout is not None and not layout.is_list
+    if requested == "boxes" and not has_boxes:
+        raise ModelError("loss=boxes is for outputs that are recognised as a detector's; leave it out")
+    return requested or ("kl" if is_classifier else "boxes" if has_boxes else "relative")
 
 
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
     """Return the mean divergence of a network's outputs from the original's, at most `WORST`."""
+    if loss == "boxes" and (errors := _box_errors(original, other)) is not None:
+        return _limited(float(errors.mean()))
     with np.errstate(over="ignore", invalid="ignore"):
         mean = np.mean(
             [
@@ -43,7 +53,11 @@ def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) ->
                 for a, b in zip(original, other, strict=True)
             ]
         )
-    return min(float(mean), WORST) if np.isfinite(mean) else WORST
+    return _limited(float(mean))
+
+
+def _limited(mean: float) -> float:
+    return min(mean, WORST) if np.isfinite(mean) else WORST
 
 
 def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> Array | None:
@@ -54,8 +68,28 @@ def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -
     pairs = list(zip(original, other, strict=True))
     if any(a.shape != b.shape or not (a.ndim and a.size) or len(a) != len(original[0]) for a, b in pairs):
         return None
+    if loss == "boxes" and (errors := _box_errors(original, other)) is not None:
+        return errors
     per_output = [np.maximum(_kl(a, b), 0.0) if loss == "kl" else _relative(a, b) for a, b in pairs]
     return np.mean(per_output, axis=0)  # type: ignore[no-any-return]
+
+
+def _box_errors(original: Sequence[Array], other: Sequence[Array]) -> Array | None:
+    """Every image's weighted error of boxes and scores; None if they are not recognised."""
+    count = len(original[0])
+    layout = layout_of(original, count)
+    if (
+        layout is None
+        or layout.is_list
+        or any(a.shape != b.shape for a, b in zip(original, other, strict=True))
+    ):
+        return None
+    parts = [
+        (weight * np.square(b - a)).reshape(count, -1).sum(axis=1, dtype=np.float64)
+        for a, b, weight in zip(original, other, layout.weights(original), strict=True)
+        if weight.any()
+    ]
+    return count * np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
 
 def _kl(original: Array, other: Array) -> Array:

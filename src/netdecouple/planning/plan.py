@@ -15,6 +15,7 @@ from netdecouple.execution import limits
 from netdecouple.families.chain import Step
 from netdecouple.network import Layer
 from netdecouple.planning.cost import Costs
+from netdecouple.planning.divergence import Loss
 
 VERSION = 5
 KEPT = "kept"  # the family of layers that are not changed
@@ -81,7 +82,7 @@ class Plan:
     images: str  # fingerprint of the calibration inputs
     samples: int  # number of calibration inputs
     seed: int
-    loss: str  # "kl" or "relative"
+    loss: Loss  # "kl", "relative" or "boxes"
     data_free: bool
     uniform_rank: bool
     budget: str

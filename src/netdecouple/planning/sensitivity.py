@@ -20,7 +20,11 @@ from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.divergence import Loss
 
 PROBE_MACS = 5e12  # of all probes together; more takes long and changes few plans
-LEAST_SAMPLES: dict[Loss, int] = {"kl": 16, "relative": 4}  # of a probe; an output map says more than a class
+LEAST_SAMPLES: dict[Loss, int] = {
+    "kl": 16,
+    "relative": 4,
+    "boxes": 4,
+}  # of a probe; an output map says more than a class
 MANY_SAMPLES = 64  # if three probes per layer cannot have as many, one probe is made
 STEEPEST = 8.0  # greatest power of the error with which a loss may rise beyond the probes; 5.7 was measured
 ROUNDING = 1e-12  # errors and losses below are rounding

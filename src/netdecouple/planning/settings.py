@@ -24,7 +24,8 @@ class Settings:
         seed: decides the order of the inputs and the positions that are sampled.
         families: families to choose from: "nd", "sd", "cd", "cp", "paper", "all", or methods like "sd+nd-dp".
         rule: one method for every layer, instead of planning to a budget.
-        loss: "kl" or "relative"; None takes KL for classifiers and the relative squared error for all else.
+        loss: "kl", "relative" or "boxes"; None takes KL for classifiers, the weighted error of boxes and
+            scores for detectors, and the relative squared error for all else.
 
     ``exclude`` and ``families`` also take a single string; in ``families`` commas separate several.
 

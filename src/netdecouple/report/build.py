@@ -9,37 +9,47 @@ import numpy as np
 from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
-from netdecouple.planning.divergence import TINY, agreement, divergence, divergences, log_probabilities
+from netdecouple.planning.boxes import found_again, layout_of
+from netdecouple.planning.divergence import TINY, Loss, agreement, divergence, divergences, log_probabilities
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.tolerance import decibels, squared_errors
 from netdecouple.report.formatting import by
 from netdecouple.report.model import Agreement, Answer, Disagreement, LayerReport, Stage
 
 ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called short of samples
-SAME_CLASS, PSNR, ERROR = (
-    0.95,
-    35.0,
-    0.05,
-)  # share of inputs, dB, relative error: beyond, outputs changed a lot
+# share of inputs, dB, share of boxes, relative error: beyond, outputs changed a lot
+SAME_CLASS, PSNR, BOXES, ERROR = 0.95, 35.0, 0.9, 0.05
 SURPRISE = 3.0  # times the predicted divergence
 NEGLIGIBLE = 1e-3  # divergence of which no one is warned
 DISAGREEMENTS = 8  # inputs shown in a report, those whose outputs changed most
 
 
 def quality_of(
-    loss: str, predicted: float, images: int, original: Sequence[Array], new: Sequence[Array]
+    loss: Loss, predicted: float, images: int, original: Sequence[Array], new: Sequence[Array]
 ) -> Agreement:
     """Compare both networks' outputs on ``images`` held-out inputs by a loss."""
     is_classifier = loss == "kl"
     errors = squared_errors(original, new) if all(map(_is_picture, original)) else None
+    boxes, boxes_found = _boxes(images, original, new)
     return Agreement(
         images=images,
         loss=loss,
-        divergence=divergence(original, new, "kl" if is_classifier else "relative"),
+        divergence=divergence(original, new, loss),
         predicted=predicted,
         same_class=agreement(original[0], new[0]) if is_classifier else None,
+        boxes=boxes,
+        boxes_found=boxes_found,
         psnr=None if errors is None else decibels(float(errors.mean())),
     )
+
+
+def _boxes(images: int, original: Sequence[Array], new: Sequence[Array]) -> tuple[int | None, float | None]:
+    """Count a detector's boxes, and the share that is found again; None if they are not recognised."""
+    layout = layout_of(original, images)
+    if layout is None or any(a.shape != b.shape for a, b in zip(original, new, strict=True)):
+        return None, None
+    hits, boxes, _ = found_again(layout.detections(original), layout.detections(new))
+    return boxes, hits / boxes if boxes else None
 
 
 def _is_picture(output: Array) -> bool:
@@ -67,7 +77,9 @@ def warnings_of(a: Agreement) -> tuple[str, ...]:
         changes.append(f"another class for {a.changed_classes} of {a.images} held-out inputs")
     elif a.psnr is not None and a.psnr < PSNR:
         changes.append(f"a PSNR of {a.psnr:.1f} dB between the outputs")
-    elif a.same_class is None and a.psnr is None and a.divergence > ERROR:
+    elif a.boxes_found is not None and a.boxes_found < BOXES:
+        changes.append(f"{a.boxes_found:.0%} of {a.boxes} boxes are found again")
+    elif a.same_class is a.psnr is a.boxes_found is None and a.divergence > ERROR:
         changes.append(f"a relative error of {a.divergence:.2g} of the outputs")
     if a.divergence > max(SURPRISE * a.predicted, NEGLIGIBLE):
         changes.append(f"{a.divergence / max(a.predicted, TINY):.1f} times the change that was predicted")
@@ -84,7 +96,7 @@ def disagreements_of(
     outputs are not one per input.
     """
     is_classifier = plan.loss == "kl"
-    losses = divergences(original, new, "kl" if is_classifier else "relative")
+    losses = divergences(original, new, plan.loss)
     if losses is None or len(losses) != len(places):
         return ()
     answers = [_answers(outputs[0]) if is_classifier else [None] * len(losses) for outputs in (original, new)]

@@ -107,8 +107,13 @@ def refinement(report: Report) -> str:
     minutes = f"{r.seconds / 60:.1f} min"
     if r.loss >= r.loss_before:
         return f"{r.steps} steps of training in {minutes} brought nothing, and none is kept"
-    loss = "KL divergence" if report.agreement and report.agreement.loss == "kl" else "relative error"
+    loss = loss_name(report.agreement.loss if report.agreement else "")
     return f"{loss} {short(r.loss_before)} → {short(r.loss)} in {r.steps} steps of training, {minutes}"
+
+
+def loss_name(loss: str) -> str:
+    """Name a divergence in a sentence."""
+    return {"kl": "KL divergence", "boxes": "error of boxes and scores"}.get(loss, "relative error")
 
 
 def samples_note(report: Report) -> str:

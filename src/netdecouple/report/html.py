@@ -32,7 +32,7 @@ RUNTIMES = {
     "torch": "PyTorch",
     "torch.compile": "torch.compile",
 }
-LOSSES = {"kl": "KL divergence (nats)", "relative": "relative error"}
+LOSSES = {"kl": "KL divergence (nats)", "relative": "relative error", "boxes": "error of boxes and scores"}
 OTHERS = {REORDER: " (between plain and blocked tensors)", REST: " (nodes outside all layers)", TOTAL: ""}
 OPEN = 24  # changed layers up to which all drawings are shown at once
 
@@ -175,7 +175,10 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
         facts.append(
             Fact(f"{a.psnr:.1f} dB", "PSNR between the outputs", f"{a.images} held-out inputs", "loss")
         )
-    name = "KL divergence, nats" if a.loss == "kl" else "relative error of the outputs"
+    if a.boxes_found is not None:
+        detail = f"of {a.boxes} on {a.images} held-out inputs"
+        facts.append(Fact(fmt.percent(1 - a.boxes_found), "of the boxes are not found again", detail, "loss"))
+    name = "KL divergence, nats" if a.loss == "kl" else f"{fmt.loss_name(a.loss)} of the outputs"
     detail = f"{fmt.short(a.predicted)} predicted; {a.images} held-out inputs"
     return [*facts, Fact(fmt.short(a.divergence, 2), name, detail, "loss")]
 
@@ -194,6 +197,10 @@ def verdict(report: Report) -> str:
         lost = "the loss of quality was not measured, as there were no calibration inputs"
     elif a.same_class is not None:
         lost = f"the class is the same for {fmt.percent(a.same_class)} of {a.images} held-out inputs"
+    elif a.boxes_found is not None:
+        lost = (
+            f"{fmt.percent(a.boxes_found)} of {a.boxes} boxes are found again on {a.images} held-out inputs"
+        )
     else:
         lost = f"the outputs' relative error on {a.images} held-out inputs is {fmt.short(a.divergence, 2)}"
     if report.accuracy:

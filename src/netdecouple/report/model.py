@@ -72,10 +72,14 @@ class Agreement:
     """How the decoupled network's outputs compare with the original's, on inputs that no fit has used."""
 
     images: int
-    loss: str  # "kl" (nats) or "relative" (squared error over variance)
+    loss: str  # "kl" (nats), "relative" (squared error over variance), "boxes" (see `Layout.weights`)
     divergence: float
     predicted: float
     same_class: float | None  # share of inputs; None if the network is not a classifier
+    boxes: int | None = (
+        None  # that the original finds; None if the outputs are not recognised as a detector's
+    )
+    boxes_found: float | None = None  # the share of them that is found again
     psnr: float | None = None  # dB, for the range of the original's outputs; None if these are no pictures
 
     @property

@@ -70,7 +70,7 @@ class Sweep:
 
     model: str
     netdecouple: str
-    loss: str  # "kl" (nats) or "relative" (squared error over variance)
+    loss: str  # as in `report.model.Agreement`
     points: tuple[SweepPoint, ...]
     knee: int | None  # index of the recommended point; None if the curve has no knee
     compared: tuple[Compared, ...] = ()

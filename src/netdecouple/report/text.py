@@ -86,8 +86,10 @@ def summary(report: Report) -> list[Text]:
         )
     if report.agreement:
         a = report.agreement
-        loss = "KL divergence" if a.loss == "kl" else "relative error"
+        loss = fmt.loss_name(a.loss)
         same = f"same class on {fmt.percent(a.same_class)}, " if a.same_class is not None else ""
+        if a.boxes:
+            same += f"{fmt.percent(a.boxes_found)} of {a.boxes} boxes found again, "
         same += f"PSNR {a.psnr:.1f} dB, " if a.psnr is not None else ""
         lines.append(
             f"Agreement   {same}{loss} {fmt.short(a.divergence)} (predicted {fmt.short(a.predicted)}), "
@@ -112,7 +114,7 @@ def summary(report: Report) -> list[Text]:
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
     """Return the budgets that can be met and the predicted loss of each."""
-    lost = "predicted KL" if loss == "kl" else "predicted relative error"
+    lost = "predicted KL" if loss == "kl" else f"predicted {fmt.loss_name(loss)}"
     names = ("fewer MACs", "MACs", "parameters", lost)
     cells = (
         (row.label, fmt.count(row.macs), fmt.count(row.parameters), fmt.short(row.predicted_loss, 2))
@@ -158,7 +160,7 @@ def reach_table(inspection: Inspection) -> Table:
 
 def sweep_table(sweep: Sweep) -> Table:
     """Return cost and loss at every budget, the knee marked; compared networks below."""
-    lost = "KL" if sweep.loss == "kl" else "relative error"
+    lost = "KL" if sweep.loss == "kl" else fmt.loss_name(sweep.loss)
     points = sweep.networks
     measured = next((p.agreement for p in points if p.agreement), None)
     columns = ["MACs", "fewer", "parameters", "fewer", f"predicted {lost}"]

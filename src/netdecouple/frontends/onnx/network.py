@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,6 @@ class OnnxNetwork:
         proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
         return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
-
-    def runner(self) -> Callable[[Array], list[Array]]:
-        """Open the network once, to run it many times."""
-        proto, opened = self._base
-        return partial(self._run, opened(proto))
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""

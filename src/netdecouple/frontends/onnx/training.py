@@ -40,7 +40,6 @@ class OnnxTrainable:
 
     def __init__(self, network: OnnxNetwork, factorizations: Mapping[str, Factorization]) -> None:
         self._network = network
-        self.original = network.runner()
         proto, places = network.model.proto, network.places
         self._parts = {
             name: Factorized.of(_convolution(places[name].layer), factorization)

@@ -310,10 +310,12 @@ class Factorized(nn.Sequential):
         return module
 
     def factorization(self) -> Factorization:
-        """The same as arrays, with the weights as they are now."""
+        """The same as arrays, copies of the weights as they are now."""
         layers: list[Any] = [part for part in self if isinstance(part, LAYERS)]
         stages = tuple(
-            ConvStage(geometry, Convolution.of(layer).kernel_of(layer.weight.numpy(force=True)), channels)
+            ConvStage(
+                geometry, Convolution.of(layer).kernel_of(layer.weight.numpy(force=True).copy()), channels
+            )
             for layer, geometry, channels in zip(
                 layers, self.structure.stages, self.structure.channels, strict=True
             )

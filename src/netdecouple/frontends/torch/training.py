@@ -26,7 +26,6 @@ class TorchTrainable:
 
     def __init__(self, network: TorchNetwork, factorizations: Mapping[str, Factorization]) -> None:
         self._network = network
-        self.original = network.run
         self._module = network.evaluated(network.build(factorizations))
         self._parts: dict[str, Any] = {name: self._module.get_submodule(name) for name in factorizations}
         for part in self._parts.values():
