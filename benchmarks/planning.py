@@ -1,11 +1,13 @@
 """What plans are made for, and what that is worth: predicted, tried and measured divergence. Prints a table.
 
 For every network, plans for each objective are tried and then fitted as `netdecouple.decouple` does; one more
-is fitted with all inputs counting alike, however unusual they are. "fresh" inputs took no part: test images.
+is fitted with all inputs counting alike, however unusual they are. At a smaller budget follows the network
+that `netdecouple.decouple` returns, without and with some minutes of training (`refine=`). "fresh" inputs
+took no part: test images.
 
 Needs the folder of pretrained networks (NETDECOUPLE_SHARED, or ../shared beside the repository).
 
-    python benchmarks/planning.py                       # everything, about half an hour on one core
+    python benchmarks/planning.py                       # everything, about an hour on one core
     python benchmarks/planning.py --network dncnn25
     python benchmarks/planning.py --keep docs/planning.jsonl
 """
@@ -23,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import netdecouple
 from accuracy import CIFAR10, shared
 from netdecouple import Settings
 from netdecouple.data.calibration import load
@@ -40,6 +43,8 @@ from netdecouple.planning.tolerance import mean_psnr
 from rows import keep
 
 RATIOS = {"dncnn25": 2.0, "resnet20": 3.3, "resnet56": 3.7}
+TRAINED = {"dncnn25": 2.5, "resnet20": 4.0, "resnet56": 4.5}  # ratios for the training
+MINUTES = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,18 +82,47 @@ def opened(folder: Path, name: str) -> tuple[OnnxNetwork, Inputs, Array, Array]:
     return OnnxNetwork(model, images), Inputs.split(images, 0), fresh, right
 
 
-def rows(folder: Path, names: Sequence[str]) -> Iterator[Row]:
-    """Fit every network's plans, the one without weights for unusual inputs first."""
-    settings = Settings()
+def rows(folder: Path, names: Sequence[str], is_trained: bool) -> Iterator[Row]:
+    """Fit every network's plans, and train one; the latter alone if ``is_trained``."""
     for name in names:
         network, inputs, fresh, right = opened(folder, name)
-        weighted = inputs.with_scales(network, settings.seed)
-        yield fitted(
-            name, analyze(network, inputs, settings), Objective(), fresh, right, "inputs count alike"
+        if not is_trained:
+            yield from of_objectives(name, network, inputs, fresh, right)
+        yield from of_training(name, network, inputs, fresh, right)
+
+
+def of_objectives(
+    name: str, network: OnnxNetwork, inputs: Inputs, fresh: Array, right: Array
+) -> Iterator[Row]:
+    """Fit the plan for every objective, the one without weights for unusual inputs first."""
+    settings = Settings()
+    weighted = inputs.with_scales(network, settings.seed)
+    yield fitted(name, analyze(network, inputs, settings), Objective(), fresh, right, "inputs count alike")
+    analysis = analyze(network, weighted, settings)
+    for objective in OBJECTIVES:
+        yield fitted(name, analysis, objective, fresh, right)
+
+
+def of_training(name: str, network: OnnxNetwork, inputs: Inputs, fresh: Array, right: Array) -> Iterator[Row]:
+    """Decouple a network without and with training."""
+    proto, before = network.model.proto, network.run(fresh)
+    for minutes in (None, MINUTES):
+        start = time.perf_counter()
+        result = netdecouple.decouple(proto, inputs.images, macs=f"{TRAINED[name]}x", refine=minutes)
+        seconds = time.perf_counter() - start
+        after, quality_of = network.run_built(result.model, fresh), result.report.agreement
+        yield Row(
+            network=name,
+            ratio=result.plan.before.macs / result.plan.after.macs,
+            objective="the best in its trial" + (f", {minutes:g} min of training" if minutes else ""),
+            summed=sum(row.predicted_loss for row in result.plan.layers),
+            trial=result.plan.trial_loss,
+            held_out=quality_of.divergence,
+            fresh=divergence(before, after, quality_of.loss),
+            before=quality(before[0], right),
+            after=quality(after[0], right),
+            seconds=seconds,
         )
-        analysis = analyze(network, weighted, settings)
-        for objective in OBJECTIVES:
-            yield fitted(name, analysis, objective, fresh, right)
 
 
 def fitted(
@@ -128,13 +162,16 @@ def quality(outputs: Array, right: Array) -> float:
 
 def main(
     network: Annotated[list[str] | None, typer.Option(help=f"Among: {', '.join(RATIOS)}")] = None,
+    is_trained: Annotated[
+        bool, typer.Option("--trained", help="Only the rows without and with training.")
+    ] = False,
     keep_in: Annotated[
         Path | None, typer.Option("--keep", help="Add the rows to this file, as JSON.")
     ] = None,
 ) -> None:
     """Print the table; a star marks the plan that the trials choose."""
     console, known = Console(), []
-    for row in rows(shared(), network or list(RATIOS)):
+    for row in rows(shared(), network or list(RATIOS), is_trained):
         console.log(row)  # long runs are watched
         known.append(row)
         keep(keep_in, row)
@@ -147,8 +184,9 @@ def table(known: Sequence[Row]) -> Table:
     for column in ("network", "MACs", "plan for", "sum", "trial", "held out", "fresh", "quality", "s"):
         out.add_column(column)
     for row in known:
-        trials = [r.trial for r in known if r.network == row.network and r.trial is not None]
-        star = "*" if row.trial is not None and row.trial == min(trials) else ""
+        others = [r for r in known if r.network == row.network and r.objective.startswith("sum")]
+        trials = [r.trial for r in others if r.trial is not None]
+        star = "*" if row in others and row.trial == min(trials, default=None) else ""
         out.add_row(
             row.network,
             f"{row.ratio:.2f}× fewer",

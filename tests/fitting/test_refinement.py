@@ -13,7 +13,7 @@ from netdecouple import Settings
 from netdecouple.errors import BudgetError, ModelError, UnavailableError
 from netdecouple.report.model import Report
 from netdecouple.report.text import summary
-from tests.networks import Builder, classifier, images_for, restorer
+from tests.networks import Builder, classifier, detector, images_for, restorer
 
 torch = pytest.importorskip("torch")
 
@@ -143,6 +143,19 @@ def test_a_network_that_cannot_be_refined_is_refused_before_the_work() -> None:
             progress=lambda step, done, total: steps.append(step),
         )  # fmt: skip
     assert "Decoupling layers" not in steps
+
+
+def test_a_fixed_batch_is_filled_up() -> None:
+    """Of 13 held-out inputs the last batch of four has one."""
+    model = classifier(batch=4)
+    report = netdecouple.decouple(model, images_for(model, 65), **ARGUMENTS, refine=1).report
+    assert report.refinement is not None
+    assert report.refinement.loss == pytest.approx(report.agreement.divergence, rel=0.01)
+
+
+def test_outputs_that_are_not_one_per_input_are_refused() -> None:
+    with pytest.raises(ModelError, match="not all outputs are one per input"):
+        netdecouple.decouple(detector(), images_for(detector(), 20), macs=0.5, refine=1)
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])

@@ -30,6 +30,7 @@ RATE = 1e-3  # of Adam, relative to the root mean square of every array of weigh
 WARM_UP = 0.03  # share of the time in which the rate rises from zero
 CHECKS = 20  # how often the network is compared on held-out inputs
 SHIFT = 8  # pictures are shifted by at most one part in so many of their size
+KEPT = 4  # maps in memory per layer, for the gradients
 STEP = "Refining"
 
 
@@ -103,6 +104,10 @@ def check(network: Network, images: Images) -> None:
     exact = Factorization(layer.geometry, (stage,), layer.bias.astype(np.float32))
     trained, few = network.trainable({layer.name: exact}), images[network.batches(len(images))[0]][:2]
     original, outputs = network.run(few), trained(few)
+    if any(output.ndim == 0 or len(output) != len(few) for output in outputs):
+        raise ModelError(
+            f"{network.name}: it cannot be refined, as not all outputs are one per input; leave out refine="
+        )
     if not rounding(original, [output.numpy(force=True) for output in outputs]) <= network.tolerance:
         raise ModelError(
             f"{network.name}: it cannot be refined, as PyTorch computes something else; leave out refine="
@@ -113,7 +118,7 @@ def check(network: Network, images: Images) -> None:
 @torch.no_grad()
 def _outputs(network: Network, trained: Trainable, images: Images) -> list[Array]:
     parts = [trained(images[batch]) for batch in network.batches(len(images))]
-    return [torch.cat(outputs)[: len(images)].numpy(force=True) for outputs in zip(*parts, strict=True)]
+    return [torch.cat(outputs).numpy(force=True) for outputs in zip(*parts, strict=True)]
 
 
 def _size(parameter: Tensor) -> float:
@@ -124,7 +129,9 @@ def _size(parameter: Tensor) -> float:
 def _batches(network: Network, inputs: Inputs, rng: np.random.Generator) -> Iterator[Images]:
     """Yield batches of the inputs that are fitted to, in a new order every time around, for ever."""
     images = inputs.images[: inputs.fitted]
-    size = min(BATCH, network.batches(inputs.fitted)[0].stop)
+    maps = (la.geometry.n_o * math.prod(la.output_size) * la.maps for la in network.layers if la.geometry)
+    held = round(KEPT * 4 * sum(maps))
+    size = min(BATCH, network.batches(inputs.fitted, held)[0].stop)
     while True:
         order = rng.permutation(inputs.fitted)
         for start in range(0, max(len(order) - size, 0) + 1, size):

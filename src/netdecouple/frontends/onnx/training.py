@@ -90,7 +90,9 @@ class OnnxTrainable:
                     f"{node.name!r} ({first_line(error)}); leave out refine="
                 ) from error
             values.update(zip(node.output, outputs, strict=False))
-        return [values[name] for name in self._outputs]
+        outputs = [values[name] for name in self._outputs]
+        # a fixed batch was filled up
+        return [output[: len(images)] if self._network.model.batch else output for output in outputs]
 
     def _run(self, index: int, inputs: list[Any]) -> Sequence[Tensor]:
         node = self._nodes[index]
