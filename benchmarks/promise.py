@@ -80,7 +80,7 @@ def rows(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[R
             start = time.perf_counter()
             try:
                 result = netdecouple.decouple(
-                    path, calibration, within=LIMITS[name], settings=Settings(seed=seed)
+                    path, calibration, macs="least", within=LIMITS[name], settings=Settings(seed=seed)
                 )
             except QualityError as error:
                 Console().log(f"{name}, seed {seed}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +15,11 @@ from onnx import TensorProto, numpy_helper
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
 from netdecouple.api import evaluate, inspect
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError, SpeedError
 from netdecouple.families.chain import methods
+from netdecouple.frontends.onnx.source import OnnxSource
 from netdecouple.planning.candidates import Rule
+from netdecouple.planning.tolerance import Tolerance
 from netdecouple.report.model import Report
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import (
@@ -271,7 +274,7 @@ def test_the_smallest_network_within_a_drop_is_found() -> None:
 @pytest.mark.slow
 def test_the_smallest_network_within_a_limit_is_found() -> None:
     """It keeps the limit on inputs that took no part."""
-    result = netdecouple.decouple(MODEL, CALIB, within="90%", samples=150, settings=QUICK)
+    result = netdecouple.decouple(MODEL, CALIB, macs="least", within="90%", samples=150, settings=QUICK)
     promise, report = result.report.promise, result.report
     assert promise is not None
     assert promise.kept
@@ -294,7 +297,78 @@ def test_a_network_that_is_not_within_the_limit_is_returned_if_forced() -> None:
 
 def test_no_network_within_a_limit_is_an_error() -> None:
     with pytest.raises(QualityError, match="no smaller network was found within kl=1e-12"):
-        netdecouple.decouple(classifier(), images_for(classifier(), 40), within="kl=1e-12", settings=QUICK)
+        netdecouple.decouple(
+            classifier(), images_for(classifier(), 40), macs="least", within="kl=1e-12", settings=QUICK
+        )
+
+
+class WeightTimer:
+    """Everything takes 1 µs per weight; decoupled networks, or layers, so many times as much."""
+
+    name, batch, networks, layers = "made-up 1, 1 thread", 1, 1.0, 1.0
+
+    def __init__(self, source: Any, network: Any, runtime: str, threads: int, forms: Any) -> None:
+        self.network = network
+
+    def forms(self, layer: Any) -> tuple[str, ...]:
+        return ("parallel",)
+
+    def layer_times(self, layer: Any, kinds: Any) -> list[float]:
+        return [
+            sum(int(np.prod(g.weight_shape)) for g in s.stages)
+            / 1000
+            * (self.layers if len(s.stages) > 1 else 1)
+            for s, _ in kinds
+        ]
+
+    def network_times(self, models: Any) -> np.ndarray:
+        sizes = [
+            sum(int(np.prod(t.dims)) for t in model.graph.initializer) / 1000
+            for model in (self.network.build({}), *models)
+        ]
+        return np.array([sizes[0], *(self.networks * size for size in sizes[1:])])
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[WeightTimer]:
+    """Times that every machine has."""
+    timer = type("Timer", (WeightTimer,), {})
+    monkeypatch.setattr(OnnxSource, "timer", lambda *arguments: timer(*arguments))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return timer
+
+
+def test_without_a_goal_the_fastest_network_is_found(made_up: type[WeightTimer]) -> None:
+    """Within what is usual for such outputs, unless the user says otherwise."""
+    images = images_for(classifier(), 60)
+    report = netdecouple.decouple(classifier(), images, within="kl=0.05", settings=QUICK).report
+    assert report.promise.kept
+    assert report.speed.share < 0.9
+    stricter = netdecouple.decouple(classifier(), images, within="kl=0.005", settings=QUICK).report
+    assert report.speed.share < stricter.speed.share < 1
+    asked = netdecouple.decouple(classifier(), images_for(classifier(), 600), settings=QUICK).report
+    assert asked.promise.asked == "99%"
+    assert asked.promise.kept
+
+
+def test_what_is_not_faster_is_not_returned(made_up: type[WeightTimer]) -> None:
+    """Neither where its layers are slower, nor where they were faster alone; not even if it is forced."""
+    images = images_for(classifier(), 60)
+    message = r"no network that is faster than the original in made-up .*within kl=0.05"
+    for layers, networks, force, more in (
+        (100, 100, False, ";"),
+        (1, 100, False, "; the best takes .*%"),
+        (1, 100, True, ";"),
+    ):
+        made_up.layers, made_up.networks = layers, networks
+        made_up.name = f"made-up {layers}, 1 thread"  # measured times are kept by it
+        with pytest.raises(SpeedError, match=message + more):
+            netdecouple.decouple(classifier(), images, within="kl=0.05", settings=QUICK, force=force)
+
+
+def test_the_usual_limit_depends_on_the_outputs() -> None:
+    assert str(Tolerance.usual([np.zeros((4, 10), np.float32)], 4)) == "99%"
+    assert str(Tolerance.usual([np.zeros((4, 1, 8, 8), np.float32)], 4)) == "42dB"
 
 
 def test_outputs_that_changed_a_lot_are_warned_of() -> None:
@@ -452,7 +526,9 @@ def test_the_original_is_never_changed() -> None:
             BudgetError,
             r"the least this network can have is \d",
         ),
-        ({}, BudgetError, "give one goal: a budget"),
+        ({"calib": None, "settings": Settings(data_free=True)}, BudgetError, "give calib=, or a budget"),
+        ({"macs": "least"}, BudgetError, "give within="),
+        ({"macs": "least", "within": "99%", "parameters": 0.5}, BudgetError, "give one goal"),
         ({"max_drop": 1.0}, BudgetError, "labels="),
         ({"within": "42"}, BudgetError, "within='42': write 99%"),
         ({"within": "99%", "calib": None, "settings": Settings(data_free=True)}, BudgetError, "give calib="),

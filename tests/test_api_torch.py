@@ -265,7 +265,7 @@ def failing() -> Any:
 
 RULED = Settings(rule=Rule("nd-dp", "share", 0.5))
 ERRORS: dict[str, tuple[Callable[[Any, Any], Any], type[NetDecoupleError], str]] = {
-    "no budget": (lambda m, x: netdecouple.decouple(m, x), BudgetError, "give one goal"),
+    "no limit": (lambda m, x: netdecouple.decouple(m, x, macs="least"), BudgetError, "give within="),
     "both": (lambda m, x: netdecouple.decouple(m, x, macs=0.5, settings=RULED), BudgetError, "give one goal"),
     "budget": (lambda m, x: netdecouple.decouple(m, x, macs="most"), BudgetError, "most"),
     "out of reach": (
@@ -443,7 +443,7 @@ class ParameterTimer:
 
     def network_times(self, models: Sequence[nn.Module]) -> np.ndarray:
         modules = [self.network.original, *models]
-        return np.array([[sum(p.numel() for p in m.parameters()) / 1000 for m in modules]])
+        return np.array([sum(p.numel() for p in m.parameters()) / 1000 for m in modules])
 
 
 def test_a_budget_in_time(module: Any, x: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any):
@@ -479,6 +479,16 @@ def test_a_budget_in_measured_time(module: Any, x: Any, runtime: str, monkeypatc
         assert runtime in new.decoupling.report.speed.place
 
 
+def test_the_fastest_module_within_a_limit(module: Any, x: Any, monkeypatch: Any, tmp_path: Any):
+    """Without a budget; timed in PyTorch itself unless another runtime is named."""
+    monkeypatch.setattr(TorchSource, "timer", lambda source, network, *_: ParameterTimer(network))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    report = netdecouple.decouple(module, x, within="kl=0.05", settings=ND).decoupling.report
+    assert report.promise.kept
+    assert report.speed.share < 0.9
+    assert report.speed.after == pytest.approx(report.parameters / 1000)
+
+
 def classes_of(module: nn.Module, x: Any) -> Any:
     return output(module, x).argmax(1)
 
@@ -506,7 +516,7 @@ def test_the_smallest_module_within_a_drop_in_accuracy(module: Any, x: Any, kind
 
 
 def test_the_smallest_module_within_a_limit(module: Any, x: Any):
-    report = netdecouple.decouple(module, x, within="kl=0.05", settings=ND).decoupling.report
+    report = netdecouple.decouple(module, x, macs="least", within="kl=0.05", settings=ND).decoupling.report
     assert report.promise.kept
     assert report.promise.measured == pytest.approx(report.agreement.divergence)
     assert report.macs < report.macs_before

@@ -30,7 +30,7 @@ from netdecouple.frontends.onnx.model import ModelSource, write_model
 from netdecouple.frontends.onnx.model import load as read_proto
 from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
-from netdecouple.goal import Budgets, Emission, Share, parse_goal, parse_sweep
+from netdecouple.goal import Budgets, Emission, Fastest, Share, parse_goal, parse_sweep
 from netdecouple.network import Array, Source
 from netdecouple.pipeline import Outcome, Request, accuracy, majority
 from netdecouple.planning.divergence import agreement, divergence
@@ -216,7 +216,7 @@ def decouple(
     refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = ...,
-    emit: str = "standard",
+    emit: str | None = None,
     runtime: str | None = None,
     threads: int = 1,
     preprocessing: Preprocessing | None = None,
@@ -239,7 +239,7 @@ def decouple(
     refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = ...,
-    emit: str = "standard",
+    emit: str | None = None,
     runtime: str | None = None,
     threads: int = 1,
     preprocessing: Preprocessing | None = None,
@@ -264,7 +264,7 @@ def decouple(
     refine: float | None = None,
     labels: Labels | None = None,
     settings: Settings = Settings(),
-    emit: str = "standard",
+    emit: str | None = None,
     runtime: str | None = None,
     threads: int = 1,
     preprocessing: Preprocessing | None = None,
@@ -276,10 +276,11 @@ def decouple(
     progress: Progress = quiet,
     show_budgets: ShowBudgets | None = None,
 ) -> Any:
-    """Decouple a network to a goal. The network given is not changed.
+    """Make a network faster, or decouple it to another goal. The network given is not changed.
 
-    One goal is given: budgets (one or several of ``macs``, ``parameters`` and ``latency``), ``max_drop``,
-    ``settings.rule``, or ``within`` alone. Shares are 0.5, "50%" or "2x" (two times fewer).
+    Without a goal it becomes as fast as it can in its runtime, on this machine, ``within`` what its outputs
+    may change. Other goals are budgets (one or several of ``macs``, ``parameters`` and ``latency``),
+    ``max_drop``, and ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
 
     Args:
         model: an .onnx file or `onnx.ModelProto` with one image input (N, C, H, W) of float32 or float16; a
@@ -288,7 +289,7 @@ def decouple(
         calib: unlabelled inputs, a few hundred: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION,
             or arrays (N, C, H, W) that are ready for the network. For PyTorch modules also batches: tensors,
             tuples of arguments, mappings, a DataLoader. None only if ``settings.data_free``.
-        macs: the share of the multiply-adds that may stay.
+        macs: the share of the multiply-adds that may stay; "least": as few as possible ``within`` a limit.
         parameters: the share of the parameters that may stay.
         latency: the share of its time that the network may still take, for one input, in ``runtime``.
         max_drop: points of top-1 accuracy that may be lost on ``labels``; the smallest network is searched
@@ -296,7 +297,7 @@ def decouple(
         within: how much the outputs may change, for new inputs of the same kind: "99%" (the same class),
             "42dB" (PSNR to the original's outputs, for a peak that is their range; "42dB@255" for one of
             255), "kl=0.01" (nats) or "error=0.01" (squared error over variance). It is measured on held-out
-            inputs, with a margin for chance. Alone it asks for the smallest such network.
+            inputs, with a margin for chance. None without a goal: "99%" for classifiers, "42dB" for others.
         force: return a network that is not ``within`` the limit, too.
         refine: minutes in which the decoupled layers are trained together until the outputs are the
             original's again, on ``calib``; no labels are needed. ONNX models need PyTorch for it. The time
@@ -305,7 +306,8 @@ def decouple(
             (N,)).
         settings: layers to leave alone, families to choose from, how to fit, seed.
         emit: "standard" operators, or "fused": netdecouple's own, which is faster, in the ONNX
-            files that are written. ONNX Runtime needs `netdecouple.kernels.register` for it.
+            files that are written. ONNX Runtime needs `netdecouple.kernels.register` for it. None: standard,
+            but without a goal fused where it can be had.
         runtime: the runtime in which the forms of layers are chosen by measuring: "onnxruntime", "openvino";
             of PyTorch modules also "torch" and "torch.compile". With ``latency`` and None: the network's own.
         threads: to measure with.
@@ -324,8 +326,9 @@ def decouple(
         the attribute ``decoupling`` (``plan``, ``report``); `Result.of` gives its result.
 
     Raises:
-        BudgetError: no goal, several, or one out of reach.
+        BudgetError: several goals, or one out of reach.
         QualityError: the network is not ``within`` the limit.
+        SpeedError: without a goal: no network within the limit is faster than the original.
         CalibrationError: the inputs cannot be read or do not fit.
         ModelError: the network cannot be read, run or decoupled.
         UnavailableError: a runtime, or the fused operator, is not installed.
@@ -335,8 +338,10 @@ def decouple(
     goal = parse_goal(macs, parameters, latency, max_drop, labels, settings.rule, tolerance)
     if refine is not None and not 0 < refine < np.inf:
         raise BudgetError(f"refine={refine}: give minutes, more than 0")
-    emission = Emission(emit, runtime, threads)
     source = open_model(model, device=device, filter=filter, arguments=arguments)
+    if emit is None:
+        emit = source.fastest_form(runtime) if isinstance(goal, Fastest) else "standard"
+    emission = Emission(emit, runtime, threads)
     request = Request(
         source,
         calib,

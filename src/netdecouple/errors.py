@@ -25,6 +25,10 @@ class QualityError(NetDecoupleError):
     """The outputs differ from the original's by more than was allowed; the message says by how much."""
 
 
+class SpeedError(NetDecoupleError):
+    """No network is faster than the original within what the outputs may change."""
+
+
 class PlanError(NetDecoupleError, ValueError):
     """The plan file is malformed or was made for another network."""
 

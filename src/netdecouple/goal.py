@@ -50,7 +50,15 @@ class Within:
     tolerance: Tolerance
 
 
-Goal = Budgets | LatencyBudget | MaxDrop | Within | Rule | Plan
+@dataclass(frozen=True)
+class Fastest:
+    """The least time with outputs as near to the original's as `Tolerance` says."""
+
+    tolerance: Tolerance | None  # None: `Tolerance.usual`
+
+
+Goal = Budgets | LatencyBudget | MaxDrop | Within | Fastest | Rule | Plan
+LEAST = "least"  # instead of a share: the fewest MACs
 
 
 @dataclass(frozen=True)
@@ -89,18 +97,23 @@ def parse_goal(
     rule: Rule | None,
     tolerance: Tolerance | None = None,
 ) -> Goal:
-    """Turn the arguments of `api.decouple` into one goal; a tolerance alone is one, too.
+    """Turn the arguments of `api.decouple` into one goal; without one it is the fastest network.
 
-    Raises BudgetError if none is given, or several that exclude each other, or one that makes no sense.
+    Raises BudgetError if several are given that exclude each other, or one that makes no sense.
     """
+    if macs == LEAST:
+        if tolerance is None:
+            raise BudgetError("macs='least' is for a limit on what the outputs may change; give within=")
+        if parameters is None and latency is None and max_drop is None and rule is None:
+            return Within(tolerance)
     budget = macs is not None or parameters is not None or latency is not None
     goals = budget + (max_drop is not None) + (rule is not None)
-    if not goals and tolerance is not None:
-        return Within(tolerance)
-    if goals != 1:
+    if not goals:
+        return Fastest(tolerance)
+    if goals != 1 or macs == LEAST:
         raise BudgetError(
-            "give one goal: a budget (macs=0.5, parameters='2x', latency='60%'), a limit (within='99%'), "
-            "max_drop= with labels=, or rule="
+            "give one goal: a budget (macs=0.5, parameters='2x', latency='60%'), max_drop= with labels=, "
+            "or rule=; or none for the fastest network"
         )
     if max_drop is not None:
         if not max_drop >= 0:

@@ -124,7 +124,7 @@ class Timer(Protocol):
         """Measure one layer in several structures and forms, with placeholder weights; milliseconds."""
 
     def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
-        """Measure whole networks: milliseconds (rounds, 1 + models), the original first."""
+        """Measure whole networks: milliseconds (1 + models,), the original first."""
 
 
 class Network(Protocol):
@@ -255,6 +255,9 @@ class Source(Protocol):
 
     def check_form(self, form: str) -> None:
         """Raise a NetDecoupleError if the network cannot be written in a form."""
+
+    def fastest_form(self, runtime: str | None) -> str:
+        """Name the form (`goal.FORMS`) that is the fastest in a runtime, or in its own, if it can be had."""
 
     def save(self, result: Any, path: str | PathLike[str]) -> None:
         """Write a result's model, all of it or nothing.

@@ -19,6 +19,7 @@ from netdecouple.errors import (
     ModelError,
     PlanError,
     QualityError,
+    SpeedError,
     UnavailableError,
 )
 from netdecouple.execution.memory import Memory
@@ -27,7 +28,7 @@ from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.fitting.sequential import targets_for
-from netdecouple.goal import Budgets, Emission, Goal, LatencyBudget, MaxDrop, Within, goal_key
+from netdecouple.goal import Budgets, Emission, Fastest, Goal, LatencyBudget, MaxDrop, Within, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, Objective, analyze
 from netdecouple.planning.candidates import Rule
@@ -50,7 +51,6 @@ from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
-from netdecouple.runtimes.timing import Timing
 from netdecouple.version import __version__
 
 # A plan is made for each of these; the one whose outputs are nearest to the original's in a trial is kept.
@@ -62,7 +62,8 @@ OBJECTIVES = (
     Objective(exponent=0.5, depth=1.0),
 )
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
-SEARCH_STEP = 1.03  # the search for the smallest network ends when two budgets are this close
+SEARCH_STEP = 1.03  # the search for the least network ends when two budgets are this close
+NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster
 CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
 
 
@@ -180,13 +181,21 @@ def decouple(
     """Decouple a network to one goal.
 
     Raises BudgetError if it is out of reach; QualityError if the tolerance is not kept, and not forced;
-    ModelError at NaN or Inf, or if `finish` does.
+    SpeedError if the fastest network is no faster; ModelError at NaN or Inf, or if `finish` does.
     """
+    if isinstance(goal, Fastest) and work.request.tolerance is None:
+        usual = Tolerance.usual(work.outputs, len(work.inputs.held_out))
+        work = replace(work, request=replace(work.request, tolerance=usual))
     network, request, run = work.network, work.request, work.run
     if request.tolerance is not None:
         if work.calibration.is_noise:
-            raise BudgetError("within= is measured on calibration inputs; give calib=, or leave it out")
+            advice = "a budget" if isinstance(goal, Fastest) else "leave it out"
+            raise BudgetError(
+                f"what the outputs may change is measured on calibration inputs; give calib=, or {advice}"
+            )
         request.tolerance.check(work.outputs, len(work.inputs.held_out))
+        if not request.force:
+            request.tolerance.check_count(len(work.inputs.held_out))
     if request.refine is not None:
         if work.calibration.is_noise:
             raise BudgetError("refine= trains on calibration inputs; give calib=, or leave it out")
@@ -196,12 +205,14 @@ def decouple(
     if show_budgets is not None and curve:
         show_budgets(curve, analysis.loss)
     latency = None
-    if isinstance(goal, LatencyBudget) or request.emission.runtime is not None:
+    if isinstance(goal, LatencyBudget | Fastest) or request.emission.runtime is not None:
         latency = _latency(work, analysis)
     if isinstance(goal, MaxDrop):
-        applied = _smallest(work, analysis, partial(_keeps_accuracy, work, goal.points))
+        applied = _least(work, analysis, partial(_keeps_accuracy, work, goal.points))
     elif isinstance(goal, Within):
-        applied = _smallest(work, analysis, partial(_keeps_tolerance, work))
+        applied = _least(work, analysis, partial(_keeps_tolerance, work))
+    elif isinstance(goal, Fastest):
+        applied = _least(work, analysis, partial(_keeps_tolerance, work), latency)
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
@@ -213,6 +224,8 @@ def decouple(
         applied = _refined(work, analysis, applied, request.refine)
     outcome = finish(work, applied, latency=latency, curve=curve)
     promise = outcome.report.promise
+    if isinstance(goal, Fastest):
+        _check_faster(outcome, applied)
     if promise is None or request.force:
         return outcome
     if isinstance(goal, Within) and not (promise.kept and applied.factorizations):
@@ -222,6 +235,19 @@ def decouple(
         advice = "ask for less, give more inputs, or allow more; force=True returns it all the same"
         raise QualityError(f"the network is not within {promise.asked}: {promise.text}; {advice}")
     return outcome
+
+
+def _check_faster(outcome: Outcome, applied: Applied) -> None:
+    """Raise SpeedError unless the network measures faster than the original."""
+    promise, speed = outcome.report.promise, outcome.report.speed
+    assert promise is not None
+    assert speed is not None
+    if not applied.factorizations or speed.share > NOT_FASTER:
+        found = f"; the best takes {speed.share:.0%} of the time" if applied.factorizations else ""
+        raise SpeedError(
+            f"no network that is faster than the original in {speed.place} was found within {promise.asked}"
+            f"{found}; give more inputs, or allow more with within="
+        )
 
 
 def _refinement() -> Any:
@@ -335,20 +361,23 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
 
-def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) -> Applied:
-    """Bisect the budget in MACs for the smallest network that keeps what is asked for.
+def _least(
+    work: Work, analysis: Analysis, keeps: Callable[[Applied], bool], latency: Latency | None = None
+) -> Applied:
+    """Bisect the budget, in MACs or in time, for the least network that keeps what is asked for.
 
     The search applies plans with part of the inputs, for the objective that is best in its middle. What it
     finds is applied with all inputs, and with larger budgets until it keeps what is asked for.
     """
     network, run, progress = work.network, work.run, work.request.progress
-    form, part = _first_form(work.request.emission), work.inputs.part(TRIAL, LEAST)
+    form = _first_form(work.request.emission) if latency is None else latency.form
+    cost, part = latency or Macs(), work.inputs.part(TRIAL, LEAST)
 
     def plans(share: float, choices: Sequence[Analysis]) -> list[Plan]:
-        return [make_plan(choice, [Budget(Macs(), share)], form) for choice in choices]
+        return [make_plan(choice, [Budget(cost, share)], form) for choice in choices]
 
-    # shares of the MACs: `low` does not keep it or was not tried, `high` does
-    low, high = reachable(analysis, Macs()), 1.0
+    # shares of the cost: `low` does not keep it or was not tried, `high` does
+    low, high = min(reachable(analysis, cost) * (1 + 1e-9), 1.0), 1.0
     choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
     middle = plans(float(np.sqrt(low * high)), choices)
     (best,) = _tried(work, analysis, [middle])
@@ -365,6 +394,7 @@ def _smallest(work: Work, analysis: Analysis, keeps: Callable[[Applied], bool]) 
     more = SEARCH_STEP
     while True:
         (plan,) = _tried(work, analysis, [plans(high, choice)])
+        plan = plan if latency is None else latency.with_fused_neighbours(plan)
         applied = apply(network, work.inputs, plan, progress, run=run)
         if high >= 1.0 or keeps(applied):
             return applied
@@ -476,11 +506,11 @@ def finish(
 
 def _speed(latency: Latency, model: Any, plan: Plan) -> Speed:
     """Time a plan's network against the original."""
-    times = latency.timer.network_times([model])
-    before, after = (Timing.of(column) for column in times.T)
-    share = float(np.median(times[:, 1] / times[:, 0]))
+    before, after = map(float, latency.timer.network_times([model]))
     foreseen = latency.predicted_share(plan)
-    return Speed(place=latency.timer.name, before=before, after=after, share=share, foreseen=foreseen)
+    return Speed(
+        place=latency.timer.name, before=before, after=after, share=after / before, foreseen=foreseen
+    )
 
 
 def compared(work: Work, name: str, other: Source) -> Compared:

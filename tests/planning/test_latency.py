@@ -61,7 +61,7 @@ class WeightTimer:
     def network_times(self, models: Sequence[Any]) -> np.ndarray:
         protos = [self.network.build({}), *models]
         weights = [[(t.name, int(np.prod(t.dims))) for t in p.graph.initializer] for p in protos]
-        return np.array([[1.0 + sum(self.cost(*weight) for weight in own) for own in weights]])
+        return np.array([1.0 + sum(self.cost(*weight) for weight in own) for own in weights])
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_plan_for_latency_from_end_to_end(by_weights: Callable) -> None:
         speed = result.report.speed
         assert speed is not None
         assert 0.6 <= speed.share <= 0.72
-        assert speed.after.median / speed.before.median == pytest.approx(speed.share)
+        assert speed.after / speed.before == pytest.approx(speed.share)
         assert any(node.domain == "netdecouple" for node in result.model.graph.node) == (emit == "fused")
         again = api.apply_plan(MODEL, result.plan)
         assert again.model.graph == result.model.graph

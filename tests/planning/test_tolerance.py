@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from netdecouple.errors import BudgetError, ModelError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.planning.tolerance import Tolerance, changed_classes, squared_errors
 
 
@@ -59,6 +59,17 @@ def test_few_inputs_promise_little() -> None:
     known = scores(np.random.default_rng(0), 500)
     for count in (9, 99):
         assert changed_classes(known[:count], known[:count], known) == (0.0, 1 / (count + 1))
+
+
+def test_what_so_few_inputs_cannot_show_is_refused() -> None:
+    limit = Tolerance.parse("99%")
+    limit.check_count(99)
+    with pytest.raises(CalibrationError, match=r"99% cannot be shown with 98 held-out .*give 495"):
+        limit.check_count(98)
+    Tolerance.parse("90%").check_count(9)
+    with pytest.raises(CalibrationError, match="no number of inputs"):
+        Tolerance.parse("100%").check_count(10**9)
+    Tolerance.parse("42dB").check_count(2)
 
 
 def test_psnr_is_for_the_range_of_the_original_or_a_peak() -> None:

@@ -18,7 +18,6 @@ from netdecouple.report.formatting import count, times
 from netdecouple.report.html import report_html
 from netdecouple.report.model import Agreement, Report, Speed
 from netdecouple.report.text import report_table, short_name
-from netdecouple.runtimes.timing import Timing
 from tests.planning.layers import conv, linear
 
 
@@ -111,11 +110,13 @@ def test_text_says_gain_loss_and_why(report: Report) -> None:
 
 def test_a_latency_budget_is_shown_as_it_was_measured(report: Report) -> None:
     """The plan has the share that its search ended with; where time is no budget, the budget stays."""
-    before, after = Timing(0.9, 1.0, 1.1), Timing(0.5, 0.6, 0.7)
-    speed = Speed(place="onnxruntime, 1 thread", before=before, after=after, share=0.603, foreseen=0.54)
+    speed = Speed(place="onnxruntime, 1 thread", before=1.0, after=0.603, share=0.603, foreseen=0.54)
     timed = replace(report, speed=speed, budget="54.31% latency and 50% MACs")
     assert text(timed).startswith("net.onnx, decoupled to 60% latency and 50% MACs")
-    assert "60% (predicted 54%) in onnxruntime, 1 thread" in text(timed)
+    assert "1.66× faster, 60% (predicted 54%) in onnxruntime, 1 thread" in text(timed)
+    slower = replace(timed, speed=replace(speed, after=1.2, share=1.2))
+    assert "1.20× slower, 120%" in text(slower)
+    assert "slower" in report_html(slower)
     assert "decoupled to 60% latency and 50% MACs" in report_html(timed)
     assert "decoupled to 54.31% latency" in text(replace(timed, speed=None))
     assert "decoupled to 50% MACs" in text(replace(timed, budget="50% MACs"))

@@ -17,7 +17,7 @@ from netdecouple.cli.commands import app
 from netdecouple.cli.flags import with_flags
 from netdecouple.cli.interrupt import Interrupted, interruptible, leave
 from netdecouple.cli.terminal import PLAIN, Bars
-from netdecouple.errors import NetDecoupleError, QualityError
+from netdecouple.errors import NetDecoupleError, QualityError, SpeedError
 from netdecouple.execution import scratch
 
 UNREAD = 141  # as shells tell of other tools, which SIGPIPE ends
@@ -29,7 +29,7 @@ UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__
 
 def main() -> None:
     """Run the command line; exit code 2: a wrong input or option; 3: a limit on the outputs' change is not
-    kept; 130: Ctrl-C; 1: a bug.
+    kept; 4: nothing is faster than the original; 130: Ctrl-C; 1: a bug.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: it is not wanted, and another file must not get its number
@@ -88,6 +88,8 @@ def _failed(error: BaseException) -> int:
             return _misused(error)
         case QualityError():
             return _fail(3, "not written", with_flags(str(error)))
+        case SpeedError():
+            return _fail(4, "not written", with_flags(str(error)))
         case NetDecoupleError():
             return _fail(2, "error", with_flags(str(error)))
         case Interrupted() | KeyboardInterrupt() | typer.Abort():

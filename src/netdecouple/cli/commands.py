@@ -41,6 +41,7 @@ Exit codes:
   2    the input or an option is wrong, or there is no room; one line says what to do, and nothing but
        whole results has been written
   3    the outputs would change by more than --within allows; nothing has been written
+  4    no network is faster than the original within what the outputs may change; nothing has been written
   130  interrupted by Ctrl-C; one line says what had been written by then
   141  what reads the output has stopped, and so has the command
 """
@@ -76,7 +77,12 @@ def run(
     model: options.Model,
     output: options.Outputs,
     calib: options.Calib = None,
-    macs: Annotated[str | None, typer.Option(help="MACs that may stay: 50% or 2x (two times fewer).")] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            help="MACs that may stay: 50% or 2x (two times fewer); with --within also least, as few as can."
+        ),
+    ] = None,
     params: Annotated[str | None, typer.Option(help="Parameters that may stay: 50% or 2x.")] = None,
     latency: Annotated[
         str | None, typer.Option(help="Time that may stay, measured here for one input: 60% or 2x.")
@@ -91,7 +97,8 @@ def run(
         str | None,
         options.option(
             "How much the outputs may change, for new inputs of the same kind: 99% (the same class), 42dB or "
-            "42dB@255 (PSNR, for a peak of 255), kl=0.01 or error=0.01. Alone: the smallest such network."
+            "42dB@255 (PSNR, for a peak of 255), kl=0.01 or error=0.01. Without a budget: the fastest such "
+            "network; default then 99%, or 42dB if the network is no classifier."
         ),
     ] = None,
     force: Annotated[
@@ -113,7 +120,7 @@ def run(
             "nd:energy=0.8, cd:rank=32, sd:2x, cd+nd:40%. With --data-free exactly as published."
         ),
     ] = None,
-    emit: options.Emit = "standard",
+    emit: options.BestEmit = None,
     runtime: options.Runtime = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
     samples: options.Samples = api.SAMPLES,
@@ -124,13 +131,16 @@ def run(
     execution: options.Execution = options.Execution(),
     printed: Output = Output(),
 ) -> None:
-    """Decouple a network to a budget, from a few hundred unlabelled inputs.
+    """Make a network faster from a few hundred unlabelled inputs, or decouple it to a budget.
+
+    Without a budget it becomes as fast as it can on this machine with outputs as good as the same.
 
     \b
     Examples:
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --macs 50%
       netdecouple run model.onnx -o faster.onnx --calib inputs.npy --latency 60%
-      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --within kl=0.05
+      netdecouple run model.onnx -o faster.onnx --calib inputs.npy --macs least --within kl=0.05
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)

@@ -107,6 +107,14 @@ Emit = Annotated[
         autocompletion=among(tuple(FORMS)),
     ),
 ]
+BestEmit = Annotated[
+    str | None,
+    option(
+        "Operators to write: standard, or fused (faster; ONNX Runtime with netdecouple). Default: standard; "
+        "without a budget fused, where it can be had.",
+        autocompletion=among(tuple(FORMS)),
+    ),
+]
 Runtime = Annotated[
     str | None,
     option(

@@ -88,7 +88,7 @@ class Latency:
         for index, layer in enumerate(layers):
             self._time_layer(layer, analysis.candidates_of(layer))
             progress("Timing layers", index + 1, len(layers))
-        self.total = float(np.median(timer.network_times([])))
+        self.total = float(timer.network_times([])[0])
         # layers timed alone may take longer than within the network, and than all of it on a busy machine
         self.fixed = max(self.total - sum(self._dense.values()), 0.0)
 
@@ -147,8 +147,8 @@ class Latency:
 
     def share(self, plan: Plan) -> float:
         """Measure the share of the original's time that a plan's network takes."""
-        times = self.timer.network_times([self.sketch(plan)])
-        return float(np.median(times[:, 1] / times[:, 0]))
+        before, after = self.timer.network_times([self.sketch(plan)])
+        return float(after / before)
 
     def predicted_share(self, plan: Plan) -> float:
         """The share of the original's time that the sum of the layers' times predicts for a plan."""
@@ -175,7 +175,7 @@ class Latency:
         if len(plans) == 1:
             return plan
         times = self.timer.network_times([self.sketch(p) for p in plans])
-        return plans[int(np.argmin(np.median(times[:, 1:], axis=0)))]
+        return plans[int(np.argmin(times[1:]))]
 
     def _may_be_fused(self, row: LayerPlan) -> bool:
         layer = self._layers[row.name]

@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from netdecouple.errors import BudgetError, ModelError
+from netdecouple.errors import BudgetError, CalibrationError, ModelError
+from netdecouple.fitting.sampling import HELD_OUT
 from netdecouple.network import Array
 from netdecouple.planning.divergence import WORST, divergences, log_probabilities, loss_kind
 
@@ -45,6 +46,13 @@ class Tolerance:
     kind: Kind
     limit: float
     peak: float | None = None  # of "psnr"; None: the range of the original's outputs
+
+    @classmethod
+    def usual(cls, outputs: Sequence[Array], count: int) -> Tolerance:
+        """What is asked for unless the user says otherwise, of such outputs for ``count`` inputs."""
+        if loss_kind(outputs, count) == "kl":
+            return cls("class", 0.99)
+        return cls("psnr", 42.0)
 
     @classmethod
     def parse(cls, text: str) -> Tolerance:
@@ -88,6 +96,17 @@ class Tolerance:
             )
         if self.kind == "psnr" and not any(output.dtype.kind == "f" for output in outputs):
             raise ModelError(f"within={self} needs outputs that are floating-point numbers")
+
+    def check_count(self, count: int) -> None:
+        """Raise CalibrationError if so few held-out inputs can never show that it is kept."""
+        if self.kind == "class" and self.limit == 1:
+            raise CalibrationError("within=100%: no number of inputs can show that; write 99% or less")
+        if self.kind == "class" and 1 / (count + 1) > 1 - self.limit + 1e-9:
+            least = HELD_OUT * round(np.ceil(1 / (1 - self.limit) - 1 - 1e-6))
+            raise CalibrationError(
+                f"within={self} cannot be shown with {count} held-out inputs, a fifth of those that are "
+                f"given; give {least} or more, or allow more: within=90%"
+            )
 
     def promise(
         self, original: Sequence[Array], new: Sequence[Array], known: Callable[[], Sequence[Array]]

@@ -67,6 +67,11 @@ def faster(ratio: Ratio | None, equal: str = "no measurable difference") -> str:
     return f"{median} ({ratio.lower:.2f}–{ratio.upper:.2f})"
 
 
+def speedup(share: float) -> str:
+    """Format a share of the original's time: 1.97× faster, or 1.05× slower."""
+    return f"{1 / share:.2f}× faster" if share <= 1 else f"{share:.2f}× slower"
+
+
 def layer_sizes(layer: LayerReport) -> str:
     """Format the sizes of every family in turn, and the range of terms per channel."""
     sizes = " ".join(map(str, layer.sizes))

@@ -136,8 +136,10 @@ def _time(report: Report) -> Fact:
     if timed is None:
         if report.speed:
             s = report.speed
-            detail = f"{fmt.ms(s.before.median)} → {fmt.ms(s.after.median)} in {s.place}"
-            return Fact(f"{1 / s.share:.2f}×", "faster" if s.share <= 1 else "as fast", detail, "gain")
+            detail = f"{fmt.ms(s.before)} → {fmt.ms(s.after)} in {s.place}"
+            if s.share > 1:
+                return Fact(f"{s.share:.2f}×", "slower", detail, "loss")
+            return Fact(f"{1 / s.share:.2f}×", "faster", detail, "gain")
         return Fact("–", "time not measured", (*report.not_timed, "no times were asked for")[0])
     original, new = timed
     assert new.faster is not None

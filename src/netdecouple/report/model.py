@@ -15,7 +15,6 @@ from netdecouple.fitting.apply import Refinement
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.tolerance import Promise
 from netdecouple.runtimes.benchmark import Benchmark
-from netdecouple.runtimes.timing import Timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,9 @@ class Speed:
     """The time of a network that was planned for a latency. Shares are of the original's time."""
 
     place: str  # runtime, version and threads
-    before: Timing
-    after: Timing
-    share: float  # measured: the median of the two networks' ratios
+    before: float  # milliseconds
+    after: float
+    share: float  # measured
     foreseen: float  # predicted: the sum of the layers' times
 
 

@@ -81,7 +81,7 @@ def summary(report: Report) -> list[Text]:
     if report.speed:
         s = report.speed
         lines.append(
-            f"Time        {s.before.median:.3g} → {s.after.median:.3g} ms   {1 / s.share:.2f}× faster, "
+            f"Time        {s.before:.3g} → {s.after:.3g} ms   {fmt.speedup(s.share)}, "
             f"{100 * s.share:.0f}% (predicted {100 * s.foreseen:.0f}%) in {s.place}"
         )
     if report.agreement:

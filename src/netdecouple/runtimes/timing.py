@@ -36,6 +36,14 @@ class Timing:
         return cls(float(lower), float(median), float(upper))
 
 
+def undisturbed(times: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return milliseconds per call (calls,) as they are when nothing else runs, from those of all rounds.
+
+    Other processes only add to times, so the lowest decile counts, and not the median.
+    """
+    return np.quantile(times, 0.1, axis=0)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster one network is than another: quartiles of the ratios within each round."""

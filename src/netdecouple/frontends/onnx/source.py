@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from netdecouple import runtimes
+from netdecouple import kernels, runtimes
 from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
@@ -61,6 +61,11 @@ class OnnxSource:
             raise ModelError(
                 f"{self.name}: emit='fused' is for float32 models, this one is {self.model.dtype}"
             )
+
+    def fastest_form(self, runtime: str | None) -> str:
+        """The fused operator, where it was built, for float32 models in ONNX Runtime."""
+        can = runtime in (None, "onnxruntime") and self.model.dtype == np.float32 and kernels.available()
+        return "fused" if can else "standard"
 
     def _shape(self, preprocessing: Preprocessing | None) -> dict[str, Any]:
         preprocessing = preprocessing or self.preprocessing

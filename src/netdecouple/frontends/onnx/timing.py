@@ -18,7 +18,7 @@ from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds, Runtime
-from netdecouple.runtimes.timing import Timing, measure
+from netdecouple.runtimes.timing import measure, undisturbed
 
 COLD = 4 << 20  # bytes of weights in a model of copies, so that they come from beyond the second cache
 
@@ -57,12 +57,12 @@ class OnnxTimer:
             for structure, form in kinds
         ]
         runs = [partial(session.run, {"x": image}) for session in sessions]
-        return [Timing.of(column).median / copies for column in measure(runs, 0.2).T]
+        return [float(time) / copies for time in undisturbed(measure(runs, 0.2))]
 
     def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
-        """Measure whole networks: milliseconds (rounds, 1 + models), the original first."""
+        """Measure whole networks: milliseconds (1 + models,), the original first."""
         sessions = [self._original, *(self._runtime.open(model, self._threads) for model in models)]
-        return measure([partial(session.run, self._feeds) for session in sessions], 1.0)
+        return undisturbed(measure([partial(session.run, self._feeds) for session in sessions], 1.0))
 
     @cached_property
     def _original(self) -> Any:

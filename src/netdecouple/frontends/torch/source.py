@@ -29,7 +29,7 @@ from netdecouple.frontends.torch.replacement import duplicate, failures
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.timing import TorchTimer, first_feeds
 from netdecouple.frontends.torch.trace import tensors
-from netdecouple.kernels import check_available
+from netdecouple.kernels import available, check_available
 from netdecouple.network import Array, Calibration, Executable
 from netdecouple.version import __version__
 
@@ -90,6 +90,10 @@ class TorchSource:
         """Refuse the fused operator where it was not built."""
         if form == "fused":
             check_available()
+
+    def fastest_form(self, runtime: str | None) -> str:
+        """Standard operators but in exported files; modules choose by themselves when they run."""
+        return "fused" if runtime == "onnxruntime" and available() else "standard"
 
     @property
     def _channels(self) -> int:

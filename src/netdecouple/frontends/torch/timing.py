@@ -24,7 +24,7 @@ from netdecouple.frontends.torch.replacement import duplicate
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds
-from netdecouple.runtimes.timing import Timing, measure
+from netdecouple.runtimes.timing import measure, undisturbed
 
 COLD = 4 << 20  # bytes of weights next to a layer's own, so that they come from beyond the second-level cache
 SECONDS = 0.2  # to time one layer in all its structures
@@ -80,11 +80,11 @@ class TorchTimer:
         calls = [self._call(module, few, feeds) for module in modules]
         maps = math.prod(found.input_shape[: -1 - len(found.convolution.kernel)])
         share = layer.maps / maps / copies  # of the time: of one copy, for all calls of the layer
-        return [Timing.of(column).median * share for column in measure(calls, SECONDS).T]
+        return [float(time) * share for time in undisturbed(measure(calls, SECONDS))]
 
     def network_times(self, models: Sequence[nn.Module]) -> NDArray[np.float64]:
-        """Measure whole modules: milliseconds (rounds, 1 + models), the original first."""
-        return measure([self._original, *self.runs(models)], 1.0)
+        """Measure whole modules: milliseconds (1 + models,), the original first."""
+        return undisturbed(measure([self._original, *self.runs(models)], 1.0))
 
     @cached_property
     def _original(self) -> Callable[[], object]:
