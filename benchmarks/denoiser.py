@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import onnx
 import onnxruntime
 import typer
 from numpy.typing import NDArray
@@ -37,6 +35,7 @@ from rich.table import Table
 import netdecouple
 from netdecouple import Settings
 from netdecouple.errors import BudgetError
+from training import export, note_of
 
 try:
     import torch
@@ -213,27 +212,6 @@ def train(task: Task, steps: int, seed: int, bfloat16: bool, console: Console) -
     return network.eval()
 
 
-def export(network: Chain, path: Path, note: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = {0: "n", 2: "h", 3: "w"}
-    unfinished = path.with_suffix(".part")
-    warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
-    torch.onnx.export(
-        network,
-        (torch.zeros(1, 1, CALIBRATION_PATCH, CALIBRATION_PATCH),),
-        str(unfinished),
-        input_names=["noisy"],
-        output_names=["restored"],
-        dynamic_axes={"noisy": free, "restored": free},
-        opset_version=17,
-        dynamo=False,
-    )
-    model = onnx.load(unfinished)
-    onnx.helper.set_model_props(model, {"training": note})
-    onnx.save(model, unfinished)
-    unfinished.replace(path)
-
-
 def restore(model: str | bytes, images: Image) -> Image:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(None, {"noisy": image[None]})[0] for image in images])
@@ -297,8 +275,10 @@ def main(
         torch.set_num_threads(threads)
         start = time.perf_counter()
         trained = train(task, steps, seed, bfloat16, console)
-        export(trained, path, f"{steps} steps, {time.perf_counter() - start:.0f} s on {threads} thread(s)")
-    note = {entry.key: entry.value for entry in onnx.load(path).metadata_props}.get("training", "unknown")
+        said = f"{steps} steps, {time.perf_counter() - start:.0f} s on {threads} thread(s)"
+        example = torch.zeros(1, 1, CALIBRATION_PATCH, CALIBRATION_PATCH)
+        export(trained, example, path, said, ("noisy", "restored"), {0: "n", 2: "h", 3: "w"})
+    note = note_of(path)
     clean = crops(TEST, TEST_CROP)
     test = task.damaged(clean, np.random.default_rng([seed, 2]))
     console.print(f"{path}: trained {note}; {len(test)} test crops of {', '.join(TEST)}")

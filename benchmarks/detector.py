@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +33,7 @@ import netdecouple
 from netdecouple import Settings
 from netdecouple.planning.boxes import Boxes, found_again, layout_of
 from netdecouple.runtimes.onnxruntime import open_session, run
+from training import export, note_of
 
 try:
     import torch
@@ -215,26 +215,6 @@ def train(steps: int, seed: int, console: Console) -> Detector:
     return network.eval()
 
 
-def export(network: Detector, path: Path, note: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
-    torch.onnx.export(
-        network,
-        (torch.zeros(1, 3, SIZE, SIZE),),
-        str(unfinished),
-        input_names=["images"],
-        output_names=["boxes"],
-        dynamic_axes={"images": {0: "n"}, "boxes": {0: "n"}},
-        opset_version=17,
-        dynamo=False,
-    )
-    model = onnx.load(unfinished)
-    onnx.helper.set_model_props(model, {"training": note})
-    onnx.save(model, unfinished)
-    unfinished.replace(path)
-
-
 def detect(model: onnx.ModelProto, pictures: Array) -> list[Boxes]:
     outputs = run(open_session(model), ["boxes"], {"images": pictures})
     layout = layout_of(outputs, len(pictures))
@@ -291,8 +271,9 @@ def main(
     if retrain or not path.exists():
         start = time.perf_counter()
         network = train(steps, seed, console)
-        export(network, path, f"{steps} steps, {time.perf_counter() - start:.0f} s")
-    note = {entry.key: entry.value for entry in onnx.load(path).metadata_props}.get("training", "unknown")
+        said = f"{steps} steps, {time.perf_counter() - start:.0f} s"
+        export(network, torch.zeros(1, 3, SIZE, SIZE), path, said, ("images", "boxes"), {0: "n"})
+    note = note_of(path)
     table = Table(title=f"Detector of {len(CLASSES)} shapes (trained {note}), 500 other pictures")
     for column in ("method", "MACs", "found again", "not the original's", "held out", "F1", "error", "s"):
         table.add_column(column)
