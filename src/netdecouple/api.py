@@ -88,7 +88,11 @@ class Result:
         return replace(result, model=module)
 
     def timed(
-        self, runtimes: Sequence[str] = (), threads: Sequence[int] = (1,), seconds: float | None = None
+        self,
+        runtimes: Sequence[str] = (),
+        threads: Sequence[int] = (1,),
+        seconds: float | None = None,
+        layers: bool = True,
     ) -> Result:
         """Return the same with times in its report, of the original and of this network.
 
@@ -100,6 +104,7 @@ class Result:
                 that need no extra package unless they are named.
             threads: the numbers of threads to time with.
             seconds: how long to measure per runtime and number of threads; None: two.
+            layers: whether single layers are timed as well.
         """
         names, seconds = (self.report.model, DECOUPLED), SHORT if seconds is None else seconds
         known = self.report.benchmark or Benchmark(netdecouple=__version__, models=())
@@ -110,7 +115,7 @@ class Result:
                 models, shape, feeds = [e.model for e in pair], pair[0].shape, pair[0].feeds
                 options: dict[str, Any] = {"names": names, "shape": shape, "feeds": feeds, "seconds": seconds}
                 rows += benchmark(models, [runtime(name)], open_for_shapes, threads=threads, **options).models
-                if self.source.framework == name == "onnxruntime":
+                if layers and self.source.framework == name == "onnxruntime":
                     profiles.append(layer_times(models, open_for_shapes, threads[0], **options))
             except Exception as error:  # the network was made, which is what was asked for
                 reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")

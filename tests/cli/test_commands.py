@@ -73,6 +73,7 @@ def test_run_prints_every_layer_and_what_was_written(netdecouple, folder: Path):
         "logits",
         "MACs",
         "Agreement",
+        "Time ",
         "Wrote",
     ):
         assert part in out

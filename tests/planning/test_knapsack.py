@@ -77,6 +77,16 @@ def test_the_least_can_be_had_where_layers_differ_a_millionfold(beyond: float) -
     assert (picks[1:] == [2, 2, 2, 2]) == (beyond < 1 + 1e-6)
 
 
+def test_a_limit_that_is_the_least_but_for_rounding_is_met() -> None:
+    """Where nothing is cheaper than the original, all of it is the least."""
+    layers = [[Option(0.0, (0.1,)), Option(1.0, (0.3,))] for _ in range(3)]
+    total = sum([0.1] * 3)
+    for limit in (total, np.nextafter(total, 0)):
+        assert choose(layers, [float(limit)]) == [0, 0, 0]
+    with pytest.raises(BudgetError):
+        choose(layers, [total * 0.999999])
+
+
 def test_no_choice_at_all_is_an_error() -> None:
     with pytest.raises(BudgetError, match="cannot be met together; let more stay"):
         choose([[Option(0.0, (2.0,)), Option(1.0, (1.0,))]], [0.5])

@@ -18,6 +18,7 @@ from netdecouple.report.files import save_report
 from netdecouple.report.html import gains, inspect_html, losses, report_html, sweep_html, verdict
 from netdecouple.report.model import Agreement, Report
 from netdecouple.report.sweep import Sweep
+from netdecouple.report.text import summary
 from netdecouple.runtimes.timing import Ratio
 from tests import networks
 from tests.report.conftest import HOSTILE, hostile, pictures
@@ -210,6 +211,18 @@ def test_a_ratio_that_noise_hides_is_not_quoted(full_report: Report) -> None:
     (fact,) = [fact for fact in gains(hidden) if "time" in fact.label]
     assert (fact.value, fact.label, fact.tone) == ("≈", "no measurable difference in time", "")
     assert "no measurable difference (0.90–1.30)" in Page(report_html(hidden)).text
+
+
+def test_the_terminal_says_what_became_of_the_time(full_report: Report) -> None:
+    """And what to do where it has not become less."""
+    for ratio, said, advises in (
+        (Ratio(1.4, 1.5, 1.6), "1.50× faster in onnxruntime", False),
+        (Ratio(0.4, 0.5, 0.8), "2.00× slower in onnxruntime", True),
+        (Ratio(0.9, None, 1.3), "no measurable difference in onnxruntime", True),
+    ):
+        lines = "\n".join(line.plain for line in summary(with_ratio(full_report, ratio)))
+        assert said in lines
+        assert ("without a budget the network becomes as fast as it can" in lines) == advises
 
 
 def test_no_times_are_told_as_such(full_report: Report) -> None:

@@ -17,6 +17,7 @@ from netdecouple.execution.scratch import check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
 from netdecouple.report.text import report_table
+from netdecouple.runtimes.benchmark import BRIEF
 
 NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
 WEIGHTS_ONLY = (".pt", ".pth", ".safetensors")
@@ -111,7 +112,10 @@ def write_result(
         texts[plan] = result.plan.to_json() + "\n"
     for path, text in texts.items():
         write_text(path, text)
-    terminal.console.print(report_table(report))
+    shown = report
+    if not (report.benchmark or report.speed or terminal.is_quiet):  # whether it is faster is always said
+        shown = result.timed(tuple(runtimes)[:1], (threads,), BRIEF, layers=False).report
+    terminal.console.print(report_table(shown))
     for output in outputs:
         print_written(terminal, output)
     written = {

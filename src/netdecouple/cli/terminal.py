@@ -39,7 +39,7 @@ class Terminal:
 
     def __init__(self, output: Output) -> None:
         self._out = sys.stdout
-        self._quiet = output.quiet
+        self.is_quiet = output.quiet
         self.as_json = output.as_json
         if output.as_json:  # a calibration function may print as well
             sys.stdout = sys.stderr
@@ -51,7 +51,7 @@ class Terminal:
 
     def bars(self) -> Bars:
         """Progress on standard error."""
-        return Bars(self._quiet)
+        return Bars(self.is_quiet)
 
     def say(self, label: str, text: object) -> None:
         """Print one line, its label in a column of its own."""

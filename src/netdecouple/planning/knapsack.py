@@ -18,6 +18,7 @@ SECONDS = 60.0  # for one solution
 # The solver may overshoot a limit by its tolerance of 1e-6, the choice may not: then it is solved again for
 # limits that are smaller by these shares.
 SLACKS = (0.0, 2e-6, 1e-5)
+ROUNDING = 1e-12  # relative; of sums of costs
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     losses = np.array([o.loss for options in layers for o in options])
     costs = np.array([o.costs for options in layers for o in options], float).T  # (budgets, options)
     least = np.minimum.reduceat(costs, starts, axis=1)  # (budgets, layers)
-    room = np.asarray(limits, float) - least.sum(axis=1)  # (budgets,) to spend beyond the least
+    fewest, limit = least.sum(axis=1), np.asarray(limits, float)
+    # a limit that is the least but for rounding can be met
+    limit = np.where(limit >= fewest * (1 - ROUNDING), np.maximum(limit, fewest), limit)
+    room = limit - fewest  # (budgets,) to spend beyond the least
     above = costs - np.repeat(least, sizes, axis=1)
     possible = np.all(above <= room[:, None], axis=0)
     scale = np.where(room > 0, room, 1.0)
@@ -62,6 +66,6 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
         if solution.x is None:
             break
         picks = [int(np.argmax(solution.x[start:end])) for start, end in zip(starts, ends, strict=True)]
-        if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limits):
+        if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limit):
             return picks
     raise BudgetError("the budgets cannot be met together; let more stay of one of them")

@@ -22,7 +22,7 @@ from netdecouple.report.charts import Chart, Point, Series, plot, spectrum, stru
 from netdecouple.report.inspection import Inspection
 from netdecouple.report.model import Agreement, LayerReport, Report
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.runtimes.benchmark import TimedLayer, TimedModel
+from netdecouple.runtimes.benchmark import TimedLayer
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL
 from netdecouple.version import __version__
 
@@ -122,17 +122,8 @@ def _change(before: int, after: int, shown: Callable[[int], str], less: str, mor
     return Fact(fmt.times(before, after), less, detail, "gain")
 
 
-def _headline(report: Report) -> tuple[TimedModel, TimedModel] | None:
-    """Return the times that are quoted first: the original's and the new network's in the first runtime."""
-    rows = report.benchmark.models if report.benchmark else ()
-    new = next((row for row in rows if row.faster is not None), None)
-    if new is None:
-        return None
-    return next(row for row in rows if row.faster is None and row.group == new.group), new
-
-
 def _time(report: Report) -> Fact:
-    timed = _headline(report)
+    timed = report.headline
     if timed is None:
         if report.speed:
             s = report.speed
@@ -187,7 +178,11 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
 
 def verdict(report: Report) -> str:
     """Summarise the whole report in one sentence."""
-    macs, time, timed = _cost_facts(report)[0], _time(report), _headline(report)
+    macs, time, timed = (
+        _cost_facts(report)[0],
+        _time(report),
+        report.headline,
+    )
     gained = [f"{macs.value} {macs.label}"]
     if time.value == "≈":
         gained.append(time.label)

@@ -14,7 +14,7 @@ from netdecouple.errors import PlanError
 from netdecouple.fitting.apply import Refinement
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.tolerance import Promise
-from netdecouple.runtimes.benchmark import Benchmark
+from netdecouple.runtimes.benchmark import Benchmark, TimedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,11 @@ class Report:
     not_timed: tuple[str, ...] = ()  # what could not be timed, and why
     # of the disagreements, PNG; never in JSON
     pictures: tuple[builtins.bytes, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def headline(self) -> tuple[TimedModel, TimedModel] | None:
+        """The times that are quoted first: the original's and the new network's; None if they are unknown."""
+        return self.benchmark.headline if self.benchmark else None
 
     @property
     def macs_before(self) -> int:

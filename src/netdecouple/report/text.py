@@ -17,7 +17,7 @@ from netdecouple.report.build import describe
 from netdecouple.report.inspection import Inspection
 from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep
-from netdecouple.runtimes.benchmark import Benchmark, LayerTimes
+from netdecouple.runtimes.benchmark import Benchmark, LayerTimes, TimedModel
 from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.layers import REORDER, REST
 
@@ -84,6 +84,8 @@ def summary(report: Report) -> list[Text]:
             f"Time        {s.before:.3g} → {s.after:.3g} ms   {fmt.speedup(s.share)}, "
             f"{100 * s.share:.0f}% (predicted {100 * s.foreseen:.0f}%) in {s.place}"
         )
+    elif report.headline:
+        lines += _times(*report.headline)
     if report.agreement:
         a = report.agreement
         loss = fmt.loss_name(a.loss)
@@ -110,6 +112,18 @@ def summary(report: Report) -> list[Text]:
     lines += [f"Skipped     {note}" for note in [fmt.skipped_note(report)] if note]
     texts = [Text(line) for line in lines]
     return texts + [Text(f"Warning     {warning}", style="bold red") for warning in report.warnings]
+
+
+def _times(original: TimedModel, new: TimedModel) -> list[str]:
+    """Return a line of the time before and after, and one of advice where it has not become less."""
+    assert new.faster is not None
+    ratio = new.faster.median
+    change = "no measurable difference" if ratio is None else fmt.speedup(1 / ratio)
+    place = f"{new.runtime} {new.version}, {fmt.threads(new.threads)}"
+    lines = [f"Time        {original.timing.median:.3g} → {new.timing.median:.3g} ms   {change} in {place}"]
+    if ratio is None or ratio < 1:
+        lines.append("            without a budget the network becomes as fast as it can, or is not written")
+    return lines
 
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:

@@ -26,6 +26,7 @@ from netdecouple.version import __version__
 
 SECONDS = 4.0  # for each runtime and number of threads
 SHORT = 2.0  # the same for a report, which is about more than time
+BRIEF = 0.3  # the same for one line of it
 DECOUPLED = "decoupled"  # what reports call the network that was made
 PROFILED = 200  # runs at most; a profile holds an event for every node of every run
 
@@ -79,6 +80,14 @@ class Benchmark:
     netdecouple: str
     models: tuple[TimedModel, ...]
     layers: tuple[LayerTimes, ...] = ()
+
+    @property
+    def headline(self) -> tuple[TimedModel, TimedModel] | None:
+        """The times that are quoted first: the first network's and the next one's in the first runtime."""
+        new = next((row for row in self.models if row.faster is not None), None)
+        if new is None:
+            return None
+        return next(row for row in self.models if row.faster is None and row.group == new.group), new
 
     def to_json(self) -> str:
         """The times as text."""
