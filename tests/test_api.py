@@ -33,6 +33,7 @@ from tests.networks import (
     residual,
     restorer,
 )
+from tests.planning.test_boxes import rows
 
 DEMO = Path(netdecouple.__file__).parent / "demo"
 MODEL, CALIB, LABELS = (
@@ -369,6 +370,18 @@ def test_what_is_not_faster_is_not_returned(made_up: type[WeightTimer]) -> None:
 def test_the_usual_limit_depends_on_the_outputs() -> None:
     assert str(Tolerance.usual([np.zeros((4, 10), np.float32)], 4)) == "99%"
     assert str(Tolerance.usual([np.zeros((4, 1, 8, 8), np.float32)], 4)) == "42dB"
+    assert str(Tolerance.usual(rows(), 6)) == "error=0.01"
+
+
+def test_a_limit_on_a_detectors_error_is_on_boxes_and_scores() -> None:
+    """Boxes of background may be anything."""
+    original = rows()
+    new = [original[0].copy()]
+    new[0][:, 20:, :4] *= 1.5
+    promise = Tolerance.parse("error=0.01").promise(original, new, lambda: original)
+    assert promise.kept
+    new[0][:, :3, :4] *= 1.5
+    assert not Tolerance.parse("error=0.01").promise(original, new, lambda: original).kept
 
 
 def test_outputs_that_changed_a_lot_are_warned_of() -> None:

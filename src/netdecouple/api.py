@@ -302,7 +302,8 @@ def decouple(
         within: how much the outputs may change, for new inputs of the same kind: "99%" (the same class),
             "42dB" (PSNR to the original's outputs, for a peak that is their range; "42dB@255" for one of
             255), "kl=0.01" (nats) or "error=0.01" (squared error over variance). It is measured on held-out
-            inputs, with a margin for chance. None without a goal: "99%" for classifiers, "42dB" for others.
+            inputs, with a margin for chance. None without a goal: "99%" for classifiers, "42dB" for others,
+            "error=0.01" (of boxes and scores) for detectors.
         force: return a network that is not ``within`` the limit, too.
         refine: minutes in which the decoupled layers are trained together until the outputs are the
             original's again, on ``calib``; no labels are needed. ONNX models need PyTorch for it. The time

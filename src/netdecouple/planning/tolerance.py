@@ -12,7 +12,7 @@ import numpy as np
 from netdecouple.errors import BudgetError, CalibrationError, ModelError
 from netdecouple.fitting.sampling import HELD_OUT
 from netdecouple.network import Array
-from netdecouple.planning.divergence import WORST, divergences, log_probabilities, loss_kind
+from netdecouple.planning.divergence import WORST, Loss, divergences, log_probabilities, loss_kind
 
 Kind = Literal["class", "psnr", "kl", "error"]
 MARGIN = 1.28  # standard errors: nine of ten estimates are then on the safe side
@@ -50,9 +50,12 @@ class Tolerance:
     @classmethod
     def usual(cls, outputs: Sequence[Array], count: int) -> Tolerance:
         """What is asked for unless the user says otherwise, of such outputs for ``count`` inputs."""
-        if loss_kind(outputs, count) == "kl":
-            return cls("class", 0.99)
-        return cls("psnr", 42.0)
+        kinds: dict[Loss, Tolerance] = {
+            "kl": cls("class", 0.99),
+            "boxes": cls("error", 0.01),
+            "relative": cls("psnr", 42.0),
+        }
+        return kinds[loss_kind(outputs, count)]
 
     @classmethod
     def parse(cls, text: str) -> Tolerance:
@@ -139,7 +142,8 @@ class Tolerance:
         if not all(np.isfinite(output).all() for output in new if output.dtype.kind == "f"):
             return None
         if self.kind != "psnr":
-            return divergences(original, new, "kl" if self.kind == "kl" else "relative")
+            kind = loss_kind(original, np.atleast_1d(original[0]).shape[0])
+            return divergences(original, new, kind if kind == "boxes" or self.kind == "kl" else "relative")
         return squared_errors(original, new, self.peak)
 
     def _figure(self, loss: float) -> float:

@@ -75,9 +75,7 @@ class Agreement:
     divergence: float
     predicted: float
     same_class: float | None  # share of inputs; None if the network is not a classifier
-    boxes: int | None = (
-        None  # that the original finds; None if the outputs are not recognised as a detector's
-    )
+    boxes: int | None = None  # that the original finds; None if the outputs are not a detector's
     boxes_found: float | None = None  # the share of them that is found again
     psnr: float | None = None  # dB, for the range of the original's outputs; None if these are no pictures
 
