@@ -35,6 +35,7 @@ import kernel  # noqa: E402
 import latency  # noqa: E402
 import paper_table  # noqa: E402
 import planning  # noqa: E402
+import promise  # noqa: E402
 import rows  # noqa: E402
 
 
@@ -150,6 +151,7 @@ def main() -> None:
     cells = paper_table.read(DOCS / "paper_table.jsonl")
     networks = dict.fromkeys(network for network, _, _ in cells)
     tried = rows.read(DOCS / "planning.jsonl", planning.Row)
+    promised = rows.read(DOCS / "promise.jsonl", promise.Row)
     pages = {
         "commands": commands(),
         "families": families(),
@@ -159,6 +161,7 @@ def main() -> None:
         "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
         "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),
         "planning": _all([planning.table(tried)] if tried else []),
+        "promise": _all([promise.table(promised)] if promised else []),
         "paper": _all(paper_table.table(name, cells) for name in networks),
     }
     for name, text in pages.items():

@@ -159,7 +159,11 @@ def test_the_examples_of_the_help_texts_run(prepared: Path, monkeypatch: pytest.
     made += f"fused.onnx --families nd --emit fused\n{made} faster.onnx --plan-out plan.json"
     made += "\ncp faster.onnx a.onnx\ncp fused.onnx b.onnx"
     page = prepared / "commands.md"
-    page.write_text(f"```sh\n{made}\n```\n{page.read_text(encoding='utf-8')}", encoding="utf-8")
+    # whether a network of four layers can be faster depends on the machine
+    fastest = "netdecouple run model.onnx -o faster.onnx --calib inputs.npy\n"
+    text = page.read_text(encoding="utf-8")
+    assert fastest in text
+    page.write_text(f"```sh\n{made}\n```\n{text.replace(fastest, '')}", encoding="utf-8")
     _run(_document(page, prepared))
 
 
