@@ -303,6 +303,16 @@ def test_run_writes_nothing_that_is_not_within_the_limit(netdecouple, folder: Pa
     assert (folder / "out.onnx").exists()
 
 
+def test_run_trains_for_some_minutes(netdecouple, folder: Path):
+    """However few: nothing is worse than before."""
+    pytest.importorskip("torch")
+    ended = netdecouple(*RUN, "--refine", "0.01", "--report", "r.json")
+    assert ended.code == 0, ended
+    assert "Refined" in ended.out
+    refined = json.loads((folder / "r.json").read_text())["refinement"]
+    assert refined["loss"] <= refined["loss_before"]
+
+
 def test_eval_warns_where_the_network_is_no_better_than_one_answer(netdecouple, folder: Path):
     """Labels of another order, or a wrong preprocessing."""
     images = np.load(folder / "data.npz")["images"]
