@@ -52,9 +52,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Fastest:
-    """The least time with outputs as near to the original's as `Tolerance` says."""
-
-    tolerance: Tolerance | None  # None: `Tolerance.usual`
+    """The least time with outputs as near to the original's as is asked for, or as `Tolerance.usual` says."""
 
 
 Goal = Budgets | LatencyBudget | MaxDrop | Within | Fastest | Rule | Plan
@@ -109,7 +107,7 @@ def parse_goal(
     budget = macs is not None or parameters is not None or latency is not None
     goals = budget + (max_drop is not None) + (rule is not None)
     if not goals:
-        return Fastest(tolerance)
+        return Fastest()
     if goals != 1 or macs == LEAST:
         raise BudgetError(
             "give one goal: a budget (macs=0.5, parameters='2x', latency='60%'), max_drop= with labels=, "

@@ -11,6 +11,7 @@ import pytest
 import netdecouple
 from netdecouple import Settings
 from netdecouple.errors import BudgetError, ModelError, UnavailableError
+from netdecouple.planning.divergence import divergence
 from netdecouple.report.model import Report
 from netdecouple.report.text import summary
 from tests.networks import Builder, classifier, detector, images_for, restorer
@@ -118,6 +119,25 @@ def test_weights_that_are_given_back_stay_as_they_were() -> None:
             parameter.zero_()
     assert given.stages[0].weight.min() == 1
     assert given.bias.min() == 1
+
+
+def test_where_nothing_is_changed_nothing_is_trained() -> None:
+    model = classifier()
+    report = netdecouple.decouple(model, images_for(model, 20), macs=1.0, settings=QUICK, refine=1).report
+    assert report.refinement is None
+    assert report.macs == report.macs_before
+
+
+@pytest.mark.parametrize("are_logits", [True, False])
+def test_the_loss_is_the_divergence_that_is_reported(are_logits: bool) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.standard_normal((6, 10)).astype(np.float32)) for _ in range(2))
+    if not are_logits:
+        a, b = a.softmax(dim=-1), b.softmax(dim=-1)
+    expected = divergence([a.numpy()], [b.numpy()], "kl")
+    assert float(refinement._loss([a], [b.requires_grad_()], "kl").detach()) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

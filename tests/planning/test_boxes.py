@@ -107,7 +107,6 @@ def test_the_error_is_relative(name: str) -> None:
     rng = np.random.default_rng(1)
     changed = [(a + 0.01 * rng.standard_normal(a.shape)).astype(np.float32) for a in outputs]
     error = divergence(outputs, changed, "boxes")
-    assert divergences(outputs, changed, "boxes") == pytest.approx(error, rel=3)
     assert float(np.mean(divergences(outputs, changed, "boxes"))) == pytest.approx(error)  # type: ignore[arg-type]
     twice = [np.concatenate([a, a]) for a in outputs], [np.concatenate([a, a]) for a in changed]
     assert divergence(*twice, "boxes") == pytest.approx(error, rel=1e-4)

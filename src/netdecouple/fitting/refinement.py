@@ -23,7 +23,14 @@ from netdecouple.fitting.apply import Applied, Refinement
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.network import Array, Images, Network, Trainable
 from netdecouple.planning.boxes import layout_of
-from netdecouple.planning.divergence import TINY, Loss, divergence, log_probabilities, rounding
+from netdecouple.planning.divergence import (
+    TINY,
+    Loss,
+    are_probabilities,
+    divergence,
+    log_probabilities,
+    rounding,
+)
 
 BATCH = 64  # inputs per step, or as many as fit in memory
 RATE = 1e-3  # of Adam, relative to the root mean square of every array of weights
@@ -50,6 +57,8 @@ def refine(
     Raises:
         ModelError: PyTorch cannot run the network, or not with gradients.
     """
+    if not applied.factorizations:
+        return applied
     start, limit = monotonic(), 60 * minutes
     trained, teacher = network.trainable(applied.factorizations), network.trainable({})
     original = _outputs(network, teacher, inputs.held_out)
@@ -98,8 +107,9 @@ def check(network: Network, images: Images) -> None:
     Raises:
         ModelError: PyTorch cannot run it, or not with gradients, or computes something else.
     """
-    layer = next(la for la in network.layers if la.geometry and not la.reason)
-    assert layer.geometry is not None
+    layer = next((la for la in network.layers if la.geometry and not la.reason), None)
+    if layer is None or layer.geometry is None:
+        return  # nothing will be changed
     stage = ConvStage(layer.geometry, layer.weight.astype(np.float32))
     exact = Factorization(layer.geometry, (stage,), layer.bias.astype(np.float32))
     trained, few = network.trainable({layer.name: exact}), images[network.batches(len(images))[0]][:2]
@@ -174,9 +184,9 @@ def _loss(original: Sequence[Tensor], outputs: Sequence[Tensor], loss: Loss) -> 
 
 
 def _kl(original: Tensor, outputs: Tensor) -> Tensor:
-    target = torch.from_numpy(log_probabilities(original.numpy(force=True))).to(outputs)
-    is_probability = original.min() >= 0 and torch.allclose(original.sum(-1), torch.ones(()), atol=1e-3)
-    logs = outputs.clamp_min(1e-12).log() if is_probability else outputs.log_softmax(dim=-1)
+    right = original.numpy(force=True)
+    target = torch.from_numpy(log_probabilities(right)).to(outputs)
+    logs = outputs.clamp_min(1e-12).log() if are_probabilities(right) else outputs.log_softmax(dim=-1)
     return (target.exp() * (target - logs)).sum(dim=-1).mean()
 
 

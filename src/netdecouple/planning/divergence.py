@@ -101,11 +101,16 @@ def _kl(original: Array, other: Array) -> Array:
 def log_probabilities(outputs: Array) -> Array:
     """Return the log-softmax of logits (n, classes), or the logarithm of outputs that are probabilities."""
     outputs = np.asarray(outputs, np.float64)
-    if outputs.min(initial=0.0) >= 0 and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3):
+    if are_probabilities(outputs):
         return np.log(np.maximum(outputs, 1e-12))
     shifted = outputs - outputs.max(axis=-1, keepdims=True)
     logs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return logs
+
+
+def are_probabilities(outputs: Array) -> bool:
+    """Whether a classifier's outputs (n, classes) are probabilities, and no logits."""
+    return bool(outputs.min(initial=0.0) >= 0 and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3))
 
 
 def relative_error(original: Array, other: Array) -> float:
