@@ -306,7 +306,7 @@ def test_no_network_within_a_limit_is_an_error() -> None:
 class WeightTimer:
     """Everything takes 1 µs per weight; decoupled networks, or layers, so many times as much."""
 
-    name, batch, networks, layers = "made-up 1, 1 thread", 1, 1.0, 1.0
+    name, batch, lost, networks, layers = "made-up 1, 1 thread", 1, 0.0, 1.0, 1.0
 
     def __init__(self, source: Any, network: Any, runtime: str, threads: int, forms: Any) -> None:
         self.network = network

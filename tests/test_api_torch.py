@@ -434,6 +434,7 @@ class ParameterTimer:
     network: TorchNetwork
     name: str = "made-up 1, 1 thread"
     batch: int = 1
+    lost: float = 0.0
 
     def forms(self, layer: Any) -> tuple[str, ...]:
         return ("parallel",)

@@ -45,9 +45,7 @@ class MaxDrop:
 
 @dataclass(frozen=True)
 class Within:
-    """The fewest MACs with outputs as near to the original's as `Tolerance` says."""
-
-    tolerance: Tolerance
+    """The fewest MACs with outputs as near to the original's as is asked for."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def parse_goal(
         if tolerance is None:
             raise BudgetError("macs='least' is for a limit on what the outputs may change; give within=")
         if parameters is None and latency is None and max_drop is None and rule is None:
-            return Within(tolerance)
+            return Within()
     budget = macs is not None or parameters is not None or latency is not None
     goals = budget + (max_drop is not None) + (rule is not None)
     if not goals:

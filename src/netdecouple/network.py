@@ -117,6 +117,10 @@ class Timer(Protocol):
     name: str  # the runtime, its version and the threads: "onnxruntime 1.22.0, 1 thread"
     batch: int  # inputs per call
 
+    @property
+    def lost(self) -> float:
+        """The share of the time of timing that other work on the machine took."""
+
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """Name the forms that a decoupled layer may be written in."""
 

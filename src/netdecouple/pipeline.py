@@ -40,6 +40,7 @@ from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
 from netdecouple.report.build import (
+    busy_warning,
     chance_warning,
     disagreements_of,
     layer_reports,
@@ -63,7 +64,10 @@ OBJECTIVES = (
 )
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 SEARCH_STEP = 1.03  # the search for the least network ends when two budgets are this close
+LAST_TRIES = 2  # budgets below the one that the search found that are tried with all inputs
 NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster
+MISSED = 0.05  # relative distance from a share of time that is asked for, from which it counts as missed
+BUSY = 0.2  # share of the time of timing that other work took, from which it is said
 CHECKED = 32  # held-out inputs on which a built network is compared with the plan's arithmetic
 
 
@@ -226,6 +230,8 @@ def decouple(
     promise = outcome.report.promise
     if isinstance(goal, Fastest):
         _check_faster(outcome, applied)
+    if isinstance(goal, LatencyBudget) and not request.force:
+        _check_share(outcome, goal.share)
     if promise is None or request.force:
         return outcome
     if isinstance(goal, Within) and not (promise.kept and applied.factorizations):
@@ -247,6 +253,17 @@ def _check_faster(outcome: Outcome, applied: Applied) -> None:
         raise SpeedError(
             f"no network that is faster than the original in {speed.place} was found within {promise.asked}"
             f"{found}; give more inputs, or allow more with within="
+        )
+
+
+def _check_share(outcome: Outcome, share: float) -> None:
+    """Raise SpeedError if a network takes more of the time than was asked for."""
+    speed = outcome.report.speed
+    assert speed is not None
+    if speed.share > share * (1 + MISSED):
+        raise SpeedError(
+            f"the network takes {speed.share:.0%} of the time in {speed.place}, {share:.4g} was asked for; "
+            "times change while other programs run: try again, or force=True returns it all the same"
         )
 
 
@@ -367,7 +384,8 @@ def _least(
     """Bisect the budget, in MACs or in time, for the least network that keeps what is asked for.
 
     The search applies plans with part of the inputs, for the objective that is best in its middle. What it
-    finds is applied with all inputs, and with larger budgets until it keeps what is asked for.
+    finds is applied with all inputs; then larger budgets until one keeps what is asked for, or smaller ones
+    as long as they do.
     """
     network, run, progress = work.network, work.run, work.request.progress
     form = _first_form(work.request.emission) if latency is None else latency.form
@@ -391,15 +409,23 @@ def _least(
         else:
             low = share
     progress("Searching the budget", steps, steps)
-    more = SEARCH_STEP
-    while True:
-        (plan,) = _tried(work, analysis, [plans(high, choice)])
+
+    def fitted(share: float) -> Applied:
+        (plan,) = _tried(work, analysis, [plans(share, choice)])
         plan = plan if latency is None else latency.with_fused_neighbours(plan)
-        applied = apply(network, work.inputs, plan, progress, run=run)
-        if high >= 1.0 or keeps(applied):
-            return applied
+        return apply(network, work.inputs, plan, progress, run=run)
+
+    share, more, found = high, SEARCH_STEP, fitted(high)
+    while share < 1.0 and not keeps(found):
         more **= 2
-        high = min(high * more, 1.0)
+        share = min(share * more, 1.0)
+        found = fitted(share)
+    for _ in range(LAST_TRIES * (share == high)):  # fits to more inputs are better than those of the search
+        share = max(share / SEARCH_STEP, low)
+        if not (share < high and keeps(lower := fitted(share))):
+            break
+        found = lower
+    return found
 
 
 def _keeps_accuracy(work: Work, points: float, applied: Applied) -> bool:
@@ -470,6 +496,9 @@ def finish(
     warnings: tuple[str, ...] = ()
     if both is not None and work.labelled is not None:
         warnings = chance_warning(both[0], majority(work.labelled[1]))
+    speed = None if latency is None else _speed(latency, model, plan)
+    if latency is not None and latency.timer.lost > BUSY:
+        warnings += (busy_warning(latency.timer.lost),)
     measured: dict[str, Any] = {"agreement": None, "warnings": warnings}
     if not work.calibration.is_noise:
         quality = quality_of(plan.loss, plan.predicted_loss, len(held_out), work.outputs, new)
@@ -491,7 +520,7 @@ def finish(
         layers=layer_reports(layers, applied, written, work.energies),
         difference=off,
         accuracy=both,
-        speed=None if latency is None else _speed(latency, model, plan),
+        speed=speed,
         skipped=work.calibration.skipped,
         bytes_before=network.size_of(),
         bytes=network.size_of(model),

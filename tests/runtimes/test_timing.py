@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from netdecouple.runtimes.timing import FEWEST, WARM_UP, Ratio, Timing, measure, rounds
+from netdecouple.runtimes.timing import FEWEST, WARM_UP, Ratio, Stopwatch, Timing, measure, rounds
 
 
 def test_timing_is_quartiles():
@@ -95,3 +96,29 @@ def test_measure_warms_up_and_calls_everyone_as_often():
     assert (times > 0).all()
     assert min(calls) >= WARM_UP + FEWEST
     assert all((n - WARM_UP) % FEWEST == 0 for n in calls)  # the same number in every turn
+
+
+def test_a_stopwatch_stands_still_while_others_have_the_processor():
+    """With one thread. With more, this process's time says nothing about how long a call takes."""
+    calls = [lambda: time.sleep(0.005), lambda: np.linalg.svd(np.ones((60, 60)))]
+    for threads in (1, 2):
+        stopwatch = Stopwatch(threads)
+        assert stopwatch.lost == 0
+        waiting, computing = stopwatch.times(calls, 0.1)
+        assert computing > 0
+        assert (waiting < 2.5) == (threads == 1)
+        assert (stopwatch.lost > 0.1) or threads > 1
+
+
+def test_a_stopwatch_passes_over_calls_that_were_interrupted(monkeypatch: pytest.MonkeyPatch):
+    """A clock on which every other call takes ten times as long, the rest 1 ms."""
+    now, calls = [0.0], [0]
+
+    def call() -> None:
+        calls[0] += 1
+        now[0] += 0.01 if calls[0] % 2 else 0.001
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    stopwatch = Stopwatch(2)
+    assert stopwatch.times([call], 0.5) == pytest.approx([1.0])
+    assert stopwatch.lost == pytest.approx(1 - 2 / 11, abs=0.05)

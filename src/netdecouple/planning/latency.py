@@ -37,10 +37,14 @@ CLOSE = 0.02  # relative distance from the budget at which the search ends
 
 
 class Cache(dict[str, float]):
-    """Times of layers on disk, by machine, runtime and version; an unreadable file is replaced."""
+    """Times of candidates on disk, by machine, runtime and version; an unreadable file is replaced.
+
+    They are relative to that of the layer as it is, measured in turn with them: what else the machine did,
+    and how fast it was just then, drops out.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or _cache_folder() / "netdecouple" / "latency.json"
+        self.path = path or _cache_folder() / "netdecouple" / "layers.json"
         with suppress(OSError, ValueError, AttributeError, TypeError):
             times = json.loads(self.path.read_text(encoding="utf-8"))
             super().__init__({key: float(value) for key, value in times.items()})
@@ -82,15 +86,19 @@ class Latency:
         self.analysis = analysis
         self._layers = {layer.name: layer for layer in analysis.network.layers}
         self._cache = Cache() if cache is None else cache
-        self._dense: dict[str, float] = {}
-        self._times: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}  # MACs, milliseconds
+        self._dense: dict[str, float] = {}  # milliseconds
+        # by layer, method and form: MACs, and times relative to the layer as it is
+        self._shares: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}
+        alone: dict[str, float] = {}  # milliseconds of layers as they are, by what was measured
         layers = [layer for layer in analysis.network.layers if analysis.candidates_of(layer)]
         for index, layer in enumerate(layers):
-            self._time_layer(layer, analysis.candidates_of(layer))
+            self._time_layer(layer, analysis.candidates_of(layer), alone)
             progress("Timing layers", index + 1, len(layers))
         self.total = float(timer.network_times([])[0])
-        # layers timed alone may take longer than within the network, and than all of it on a busy machine
-        self.fixed = max(self.total - sum(self._dense.values()), 0.0)
+        # layers timed alone may take longer than within the network
+        within = min(self.total / max(sum(self._dense.values()), 1e-9), 1.0)
+        self._dense = {name: milliseconds * within for name, milliseconds in self._dense.items()}
+        self.fixed = self.total - sum(self._dense.values())
 
     def dense(self, layer: Layer) -> float:
         """Milliseconds of the layer as it is; layers that cannot be changed are part of ``fixed``."""
@@ -106,31 +114,33 @@ class Latency:
         return min(times, key=lambda form: times[form])
 
     def _by_form(self, layer: Layer, candidate: Replacement) -> dict[str, float]:
-        macs = candidate.structure.macs(*layer.size)
+        macs, dense = candidate.structure.macs(*layer.size), self._dense[layer.name]
         return {
-            form: float(np.interp(macs, *self._times[layer.name, candidate.method, form]))
+            form: dense * float(np.interp(macs, *self._shares[layer.name, candidate.method, form]))
             for form in self.timer.forms(layer)
         }
 
-    def _time_layer(self, layer: Layer, candidates: Sequence[Candidate]) -> None:
-        """Time the layer as it is, and a few candidates of every method in every form."""
+    def _time_layer(self, layer: Layer, candidates: Sequence[Candidate], alone: dict[str, float]) -> None:
+        """Time the layer as it is, and a few candidates of every method in every form that are not known."""
         assert layer.geometry is not None
         forms = self.timer.forms(layer)
         dense = Structure.of(layer.geometry, layer.geometry)
         dense_key = self._key(layer, "dense", dense)
-        kinds: dict[str, tuple[Structure, str]] = {dense_key: (dense, "gather")}
+        kinds: dict[str, tuple[Structure, str]] = {}
         anchors = {name: _anchors(candidates, name) for name in sorted({c.method for c in candidates})}
         for structures in anchors.values():
             kinds |= {self._key(layer, form, s): (s, form) for form, s in product(forms, structures)}
-        if missing := {key: kind for key, kind in kinds.items() if key not in self._cache}:
-            times = self.timer.layer_times(layer, list(missing.values()))
-            self._cache.save(dict(zip(missing, times, strict=True)))
-        self._dense[layer.name] = self._cache[dense_key]
+        missing = {key: kind for key, kind in kinds.items() if key not in self._cache}
+        if missing or dense_key not in alone:
+            first, *others = self.timer.layer_times(layer, [(dense, "gather"), *missing.values()])
+            alone[dense_key] = first
+            self._cache.save({key: other / first for key, other in zip(missing, others, strict=True)})
+        self._dense[layer.name] = alone[dense_key]
         for name, form in product(anchors, forms):
             keys = [(s.macs(*layer.size), self._key(layer, form, s)) for s in anchors[name]]
             points = sorted((macs, self._cache[key]) for macs, key in keys)
-            macs, times = (list(column) for column in zip(*points, strict=True))
-            self._times[layer.name, name, form] = (macs, times)
+            macs, shares = (list(column) for column in zip(*points, strict=True))
+            self._shares[layer.name, name, form] = (macs, shares)
 
     def _key(self, layer: Layer, form: str, structure: Structure) -> str:
         """Describe what was measured: which channels a stage selects does not matter, only their number."""

@@ -15,10 +15,10 @@ from netdecouple.network import Array
 from netdecouple.planning.divergence import WORST, Loss, divergences, log_probabilities, loss_kind
 
 Kind = Literal["class", "psnr", "kl", "error"]
-MARGIN = 1.28  # standard errors: nine of ten estimates are then on the safe side
-NARROW = (
-    3  # one input in so many, those with the narrowest margins, shows how margins change where it matters
-)
+SAFE = 0.9  # share of the estimates that are on the safe side
+MARGIN = 1.28  # the same in standard errors
+DRAWS = 200
+NARROW = 3  # of so many inputs the one with the narrowest margin shows how margins change where it matters
 UNITS: dict[Kind, str] = {
     "class": "the same class on {:.2%} of the inputs",
     "psnr": "a PSNR of {:.2f} dB",
@@ -191,9 +191,10 @@ def changed_classes(original: Array, new: Array, known: Array) -> tuple[float, f
 
     Few held-out inputs change their class, so that counting them says little. But all margins (the score of
     the original's class less the best other one) change; those of the inputs with narrow margins change as
-    margins do that are near zero. So this change is combined with the margin of every known input. The
-    expected share is the larger one of this and the counted share, plus `MARGIN` standard errors, and at
-    least one of n + 1: that nothing changed for n inputs says no more.
+    margins do that are near zero. So this change is combined with the margin of every known input. Inputs
+    are drawn again and again from these (bootstrap); the share that nine of ten draws stay below is
+    expected, but no less than was counted, and at least one of n + 1: that nothing changed for n inputs says
+    no more.
 
     Args:
         original: the original's scores on held-out inputs (n, classes).
@@ -205,12 +206,19 @@ def changed_classes(original: Array, new: Array, known: Array) -> tuple[float, f
     chosen = original.argmax(axis=1)
     counted = float(np.mean(new.argmax(axis=1) != chosen))
     before, after = (_margins(scores, chosen) for scores in (original, new))
-    narrow = np.argsort(before, kind="stable")[: -(-len(before) // NARROW)]
-    changes = np.sort((after - before)[narrow])
     margins = _margins(known, known.argmax(axis=1))
-    smoothed = float(np.mean(np.searchsorted(changes, -margins) / len(changes)))
-    share, n = max(counted, smoothed), len(original)
-    return counted, max(share + MARGIN * float(np.sqrt(share * (1 - share) / n)), 1 / (n + 1))
+    rng, n = np.random.default_rng(0), len(original)
+    draws = [
+        _crossing(before[rows], (after - before)[rows], rng.choice(margins, len(margins)))
+        for rows in rng.integers(n, size=(DRAWS, n))
+    ]
+    return counted, max(counted, float(np.quantile(draws, SAFE)), 1 / (n + 1))
+
+
+def _crossing(margins: Array, changes: Array, known: Array) -> float:
+    """Return the share of known margins that end below zero if they change as narrow ones do."""
+    narrow = np.argsort(margins, kind="stable")[: -(-len(margins) // NARROW)]
+    return float(np.searchsorted(np.sort(changes[narrow]), -known).mean() / len(narrow))
 
 
 def _margins(scores: Array, chosen: Array) -> Array:

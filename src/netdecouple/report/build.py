@@ -70,6 +70,14 @@ def chance_warning(accuracy: float, majority: float) -> tuple[str, ...]:
     )
 
 
+def busy_warning(lost: float) -> str:
+    """Warn that times were measured beside other work, which took a share of the time."""
+    return (
+        f"other work took {lost:.0%} of the processor while times were measured; they were corrected for it, "
+        "and are more exact without it"
+    )
+
+
 def warnings_of(a: Agreement) -> tuple[str, ...]:
     """Warn of outputs that changed a lot, or far more than predicted."""
     changes = []

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 WARM_UP = 3  # calls before the first round
 FEWEST = 5  # rounds, however short the time
+FINE = 1e-6  # seconds that a clock can tell apart, if it is to measure single calls
 TURN = 5.0  # ms that a turn lasts at least: long enough for the caches to hold the network's data
 
 
@@ -34,14 +35,6 @@ class Timing:
         """Summarise milliseconds per call (rounds,)."""
         lower, median, upper = np.percentile(times, (25, 50, 75))
         return cls(float(lower), float(median), float(upper))
-
-
-def undisturbed(times: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return milliseconds per call (calls,) as they are when nothing else runs, from those of all rounds.
-
-    Other processes only add to times, so the lowest decile counts, and not the median.
-    """
-    return np.quantile(times, 0.1, axis=0)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,40 @@ def measure(calls: Sequence[Callable[[], Any]], seconds: float, *, seed: int = 0
             row[index] = _turn(calls[index], repeats[index])
         rows.append(row)
     return np.array(rows)
+
+
+class Stopwatch:
+    """Measures calls in turn, as they are when nothing else runs; for plans, which are to be the same then.
+
+    Other processes only add to times, so each call's lowest decile counts. Calls that run in one thread are
+    measured in this process's own time, which stands still while another one has the core.
+    """
+
+    def __init__(self, threads: int) -> None:
+        is_fine = time.get_clock_info("process_time").resolution <= FINE
+        self._clock = time.process_time if threads == 1 and is_fine else time.perf_counter
+        self._needed = self._spent = 0.0
+
+    @property
+    def lost(self) -> float:
+        """The share of the time of all calls so far that other work took."""
+        return max(1 - self._needed / self._spent, 0.0) if self._spent else 0.0
+
+    def times(self, calls: Sequence[Callable[[], Any]], seconds: float) -> NDArray[np.float64]:
+        """Return milliseconds per call (calls,), measured for ``seconds``."""
+        repeats = [_repeats(call) for call in calls]
+        times: list[list[float]] = [[] for _ in calls]
+        for order in rounds(len(calls), seconds):
+            for index in order:
+                begin = time.perf_counter()
+                for _ in range(repeats[index]):
+                    start = self._clock()
+                    calls[index]()
+                    times[index].append(self._clock() - start)
+                self._spent += time.perf_counter() - begin
+        lowest = np.array([np.quantile(of_call, 0.1) for of_call in times])
+        self._needed += float(lowest @ [len(of_call) for of_call in times])
+        return 1e3 * lowest
 
 
 def _repeats(call: Callable[[], Any]) -> int:

@@ -18,7 +18,7 @@ from netdecouple.frontends.onnx.emission import PRODUCTS, Form, emit
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds, Runtime
-from netdecouple.runtimes.timing import measure, undisturbed
+from netdecouple.runtimes.timing import Stopwatch
 
 COLD = 4 << 20  # bytes of weights in a model of copies, so that they come from beyond the second cache
 
@@ -40,7 +40,13 @@ class OnnxTimer:
         self._network, self._runtime, self._threads, self._forms = network, runtime, threads, forms
         self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(network.example)}
         self.batch = len(network.example)
+        self._stopwatch = Stopwatch(threads)
         self.name = f"{runtime.name} {runtime.version}, {threads} thread{'s' * (threads > 1)}"
+
+    @property
+    def lost(self) -> float:
+        """The share of the time of timing that other work took."""
+        return self._stopwatch.lost
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """Name the forms that a layer may be written in; for matrix products all forms are one."""
@@ -57,12 +63,13 @@ class OnnxTimer:
             for structure, form in kinds
         ]
         runs = [partial(session.run, {"x": image}) for session in sessions]
-        return [float(time) / copies for time in undisturbed(measure(runs, 0.2))]
+        return [float(time) / copies for time in self._stopwatch.times(runs, 0.2)]
 
     def network_times(self, models: Sequence[Any]) -> NDArray[np.float64]:
         """Measure whole networks: milliseconds (1 + models,), the original first."""
         sessions = [self._original, *(self._runtime.open(model, self._threads) for model in models)]
-        return undisturbed(measure([partial(session.run, self._feeds) for session in sessions], 1.0))
+        runs = [partial(session.run, self._feeds) for session in sessions]
+        return self._stopwatch.times(runs, 1.0)
 
     @cached_property
     def _original(self) -> Any:

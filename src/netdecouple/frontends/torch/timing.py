@@ -24,7 +24,7 @@ from netdecouple.frontends.torch.replacement import duplicate
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.network import Layer
 from netdecouple.runtimes import Feeds
-from netdecouple.runtimes.timing import measure, undisturbed
+from netdecouple.runtimes.timing import Stopwatch
 
 COLD = 4 << 20  # bytes of weights next to a layer's own, so that they come from beyond the second-level cache
 SECONDS = 0.2  # to time one layer in all its structures
@@ -49,13 +49,18 @@ class TorchTimer:
         self._runtime = runtimes.runtime(runtime)
         self.name = f"{runtime} {self._runtime.version}, {threads} thread{'s' * (threads > 1)}"
         self._network = network
-        self._threads = threads
+        self._threads, self._stopwatch = threads, Stopwatch(threads)
         self._exports = not runtime.startswith("torch")
         self._forms, self._fused = tuple(forms), "fused" in forms and self._exports
         self._compiles = runtime == "torch.compile"
         self._images = image_tensor(network.example) if self._exports else None
         example = network.example if self._exports else Samples([network.placed(network.example[:1])])
         self._feeds = first_feeds(example)
+
+    @property
+    def lost(self) -> float:
+        """The share of the time of timing that other work took."""
+        return self._stopwatch.lost
 
     def forms(self, layer: Layer) -> tuple[str, ...]:
         """The ways to write a factorization of ``layer``; there is one in PyTorch."""
@@ -80,11 +85,11 @@ class TorchTimer:
         calls = [self._call(module, few, feeds) for module in modules]
         maps = math.prod(found.input_shape[: -1 - len(found.convolution.kernel)])
         share = layer.maps / maps / copies  # of the time: of one copy, for all calls of the layer
-        return [float(time) * share for time in undisturbed(measure(calls, SECONDS))]
+        return [float(time) * share for time in self._stopwatch.times(calls, SECONDS)]
 
     def network_times(self, models: Sequence[nn.Module]) -> NDArray[np.float64]:
         """Measure whole modules: milliseconds (1 + models,), the original first."""
-        return undisturbed(measure([self._original, *self.runs(models)], 1.0))
+        return self._stopwatch.times([self._original, *self.runs(models)], 1.0)
 
     @cached_property
     def _original(self) -> Callable[[], object]:
