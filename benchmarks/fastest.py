@@ -245,9 +245,7 @@ def row(name: str, case: Case, threads: int) -> Row:
 
 def table(known: Sequence[Row]) -> Table:
     """A line for every network."""
-    out = Table(
-        title="The fastest networks that `run` finds by itself, ONNX Runtime, one thread"
-    )
+    out = Table(title="The fastest networks that `run` finds by itself, ONNX Runtime, one thread")
     for column in ("network", "processor", "ms", "faster", "MACs", "promise", "on other inputs", "s"):
         out.add_column(column)
     for row in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -306,7 +307,7 @@ def test_no_network_within_a_limit_is_an_error() -> None:
 class WeightTimer:
     """Everything takes 1 µs per weight; decoupled networks, or layers, so many times as much."""
 
-    name, batch, lost, networks, layers = "made-up 1, 1 thread", 1, 0.0, 1.0, 1.0
+    name, batch, lost, networks, layers, written = "made-up 1, 1 thread", 1, 0.0, 1.0, 1.0, 1.0
 
     def __init__(self, source: Any, network: Any, runtime: str, threads: int, forms: Any) -> None:
         self.network = network
@@ -324,7 +325,9 @@ class WeightTimer:
 
     def network_times(self, models: Any) -> np.ndarray:
         sizes = [
-            sum(int(np.prod(t.dims)) for t in model.graph.initializer) / 1000
+            sum(int(np.prod(t.dims)) for t in model.graph.initializer)
+            / 1000
+            * (self.written if "netdecouple.plan" in str(model.metadata_props) else 1)
             for model in (self.network.build({}), *models)
         ]
         return np.array([sizes[0], *(self.networks * size for size in sizes[1:])])
@@ -367,8 +370,26 @@ def test_what_is_not_faster_is_not_returned(made_up: type[WeightTimer]) -> None:
             netdecouple.decouple(classifier(), images, within="kl=0.05", settings=QUICK, force=force)
 
 
+def test_the_last_measurement_decides_on_a_share_of_time(made_up: type[WeightTimer]) -> None:
+    """A network that is slower than its plan was is not returned, unless it is forced."""
+    images = images_for(classifier(), 60)
+    made_up.lost = 0.4
+    report = netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK).report
+    assert report.speed.share <= 0.7 * 1.02
+    assert "other work took 40% of the processor" in report.warnings[0]
+    made_up.written, made_up.lost = 1.5, 0.0
+    with pytest.raises(SpeedError, match=r"\d+% of the time in made-up .*, where 70% was asked for"):
+        netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK)
+    report = netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK, force=True).report
+    assert report.speed.share > 0.75
+    made_up.written = 0.5
+    report = netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK).report
+    assert re.match(r"3\d% of the time in made-up .*, where 70% was asked for", report.warnings[0])
+
+
 def test_the_usual_limit_depends_on_the_outputs() -> None:
-    assert str(Tolerance.usual([np.zeros((4, 10), np.float32)], 4)) == "99%"
+    assert str(Tolerance.usual([np.zeros((99, 10), np.float32)], 99)) == "99%"
+    assert str(Tolerance.usual([np.zeros((98, 10), np.float32)], 98)) == "kl=0.005"
     assert str(Tolerance.usual([np.zeros((4, 1, 8, 8), np.float32)], 4)) == "42dB"
     assert str(Tolerance.usual(rows(), 6)) == "error=0.01"
 

@@ -334,7 +334,8 @@ def decouple(
     Raises:
         BudgetError: several goals, or one out of reach.
         QualityError: the network is not ``within`` the limit.
-        SpeedError: without a goal: no network within the limit is faster than the original.
+        SpeedError: without a goal: no network within the limit is faster than the original; with
+            ``latency``: the network takes longer.
         CalibrationError: the inputs cannot be read or do not fit.
         ModelError: the network cannot be read, run or decoupled.
         UnavailableError: a runtime, or the fused operator, is not installed.

@@ -24,7 +24,6 @@ from netdecouple.cli.terminal import PLAIN, Json, Output, Terminal
 from netdecouple.errors import OutputError
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.settings import Settings
 from netdecouple.report import text
 from netdecouple.report.build import chance_warning
 from netdecouple.report.files import rendered, write_text
@@ -41,7 +40,8 @@ Exit codes:
   2    the input or an option is wrong, or there is no room; one line says what to do, and nothing but
        whole results has been written
   3    the outputs would change by more than --within allows; nothing has been written
-  4    no network is faster than the original within what the outputs may change; nothing has been written
+  4    no network is faster than the original within what the outputs may change, or it takes more time
+       than --latency allows; nothing has been written
   130  interrupted by Ctrl-C; one line says what had been written by then
   141  what reads the output has stopped, and so has the command
 """
@@ -102,7 +102,10 @@ def run(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write a network that is not --within the limit, too.")
+        bool,
+        typer.Option(
+            "--force", help="Write a network that is not --within the limit, or misses its --latency, too."
+        ),
     ] = False,
     refine: Annotated[
         float | None,
@@ -426,9 +429,11 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path(
         "netdecouple-demo"
     ),
-    macs: Annotated[str, typer.Option(help="MACs that may stay.")] = "2x",
+    macs: Annotated[
+        str | None, typer.Option(help="MACs that may stay; without: the fastest network.")
+    ] = None,
 ) -> None:
-    """Decouple a small digit classifier and show MACs, accuracy and time before and after."""
+    """Make a small digit classifier faster, and show time, MACs and accuracy before and after."""
     terminal = Terminal(Output())
     console = terminal.console
     try:
@@ -444,9 +449,6 @@ def demo(
             model,
             f"{data}:calib",
             macs=macs,
-            # the fused operator computes depthwise separable layers, and these are what it makes faster
-            settings=Settings(families=("nd",)) if kernels.available() else Settings(),
-            emit="fused" if kernels.available() else "standard",
             progress=bars,
             show_budgets=lambda rows, loss: console.print(text.budget_table(rows, loss)),
         )
