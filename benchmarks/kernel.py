@@ -3,13 +3,17 @@
 python benchmarks/kernel.py               # one thread and two
 python benchmarks/kernel.py --threads 1 --chain 4
 python benchmarks/kernel.py --store docs/kernel.jsonl    # the documentation's table is made from it
+python benchmarks/kernel.py --peak        # every instruction set of this processor, against its own limit
 
 Layers are 3×3, stride 1, n → n channels, batch 1, in ONNX Runtime; `--chain 4` puts four in a row, each with
-weights of its own. Efficiency is the speedup over the ratio of MACs.
+weights of its own. Efficiency is the speedup over the ratio of MACs. `--peak` compares the multiply-adds that
+a layer computes in a second with those that the same instructions do on numbers in registers.
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +35,7 @@ from netdecouple.families.nd import DepthwisePointwise
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
 from netdecouple.planning.latency import placeholder
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
-from netdecouple.runtimes.timing import measure
+from netdecouple.runtimes.timing import Stopwatch, measure
 
 SHAPES = (  # channels, height and width, terms per channel
     (64, 112, 4),
@@ -46,6 +50,8 @@ SHAPES = (  # channels, height and width, terms per channel
     (32, 32, 2),
     (16, 32, 3),
 )
+SMALL = ((64, 8, 4), (128, 4, 3), (512, 7, 4))  # maps
+LEVELS = ("avx512", "avx2", "baseline")
 
 
 def chain(factorizations: Sequence[Factorization], size: int, form: Form) -> onnx.ModelProto:
@@ -137,6 +143,45 @@ def timed(shape: tuple[int, int, int], layers: int, threads: int, seconds: float
     )
 
 
+def peak(library: ctypes.CDLL) -> float:
+    """Multiply-adds in a nanosecond, of numbers in registers, with the level in use."""
+    count = 1 << 18
+    fastest = 1e9
+    for _ in range(20):
+        start = time.process_time()
+        done = library.netdecouple_multiply(count)
+        fastest = min(fastest, time.process_time() - start)
+    return 1e-9 * done / fastest
+
+
+def peak_table(shapes: Sequence[tuple[int, int, int]], layers: int, seconds: float) -> Table:
+    """The share of its peak that every level reaches on every layer, and the peak."""
+    library = ctypes.CDLL(str(kernels.library_path()))
+    library.netdecouple_multiply.argtypes = [ctypes.c_int64]
+    library.netdecouple_multiply.restype = ctypes.c_int64
+    best = kernels.level()
+    levels = [level for level in LEVELS if library.netdecouple_use_level(level.encode())]
+    peaks, sessions = [], []
+    for level in levels:
+        library.netdecouple_use_level(level.encode())
+        peaks.append(peak(library))
+        low = [
+            placeholder(with_terms(ConvGeometry(n, n, 3, 3, pads=(1, 1, 1, 1)), t), 0) for n, _, t in shapes
+        ]
+        pairs = zip(low, shapes, strict=True)
+        models = [chain([factorization] * layers, size, "fused") for factorization, (_, size, _) in pairs]
+        sessions.append([OnnxRuntime().open(model, 1) for model in models])
+    library.netdecouple_use_level(best.encode())
+    heads = (f"{level}, {2 * rate:.0f} GFLOP/s" for level, rate in zip(levels, peaks, strict=True))
+    out = Table("n @ size", "T", *heads, title=f"Share of the multiply-adds that are possible, {machine()}")
+    for (n, size, terms), factorization, *own in zip(shapes, low, *sessions, strict=True):
+        x = np.random.default_rng(0).standard_normal((1, n, size, size)).astype(np.float32)
+        times = Stopwatch(1).times([partial(session.run, {"x": x}) for session in own], seconds)
+        shares = layers * factorization.macs(size, size) / (1e6 * times) / peaks
+        out.add_row(f"{n} @ {size}", str(terms), *(f"{share:.0%}" for share in shares))
+    return out
+
+
 def tables(found: Iterable[Row]) -> Iterator[Table]:
     """A table for every machine, number of threads and length of chains; a line for every layer."""
     last = {(r.where, r.threads, r.chain, r.channels, r.size, r.terms): r for r in found}  # if run again
@@ -174,10 +219,14 @@ def main(
     threads: Annotated[list[int] | None, typer.Option()] = None,
     layers: Annotated[int, typer.Option("--chain", help="Layers in a row.")] = 1,
     seconds: Annotated[float, typer.Option(help="For each line.")] = 4.0,
+    is_peak: Annotated[bool, typer.Option("--peak", help="Print the shares of the peak only.")] = False,
     store: Annotated[Path | None, typer.Option(help="Keep rows here: docs/kernel.jsonl.")] = None,
 ) -> None:
     """Print the tables."""
     console = Console(width=150)
+    if is_peak:
+        console.print(peak_table(SHAPES + SMALL, layers, seconds))
+        return
     found = []
     for count in threads or [1, 2]:
         for shape in SHAPES:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,3 +89,18 @@ def test_memory_is_read_and_written_only_where_it_may_be(
         pytest.skip(f"this processor has no {level}")
     found, cases, _ = done.stdout.split()
     assert (found, int(cases)) == (level, SANITIZED_CASES)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
+def test_the_peak_counts_what_it_does(level: str) -> None:
+    """Twice the rounds are twice the multiply-adds, and take longer than none."""
+    library = ctypes.CDLL(str(kernels.library_path()))
+    library.netdecouple_multiply.argtypes = [ctypes.c_int64]
+    library.netdecouple_multiply.restype = ctypes.c_int64
+    with at_level(level):
+        one, two = (library.netdecouple_multiply(count) for count in (1000, 2000))
+        assert 0 < 2 * one == two
+        start = time.process_time()
+        library.netdecouple_multiply(10_000_000)
+        assert time.process_time() > start

@@ -11,6 +11,10 @@
 #include <string>
 #include <thread>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include "layer.h"
 
 namespace netdecouple {
@@ -52,8 +56,24 @@ std::atomic<const Level*>& level() {
     return chosen;
 }
 
+// Cores that this process may use: of the machine's, those that its affinity and its container's quota leave it.
+int64_t count_cores() {
+    int64_t count = std::thread::hardware_concurrency();  // 0 if that is not known
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) count = CPU_COUNT(&allowed);
+    if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        long long quota, period;  // without a limit the first is the word "max"
+        if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && period > 0)
+            count = std::clamp<int64_t>((quota + period - 1) / period, 1, count);
+        std::fclose(file);
+    }
+#endif
+    return count;
+}
+
 int64_t cores() {
-    static const int64_t found = std::thread::hardware_concurrency();  // 0 if that is not known
+    static const int64_t found = count_cores();
     return found;
 }
 
@@ -274,3 +294,5 @@ int netdecouple_use_level(const char* name) {
     if (wanted) level() = wanted;
     return wanted != nullptr;
 }
+
+int64_t netdecouple_multiply(int64_t count) { return level().load()->multiply(count); }

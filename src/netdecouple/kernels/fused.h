@@ -67,4 +67,7 @@ NETDECOUPLE_EXPORT const char* netdecouple_level(void);
 // processor does not have it.
 NETDECOUPLE_EXPORT int netdecouple_use_level(const char* name);
 
+// For benchmarks: do `count` rounds of multiply-adds on registers alone; returns how many these were.
+NETDECOUPLE_EXPORT int64_t netdecouple_multiply(int64_t count);
+
 }  // extern "C"

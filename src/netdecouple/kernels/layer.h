@@ -54,6 +54,7 @@ struct Level {
     int lanes;       // floats in a vector
     int block_rows;  // output channels computed together
     void (*work)(void* run, size_t job);
+    int64_t (*multiply)(int64_t count);
 };
 
 struct Layer {

@@ -87,14 +87,22 @@ void filter(const float* const* taps, const Filters& filters, float* const* to, 
 
 using FilterFunction = void (*)(const float* const*, const Filters&, float* const*, int64_t, int64_t);
 
+// The most vectors whose sums fit into the registers, beside the weights and an input.
 constexpr int widest(int terms) {
     const int fits = (REGISTERS - terms - 1) / terms;
     return fits < 1 ? 1 : fits > WIDEST ? WIDEST : fits;
 }
 
-#define WIDTHS(T)                                                                                         \
-    {filter<T, 1>, filter<T, 2>, filter<T, 3>,  filter<T, 4>,  filter<T, 5>,  filter<T, 6>,  filter<T, 7>, \
-     filter<T, 8>, filter<T, 9>, filter<T, 10>, filter<T, 11>, filter<T, 12>, filter<T, 13>, filter<T, 14>}
+template <int T, int W>
+constexpr FilterFunction filter_of() {
+    if constexpr (W <= widest(T)) return filter<T, W>;
+    return nullptr;  // never called
+}
+
+#define WIDTHS(T)                                                                             \
+    {filter_of<T, 1>(),  filter_of<T, 2>(),  filter_of<T, 3>(),  filter_of<T, 4>(),  filter_of<T, 5>(),  \
+     filter_of<T, 6>(),  filter_of<T, 7>(),  filter_of<T, 8>(),  filter_of<T, 9>(),  filter_of<T, 10>(), \
+     filter_of<T, 11>(), filter_of<T, 12>(), filter_of<T, 13>(), filter_of<T, 14>()}
 constexpr FilterFunction FILTER[MOST_TERMS][WIDEST] = {WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 constexpr int WIDEST_FOR[MOST_TERMS] = {widest(1), widest(2), widest(3), widest(4)};
 
@@ -387,6 +395,22 @@ void work(void* run, size_t job) {
     }
 }
 
+// Multiply-adds of numbers that stay in registers: no layer can be computed faster.
+int64_t multiply(int64_t count) {
+    constexpr int W = PANEL;
+    Vector sum[BLOCK_ROWS][W] = {}, factor = splat(0.5f), summand = splat(1);
+    KEEP(factor);
+    KEEP(summand);
+    for (int64_t n = 0; n < count; ++n) {
+        EACH_SUM sum[i][j] = sum[i][j] * factor + summand;
+        EACH_SUM KEEP(sum[i][j]);
+    }
+    EACH_SUM factor += sum[i][j];
+    volatile float used = factor[0];  // else nothing need be computed
+    (void)used;
+    return count * BLOCK_ROWS * W * LANES;
+}
+
 }  // namespace
 
 #define JOIN(a, b) a##b
@@ -394,7 +418,7 @@ void work(void* run, size_t job) {
 #define QUOTE(a) #a
 #define QUOTED(a) QUOTE(a)
 const Level* NAMED(LEVEL)() {
-    static const Level level{QUOTED(LEVEL), LANES, BLOCK_ROWS, work};
+    static const Level level{QUOTED(LEVEL), LANES, BLOCK_ROWS, work, multiply};
     return &level;
 }
 
