@@ -75,18 +75,18 @@ class Row:
 
 
 def same_class(before: Sequence[Array], after: Sequence[Array]) -> str:
-    return f"{np.mean(before[-1].argmax(axis=1) == after[-1].argmax(axis=1)):.1%} same class"
+    return f"class for {np.mean(before[-1].argmax(axis=1) == after[-1].argmax(axis=1)):.1%}"
 
 
 def same_boxes(before: Sequence[Array], after: Sequence[Array]) -> str:
     layout = layout_of(before, len(before[0]))
     assert layout is not None
     hits, wanted, _ = found_again(layout.detections(before), layout.detections(after))
-    return f"{hits / wanted:.1%} of its boxes found again"
+    return f"{hits / wanted:.1%} of the boxes"
 
 
 def same_pixels(before: Sequence[Array], after: Sequence[Array]) -> str:
-    return f"{mean_psnr(before[0], after[0], float(np.ptp(before[0]))):.1f} dB to its outputs"
+    return f"pixels to {mean_psnr(before[0], after[0], float(np.ptp(before[0]))):.1f} dB"
 
 
 def top1(labels: NDArray[np.int64]) -> Quality:
@@ -183,6 +183,15 @@ def onet() -> Case:
     )
 
 
+TITLES = {
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
+    "vgg16_cifar10": "VGG16/CIFAR-10",
+    "vgg16_mri240": "VGG16 at 240 × 240",
+    "dncnn25": "DnCNN",
+    "shapes": "YOLO-like detector",
+    "onet": "MTCNN's ONet",
+}
 CASES: dict[str, Callable[[], Case]] = {
     "resnet20": lambda: cifar10("resnet20"),
     "resnet56": lambda: cifar10("resnet56"),
@@ -244,23 +253,34 @@ def row(name: str, case: Case, threads: int) -> Row:
 
 
 def table(known: Sequence[Row]) -> Table:
-    """A line for every network."""
-    out = Table(title="The fastest networks that `run` finds by itself, ONNX Runtime, one thread")
-    for column in ("network", "processor", "ms", "faster", "MACs", "promise", "on other inputs", "s"):
+    """A line for every network and processor, of its last row."""
+    last = {(row.network, row.instructions): row for row in known}
+    where = ", ".join(sorted({f"{row.instructions} ({row.machine})" for row in last.values()}))
+    out = Table(title=f"As fast as possible, ONNX Runtime, one thread, {where}")
+    for column in (
+        "network",
+        "time",
+        "faster",
+        "MACs",
+        "limit",
+        "other inputs: the same",
+        "before → after",
+        "took",
+    ):
         out.add_column(column)
-    for row in known:
+    for row in last.values():
         lower, median, upper = row.faster
         digits = 1 if row.quality[0] >= 1 else 3
         quality = " → ".join(f"{value:.{digits}f}" for value in row.quality)
         out.add_row(
-            row.network,
-            row.instructions,
-            " → ".join(f"{value:.2f}" for value in row.milliseconds),
+            f"{TITLES[row.network]}, {row.inputs} inputs",
+            " → ".join(f"{value:.3g}" for value in row.milliseconds) + " ms",
             row.note or f"{median:.2f}× ({lower:.2f}–{upper:.2f})",
             f"{row.macs:.2f}× fewer",
             row.promise.partition(":")[0],
-            f"{row.same}; {quality} {row.unit}",
-            f"{row.seconds:.0f}",
+            row.same,
+            f"{quality} {row.unit}",
+            f"{row.seconds / 60:.1f} min",
         )
     return out
 
@@ -278,7 +298,7 @@ def main(
         known.append(row(name, CASES[name](), threads))
         console.log(known[-1])  # long runs are watched
         keep(keep_in, known[-1])
-    console.print(table(known))
+    Console(width=150).print(table(known))
 
 
 if __name__ == "__main__":

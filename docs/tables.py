@@ -30,6 +30,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
 
 import accuracy  # noqa: E402
+import fastest  # noqa: E402
 import gpu  # noqa: E402
 import kernel  # noqa: E402
 import latency  # noqa: E402
@@ -152,11 +153,13 @@ def main() -> None:
     networks = dict.fromkeys(network for network, _, _ in cells)
     tried = rows.read(DOCS / "planning.jsonl", planning.Row)
     promised = rows.read(DOCS / "promise.jsonl", promise.Row)
+    found = rows.read(DOCS / "fastest.jsonl", fastest.Row)
     pages = {
         "commands": commands(),
         "families": families(),
         "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
         "licences": licences(),
+        "fastest": _all([fastest.table(found)] if found else []),
         "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),
         "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
         "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),

@@ -591,3 +591,16 @@ def test_families_that_make_no_sense_are_refused(families: tuple[str, ...]) -> N
 def test_a_loss_that_is_none_is_refused() -> None:
     with pytest.raises(BudgetError, match="loss='l2': give kl or relative"):
         Settings(loss="l2")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("short_timing")
+def test_networks_of_open_sizes_are_timed_with_inputs_as_they_were_decoupled_with(tmp_path: Path) -> None:
+    """Beside the original, which does not know of it; without such a network the size has to be given."""
+    model = restorer()
+    images = images_for(model, 40)
+    netdecouple.decouple(model, images, macs=0.5, settings=QUICK).save(tmp_path / "out.onnx")
+    onnx.save(model, tmp_path / "in.onnx")
+    times = netdecouple.bench([tmp_path / "in.onnx", tmp_path / "out.onnx"], seconds=0)
+    assert {row.shapes for row in times.models} == {((1, *images.shape[1:]),)}
+    with pytest.raises(ModelError, match="give its size with shape="):
+        netdecouple.bench([tmp_path / "in.onnx"], seconds=0)

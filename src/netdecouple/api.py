@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from netdecouple import pipeline
@@ -26,7 +27,7 @@ from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import check_writable
 from netdecouple.families.chain import method
 from netdecouple.frontends.onnx import fused
-from netdecouple.frontends.onnx.model import ModelSource, write_model
+from netdecouple.frontends.onnx.model import ModelSource, noted_shape, write_model
 from netdecouple.frontends.onnx.model import load as read_proto
 from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
@@ -567,7 +568,8 @@ def bench(
         models: paths, or what the runtimes open: `onnx.ModelProto`, PyTorch modules, exported programs.
         runtimes: "onnxruntime", "openvino", "torch", "torch.compile".
         threads: the numbers of threads to time with.
-        shape: of the input, where the networks leave more than the batch open.
+        shape: of the input, where the networks leave more than the batch open; None: that of the inputs
+            which one of them was decoupled with, if it was.
         seconds: how long to measure, for each runtime and number of threads.
         layers: whether to measure the time per layer too, with ONNX Runtime's profiler.
         trust: whether to open files that can run code of their author, as PyTorch's do.
@@ -577,6 +579,9 @@ def bench(
         UnavailableError: a runtime is not installed.
     """
     named = [runtime(name, trust=trust) for name in runtimes]
+    if shape is None:
+        files = [m for m in models if isinstance(m, onnx.ModelProto) or str(m).endswith(".onnx")]
+        shape = next(filter(None, map(noted_shape, files)), None)
     options: dict[str, Any] = {"shape": shape, "seconds": seconds}
     times = benchmark(models, named, open_for_shapes, threads=threads, **options)
     if layers:

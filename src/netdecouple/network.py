@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from netdecouple.data.preprocessing import Preprocessing
 
 Array = NDArray[np.floating]
+INPUT_SHAPE = "netdecouple.input"  # in a model's metadata: the shape of the inputs it was decoupled with
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
 Positions = Mapping[str, NDArray[np.int64]]
 Images = Any  # arrays (n, c, h, w), or a frontend's own samples: the engine counts, shuffles and cuts them

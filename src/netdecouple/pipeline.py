@@ -492,8 +492,7 @@ def finish(
     network, plan, request = work.network, applied.plan, work.request
     layers = {layer.name: layer for layer in network.layers}
     factorizations, forms = with_fused_layers(plan, layers, applied.factorizations)
-    metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan.to_json(indent=None)}
-    model = network.build(factorizations, forms, metadata)
+    model = network.build(factorizations, forms, plan.metadata(getattr(network.example, "shape", None)))
     held_out = work.inputs.held_out
     new = network.run_built(model, held_out)
     few = held_out[:CHECKED]

@@ -13,9 +13,10 @@ from netdecouple import records
 from netdecouple.errors import PlanError
 from netdecouple.execution import limits
 from netdecouple.families.chain import Step
-from netdecouple.network import Layer
+from netdecouple.network import INPUT_SHAPE, Layer
 from netdecouple.planning.cost import Costs
 from netdecouple.planning.divergence import Loss
+from netdecouple.version import __version__
 
 VERSION = 5
 KEPT = "kept"  # the family of layers that are not changed
@@ -106,6 +107,11 @@ class Plan:
         if self.trial_loss is not None:
             return self.trial_loss
         return sum(layer.predicted_loss for layer in self.layers)
+
+    def metadata(self, shape: Sequence[int] | None) -> dict[str, str]:
+        """Return what is noted in a model that was made by this plan, from inputs of some shape."""
+        noted = {"netdecouple.version": __version__, "netdecouple.plan": self.to_json(indent=None)}
+        return noted if shape is None else {**noted, INPUT_SHAPE: "x".join(map(str, shape))}
 
     def adopted(self, fingerprint: str, layers: Sequence[Layer]) -> Plan:
         """Return the plan for a network as this frontend reads it; another frontend gives layers other names.

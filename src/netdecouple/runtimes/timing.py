@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 WARM_UP = 3  # calls before the first round
 FEWEST = 5  # rounds, however short the time
+FEW = 3  # the same where slow rounds are corrected for other work
 FINE = 1e-6  # seconds that a clock can tell apart, if it is to measure single calls
 TURN = 5.0  # ms that a turn lasts at least: long enough for the caches to hold the network's data
 
@@ -52,12 +53,14 @@ class Ratio:
         return cls(lower, None if lower <= 1 <= upper else median, upper)
 
 
-def rounds(count: int, seconds: float, *, most: int | None = None, seed: int = 0) -> Iterator[list[int]]:
+def rounds(
+    count: int, seconds: float, *, fewest: int | None = None, most: int | None = None, seed: int = 0
+) -> Iterator[list[int]]:
     """Yield the order in which ``count`` networks run, round by round, until the time is over."""
     rng = np.random.default_rng(seed)
     end = time.perf_counter() + seconds
     done = 0
-    while done < FEWEST or (time.perf_counter() < end and (most is None or done < most)):
+    while done < (fewest or FEWEST) or (time.perf_counter() < end and (most is None or done < most)):
         yield rng.permutation(count).tolist()
         done += 1
 
@@ -95,7 +98,7 @@ class Stopwatch:
         """Return milliseconds per call (calls,), measured for ``seconds``."""
         repeats = [_repeats(call) for call in calls]
         times: list[list[float]] = [[] for _ in calls]
-        for order in rounds(len(calls), seconds):
+        for order in rounds(len(calls), seconds, fewest=FEW):
             for index in order:
                 begin = time.perf_counter()
                 for _ in range(repeats[index]):
@@ -109,8 +112,10 @@ class Stopwatch:
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """Warm up, and return how many calls fill a turn."""
-    last = min(_turn(call, 1) for _ in range(WARM_UP))
+    """Warm up, and return how many calls fill a turn; the first call is enough if it takes far longer."""
+    last = _turn(call, 1)
+    for _ in range(WARM_UP - 1 if last < 4 * TURN else 0):
+        last = min(last, _turn(call, 1))
     return max(1, ceil(TURN / max(last, 1e-3)))
 
 

@@ -35,8 +35,9 @@ from netdecouple.frontends.onnx.proto import (
     up_to,
 )
 from netdecouple.kernels import DOMAIN, OPERATOR
-from netdecouple.network import ONE_CHANNEL, Array, Layer
+from netdecouple.network import INPUT_SHAPE, ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.feeds import parse_shape
 from netdecouple.runtimes.layers import node_name
 from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
 from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_kernels
@@ -111,6 +112,20 @@ def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:
         onnxfile.check(copy, "the model")
         return copy, source.graph.name or "the model"
     return onnxfile.read(source), Path(source).name
+
+
+def noted_shape(source: ModelSource) -> tuple[int, ...] | None:
+    """Return the shape of the inputs that a model was decoupled with, if it leaves more than the batch open.
+
+    None if that is not noted in it, as in other models, and if it cannot be read.
+    """
+    try:
+        proto = source if isinstance(source, onnx.ModelProto) else onnxfile.read(source)
+    except ModelError:
+        return None
+    noted = {entry.key: entry.value for entry in proto.metadata_props}.get(INPUT_SHAPE)
+    dims = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]] if noted else []
+    return parse_shape(noted) if noted and not all(dims) else None
 
 
 def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:

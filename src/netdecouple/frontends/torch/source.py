@@ -31,7 +31,6 @@ from netdecouple.frontends.torch.timing import TorchTimer, first_feeds
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.kernels import available, check_available
 from netdecouple.network import Array, Calibration, Executable
-from netdecouple.version import __version__
 
 BATCH = 32  # labelled samples that are run at once
 
@@ -193,10 +192,10 @@ class TorchSource:
     def save(self, result: Any, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file, or else a folder for `netdecouple.load`."""
         if Path(path).suffix == ".onnx":
-            plan = result.plan.to_json(indent=None)
-            metadata = {"netdecouple.version": __version__, "netdecouple.plan": plan}
+            few = image_tensor(result.example)
             fused = any(row.form == "fused" for row in result.plan.layers)
-            write_model(export(result.model, image_tensor(result.example), metadata, fused), path)
+            metadata = result.plan.metadata((1, *few.shape[1:]))
+            write_model(export(result.model, few, metadata, fused), path)
         else:
             folder.write(result.model, result.model.decoupling, path)
 
