@@ -72,12 +72,8 @@ def _table(
 
 
 def summary(report: Report) -> list[Text]:
-    """Return one line each for MACs, parameters, time, agreement, accuracy and notes."""
-    macs, parameters = (report.macs_before, report.macs), (report.parameters_before, report.parameters)
-    lines = [
-        f"{name:<11} {fmt.count(before)} → {fmt.count(after)}   {fmt.times(before, after)} fewer"
-        for name, (before, after) in {"MACs": macs, "Parameters": parameters}.items()
-    ]
+    """Return one line each for time, MACs, parameters, agreement, accuracy and notes."""
+    lines = []
     if report.speed:
         s = report.speed
         lines.append(
@@ -86,6 +82,11 @@ def summary(report: Report) -> list[Text]:
         )
     elif report.headline:
         lines += _times(*report.headline)
+    macs, parameters = (report.macs_before, report.macs), (report.parameters_before, report.parameters)
+    lines += [
+        f"{name:<11} {fmt.count(before)} → {fmt.count(after)}   {fmt.times(before, after)} fewer"
+        for name, (before, after) in {"MACs": macs, "Parameters": parameters}.items()
+    ]
     if report.agreement:
         a = report.agreement
         loss = fmt.loss_name(a.loss)
