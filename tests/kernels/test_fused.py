@@ -91,6 +91,24 @@ def test_memory_is_read_and_written_only_where_it_may_be(
     assert (found, int(cases)) == (level, SANITIZED_CASES)
 
 
+@pytest.mark.slow
+def test_neon_computes_the_same(tmp_path: Path) -> None:
+    """The same layers on an emulated 64-bit Arm processor, built by a cross compiler."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"no {compiler} or no {emulator}")
+    common = ["-std=c++17", "-O3", "-static", "-ffp-contract=fast", "-fno-math-errno", f"-I{SOURCES}"]
+    common += ["-DLEVEL=baseline", "-DLANES=4", "-DREGISTERS=32"]  # as CMakeLists.txt has them
+    sources = [SOURCES / "fused.cpp", SOURCES / "level.cpp", Path(__file__).with_name("sanitized.cpp")]
+    program = tmp_path / "program"
+    subprocess.run([compiler, *common, *sources, "-o", program], check=True)
+    command = [emulator, program, str(SANITIZED_CASES), "baseline"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, cases, _ = done.stdout.split()
+    assert (found, int(cases)) == ("baseline", SANITIZED_CASES)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.skipif(not kernels.available(), reason="the fused operator was not built")
 def test_the_peak_counts_what_it_does(level: str) -> None:
