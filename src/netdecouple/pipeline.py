@@ -402,7 +402,8 @@ def _least(
         return [make_plan(choice, [Budget(cost, share)], form) for choice in choices]
 
     # shares of the cost: `low` does not keep it or was not tried, `high` does
-    low, high = min(reachable(analysis, cost) * (1 + 1e-9), 1.0), 1.0
+    low = least = min(reachable(analysis, cost) * (1 + 1e-9), 1.0)
+    high = 1.0
     choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
     middle = plans(float(np.sqrt(low * high)), choices)
     (best,) = _tried(work, analysis, [middle])
@@ -428,10 +429,10 @@ def _least(
         share = min(share * more, 1.0)
         found = fitted(share)
     for _ in range(LAST_TRIES * (share == high)):  # fits to more inputs are better than those of the search
-        share = max(share / SEARCH_STEP, low)
-        if not (share < high and keeps(lower := fitted(share))):
+        less = max(share / more, least)
+        if not (less < share and keeps(lower := fitted(less))):
             break
-        found = lower
+        share, more, found = less, more**2, lower
     return found
 
 

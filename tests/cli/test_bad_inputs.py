@@ -242,9 +242,9 @@ def test_budget_out_of_reach_of_one_rank(refused):
     refused([*changed(RUN, macs="30x"), "--data-free", "--uniform-rank"], "T = 1", "--uniform-rank")
 
 
-def test_no_budget_and_few_inputs(refused):
-    """Without a budget 99% of the classes must stay, which a few inputs cannot show."""
-    refused(changed(RUN, macs=None), "--within 99%", "give 495 or more")
+def test_a_limit_and_few_inputs(refused):
+    """That 99% of the classes stay cannot be shown with a few inputs."""
+    refused(changed(RUN, macs=None, within="99%"), "--within 99%", "give 495 or more")
 
 
 def test_budget_and_drop(refused):
