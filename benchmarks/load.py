@@ -30,7 +30,7 @@ from accuracy import CIFAR10, shared
 from netdecouple import Settings
 from netdecouple.errors import NetDecoupleError
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
-from netdecouple.runtimes.timing import measure
+from netdecouple.runtimes.timing import Stopwatch
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def main(
             console.log(f"{time.perf_counter() - start:.0f} s: {result.report.speed}")
     opened = [OnnxRuntime().open(model, 1) for model in (path, *(result.model for result in found))]
     feeds = {opened[0].inputs[0].name: inputs[:1]}
-    times = np.median(measure([partial(session.run, feeds) for session in opened], 10.0), axis=0)
+    times = Stopwatch(1).times([partial(session.run, feeds) for session in opened], 10.0)
     table = Table(title=f"ResNet-20 at {share} of its time, found beside {count} spinning processes")
     for column in ("run", "MACs", "said", "measured quietly"):
         table.add_column(column)
