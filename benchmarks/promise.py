@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import onnx
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import netdecouple
 from accuracy import CIFAR10, shared
+from fastest import outputs
 from netdecouple import Settings
 from netdecouple.errors import QualityError
 from netdecouple.network import Array
 from netdecouple.planning.tolerance import Tolerance
-from netdecouple.runtimes.onnxruntime import open_session, run
 from rows import keep
 
 LIMITS = {"resnet20": "99%", "resnet56": "99%", "vgg16_cifar10": "99%", "dncnn25": "45dB"}
@@ -63,13 +62,6 @@ def inputs(folder: Path, name: str, seed: int) -> tuple[Array, Array, Array]:
     order = rng.permutation(len(data["calib"]))[: 2 * IMAGES]
     given = CIFAR10(data["calib"][order])
     return given[:IMAGES], given[IMAGES:], CIFAR10(data["test"])
-
-
-def outputs(model: Path | onnx.ModelProto, images: Array) -> list[Array]:
-    session = open_session(model)
-    name = session.get_inputs()[0].name
-    parts = [run(session, None, {name: images[i : i + 100]})[0] for i in range(0, len(images), 100)]
-    return [np.concatenate(parts)]
 
 
 def rows(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Row]:
