@@ -35,7 +35,7 @@ from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
-from netdecouple.planning.plan import Plan
+from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
@@ -64,6 +64,7 @@ OBJECTIVES = (
 )
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 SEARCH_STEP = 1.03  # the search for the least network ends when two budgets are this close
+CLOSE = 0.1  # or when one keeps what is asked for, and its error is this near to what is allowed (logarithm)
 LAST_TRIES = 2  # budgets below the one that the search found that are tried with all inputs
 NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster
 MISSED = 0.05  # relative distance from a share of time that is asked for, from which it counts as missed
@@ -213,11 +214,11 @@ def decouple(
     if isinstance(goal, LatencyBudget | Fastest) or request.emission.runtime is not None:
         latency = _latency(work, analysis)
     if isinstance(goal, MaxDrop):
-        applied = _least(work, analysis, partial(_keeps_accuracy, work, goal.points))
+        applied = _least(work, analysis, partial(_excess_drop, work, goal.points))
     elif isinstance(goal, Within):
-        applied = _least(work, analysis, partial(_keeps_tolerance, work))
+        applied = _least(work, analysis, partial(_excess, work))
     elif isinstance(goal, Fastest):
-        applied = _least(work, analysis, partial(_keeps_tolerance, work), latency)
+        applied = _least(work, analysis, partial(_excess, work), latency)
     else:
         # kept in the work folder, because measured times are never the same twice
         key = run.checkpoint.key("plan", goal_key(goal, request.emission))
@@ -386,9 +387,9 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
 
 
 def _least(
-    work: Work, analysis: Analysis, keeps: Callable[[Applied], bool], latency: Latency | None = None
+    work: Work, analysis: Analysis, excess: Callable[[Applied], float], latency: Latency | None = None
 ) -> Applied:
-    """Bisect the budget, in MACs or in time, for the least network that keeps what is asked for.
+    """Search the budget, in MACs or in time, for the least network whose excess is 0 or less.
 
     The search applies plans with part of the inputs, for the objective that is best in its middle. What it
     finds is applied with all inputs; then larger budgets until one keeps what is asked for, or smaller ones
@@ -401,54 +402,74 @@ def _least(
     def plans(share: float, choices: Sequence[Analysis]) -> list[Plan]:
         return [make_plan(choice, [Budget(cost, share)], form) for choice in choices]
 
-    # shares of the cost: `low` does not keep it or was not tried, `high` does
-    low = least = min(reachable(analysis, cost) * (1 + 1e-9), 1.0)
-    high = 1.0
+    # shares of the cost, and their excess: `low` does not keep it or was not tried, `high` does
+    least = min(reachable(analysis, cost) * (1 + 1e-9), 1.0)
+    (low, over), (high, under) = (least, np.inf), (1.0, -np.inf)
     choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
     middle = plans(float(np.sqrt(low * high)), choices)
     (best,) = _tried(work, analysis, [middle])
     choice = [choices[[plan.layers for plan in middle].index(best.layers)]]
+    tried: dict[tuple[LayerPlan, ...], tuple[float, float]] = {}  # excess and loss with part of the inputs
     steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
     for step in range(steps):
         progress("Searching the budget", step, steps)
-        share = float(np.sqrt(low * high))
-        if keeps(apply(network, part, plans(share, choice)[0], run=run)):
-            high = share
+        if high / low <= SEARCH_STEP or under > -CLOSE:
+            break
+        # where a line through both would be 0, or in the middle as long as one is not known
+        weight = 0.5 if np.isinf([over, under]).any() else float(np.clip(over / (over - under), 0.25, 0.75))
+        share = float(low ** (1 - weight) * high**weight)
+        (plan,) = plans(share, choice)
+        if plan.layers not in tried:
+            applied = apply(network, part, plan, run=run)
+            loss = divergence(work.outputs, work.held_out_outputs(applied), analysis.loss)
+            tried[plan.layers] = excess(applied), loss
+        found = tried[plan.layers][0]
+        if found <= 0:
+            high, under = share, found
         else:
-            low = share
+            low, over = share, found
     progress("Searching the budget", steps, steps)
 
     def fitted(share: float) -> Applied:
-        (plan,) = _tried(work, analysis, [plans(share, choice)])
+        (plan,) = plans(share, choice)
+        if plan.layers in tried:
+            plan = replace(plan, trial_loss=tried[plan.layers][1])
+        else:
+            (plan,) = _tried(work, analysis, [[plan]])
         plan = plan if latency is None else latency.with_fused_neighbours(plan)
         return apply(network, work.inputs, plan, progress, run=run)
 
-    share, more, found = high, SEARCH_STEP, fitted(high)
-    while share < 1.0 and not keeps(found):
+    share, more, result = high, SEARCH_STEP, fitted(high)
+    while share < 1.0 and excess(result) > 0:
         more **= 2
         share = min(share * more, 1.0)
-        found = fitted(share)
+        result = fitted(share)
     for _ in range(LAST_TRIES * (share == high)):  # fits to more inputs are better than those of the search
         less = max(share / more, least)
-        if not (less < share and keeps(lower := fitted(less))):
+        if not (less < share and excess(lower := fitted(less)) <= 0):
             break
-        share, more, found = less, more**2, lower
-    return found
+        share, more, result = less, more**2, lower
+    return result
 
 
-def _keeps_accuracy(work: Work, points: float, applied: Applied) -> bool:
-    """Whether a network loses at most so many points of accuracy on the labelled inputs."""
+def _excess_drop(work: Work, points: float, applied: Applied) -> float:
+    """Infinite if more than so many points of accuracy are lost on the labelled inputs, else minus infinite.
+
+    Accuracy goes up and down in steps: how far it is from a limit does not tell where it is reached.
+    """
     network = work.network
     assert work.labelled is not None
     samples, labels = work.labelled
     outputs = network.run_built(network.build(applied.factorizations, {}, {}), samples)
-    return accuracy(outputs, labels) >= work.accuracy - points / 100
+    return -np.inf if accuracy(outputs, labels) >= work.accuracy - points / 100 else np.inf
 
 
-def _keeps_tolerance(work: Work, applied: Applied) -> bool:
-    promise = work.promise(work.held_out_outputs(applied))
+def _excess(work: Work, applied: Applied) -> float:
+    """How far the network's outputs are beyond the tolerance: see `Tolerance.excess`."""
+    promise, tolerance = work.promise(work.held_out_outputs(applied)), work.request.tolerance
     assert promise is not None
-    return promise.kept
+    assert tolerance is not None
+    return tolerance.excess(promise.expected)
 
 
 def accuracy(outputs: Sequence[Array], labels: NDArray[np.int64]) -> float:

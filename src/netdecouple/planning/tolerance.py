@@ -141,10 +141,21 @@ class Tolerance:
             else:
                 margin = MARGIN * losses.std() / np.sqrt(len(losses))
                 measured, expected = (self._figure(v) for v in (losses.mean(), losses.mean() + margin))
-        kept = expected >= self.limit if self.kind in ("class", "psnr") else expected <= self.limit
         unit = UNITS[self.kind]
         text = f"{unit.format(measured)} (held-out inputs), {unit.format(expected)} expected of new inputs"
-        return Promise(asked=str(self), text=text, measured=measured, expected=expected, kept=bool(kept))
+        kept = self.excess(expected) <= 0
+        return Promise(asked=str(self), text=text, measured=measured, expected=expected, kept=kept)
+
+    def excess(self, figure: float) -> float:
+        """Return the logarithm of an error over the one that is allowed: 0 or less is within the limit.
+
+        >>> Tolerance("class", 0.99).excess(0.98)  # twice as many changed classes
+        0.693...
+        """
+        if self.kind == "psnr":
+            return (self.limit - figure) / 10 * float(np.log(10))
+        error, allowed = (figure, self.limit) if self.kind != "class" else (1 - figure, 1 - self.limit)
+        return float(np.log(max(error, 1e-20) / max(allowed, 1e-20)))
 
     def _losses(self, original: Sequence[Array], new: Sequence[Array]) -> Array | None:
         """Return what has a limited mean, for every input; of "psnr" the squared error for a peak of 1."""
