@@ -34,11 +34,12 @@ def test_every_layer_comes_out_as_in_float64(level: str) -> None:
     assert {case: error for case, error in errors.items() if not error < TOLERANCE} == {}
 
 
-def levels() -> list[tuple[str, list[str]]]:
-    """The instruction sets that CMakeLists.txt compiles for this processor, and how."""
+def levels(machine: str = platform.machine().lower()) -> list[tuple[str, list[str]]]:
+    """The instruction sets that CMakeLists.txt compiles for a processor, and how."""
     text = (ROOT / "CMakeLists.txt").read_text()
     first, *others = re.split(r"\n(?:else)?if\(CMAKE_SYSTEM_PROCESSOR|\nelse\(\)", text)[1:]
-    branch = first if X86 else others[0] if "aarch64" in platform.machine() else others[-1]
+    is_arm = machine in ("aarch64", "arm64")
+    branch = first if machine in ("x86_64", "amd64") else others[0] if is_arm else others[-1]
     return [
         (name, [f"-DLEVEL={name}", f"-DLANES={lanes}", f"-DREGISTERS={registers}", *flags.split()])
         for name, lanes, registers, flags in re.findall(r"add_level\((\w+) (\d+) (\d+) ?([^)]*)\)", branch)
@@ -98,10 +99,10 @@ def test_neon_computes_the_same(tmp_path: Path) -> None:
     if shutil.which(compiler) is None or shutil.which(emulator) is None:
         pytest.skip(f"no {compiler} or no {emulator}")
     common = ["-std=c++17", "-O3", "-static", "-ffp-contract=fast", "-fno-math-errno", f"-I{SOURCES}"]
-    common += ["-DLEVEL=baseline", "-DLANES=4", "-DREGISTERS=32"]  # as CMakeLists.txt has them
+    ((_, flags),) = levels("aarch64")
     sources = [SOURCES / "fused.cpp", SOURCES / "level.cpp", Path(__file__).with_name("sanitized.cpp")]
     program = tmp_path / "program"
-    subprocess.run([compiler, *common, *sources, "-o", program], check=True)
+    subprocess.run([compiler, *common, *flags, *sources, "-o", program], check=True)
     command = [emulator, program, str(SANITIZED_CASES), "baseline"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

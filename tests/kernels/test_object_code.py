@@ -11,13 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.test_fused import SOURCES, X86
+from tests.kernels.test_fused import SOURCES, X86, levels
 
-LEVELS = {  # as CMakeLists.txt has them
-    "baseline": (4, 15, []),
-    "avx2": (8, 16, ["-mavx2", "-mfma"]),
-    "avx512": (16, 32, ["-mavx512f", "-mfma", "-mprefer-vector-width=512"]),
-}
+LEVELS = dict(levels("x86_64"))
 OPTIONS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 COMPILERS = ("g++", "clang++")
 TOO_FEW = ("clang++", "baseline")  # registers without FMA: it keeps one of twelve sums on the stack
@@ -89,10 +85,8 @@ def test_sums_stay_in_registers(compiler: str, level: str, tmp_path: Path) -> No
     """In the loops that multiply: a sum on the stack takes three times as long."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} here")
-    lanes, registers, flags = LEVELS[level]
-    defined = [f"-DLEVEL={level}", f"-DLANES={lanes}", f"-DREGISTERS={registers}"]
     target = tmp_path / "level.o"
-    command = [compiler, *OPTIONS, *flags, *defined, "-c", str(SOURCES / "level.cpp"), "-o", str(target)]
+    command = [compiler, *OPTIONS, *LEVELS[level], "-c", str(SOURCES / "level.cpp"), "-o", str(target)]
     subprocess.run(command, check=True, env={**os.environ, "LC_ALL": "C"})
     dump = ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", str(target)]
     listing = subprocess.run(dump, check=True, capture_output=True, text=True).stdout

@@ -51,8 +51,8 @@ class Tolerance:
     def usual(cls, outputs: Sequence[Array], count: int) -> Tolerance:
         """What is asked for unless the user says otherwise, of such outputs for ``count`` held-out inputs.
 
-        Where these are too few to show that 99 % keep their class, it is a KL divergence. Networks that keep
-        99 % had twice this one (`benchmarks/fastest.py`).
+        Where these are too few to show that 99 % keep their class, it is a KL divergence. ResNet-20 and the
+        demo's network had twice this one where they just kept 99 %.
         """
         most = cls("class", 0.99)
         kinds: dict[Loss, Tolerance] = {
