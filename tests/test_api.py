@@ -308,6 +308,7 @@ class WeightTimer:
     """Everything takes 1 µs per weight; decoupled networks, or layers, so many times as much."""
 
     name, batch, lost, networks, layers, written = "made-up 1, 1 thread", 1, 0.0, 1.0, 1.0, 1.0
+    disturbed = 0  # so many measurements of what would be written take twice as long
 
     def __init__(self, source: Any, network: Any, runtime: str, threads: int, forms: Any) -> None:
         self.network = network
@@ -324,12 +325,11 @@ class WeightTimer:
         ]
 
     def network_times(self, models: Any) -> np.ndarray:
-        sizes = [
-            sum(int(np.prod(t.dims)) for t in model.graph.initializer)
-            / 1000
-            * (self.written if "netdecouple.plan" in str(model.metadata_props) else 1)
-            for model in (self.network.build({}), *models)
-        ]
+        models = (self.network.build({}), *models)
+        sizes = [sum(int(np.prod(t.dims)) for t in model.graph.initializer) / 1000 for model in models]
+        if "netdecouple.plan" in str(models[-1].metadata_props):
+            sizes[-1] *= self.written * (2 if type(self).disturbed > 0 else 1)
+            type(self).disturbed -= 1
         return np.array([sizes[0], *(self.networks * size for size in sizes[1:])])
 
 
@@ -377,6 +377,9 @@ def test_the_last_measurement_decides_on_a_share_of_time(made_up: type[WeightTim
     report = netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK).report
     assert report.speed.share <= 0.7 * 1.02
     assert "other work took 40% of the processor" in report.warnings[0]
+    made_up.disturbed = 1  # it is timed again
+    report = netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK).report
+    assert report.speed.share <= 0.7 * 1.02
     made_up.written, made_up.lost = 1.5, 0.0
     with pytest.raises(SpeedError, match=r"\d+% of the time in made-up .*, where 70% was asked for"):
         netdecouple.decouple(classifier(), images, latency=0.7, settings=QUICK)

@@ -470,10 +470,10 @@ def test_a_budget_in_time(module: Any, x: Any, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_a_budget_in_measured_time(module: Any, x: Any, runtime: str, monkeypatch: Any, tmp_path: Any):
-    """By the clock; so small a module may be out of reach, which is said."""
+    """By the clock; so small a module may be out of reach, which is said, or miss what was planned."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        new = netdecouple.decouple(module, x, latency=0.95, settings=ND, runtime=runtime)
+        new = netdecouple.decouple(module, x, latency=0.95, settings=ND, runtime=runtime, force=True)
     except BudgetError as error:
         assert "out of reach" in str(error)  # noqa: PT017  # either outcome is right
     else:

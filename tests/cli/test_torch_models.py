@@ -309,9 +309,9 @@ def test_sweep_compares_folders(netdecouple, folder: Path):
 
 
 def test_budgets_in_time_and_accuracy(netdecouple, folder: Path):
-    """As for .onnx files; so small a network may be out of reach by the clock, which is said."""
+    """As for .onnx files; whether so small a network is any faster by the clock is left to chance."""
     calib = ["run", "nets:make", "--calib", "data.npz:images", "--families", "nd", "-o", "faster"]
-    ended = netdecouple(*calib, "--latency", "95%", "--runtime", "torch")
+    ended = netdecouple(*calib, "--latency", "95%", "--runtime", "torch", "--force")
     assert ended.code == 0 or "out of reach in torch" in ended.err, ended
     labels = ["--labels", "data.npz:images,labels"]
     ended = netdecouple(*calib, "--max-drop", "50", *labels, "--json")
