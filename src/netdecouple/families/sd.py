@@ -54,12 +54,12 @@ class SpatialDecomposition(Family):
         g, moments = problem.geometry, problem.moments
         explained = np.zeros(self.exact(g) + 1)
         for i in range(g.groups):
-            first, energy = _first_stage(problem, i, self.exact(g))  # (r, n, kh), (r,)
+            first, energy = _first_stage(problem, i, self.exact(g))  # (r, n·kh), (r,)
             if problem.white:  # terms are orthogonal, and each explains its own energy
                 explained[1:] += np.cumsum(energy)
                 continue
-            half, inner = _inputs(g, moments.gram[i], first)
-            cross = problem.target[i] @ half
+            inner = _inner(first, _products(g, moments.gram[i], first))
+            cross = _cross(g, moments.cross[i], first)
             gains = scipy.linalg.solve_triangular(root(inner), cross.T, lower=True, check_finite=False)
             explained[1:] += np.cumsum(np.square(gains).sum(axis=1).reshape(-1, g.kw).sum(axis=1))
         return np.maximum(1 - explained / problem.power, 0.0)
@@ -80,9 +80,9 @@ def _factors(gram: Array, g: ConvGeometry) -> tuple[Array, Array]:
 
 
 def _first_stage(problem: Problem, group: int, size: int) -> tuple[Array, Array]:
-    """First stage (r, n, kh) of the weighted SVD, strongest terms first, and squared singular values (r,)."""
+    """First stage (r, n·kh) of the weighted SVD, strongest terms first, and squared singular values (r,)."""
     terms, energy = _all_terms(problem)[group]
-    return terms[:size].reshape(size, -1, problem.geometry.kh), energy[:size]
+    return terms[:size], energy[:size]
 
 
 @once
@@ -104,88 +104,114 @@ def _weighted_svd(problem: Problem, group: int) -> tuple[Array, Array]:
     return np.ascontiguousarray(terms.T), np.square(values)
 
 
-def _inputs(g: ConvGeometry, gram: Array, first: Array) -> tuple[Array, Array]:
-    """Covariance of the patches with the inputs of the second stage (d, r·kw), and of these (r·kw, r·kw)."""
-    cross = np.tensordot(gram.reshape(len(gram), -1, g.kh, g.kw), first, ((1, 2), (1, 2)))  # (d, kw, r)
-    cross = cross.swapaxes(1, 2)  # (d, r, kw)
-    inner = np.tensordot(first, cross.reshape(-1, g.kh, g.kw, len(first) * g.kw), ((1, 2), (0, 1)))
-    return cross.reshape(len(cross), -1), inner.reshape(len(first) * g.kw, -1)
+def _products(g: ConvGeometry, gram: Array, first: Array) -> Array:
+    """Covariance of the inputs of the second stage, at each of its kw taps, with the patches: (r, kw, d)."""
+    return (first @ gram.reshape(len(gram) // g.kw, -1)).reshape(len(first), g.kw, -1)
+
+
+def _inner(first: Array, products: Array) -> Array:
+    """Covariance of the inputs of the second stage with each other: (r·kw, r·kw)."""
+    r, kw, _ = products.shape
+    columns = products.reshape(r * kw, -1, kw)
+    inner = np.stack([first @ columns[:, :, tap].T for tap in range(kw)], axis=1)  # (r, kw, r·kw)
+    return inner.reshape(r * kw, -1)
+
+
+def _cross(g: ConvGeometry, cross: Array, first: Array) -> Array:
+    """Covariance of the targets with the inputs of the second stage: (m, r·kw)."""
+    by_tap = np.tensordot(cross.reshape(len(cross), -1, g.kw), first, (1, 1))  # (m, kw, r)
+    return by_tap.swapaxes(1, 2).reshape(len(cross), -1)
 
 
 def _alternate(problem: Problem, group: int, size: int, rounds: int) -> tuple[Array, Array]:
-    """Fit the first stage (r, n, kh) and the second (m, r, kw) in turn, each the best for the other."""
-    g = problem.geometry
-    gram, target = problem.moments.gram[group], problem.target[group]
+    """Fit the first stage (r, n·kh) and the second (m, r, kw) in turn, each the best for the other.
+
+    The metric enters through `_products` of the first stage alone, and one product of that kind per step of
+    conjugate gradients: far fewer operations than with whole kernels where r is less than m.
+    """
+    g, moments = problem.geometry, problem.moments
+    gram, cross = moments.gram[group], moments.cross[group]
     first, _ = _first_stage(problem, group, size)
     if problem.white:  # the truncated SVD, which is optimal
-        kernel = target.reshape(len(target), -1, g.kh, g.kw)
-        return _balanced(first, np.tensordot(kernel, first, ((1, 2), (1, 2))).swapaxes(1, 2))
-    second = _second_stage(g, gram, target, first)
+        return _balanced(first, _cross(g, problem.target[group], first).reshape(len(cross), -1, g.kw))[:2]
+    power = float(np.vdot(problem.target[group], cross))
+    products = _products(g, gram, first)
+    second, explained = _second_stage(g, cross, first, products)
     preconditioner = _factors(gram, g)[0]
     for _ in range(rounds):
-        first, gain = _conjugate_gradients(g, gram, target, first, second, preconditioner)
-        first, second = _balanced(first, second)
-        second = _second_stage(g, gram, target, first)
+        error = max(power - explained, TINY)
+        first, products, gain = _conjugate_gradients(
+            problem, group, first, products, second, preconditioner, error
+        )
+        first, second, change = _balanced(first, second)
+        products = np.tensordot(change, products, 1)
+        second, explained = _second_stage(g, cross, first, products)
         if gain < SETTLED:
             break
-    return _balanced(first, second)
+    return _balanced(first, second)[:2]
 
 
-def _second_stage(g: ConvGeometry, gram: Array, target: Array, first: Array) -> Array:
-    """Solve least squares for the second stage: (m, r, kw)."""
-    half, inner = _inputs(g, gram, first)
-    return solve(inner, target @ half).reshape(len(target), len(first), g.kw)
+def _second_stage(g: ConvGeometry, cross: Array, first: Array, products: Array) -> tuple[Array, float]:
+    """Solve least squares for the second stage (m, r, kw); and how much of the targets it explains."""
+    right = _cross(g, cross, first)
+    second = solve(_inner(first, products), right)
+    return second.reshape(len(cross), len(first), g.kw), float(np.vdot(second, right))
 
 
-def _balanced(first: Array, second: Array) -> tuple[Array, Array]:
-    """The same kernel with orthonormal second stages: an error of the first is then one of the output."""
+def _balanced(first: Array, second: Array) -> tuple[Array, Array, Array]:
+    """The same kernel with orthonormal second stages: an error of the first is then one of the output.
+
+    The third result (r, r) is what the first stage has been multiplied with.
+    """
     size = len(first)
     stacked = second.swapaxes(1, 2).reshape(-1, size)  # (m·kw, r)
     q, r = np.linalg.qr(stacked)
-    columns = q.reshape(len(second), -1, q.shape[1]).swapaxes(1, 2)
-    return (r @ first.reshape(size, -1)).reshape(-1, *first.shape[1:]), columns
+    return r @ first, q.reshape(len(second), -1, q.shape[1]).swapaxes(1, 2), r
 
 
 def _conjugate_gradients(
-    g: ConvGeometry, gram: Array, target: Array, x: Array, second: Array, factor: Array
-) -> tuple[Array, float]:
-    """Improve the first stage x (r, n, kh) by preconditioned conjugate gradients, the second stage fixed.
+    problem: Problem, group: int, x: Array, products: Array, second: Array, factor: Array, error: float
+) -> tuple[Array, Array, float]:
+    """Improve the first stage x (r, n·kh) by preconditioned conjugate gradients, the second stage fixed.
 
-    Solves SᵀS x = Sᵀ W* in the metric G, in which S composes x with the second stage to a kernel (m, d).
-    Returns x and the share of the error that the steps remove; the error never rises.
+    Solves Sᵀ(S x G) = Sᵀ(C), in which S composes x with the second stage to a kernel (m, d), G is the Gram
+    matrix, and C = W* G the covariance of targets and patches. Returns x, its `_products`, and the share of
+    the ``error`` that the steps remove; the error never rises.
     """
+    g, gram, cross = problem.geometry, problem.moments.gram[group], problem.moments.cross[group]
+    # Sᵀ S: every pair of inputs of the second stage, by what its weights have in common
+    flat = second.reshape(len(second), -1)
+    overlap = (flat.T @ flat).reshape(len(x), g.kw, -1)  # (r, kw, r·kw)
 
-    def compose(x: Array) -> Array:  # S: (r, n, kh) → (m, d)
-        return np.tensordot(second, x, (1, 0)).transpose(0, 2, 3, 1).reshape(len(second), -1)
-
-    def adjoint(kernel: Array) -> Array:  # Sᵀ: (m, d), already multiplied by G → (r, n, kh)
-        return np.tensordot(second, kernel.reshape(len(kernel), -1, g.kh, g.kw), ((0, 2), (0, 3)))
+    def applied(products: Array) -> Array:  # Sᵀ(S x G) from the products of x: (r, n·kh)
+        columns = products.reshape(overlap.shape[2], -1, g.kw)
+        total: Array = np.sum([overlap[:, tap] @ columns[:, :, tap] for tap in range(g.kw)], axis=0)
+        return total
 
     def precondition(r: Array) -> Array:  # M⁻¹ r, M = A of G ≈ A ⊗ B
-        flat = r.reshape(len(r), -1).T
-        z: Array = scipy.linalg.cho_solve((factor, True), flat, check_finite=False)
-        return z.T.reshape(r.shape)
+        z: Array = scipy.linalg.cho_solve((factor, True), r.T, check_finite=False).T
+        return z
 
-    missing = target - compose(x)
-    weighted = missing @ gram
-    error, gained = float(np.vdot(missing, weighted)), 0.0
-    r = adjoint(weighted)
+    wanted = np.tensordot(second, cross.reshape(len(cross), -1, g.kw), ((0, 2), (0, 2)))
+    r = wanted - applied(products)
+    gained = 0.0
     p = precondition(r)
     rz = float(np.vdot(r, p))  # rᵀ M⁻¹ r
     for _ in range(STEPS):
-        ap = adjoint(compose(p) @ gram)
+        p_products = _products(g, gram, p)
+        ap = applied(p_products)
         p_ap = float(np.vdot(p, ap))
         if not p_ap > 0 or not rz > 0:
             break
-        gain = rz * (rz / p_ap)  # not rz² / pᵀAp, as rz² may overflow
+        alpha = rz / p_ap
+        gain = rz * alpha  # not rz² / pᵀAp, as rz² may overflow
         if gain < SETTLED / STEPS * error:
             break
         gained += gain
-        alpha = rz / p_ap
         x = x + alpha * p
+        products = products + alpha * p_products
         r = r - alpha * ap
         z = precondition(r)
         rz, previous = float(np.vdot(r, z)), rz
-        beta = rz / previous
-        p = z + beta * p
-    return x, gained / max(error, TINY)
+        p = z + (rz / previous) * p
+    return x, products, gained / error
