@@ -14,6 +14,7 @@ from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
+from netdecouple.planning import planner
 from netdecouple.planning.analysis import Objective, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
@@ -21,10 +22,10 @@ from netdecouple.planning.planner import make_plan
 from tests import networks
 
 
-def chain() -> onnx.ModelProto:
+def chain(*widths: int) -> onnx.ModelProto:
     """Convolutions in a row, wide and narrow ones, whose output is an image."""
     b = networks.Builder()
-    x, widths = "image", (3, 24, 12, 32, 3)
+    x, widths = "image", widths or (3, 24, 12, 32, 3)
     for index, (n_i, n_o) in enumerate(pairwise(widths)):
         x = b.node("Relu", b.conv(x, n_i, n_o, 3, f"conv{index}"))
     return b.model([(x, ("N", 3, 8, 8))])
@@ -74,3 +75,24 @@ def test_a_few_unusual_inputs_do_not_decide_the_fit() -> None:
         result = netdecouple.decouple(model, images, macs=0.5, settings=Settings(families=("nd",)))
         errors.append(divergence(original, network.run_built(result.model, fresh), "relative"))
     assert errors[1] < 1.5 * errors[0]
+
+
+def pruned(macs: float) -> float:
+    """The MACs that are left, relative to what was asked for, where layers may only read fewer channels."""
+    model = chain(3, 24, 24, 24, 24, 3)
+    images, settings = networks.images_for(model, 60), Settings(families=("cp",))
+    report = netdecouple.decouple(model, images, macs=macs, settings=settings).report
+    assert report.budget == f"{100 * macs:.4g}% MACs"
+    return report.macs / report.macs_before / macs
+
+
+def test_a_budget_counts_the_filters_that_nothing_reads_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plan that does not count them, far less than what was asked for would be left."""
+    assert 0.9 < pruned(0.7) <= 1
+    with monkeypatch.context() as changed:
+        changed.setattr(planner, "TRIES", 0)
+        assert pruned(0.7) < 0.8
+    # where a fit reads other channels than were planned for, the budget holds all the same
+    shares = iter([0.5])
+    monkeypatch.setattr(planner, "used", lambda *costs: next(shares, 1.0))
+    assert pruned(0.7) < 0.8

@@ -36,7 +36,7 @@ from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, divergence, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable
+from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable, used
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
 from netdecouple.report.build import (
@@ -221,12 +221,9 @@ def decouple(
     elif isinstance(goal, Fastest):
         applied = _least(work, analysis, partial(_excess, work), latency)
     else:
-        # kept in the work folder, because measured times are never the same twice
-        key = run.checkpoint.key("plan", goal_key(goal, request.emission))
-        plan = run.checkpoint.once(
-            key, Plan, lambda: _tried(work, analysis, [_plans(work, analysis, goal, latency)])[0]
-        )
-        applied = apply(network, work.inputs, plan, request.progress, run=run)
+        applied = _planned(work, analysis, goal, latency)
+        if isinstance(goal, Budgets) and _is_over(network, applied, goal):
+            applied = _planned(work, analysis, goal, latency, fills=False)
     if request.refine is not None:
         applied = _refined(work, analysis, applied, request.refine)
     most = goal.share * (1 + MISSED) if isinstance(goal, LatencyBudget) else NOT_FASTER
@@ -303,7 +300,10 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
     targets = targets_for(network, work.inputs, plans, request.progress, run)
     for goal, plan in zip(goals, plans, strict=True):
         progress = _naming(f"{goal.percent}%", request.progress)
-        yield finish(work, apply(network, work.inputs, plan, progress, targets, run))
+        applied = apply(network, work.inputs, plan, progress, targets, run)
+        if _is_over(network, applied, goal):
+            applied = _planned(work, analysis, goal, None, fills=False)
+        yield finish(work, applied)
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
@@ -338,13 +338,34 @@ def _latency(work: Work, analysis: Analysis) -> Latency:
     return Latency(analysis, timer, progress=work.request.progress)
 
 
-def _plans(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> list[Plan]:
+def _plans(
+    work: Work, analysis: Analysis, goal: Goal, latency: Latency | None, fills: bool = True
+) -> list[Plan]:
     """Make a plan for every objective; one where the settings leave nothing to choose or nothing is measured.
 
     For a latency there is one plan, too, as many networks are timed for each.
     """
     objectives = OBJECTIVES if isinstance(goal, Budgets) and _is_tried(analysis) else OBJECTIVES[:1]
-    return [_plan(work, analysis.with_objective(objective), goal, latency) for objective in objectives]
+    return [_plan(work, analysis.with_objective(choice), goal, latency, fills) for choice in objectives]
+
+
+def _planned(
+    work: Work, analysis: Analysis, goal: Goal, latency: Latency | None, fills: bool = True
+) -> Applied:
+    """Apply the best plan for a goal; it is kept in the work folder, as times are never the same twice."""
+    checkpoint = work.run.checkpoint
+    key = checkpoint.key("plan", (goal_key(goal, work.request.emission), fills))
+    plan = checkpoint.once(
+        key, Plan, lambda: _tried(work, analysis, [_plans(work, analysis, goal, latency, fills)])[0]
+    )
+    return apply(work.network, work.inputs, plan, work.request.progress, run=work.run)
+
+
+def _is_over(network: Network, applied: Applied, goal: Budgets) -> bool:
+    """Return whether a network costs more than its budgets: its fit may read other channels than its plan."""
+    built = network.build(applied.factorizations, {}, {})
+    written = network.layers_of(built, applied.factorizations)
+    return any(used(budget, network.layers, written) > 1 for budget in goal.budgets)
 
 
 def _is_tried(analysis: Analysis) -> bool:
@@ -375,7 +396,7 @@ def _tried(work: Work, analysis: Analysis, goals: Sequence[Sequence[Plan]]) -> l
     return best
 
 
-def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -> Plan:
+def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None, fills: bool) -> Plan:
     emission = work.request.emission
     form = _first_form(emission) if latency is None else latency.form
     if isinstance(goal, LatencyBudget):
@@ -384,7 +405,8 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None) -
         if emission.form == "standard" and work.request.source.runtimes[0] == "onnxruntime":
             advice = "emit='fused' goes further, or ask for less"
         return plan_for_latency(latency, goal.budgets, goal.share, advice)
-    plan = plan_within(analysis, goal.budgets if isinstance(goal, Budgets) else (), form)
+    budgets = goal.budgets if isinstance(goal, Budgets) else ()
+    plan = plan_within(analysis, budgets, form, fills=fills)
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
 

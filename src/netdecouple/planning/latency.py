@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from netdecouple.convolution import Factorization, Structure, placeholder, spread
+from netdecouple.convolution import Factorization, Structure, spread
 from netdecouple.errors import BudgetError
 from netdecouple.execution.machine import machine
 from netdecouple.execution.progress import Progress, quiet
@@ -28,7 +28,7 @@ from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.cost import Budget, Replacement
 from netdecouple.planning.eligibility import EXCLUDED
 from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.planner import make_plan, objective_of, reachable
+from netdecouple.planning.planner import make_plan, objective_of, placeholders, reachable
 from netdecouple.version import __version__
 
 ANCHORS = 6  # sizes that are timed per layer and family; times of sizes between them are interpolated
@@ -151,8 +151,7 @@ class Latency:
 
     def sketch(self, plan: Plan) -> object:
         """Build a plan's whole network with placeholder weights."""
-        changed = [row for row in plan.layers if row.changed]
-        factorizations = {row.name: placeholder(self.analysis.planned(row).structure) for row in changed}
+        factorizations = placeholders(self.analysis, plan)
         return self.analysis.network.build(*with_fused_layers(plan, self._layers, factorizations), {})
 
     def share(self, plan: Plan) -> float:

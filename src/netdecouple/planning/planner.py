@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from netdecouple.convolution import Factorization, placeholder
 from netdecouple.errors import BudgetError, ModelError
 from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis
@@ -18,6 +19,8 @@ from netdecouple.planning.plan import LayerPlan, Plan
 FIRST = "first convolution"
 FULLY_CONNECTED = ("Gemm", "MatMul", "Linear")
 NO_CONVOLUTION = "fully connected; published methods are for convolutions"
+FULL = 0.98  # share of a budget that is used, from which no fuller plan is looked for
+TRIES = 3  # plans that ask for more than the budgets, to fill them
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times fewer MACs, in the table of budgets
 FormOf = Callable[[Layer, Candidate], str]  # how a layer's candidate is written
 
@@ -27,8 +30,12 @@ def parallel(layer: Layer, candidate: Candidate) -> str:
     return "parallel"
 
 
-def plan_within(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
+def plan_within(
+    analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel, *, fills: bool = True
+) -> Plan:
     """Make a plan by the procedure of the analysis' settings; a rule does not use ``budgets``.
+
+    A plan that ``fills`` its budgets counts what will be removed beside the layers that it changes.
 
     Raises:
         BudgetError: a budget cannot be met, or no layer can follow the rule.
@@ -40,7 +47,51 @@ def plan_within(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
         case "published":
             return published_plan(analysis, budgets, form)
         case "planned":
-            return make_plan(analysis, budgets, form)
+            return (filled_plan if fills else make_plan)(analysis, budgets, form)
+
+
+def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
+    """Make a plan that leaves no room in its budgets, by what would be written.
+
+    A layer that reads fewer channels makes the filters before it cheaper, which `make_plan` does not count.
+    So more is asked of it, until a network of this structure costs what the budgets allow.
+
+    Raises:
+        BudgetError: as `make_plan`.
+        ModelError: as `make_plan`.
+    """
+    network = analysis.network
+
+    def planned(scale: float) -> tuple[Plan, float]:
+        asked = [replace(budget, share=min(budget.share * scale, 1.0)) for budget in budgets]
+        plan = replace(make_plan(analysis, asked, form), budget=_text(budgets))
+        structures = placeholders(analysis, plan)
+        written = network.layers_of(network.build(structures, {}, {}), structures)
+        return plan, max((used(budget, network.layers, written) for budget in budgets), default=1.0)
+
+    scale, over = 1.0, np.inf
+    best, full = planned(scale)
+    for _ in range(TRIES):
+        if full >= FULL or scale * min((budget.share for budget in budgets), default=1.0) >= 1:
+            break
+        more = min(scale / full, np.sqrt(scale * over))
+        plan, share = planned(more)
+        if share <= 1:
+            scale, best, full = more, plan, share
+        else:
+            over = more
+    return best
+
+
+def used(budget: Budget, layers: Sequence[Layer], written: Sequence[Layer]) -> float:
+    """Return the share of a budget that the layers of a written network use."""
+    return total_cost(budget.cost, written) / (budget.share * total_cost(budget.cost, layers))
+
+
+def placeholders(analysis: Analysis, plan: Plan) -> dict[str, Factorization]:
+    """Return the changed layers of a plan that is not fitted yet, with weights that mean nothing."""
+    changed = [row for row in plan.layers if row.changed]
+    return {row.name: placeholder(analysis.planned(row).structure) for row in changed}
 
 
 def make_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = parallel) -> Plan:
