@@ -34,12 +34,13 @@ from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.network import Array
-from netdecouple.pipeline import LEAST, OBJECTIVES, TRIAL, accuracy
+from netdecouple.pipeline import accuracy
 from netdecouple.planning.analysis import Analysis, Objective, analyze
 from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import divergence
 from netdecouple.planning.planner import make_plan
 from netdecouple.planning.tolerance import mean_psnr
+from netdecouple.search import LEAST, OBJECTIVES, TRIAL
 from rows import keep
 
 RATIOS = {"dncnn25": 2.0, "resnet20": 3.3, "resnet56": 3.7}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,13 @@ from netdecouple.fitting.sampling import Inputs, shuffled
 from netdecouple.fitting.sequential import targets_for
 from netdecouple.goal import Budgets, Emission, Fastest, Goal, LatencyBudget, MaxDrop, Within, goal_key
 from netdecouple.network import Array, Calibration, Network, Source
-from netdecouple.planning.analysis import Analysis, Objective, analyze
+from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
-from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.divergence import Loss, divergence, loss_kind
+from netdecouple.planning.cost import Macs
+from netdecouple.planning.divergence import Loss, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
-from netdecouple.planning.plan import LayerPlan, Plan
-from netdecouple.planning.planner import BudgetRow, budget_rows, make_plan, plan_within, reachable, used
+from netdecouple.planning.plan import Plan
+from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, used
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
 from netdecouple.report.build import (
@@ -52,20 +51,9 @@ from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
+from netdecouple.search import OBJECTIVES, Excess, Trials, least_network, with_suffix
 from netdecouple.version import __version__
 
-# A plan is made for each of these; the one whose outputs are nearest to the original's in a trial is kept.
-OBJECTIVES = (
-    Objective(),
-    Objective(exponent=0.5),
-    Objective(depth=1.0),
-    Objective(depth=2.0),
-    Objective(exponent=0.5, depth=1.0),
-)
-TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
-SEARCH_STEP = 1.03  # the search for the least network ends when two budgets are this close
-CLOSE = 0.1  # or when one keeps what is asked for, and its error is this near to what is allowed (logarithm)
-LAST_TRIES = 2  # budgets below the one that the search found that are tried with all inputs
 NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster
 MISSED = 0.05  # relative distance from a share of time that is asked for, from which it counts as missed
 TIMINGS = 3  # of a network that seems to take more time than was asked for
@@ -122,10 +110,6 @@ class Work:
     def known_outputs(self) -> list[Array]:
         """The original's outputs on all inputs, those that are fitted to as well."""
         return self.network.run(self.inputs.images)
-
-    def held_out_outputs(self, applied: Applied) -> list[Array]:
-        """The outputs, on the held-out inputs, of the network with a plan applied."""
-        return self.network.run(self.inputs.held_out, applied.kernels)
 
     def promise(self, new: list[Array]) -> Promise | None:
         """Whether outputs on the held-out inputs are within the tolerance; None without one."""
@@ -296,10 +280,10 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
     """Decouple a network to several budgets from one analysis; results and errors are those of `decouple`."""
     network, request, run = work.network, work.request, work.run
     analysis = analyze(network, work.inputs, request.settings, request.progress, run)
-    plans = _tried(work, analysis, [_plans(work, analysis, goal, None) for goal in goals])
+    plans = _best(work, analysis, [_plans(work, analysis, goal, None) for goal in goals])
     targets = targets_for(network, work.inputs, plans, request.progress, run)
     for goal, plan in zip(goals, plans, strict=True):
-        progress = _naming(f"{goal.percent}%", request.progress)
+        progress = with_suffix(f"{goal.percent}%", request.progress)
         applied = apply(network, work.inputs, plan, progress, targets, run)
         if _is_over(network, applied, goal):
             applied = _planned(work, analysis, goal, None, fills=False)
@@ -319,11 +303,6 @@ def apply_plan(work: Work, plan: Plan) -> Outcome:
         )
     applied = apply(network, work.inputs, plan, work.request.progress, run=work.run)
     return finish(work, applied, is_saved=True)
-
-
-def _naming(suffix: str, progress: Progress) -> Progress:
-    """Add a suffix to the name of every step."""
-    return lambda step, done, total: progress(f"{step} {suffix}", done, total)
 
 
 def _first_form(emission: Emission) -> Callable[..., str]:
@@ -356,7 +335,7 @@ def _planned(
     checkpoint = work.run.checkpoint
     key = checkpoint.key("plan", (goal_key(goal, work.request.emission), fills))
     plan = checkpoint.once(
-        key, Plan, lambda: _tried(work, analysis, [_plans(work, analysis, goal, latency, fills)])[0]
+        key, Plan, lambda: _best(work, analysis, [_plans(work, analysis, goal, latency, fills)])[0]
     )
     return apply(work.network, work.inputs, plan, work.request.progress, run=work.run)
 
@@ -372,28 +351,13 @@ def _is_tried(analysis: Analysis) -> bool:
     return analysis.settings.procedure == "planned" and not analysis.settings.data_free
 
 
-def _tried(work: Work, analysis: Analysis, goals: Sequence[Sequence[Plan]]) -> list[Plan]:
-    """Apply every goal's plans with part of the inputs; return its best one each, with what it measured.
+def _trials(work: Work, analysis: Analysis) -> Trials:
+    return Trials(work.network, work.inputs, work.outputs, analysis.loss, work.request.progress, work.run)
 
-    If nothing may be measured, the first one is returned.
-    """
-    if not _is_tried(analysis):
-        return [plans[0] for plans in goals]
-    network, given, run = work.network, work.request.progress, work.run
-    inputs = work.inputs.part(TRIAL, LEAST)
-    targets = targets_for(network, inputs, list(chain(*goals)), given, run)
 
-    def tried(plan: Plan, number: str) -> Plan:
-        applied = apply(network, inputs, plan, _naming(f"(trial {number})", given), targets, run)
-        loss = divergence(work.outputs, work.held_out_outputs(applied), analysis.loss)
-        return replace(plan, trial_loss=loss)
-
-    best = []
-    for plans in goals:
-        unlike = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
-        trials = [tried(plan, f"{i} of {len(unlike)}") for i, plan in enumerate(unlike, 1)]
-        best.append(min(trials, key=lambda plan: plan.predicted_loss))
-    return best
+def _best(work: Work, analysis: Analysis, goals: Sequence[Sequence[Plan]]) -> list[Plan]:
+    """Return every goal's best plan by trials; its first one if nothing may be measured."""
+    return _trials(work, analysis).best(goals) if _is_tried(analysis) else [plans[0] for plans in goals]
 
 
 def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None, fills: bool) -> Plan:
@@ -410,73 +374,16 @@ def _plan(work: Work, analysis: Analysis, goal: Goal, latency: Latency | None, f
     return plan if latency is None else latency.with_fused_neighbours(plan)
 
 
-def _least(
-    work: Work, analysis: Analysis, excess: Callable[[Applied], float], latency: Latency | None = None
-) -> Applied:
-    """Search the budget, in MACs or in time, for the least network whose excess is 0 or less.
-
-    The search applies plans with part of the inputs, for the objective that is best in its middle. What it
-    finds is applied with all inputs; then larger budgets until one keeps what is asked for, or smaller ones
-    as long as they do.
-    """
-    network, run, progress = work.network, work.run, work.request.progress
+def _least(work: Work, analysis: Analysis, excess: Excess, latency: Latency | None = None) -> Applied:
+    """Search for the least network in MACs or in time."""
     form = _first_form(work.request.emission) if latency is None else latency.form
-    cost, part = latency or Macs(), work.inputs.part(TRIAL, LEAST)
-
-    def plans(share: float, choices: Sequence[Analysis]) -> list[Plan]:
-        return [make_plan(choice, [Budget(cost, share)], form) for choice in choices]
-
-    # shares of the cost, and their excess: `low` does not keep it or was not tried, `high` does
-    least = min(reachable(analysis, cost) * (1 + 1e-9), 1.0)
-    (low, over), (high, under) = (least, np.inf), (1.0, -np.inf)
-    choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
-    middle = plans(float(np.sqrt(low * high)), choices)
-    (best,) = _tried(work, analysis, [middle])
-    choice = [choices[[plan.layers for plan in middle].index(best.layers)]]
-    tried: dict[tuple[LayerPlan, ...], tuple[float, float]] = {}  # excess and loss with part of the inputs
-    steps = int(np.ceil(np.log2(max(np.log(high / low) / np.log(SEARCH_STEP), 1.0))))
-    for step in range(steps):
-        progress("Searching the budget", step, steps)
-        if high / low <= SEARCH_STEP or under > -CLOSE:
-            break
-        # where a line through both would be 0, or in the middle as long as one is not known
-        weight = 0.5 if np.isinf([over, under]).any() else float(np.clip(over / (over - under), 0.25, 0.75))
-        share = float(low ** (1 - weight) * high**weight)
-        (plan,) = plans(share, choice)
-        if plan.layers not in tried:
-            applied = apply(network, part, plan, run=run)
-            loss = divergence(work.outputs, work.held_out_outputs(applied), analysis.loss)
-            tried[plan.layers] = excess(applied), loss
-        found = tried[plan.layers][0]
-        if found <= 0:
-            high, under = share, found
-        else:
-            low, over = share, found
-    progress("Searching the budget", steps, steps)
-
-    def fitted(share: float) -> Applied:
-        (plan,) = plans(share, choice)
-        if plan.layers in tried:
-            plan = replace(plan, trial_loss=tried[plan.layers][1])
-        else:
-            (plan,) = _tried(work, analysis, [[plan]])
-        plan = plan if latency is None else latency.with_fused_neighbours(plan)
-        return apply(network, work.inputs, plan, progress, run=run)
-
-    share, more, result = high, SEARCH_STEP, fitted(high)
-    while share < 1.0 and excess(result) > 0:
-        more **= 2
-        share = min(share * more, 1.0)
-        result = fitted(share)
-    for _ in range(LAST_TRIES * (share == high)):  # fits to more inputs are better than those of the search
-        less = max(share / more, least)
-        if not (less < share and excess(lower := fitted(less)) <= 0):
-            break
-        share, more, result = less, more**2, lower
-    return result
+    trials = _trials(work, analysis)
+    if latency is None:
+        return least_network(trials, analysis, Macs(), form, excess)
+    return least_network(trials, analysis, latency, form, excess, latency.with_fused_neighbours)
 
 
-def _excess_drop(work: Work, points: float, applied: Applied) -> float:
+def _excess_drop(work: Work, points: float, applied: Applied, outputs: list[Array]) -> float:
     """Infinite if more than so many points of accuracy are lost on the labelled inputs, else minus infinite.
 
     Accuracy goes up and down in steps: how far it is from a limit does not tell where it is reached.
@@ -488,9 +395,9 @@ def _excess_drop(work: Work, points: float, applied: Applied) -> float:
     return -np.inf if accuracy(outputs, labels) >= work.accuracy - points / 100 else np.inf
 
 
-def _excess(work: Work, applied: Applied) -> float:
+def _excess(work: Work, applied: Applied, outputs: list[Array]) -> float:
     """How far the network's outputs are beyond the tolerance: see `Tolerance.excess`."""
-    promise, tolerance = work.promise(work.held_out_outputs(applied)), work.request.tolerance
+    promise, tolerance = work.promise(outputs), work.request.tolerance
     assert promise is not None
     assert tolerance is not None
     return tolerance.excess(promise.expected)
