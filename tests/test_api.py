@@ -15,8 +15,16 @@ from onnx import TensorProto, numpy_helper
 
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
-from netdecouple.api import evaluate, inspect
-from netdecouple.errors import BudgetError, CalibrationError, ModelError, PlanError, QualityError, SpeedError
+from netdecouple.api import evaluate, inspect, lower
+from netdecouple.errors import (
+    BudgetError,
+    CalibrationError,
+    ModelError,
+    OutputError,
+    PlanError,
+    QualityError,
+    SpeedError,
+)
 from netdecouple.families.chain import methods
 from netdecouple.frontends.onnx.source import OnnxSource
 from netdecouple.planning.candidates import Rule
@@ -59,6 +67,27 @@ def test_the_budget_holds_and_accuracy_stays(result: Result, tmp_path: Path) -> 
     assert after.top1 >= before.top1 - 0.01
     assert after.same_class is not None
     assert after.same_class >= 0.98
+
+
+def test_what_a_result_was_made_from_is_never_replaced(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the network nor by the report, from whatever folder and under whatever name."""
+    assert result.inputs == (MODEL, DEMO / "digits.npz")
+    copies = tmp_path / "model.onnx", tmp_path / "digits.npz"
+    for copy, original in zip(copies, result.inputs, strict=True):
+        copy.write_bytes(original.read_bytes())
+    (tmp_path / "link.onnx").symlink_to("digits.npz")
+    (tmp_path / "hard.html").hardlink_to(copies[0])
+    monkeypatch.chdir(tmp_path)
+    made = replace(result, inputs=copies)
+    for path in ("model.onnx", "link.onnx"):
+        with pytest.raises(OutputError, match=f"{path}: is an input"):
+            made.save(path)
+    with pytest.raises(OutputError, match="hard"):
+        made.save_report("hard.html")
+    with pytest.raises(OutputError, match="is an input"):
+        lower("model.onnx", "model.onnx")
 
 
 def test_the_report_lists_every_layer_and_counts_what_the_new_file_has(

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from netdecouple import pipeline
 from netdecouple.convolution import ConvGeometry, Structure
-from netdecouple.data.calibration import names_function
+from netdecouple.data import calibration
+from netdecouple.data.calibration import names_function, pictures
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
 from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Resources
-from netdecouple.execution.scratch import check_writable
+from netdecouple.execution.scratch import StrPath, check_apart, check_writable
 from netdecouple.families.chain import method
 from netdecouple.frontends.onnx import fused
 from netdecouple.frontends.onnx.model import ModelSource, noted_shape, write_model
@@ -43,7 +44,7 @@ from netdecouple.report.files import save_report
 from netdecouple.report.inspection import Inspection, inspection
 from netdecouple.report.model import Report, Score
 from netdecouple.report.sweep import Sweep, SweepPoint
-from netdecouple.runtimes import runtime
+from netdecouple.runtimes import onnxfile, runtime
 from netdecouple.runtimes.benchmark import DECOUPLED, SECONDS, SHORT, Benchmark, benchmark, layer_times
 from netdecouple.version import __version__
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 SAMPLES = 1000  # calibration inputs taken unless more or fewer are asked for
+DESCRIPTION = "netdecouple.json"  # in a folder that `save` wrote
 LIBRARIES = ("torchvision", "timm")  # of PyTorch models
 
 Calibration = str | os.PathLike[str] | Array | Iterable[Any]
@@ -73,6 +75,7 @@ class Result:
     report: Report
     source: Source = field(repr=False, compare=False)  # the original
     example: Any = field(repr=False, compare=False)  # a few inputs, to time or to export the model with
+    inputs: tuple[Path, ...] = field(default=(), repr=False, compare=False)  # the files it was made from
 
     @classmethod
     def of(cls, module: Module) -> Result:
@@ -128,17 +131,19 @@ class Result:
         """Write the report as .html or .json, by the ending; networks are timed for a page, if they were not.
 
         Raises:
-            OutputError: the ending is another one, or the place is not writable.
+            OutputError: the ending is another one, the place is not writable, or an input is there.
         """
+        check_outputs([path], self.inputs)
         save_report(self.report, path, lambda: self.timed().report)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, all of it or nothing: an .onnx file; a PyTorch module also as a folder for `load`.
 
         Raises:
-            OutputError: the place is not writable.
+            OutputError: the place is not writable, or an input is there.
             ModelError: the model cannot be written so, or was not written correctly.
         """
+        check_outputs([path], self.inputs)
         self.source.save(self, path)
 
 
@@ -349,6 +354,8 @@ def decouple(
     source = open_model(model, device=device, filter=filter, arguments=arguments)
     if emit is None:
         emit = source.fastest_form(runtime) if isinstance(goal, Fastest) else "standard"
+    inputs = files_of(source, calib, labels)
+    check_outputs((), inputs, resources.work)
     emission = Emission(emit, runtime, threads)
     request = Request(
         source,
@@ -365,7 +372,7 @@ def decouple(
         refine,
     )
     with pipeline.opened(request) as work:
-        return _given(model, source, pipeline.decouple(work, goal, show_budgets))
+        return _given(model, _result(source, pipeline.decouple(work, goal, show_budgets), inputs))
 
 
 @overload
@@ -414,9 +421,11 @@ def apply_plan(
     source = open_model(model, device=device, arguments=arguments)
     settings = Settings(data_free=plan.data_free, uniform_rank=plan.uniform_rank, seed=plan.seed)
     samples, emission = plan.samples, Emission()
+    inputs = files_of(source, calib)
+    check_outputs((), inputs, resources.work)
     request = Request(source, calib, None, settings, preprocessing, samples, emission, resources, progress)
     with pipeline.opened(request, resumes=False) as work:
-        return _given(model, source, pipeline.apply_plan(work, plan))
+        return _given(model, _result(source, pipeline.apply_plan(work, plan), inputs))
 
 
 def sweep(
@@ -458,9 +467,10 @@ def sweep(
         raise BudgetError("give budgets to sweep over, like macs=(0.8, 0.6, 0.5), or networks to compare=")
     emission, is_exported = Emission(emit), output is not None and isinstance(model, str | os.PathLike)
     source = open_model(model, device=device, filter=filter, arguments=arguments, is_exported=is_exported)
-    paths: Sequence[Path | None] = [None] * len(goals)
-    if output is not None:
-        paths = _network_paths(Path(output), source, goals, (model, *compare))
+    inputs = files_of(source, calib, labels, *compare)
+    networks = [] if output is None else network_paths(Path(output), source, goals)
+    check_outputs(networks, inputs, resources.work)
+    paths: Sequence[Path | None] = networks or [None] * len(goals)
     others = [(_name(other), _similar(source, other)) for other in compare]
     request = Request(source, calib, labels, settings, preprocessing, samples, emission, resources, progress)
     points, compared = [], []
@@ -472,7 +482,7 @@ def sweep(
                 show(compared[-1].point)
         for path, outcome in zip(paths, pipeline.sweep(work, goals) if goals else (), strict=True):
             if path is not None:
-                _save(_result(source, outcome), path)
+                _save(_result(source, outcome, inputs), path)
             file = None if path is None else str(path)
             points.append(SweepPoint.of(outcome.report, outcome.plan, file))
             if show is not None:
@@ -604,8 +614,9 @@ def lower(model: ModelSource, path: str | os.PathLike[str]) -> int:
 
     Raises:
         ModelError: the model cannot be read, or has no fused operators.
-        OutputError: the place is not writable.
+        OutputError: the place is not writable, or an input is there.
     """
+    check_outputs([path], files_of(model))
     proto, name = read_proto(model)
     count = sum(map(fused.is_fused, nodes_of(proto.graph)))
     if not count:
@@ -621,7 +632,7 @@ def save(module: Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ModelError: the module was not decoupled, or its state is more than tensors.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or an input is in it.
     """
     decoupling = vars(module).get("decoupling")
     if not isinstance(decoupling, Decoupling):
@@ -629,6 +640,7 @@ def save(module: Module, folder: str | os.PathLike[str]) -> None:
             f"this {type(module).__name__} was not made by netdecouple.decouple; "
             "of a compiled or distributed module, give the one inside"
         )
+    check_outputs([folder], () if decoupling.result is None else decoupling.result.inputs)
     with _needing_torch():
         from netdecouple.frontends.torch.folder import write
     write(module, decoupling, folder)
@@ -667,6 +679,39 @@ def check_replaceable(folder: Path) -> None:
     check_writable(target.with_name(f".{target.name}.new") if target.exists() else folder)
 
 
+def files_of(*given: Any) -> tuple[Path, ...]:
+    """Return the files, and the folders of pictures, that models, inputs, labels and plans are read from.
+
+    Of what is in memory there are none. Raises ModelError if a model cannot be read.
+    """
+    found: list[Path] = []
+    for one in given:
+        if not isinstance(one, str | os.PathLike):
+            found += getattr(one, "files", ())
+        elif Path(one).suffix == ".onnx" and os.path.isfile(one):
+            found += onnxfile.files_of(one)
+        elif os.path.isfile(Path(one) / DESCRIPTION):
+            found += Path(one).iterdir()
+        else:
+            found += calibration.files_of(one)
+    return tuple(path.absolute() for path in found)
+
+
+def check_outputs(outputs: Sequence[StrPath], inputs: Sequence[Path], work: StrPath | None = None) -> None:
+    """Check, before the work, that no result replaces what it is made from: `files_of` says what that is.
+
+    Raises:
+        OutputError: one does, two are the same, or one or an input is in the work folder.
+    """
+    check_apart(outputs, (f for path in inputs for f in (pictures(path) if path.is_dir() else [path])))
+    if work is None:
+        return
+    for path in (*inputs, *outputs):
+        place = Path(path).resolve()
+        if Path(work).resolve() in (place, *place.parents):
+            raise OutputError(f"{path}: is in the work folder, {work}, which is for nothing else; move it")
+
+
 def is_named(model: str | os.PathLike[str]) -> bool:
     """Tell whether a text names a PyTorch model: torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
     text = os.fspath(model)
@@ -700,17 +745,16 @@ def _torch_source() -> Any:
     return TorchSource
 
 
-def _result(source: Source, outcome: Outcome) -> Result:
-    result = Result(outcome.model, outcome.plan, outcome.report, source, outcome.example)
+def _result(source: Source, outcome: Outcome, inputs: tuple[Path, ...]) -> Result:
+    result = Result(outcome.model, outcome.plan, outcome.report, source, outcome.example, inputs)
     if _is_module(outcome.model):
         original = replace(result, model=None)
         outcome.model.decoupling = Decoupling(outcome.plan, outcome.report, outcome.norms, original)
     return result
 
 
-def _given(model: Any, source: Source, outcome: Outcome) -> Any:
+def _given(model: Any, result: Result) -> Any:
     """Return a module where a module was given, else a result."""
-    result = _result(source, outcome)
     return result.model if _is_module(model) else result
 
 
@@ -727,12 +771,10 @@ def _similar(source: Source, other: Any) -> Source:
     return open_model(load(source.module, other))  # type: ignore[attr-defined]
 
 
-def _network_paths(
-    folder: Path, source: Source, goals: Sequence[Budgets], inputs: Sequence[Any]
-) -> list[Path]:
+def network_paths(folder: Path, source: Source, goals: Sequence[Budgets]) -> list[Path]:
     """Return the files of a sweep's networks, in a folder that need not exist yet.
 
-    Raises OutputError if nothing can be written there, or a network would overwrite one that is read.
+    Raises OutputError if nothing can be written there.
     """
     is_folder = os.path.isdir(folder)
     if os.path.exists(folder) and not is_folder:
@@ -742,12 +784,7 @@ def _network_paths(
     name, suffix = source.name.rpartition(":")[2].removesuffix(".onnx"), source.suffix
     stem = name.replace("/", "_") or "model"
     check_writable((folder if is_folder else folder.resolve().parent) / f"{stem}{suffix}")
-    paths = [folder / f"{stem}-macs{goal.percent}{suffix}" for goal in goals]
-    read = [i for i in inputs if isinstance(i, str | os.PathLike) and os.path.exists(i)]
-    for path in paths:
-        if os.path.exists(path) and any(path.samefile(other) for other in read):
-            raise OutputError(f"{path}: is an input, and inputs are never overwritten; choose another folder")
-    return paths
+    return [folder / f"{stem}-macs{goal.percent}{suffix}" for goal in goals]
 
 
 def _save(result: Result, path: Path) -> None:

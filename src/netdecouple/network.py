@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -219,6 +220,7 @@ class Source(Protocol):
     runtimes: tuple[str, ...]  # in which it is timed unless others are named; the first is its own
     suffix: str  # of the files that its results are written as; empty: folders
     preprocessing: Preprocessing  # of pictures, unless the user says otherwise
+    files: Sequence[Path]  # that it was read from
     about: Mapping[str, str]  # what a result depends on besides the network, its inputs and the settings
 
     @property

@@ -426,13 +426,86 @@ def test_the_output_is_the_input(refused, folder: Path):
     for name in ("net.onnx", "./net.onnx", "link.onnx", "hard.onnx"):
         refused(changed(RUN, output=name), "is an input")
         refused(changed(LOWER, output=name), "is an input")
-    refused(changed(RUN, report="net.onnx"), "is an input")
+    for command in (["inspect", "net.onnx", "--html"], ["bench", "other.onnx", "net.onnx", "--report"]):
+        refused([*command, "net.onnx"], "is an input")
 
 
-def test_two_outputs_are_one(refused):
-    """One would overwrite the other."""
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({}, "data.npz"),
+        ({"labels": "labelled.npz:images,labels"}, "labelled.npz"),
+        ({"calib": "images"}, "images/03.png"),
+        ({"calib": "package.inputs:batches"}, "package/inputs.py"),
+        ({"calib": "package.inputs:batches"}, "package/__init__.py"),
+        ({"model": "parts.onnx"}, "weights/all"),
+        ({"model": "package.inputs:batches"}, "package/inputs.py"),
+        ({"model": "package.inputs:batches", "weights": "weights.pt"}, "weights.pt"),
+    ],
+)
+def test_an_output_is_anything_that_is_read(refused, folder: Path, options: dict[str, str], path: str):
+    """By its name, a symbolic link or a hard link, for every command that reads it."""
+    (folder / "labelled.npz").write_bytes((folder / "data.npz").read_bytes())
+    (folder / "weights.pt").touch()
+    for name in ("package", "weights"):
+        (folder / name).mkdir()
+    for name in ("__init__", "inputs"):
+        (folder / "package" / f"{name}.py").write_text("raise AssertionError")
+    onnx.save(
+        networks.classifier(),
+        "parts.onnx",
+        save_as_external_data=True,
+        location="weights/all",
+        size_threshold=0,
+    )
+    (folder / "link.html").symlink_to(path)
+    (folder / "hard.html").hardlink_to(folder / path)
+    sweep = ["sweep", "net.onnx", "--calib", "data.npz:images", "--macs", "50%"]
+    for name in (path, "link.html", "hard.html"):
+        refused(changed(RUN, plan_out=name, **options), f"error: {name}: is an input")
+        refused(changed(sweep, csv=name, **options), f"error: {name}: is an input")
+    apply = {"plan_out": None, "macs": None, "labels": None, "report": "link.html", **options}
+    if "labels" not in options:
+        refused(changed(["apply", "net.onnx", "plan.json", *RUN[2:]], **apply), "is an input")
+
+
+def test_an_output_is_a_file_of_a_network_that_is_compared_with(refused, folder: Path):
+    """Of a PyTorch model that is a folder."""
+    (folder / "earlier").mkdir()
+    for name in ("netdecouple.json", "model.safetensors"):
+        (folder / "earlier" / name).touch()
+    sweep = ["sweep", "net.onnx", "--calib", "data.npz:images", "--compare", "earlier", "other.onnx", "--csv"]
+    refused([*sweep, "earlier/netdecouple.json"], "is an input")
+    refused([*sweep, "other.onnx"], "is an input")
+
+
+def test_the_weights_of_a_large_network_go_beside_it(refused, folder: Path):
+    """To a file that may be an input, or another output."""
+    (folder / "out.onnx.data").write_bytes((folder / "data.npz").read_bytes())
+    refused(changed(RUN, plan_out="out.onnx.data"), "out.onnx.data", "asked for twice")
+    (folder / "out.onnx.data").unlink()
+    (folder / "out.onnx.data").symlink_to("data.npz")
+    refused(RUN, "out.onnx.data: is an input")
+
+
+def test_two_outputs_are_one(refused, folder: Path):
+    """One would overwrite the other, through links as well."""
     refused(changed(RUN, plan_out="out.onnx"), "out.onnx", "asked for twice")
     refused(changed(RUN, plan_out="a.json", report="./a.json"), "a.json", "asked for twice")
+    (folder / "link.json").symlink_to("a.json")
+    refused(changed(RUN, plan_out="a.json", report="link.json"), "link.json", "asked for twice")
+    (folder / "nets").mkdir()
+    sweep = ["sweep", "net.onnx", "--calib", "data.npz:images", "--macs", "50%", "-o", "nets"]
+    refused([*sweep, "--csv", "nets/net-macs50.onnx"], "nets/net-macs50.onnx", "asked for twice")
+
+
+def test_nothing_else_is_in_the_work_folder(refused, folder: Path):
+    """What is read could be replaced there, or removed, and what is written could be taken for its own."""
+    (folder / "work").mkdir()
+    (folder / "work" / "data.npz").write_bytes((folder / "data.npz").read_bytes())
+    refused(changed(RUN, work="work", calib="work/data.npz:images"), "work/data.npz", "work folder")
+    refused(changed(RUN, work="work", plan_out="work/plan.json"), "work/plan.json", "work folder")
+    refused(changed(RUN, work="images", calib="images"), "images", "work folder")
 
 
 # --- benchmarks

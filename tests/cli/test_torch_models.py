@@ -257,6 +257,16 @@ def test_folders_of_other_files_are_refused_before_the_work(netdecouple, folder:
     assert "out: holds other files (notes.txt)" in ended.err
 
 
+def test_a_folder_with_the_weights_is_not_replaced(netdecouple, folder: Path):
+    """Though it is one that an earlier run wrote."""
+    (folder / "out").mkdir()
+    (folder / "out" / "netdecouple.json").touch()
+    (folder / "out" / "model.safetensors").touch()
+    ended = netdecouple(*RUN, "-o", "out", "--weights", "out/model.safetensors")
+    assert ended.code == 2
+    assert "error: out/model.safetensors: is an input" in ended.err
+
+
 def test_the_current_folder_is_no_place_for_a_network(
     netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -22,6 +22,7 @@ from netdecouple.cli.results import (
 )
 from netdecouple.cli.terminal import PLAIN, Json, Output, Terminal
 from netdecouple.errors import OutputError
+from netdecouple.goal import parse_sweep
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
 from netdecouple.report import text
@@ -147,7 +148,7 @@ def run(
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)
-    reports = check_run([model], output, plan_out, report)
+    reports = check_run((model, calib, labels, weights), output, plan_out, report, execution.work)
     settings = fitting.settings(None if method is None else Rule.parse(method))
     source = open_model(terminal, model, weights, fitting.seed, output)
     with execution.opened() as resources, terminal.bars() as bars:
@@ -218,10 +219,14 @@ def sweep(
     terminal = Terminal(printed)
     check_model(model)
     paths = check_reports(reports)
-    check_outputs([model, *(compare or ())], csv, *paths)
+    inputs = (model, calib, labels, weights, *(compare or ()))
+    check_outputs(inputs, csv, *paths, work=execution.work)
     settings = fitting.settings()
     exported = [] if output is None else [Path("network.onnx")]
     source = open_model(terminal, model, weights, fitting.seed, exported)
+    if output is not None:
+        networks = api.network_paths(output, source, parse_sweep(macs, settings.rule))
+        api.check_outputs([*filter(None, [csv]), *paths, *networks], api.files_of(*inputs), execution.work)
     with execution.opened() as resources, terminal.bars() as bars:
         swept = api.sweep(
             source,
@@ -269,7 +274,7 @@ def inspect(
     """
     terminal = Terminal(printed)
     check_model(model)
-    check_outputs([model], html)
+    check_outputs([model, weights], html)
     source = open_model(terminal, model, weights)
     inspection = api.inspect(source, None if input_size is None else options.parse_size(input_size))
     terminal.console.print(text.inspect_table(inspection))
@@ -300,7 +305,7 @@ def apply(
       netdecouple apply model.onnx plan.json -o faster.onnx --calib inputs.npy
     """
     terminal = Terminal(printed)
-    reports = check_run([model, plan], output, None, report)
+    reports = check_run((model, plan, calib, weights), output, None, report, memory.work)
     saved = Plan.load(plan)
     source = open_model(terminal, model, weights, saved.seed, output)
     with terminal.bars() as bars:

@@ -13,7 +13,7 @@ from pathlib import Path
 from netdecouple import api
 from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import ModelError, OutputError
-from netdecouple.execution.scratch import check_writable
+from netdecouple.execution.scratch import StrPath, check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
 from netdecouple.report.text import report_table
@@ -32,7 +32,11 @@ def check_model(model: Path) -> None:
 
 
 def check_run(
-    inputs: Sequence[Path], networks: Sequence[Path], plan: Path | None, reports: Iterable[Path] | None
+    inputs: tuple[Path, *tuple[StrPath | None, ...]],
+    networks: Sequence[Path],
+    plan: Path | None,
+    reports: Iterable[Path] | None,
+    work: Path | None,
 ) -> list[Path]:
     """Check the model, the first of the inputs, and all outputs before the work; return the reports."""
     check_model(inputs[0])
@@ -48,22 +52,24 @@ def check_run(
             )
     folders = [path for path in networks if is_torch and path.suffix != ".onnx"]
     paths = list(reports or ())
-    check_outputs(inputs, *networks, plan, *paths, folders=folders)
+    check_outputs(inputs, *networks, plan, *paths, folders=folders, work=work)
     return check_reports(paths)
 
 
-def check_outputs(inputs: Sequence[Path], *outputs: Path | None, folders: Sequence[Path] = ()) -> None:
+def check_outputs(
+    inputs: Sequence[StrPath | None],
+    *outputs: Path | None,
+    folders: Sequence[Path] = (),
+    work: Path | None = None,
+) -> None:
     """Refuse outputs that cannot be written, are named twice, or would overwrite an input."""
     given = [output for output in outputs if output is not None]
-    for index, output in enumerate(given):
+    for output in given:
         if output in folders:
             api.check_replaceable(output)
         else:
             check_writable(output)
-        if any(output.exists() and os.path.exists(path) and output.samefile(path) for path in inputs):
-            raise OutputError(f"{output}: is an input, and inputs are never overwritten; choose another name")
-        if any(output.resolve() == other.resolve() for other in given[:index]):
-            raise OutputError(f"{output}: is asked for twice; give every result a name of its own")
+    api.check_outputs(given, api.files_of(*inputs), work)
 
 
 def check_reports(reports: Iterable[Path] | None) -> list[Path]:

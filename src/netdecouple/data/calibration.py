@@ -17,6 +17,8 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -277,6 +279,31 @@ def _image_names(folder: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
                 yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def files_of(source: str | os.PathLike[str]) -> list[Path]:
+    """Return the file or folder that `load` reads; of MODULE:FUNCTION the module and the packages around it.
+
+    The module is not imported. Nothing is returned where nothing is found.
+    """
+    text = os.fspath(source)
+    path, _ = _split_key(text)
+    if os.path.exists(path):
+        return [Path(path)]
+    found: list[Path] = []
+    places: Sequence[str] | None = [os.getcwd(), *sys.path]
+    for name in accumulate(text.partition(":")[0].split("."), "{}.{}".format) if names_function(text) else ():
+        spec = None if places is None else PathFinder.find_spec(name, places)
+        if spec is None:
+            break
+        found += [Path(spec.origin)] if spec.origin and spec.has_location else []
+        places = spec.submodule_search_locations
+    return found
+
+
+def pictures(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder, which `load` reads or may read."""
+    yield from (folder / name for name in _image_names(folder))
 
 
 def _split_key(text: str) -> tuple[str, str | None]:

@@ -1,6 +1,6 @@
-"""Temporary folders, and renaming results to their final names.
+"""Temporary folders, where results may be written, and renaming them to their final names.
 
-All of both goes through this module, so that an interrupted command can remove what is temporary, and say
+All of it goes through this module, so that an interrupted command can remove what is temporary, and say
 what it has written, while a thread that cannot be stopped is still running.
 """
 
@@ -11,11 +11,13 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from netdecouple.errors import OutputError
+
+StrPath = str | os.PathLike[str]
 
 TRIES = 5  # to remove a folder that a thread is still writing into
 
@@ -60,6 +62,49 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise unwritable(path, error) from error
     return target
+
+
+def check_apart(outputs: Iterable[StrPath], inputs: Iterable[StrPath]) -> None:
+    """Check before the work that no output replaces an input or another output, also through links.
+
+    ``inputs`` are files; they are not iterated over where no output exists yet.
+
+    Raises:
+        OutputError: one does.
+    """
+    places: dict[object, StrPath] = {}
+    for output in outputs:
+        replaced = {_identity(path): path for path in _replaced(output)}
+        if places.keys() & replaced.keys():
+            raise OutputError(f"{output}: is asked for twice; give every result a name of its own")
+        places |= replaced
+    if not any(map(os.path.exists, places.values())):
+        return
+    for identity in map(_identity, inputs):
+        if identity in places:
+            raise OutputError(
+                f"{places[identity]}: is an input, and inputs are never overwritten; choose another name"
+            )
+
+
+def _replaced(output: StrPath) -> Iterator[StrPath]:
+    """Yield what writing an output replaces: a folder's files; beside a model, the weights of a large one."""
+    path = Path(output)
+    if os.path.isdir(path):
+        yield from path.iterdir()
+    yield output
+    if path.suffix == ".onnx":
+        yield path.with_name(f"{path.name}.data")
+
+
+def _identity(path: StrPath) -> object:
+    """Return what two names of one file have in common."""
+    real = os.path.realpath(path)
+    try:
+        status = os.stat(real)
+    except OSError:
+        return real
+    return status.st_dev, status.st_ino
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> OutputError:

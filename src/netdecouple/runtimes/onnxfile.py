@@ -84,6 +84,13 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     return proto
 
 
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return a model's file and those of its external data; raise ModelError as `definition`."""
+    tensors: list[Any] = [m for m in _messages(definition(path)) if m.DESCRIPTOR.full_name == TENSOR]
+    locations = [e.value for tensor in tensors for e in tensor.external_data if e.key == "location"]
+    return [Path(path), *(Path(path).parent / location for location in dict.fromkeys(locations))]
+
+
 def definition(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read a model without its external data, but check that they exist.
 

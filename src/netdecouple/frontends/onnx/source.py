@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from netdecouple import kernels, runtimes
@@ -20,6 +22,7 @@ from netdecouple.frontends.onnx.model import ModelSource, load, read_model, writ
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.timing import OnnxTimer
 from netdecouple.network import Array, Calibration, Executable
+from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.onnxfile import size_of
 
 
@@ -39,6 +42,7 @@ class OnnxSource:
         self.model = read_model(model)
         self.name = self.model.origin
         self.preprocessing = Preprocessing()
+        self.files: Sequence[Path] = () if isinstance(model, onnx.ModelProto) else onnxfile.files_of(model)
         self.about: Mapping[str, str] = {}
 
     @property

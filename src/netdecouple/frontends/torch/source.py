@@ -51,6 +51,7 @@ class TorchSource:
         *,
         name: str | None = None,
         weights: str = "",
+        files: Sequence[Path] = (),
         preprocessing: Preprocessing = Preprocessing(),
         device: str = "cpu",
         filter: Callable[[str, nn.Module], bool] | None = None,
@@ -64,7 +65,7 @@ class TorchSource:
         if decoupling is not None and not hasattr(decoupling, "plan"):
             raise ModelError("the module has an attribute 'decoupling' of another kind; rename it")
         self.module, self.weights, self.preprocessing = module, weights, preprocessing
-        self.name = name or type(module).__name__
+        self.name, self.files = name or type(module).__name__, files
         self._device, self._filter, self._arguments = device, filter, arguments
         self._is_exported = is_exported
         self.suffix = ".onnx" if is_exported else ""

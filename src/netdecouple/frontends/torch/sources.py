@@ -39,7 +39,8 @@ def build(source: str, weights: str | None = None, seed: int = 0, **options: Any
     pretrained = make is not None and weights in (None, "default")
     if make is None and weights == "default":
         raise ModelError(f"{source} has no default weights; leave out weights=, or give a file")
-    state = {} if weights in (None, "default", "random") else _read_weights(Path(str(weights)))
+    files = [] if weights in (None, "default", "random") else [Path(str(weights))]
+    state = _read_weights(files[0]) if files else {}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         module, preprocessing, origin = make(name, pretrained) if make else _function(source)
@@ -48,7 +49,8 @@ def build(source: str, weights: str | None = None, seed: int = 0, **options: Any
         origin = str(weights)
     elif make and not pretrained:
         origin = f"random (seed {seed})"
-    return TorchSource(module.eval(), name=source, weights=origin, preprocessing=preprocessing, **options)
+    options |= {"preprocessing": preprocessing, "files": [*calibration.files_of(source), *files]}
+    return TorchSource(module.eval(), name=source, weights=origin, **options)
 
 
 Built = tuple[nn.Module, Preprocessing, str]  # with the origin of the weights
