@@ -35,6 +35,19 @@ def test_a_fully_connected_layer_is_kept_where_low_rank_is_not_asked_for(setting
     assert kept_reasons(LAYERS, settings) == {"fc": "only cd would do, which is not asked for"}
 
 
+def test_a_name_is_a_name_before_it_is_a_glob() -> None:
+    """Layers are named after nodes, and nodes after whatever an exporter likes."""
+    layers = [conv(name, 8, 16, 10) for name in ("conv[0]", "conv0", "*", "last")]
+    for pattern, names in (
+        ("conv[0]", ["conv[0]"]),
+        ("conv[0-9]", ["conv0"]),
+        ("conv*", ["conv[0]", "conv0"]),
+        ("*", ["*"]),
+    ):
+        reasons = kept_reasons(layers, Settings(exclude=(pattern,)))
+        assert [name for name, reason in reasons.items() if reason == EXCLUDED] == names
+
+
 def test_a_fully_connected_layer_may_follow_a_rule_or_be_excluded_or_too_small() -> None:
     assert kept_reasons(LAYERS, Settings(rule=Rule.parse("cd:rank=2"))) == {}
     assert kept_reasons(LAYERS, Settings(exclude=("f*",))) == {"fc": EXCLUDED}

@@ -182,7 +182,8 @@ class Fitting:
     """How a network is planned and fitted, whatever the goal."""
 
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Layer to leave alone; a name or a glob. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Layer to leave alone: a name as it is printed, or a glob. Repeatable."),
     ] = None
     data_free: Annotated[
         bool, typer.Option("--data-free", help="Fit from the weights alone, as the paper does.")

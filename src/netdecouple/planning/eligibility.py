@@ -23,12 +23,9 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings, memory: Memory = M
     Raises:
         ModelError: a pattern of ``settings.exclude`` matches nothing, or no layer is left.
     """
-    for pattern in settings.exclude:
-        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-            raise ModelError(
-                f"exclude={pattern!r} matches no layer; `netdecouple inspect` lists the names of all layers"
-            )
-    reasons = {layer.name: _reason(layer, settings, memory) for layer in layers}
+    names = [layer.name for layer in layers]
+    excluded = {name for pattern in settings.exclude for name in _matching(pattern, names)}
+    reasons = {la.name: EXCLUDED if la.name in excluded else _reason(la, settings, memory) for la in layers}
     reasons = {name: reason for name, reason in reasons.items() if reason}
     if settings.procedure != "rule" and not settings.data_free:
         reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
@@ -40,10 +37,18 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings, memory: Memory = M
     return reasons
 
 
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the layer of this name, brackets and all, or else those that a glob matches."""
+    found = [pattern] if pattern in names else [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+    if not found:
+        raise ModelError(
+            f"exclude={pattern!r} matches no layer; `netdecouple inspect` lists the names of all layers"
+        )
+    return found
+
+
 def _reason(layer: Layer, settings: Settings, memory: Memory) -> str:
     """Return why a layer is kept, or an empty string."""
-    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in settings.exclude):
-        return EXCLUDED
     if layer.reason:
         return layer.reason
     if least_cost(layer, Macs()) >= layer.macs:

@@ -17,7 +17,7 @@ class Settings:
     """How to decouple a network. The defaults suit most networks.
 
     Args:
-        exclude: layers to keep: their names, or patterns like "head.*".
+        exclude: layers to keep: their names as they are printed, or patterns like "head.*".
         data_free: fit to the weights alone; calibration inputs are not needed.
         uniform_rank: use the same number of terms T for all channels of a layer. Together with ``data_free``
             this is the paper's own procedure.
