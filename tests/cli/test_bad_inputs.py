@@ -348,6 +348,13 @@ def test_bad_mean_and_std(refused, option: str, text: str):
     refused(changed(RUN, calib="images", **{option: text}), option)
 
 
+def test_mean_and_std_of_values_up_to_255(refused):
+    """As other tools want them; what they are here is in the message."""
+    refused(
+        changed(RUN, calib="images", mean="123.675,116.28,103.53", std="58.395,57.12,57.375"), "0.485,0.456"
+    )
+
+
 def test_a_std_of_zero(refused):
     """Would divide by zero."""
     refused(changed(RUN, calib="images", std="0,1,1"), "std", "positive")

@@ -25,13 +25,14 @@ class Preprocessing:
 
     Attributes:
         size: (H, W) of the crop in pixels; None keeps the size of the picture.
-        mean: per channel, of values in 0..1; one value serves all channels.
+        mean: per channel, of values in 0..1 (those of 0..255 divided by 255); one serves all channels.
         std: per channel, like ``mean``.
         resize: shorter side in pixels before the centre crop, as in torchvision; None resizes straight to
             ``size``. If the crop is larger than the resized picture, the picture is enlarged, never padded.
 
     Raises:
-        CalibrationError: a number is not finite, not positive, or ``resize`` is smaller than the crop.
+        CalibrationError: a number is not finite, not positive or of values in 0..255, or ``resize`` is
+            smaller than the crop.
     """
 
     size: tuple[int, int] | None = None
@@ -44,6 +45,13 @@ class Preprocessing:
             raise CalibrationError(f"mean {self.mean}: give one finite number, or one per channel")
         if not self.std or not all(math.isfinite(value) and value > 0 for value in self.std):
             raise CalibrationError(f"std {self.std}: give one positive number, or one per channel")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if max(map(abs, values)) > 1:
+                scaled = ",".join(f"{value / 255:.4g}" for value in values)
+                raise CalibrationError(
+                    f"{name} {values}: values are in 0..1 here, and these are of 0..255; divide mean and std "
+                    f"by 255 ({name} {scaled}; a std of 1 is {1 / 255:.4g})"
+                )
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise CalibrationError(f"size {self.size}: give height and width, both positive")
         if self.resize is not None and self.resize < min(self.size or (1,)):
