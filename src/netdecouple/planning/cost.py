@@ -1,7 +1,7 @@
 """What layers cost, and budgets for it.
 
-A MAC is one multiply-add and counts as 1. Convolutions and fully connected layers count; bias,
-BatchNorm, activations and additions do not.
+A MAC is one multiply-add and counts as 1. Convolutions, fully connected and recurrent layers and matrix
+products count; bias, BatchNorm, activations and additions do not.
 """
 
 from __future__ import annotations

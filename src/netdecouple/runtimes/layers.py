@@ -72,11 +72,21 @@ def node_name(node: onnx.NodeProto) -> str:
 
 
 def with_names(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model and name every node; the profiler would number nodes without names."""
+    """Copy a model and name every node; the profiler would number nodes without names.
+
+    Nodes of subgraphs are named after the node that has these: loop/body/conv.
+    """
     copy = copy_of(model)
-    for node in copy.graph.node:
-        node.name = node_name(node)
+    _name(copy.graph, "")
     return copy
+
+
+def _name(graph: onnx.GraphProto, prefix: str) -> None:
+    for node in graph.node:
+        node.name = prefix + node_name(node)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _name(inner, f"{node.name}/{attribute.name}/")
 
 
 def by_layer(times: Mapping[tuple[str, str], float], owners: Owners) -> dict[str, float]:

@@ -166,6 +166,36 @@ class Profiled:
         return node_times(json.loads(path.read_text(encoding="utf-8")))
 
 
+Call = tuple[
+    list[tuple[int, ...]], list[tuple[int, ...]]
+]  # shapes of inputs and outputs that are not left out
+
+
+def calls_of(model: onnx.ModelProto, feeds: Feeds) -> dict[str, list[Call]]:
+    """Run a model once as it is written, and list every node's calls by its name, in subgraphs too.
+
+    Raises ModelError as `open_session` and `run` do.
+    """
+    chosen = options()
+    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    chosen.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are not listed
+    chosen.enable_profiling = True
+    with Scratch() as folder:
+        chosen.profile_file_prefix = str(Path(folder) / "profile")
+        session = open_session(model, chosen)
+        run(session, None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    calls: dict[str, list[Call]] = {}
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            inputs, outputs = (
+                [tuple(size) for tensor in event["args"][key] for size in tensor.values()]
+                for key in ("input_type_shape", "output_type_shape")
+            )
+            calls.setdefault(event["name"].removesuffix("_kernel_time"), []).append((inputs, outputs))
+    return calls
+
+
 def node_times(events: Sequence[dict[str, Any]]) -> list[dict[tuple[str, str], float]]:
     """Sum a profile's events, run by run, by a node's name (as it is after optimisation) and operator."""
     runs: list[dict[tuple[str, str], float]] = []

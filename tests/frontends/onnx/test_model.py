@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,7 +21,7 @@ from netdecouple.frontends.onnx.model import read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import nodes_of
 from netdecouple.network import Layer
-from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.runtimes.onnxruntime import open_session, options, run
 from tests import networks
 from tests.networks import Builder, images_for
 
@@ -398,8 +400,8 @@ def test_opsets_of_subgraphs_are_kept():
     assert {entry.domain for entry in folded.opset_import} == {"", "com.microsoft"}
 
 
-def test_local_functions_are_looked_into():
-    """A convolution inside a local function, as some exporters write modules, is found."""
+def with_function() -> onnx.ModelProto:
+    """A convolution inside a local function, as some exporters write modules."""
     model = networks.classifier()
     conv = model.graph.node[0]
     body = helper.make_function(
@@ -414,7 +416,12 @@ def test_local_functions_are_looked_into():
     conv.CopyFrom(call)
     model.functions.append(body)
     model.opset_import.append(helper.make_opsetid("local", 1))
-    assert [la.operator for la in layers_of(model).values()] == ["Conv", "Conv", "Conv", "Gemm"]
+    return model
+
+
+def test_local_functions_are_looked_into():
+    """The convolution in them is found."""
+    assert [la.operator for la in layers_of(with_function()).values()] == ["Conv", "Conv", "Conv", "Gemm"]
 
 
 # --- layers
@@ -555,6 +562,162 @@ def test_other_matrix_products_say_why_they_are_kept(kind: str, reason: str):
     assert layer.reason == reason
     assert layer.geometry is None
     assert layer.macs > 0
+
+
+def body_of(name: str, inputs: list[onnx.ValueInfoProto], results: list[str], *nodes: onnx.NodeProto):
+    """A subgraph of tensors whose shapes nobody wrote down."""
+    outputs = [helper.make_tensor_value_info(t, TensorProto.BOOL if t == "go" else 1, None) for t in results]
+    return helper.make_graph(nodes, name, inputs, outputs)
+
+
+def other_layer(b: Builder, kind: str, x: str) -> str:
+    """A layer that is kept, of maps (N, 8, 8, 8); its output, of the same shape."""
+    b.weight("w", 8, 8, 3, 3)
+    conv = partial(helper.make_node, "Conv", [x, "w"], name="conv", pads=[1] * 4)
+    if kind == "FusedConv":
+        return b.node(kind, x, "w", domain="com.microsoft", activation="Relu", pads=[1] * 4, out="kept")
+    if kind == "DeformConv":
+        offsets = b.node("Gather", x, b.constant("channels", np.arange(18) % 8, np.int64), axis=1)
+        return b.node(kind, x, "w", offsets, pads=[1] * 4, kernel_shape=[3, 3], out="kept")
+    if kind in ("QLinearConv", "ConvInteger"):
+        step, zero = b.constant("step", 0.1), b.constant("zero", 0, np.uint8)
+        weight = b.constant("int8", b.rng.integers(-9, 9, (8, 8, 3, 3)), np.int8)
+        rows = b.node("QuantizeLinear", x, step, zero)
+        if kind == "ConvInteger":
+            made = b.node(kind, rows, weight, zero, pads=[1] * 4, out="kept")
+            return b.node("Cast", made, to=TensorProto.FLOAT)
+        scales = (rows, step, zero, weight, step, b.constant("none", 0, np.int8), step, zero)
+        return b.node("DequantizeLinear", b.node(kind, *scales, pads=[1] * 4, out="kept"), step, zero)
+    if kind == "If":
+        bright = b.node("Greater", b.node("ReduceMean", "image", keepdims=0), b.constant("dark", -1e9))
+        then = body_of("then", [], ["y"], conv(outputs=["y"]))
+        return b.node(
+            "If",
+            bright,
+            then_branch=then,
+            else_branch=body_of("else", [], ["z"], conv(outputs=["z"])),
+            out="kept",
+        )
+    if kind == "Loop":
+        inputs = [
+            ("i", TensorProto.INT64, []),
+            ("go_on", TensorProto.BOOL, []),
+            ("v", TensorProto.FLOAT, None),
+        ]
+        body = body_of(
+            "body",
+            [helper.make_tensor_value_info(*value) for value in inputs],
+            ["go", "y"],
+            helper.make_node("Conv", ["v", "w"], ["y"], pads=[1] * 4),
+            helper.make_node("Identity", ["go_on"], ["go"]),
+        )
+        return b.node(
+            "Loop", b.constant("three", 3, np.int64), b.constant("true", True, bool), x, body=body, out="kept"
+        )
+    rows = b.node("Reshape", x, b.constant("rows", [-1, 8, 64], np.int64))
+    if kind == "LSTM":
+        sequence = b.node("Transpose", rows, perm=[2, 0, 1])  # (64, N, 8)
+        b.nodes.append(
+            helper.make_node(
+                kind,
+                [sequence, b.weight("W", 1, 32, 8), b.weight("R", 1, 32, 8)],
+                ["states"],
+                "kept",
+                hidden_size=8,
+            )
+        )
+        states = b.node("Squeeze", "states", b.constant("one", [1], np.int64))
+        rows = b.node("Transpose", states, perm=[1, 2, 0])
+    elif kind == "left":
+        rows = b.node("MatMul", b.weight("left", 8, 8), rows, out="kept")
+    elif kind == "Einsum":
+        rows = b.node(kind, rows, b.weight("turn", 64, 64), equation="...ct,td->...cd", out="kept")
+    else:
+        assert kind == "computed"
+        rows = b.node(
+            "MatMul",
+            b.node("MatMul", rows, b.node("Transpose", rows, perm=[0, 2, 1]), out="kept"),
+            rows,
+            out="second",
+        )
+    return b.node("Reshape", rows, b.constant("maps", [-1, 8, 8, 8], np.int64))
+
+
+CONV = 8 * 8 * 9 * 64
+OTHERS = {
+    "FusedConv": ({"kept": CONV}, "made by ONNX Runtime's optimizer"),
+    "DeformConv": ({"kept": CONV}, "deformable convolution"),
+    "QLinearConv": ({"kept": CONV}, "quantized; decouple the float model"),
+    "ConvInteger": ({"kept": CONV}, "quantized; decouple the float model"),
+    "If": (
+        {"kept/then_branch/conv": CONV, "kept/else_branch/conv": 0},
+        "in the body of If 'kept'; export the model without If",
+    ),
+    "Loop": ({"kept/body/Conv:y": 3 * CONV}, "in the body of Loop 'kept'"),
+    "LSTM": ({"kept": 64 * 2 * 32 * 8}, "recurrent layer"),
+    "left": ({"kept": 8 * 8 * 64}, "its weights are on the left"),
+    "Einsum": ({"kept": 8 * 64 * 64}, "einsum"),
+    "computed": ({"kept": 8 * 8 * 64, "second": 8 * 8 * 64}, "a product of two computed tensors"),
+}
+
+
+def with_other(kind: str) -> onnx.ModelProto:
+    """A layer of some kind between two convolutions."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "first"), out="x")
+    b.classifier(b.conv(other_layer(b, kind, x), 8, 8, 3, "last"), 8)
+    model = b.model(opset=19)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_everything_that_costs_macs_is_listed(kind: str):
+    """Whatever its domain, and whatever graph it is in, before and after; nothing is gained by what stays."""
+    macs, reason = OTHERS[kind]
+    model = with_other(kind)
+    network = OnnxNetwork(read_model(model), images_for(model))
+    kept = {la.name: la for la in network.layers if la.reason}
+    assert {name: la.macs for name, la in kept.items()} == macs
+    assert all(la.reason.startswith(reason) and la.geometry is None for la in kept.values())
+    assert all(la.parameters for la in kept.values()) or kind == "computed"
+    report = netdecouple.decouple(model, images_for(model, 40), macs=0.9, settings=SETTINGS).report
+    assert report.macs_before - sum(macs.values()) == 64 * 27 * 8 + CONV + 80
+    assert {la.name: la.macs for la in report.layers if la.name in macs} == macs
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
+def test_what_onnx_runtime_has_optimized_is_listed_and_not_decoupled(tmp_path: Path, level: str):
+    """The message says what to give instead."""
+    chosen = options()
+    chosen.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    chosen.optimized_model_filepath = str(tmp_path / "net.onnx")
+    open_session(networks.classifier(), chosen)
+    macs = netdecouple.inspect(tmp_path / "net.onnx").macs
+    assert macs >= sum(la.macs for la in layers_of(networks.classifier()).values())
+    with pytest.raises(ModelError, match="give the model as it was before"):
+        netdecouple.decouple(
+            tmp_path / "net.onnx", images_for(networks.classifier(), 20), macs=0.5, settings=SETTINGS
+        )
+
+
+def test_convolutions_in_functions_are_listed_that_the_optimizer_leaves():
+    """As it does where it would change types."""
+    model = networks.halved(with_function())
+    operators = [la.operator for la in OnnxNetwork(read_model(model), images_for(model)).layers]
+    assert operators == ["Conv", "Conv", "Conv", "Gemm"]
+
+
+def test_unknown_operators_are_listed_if_they_have_weights():
+    """Without MACs, which are not known."""
+    b = Builder()
+    x = b.node("Flatten", b.conv("image", 3, 2, 3, "conv"))
+    b.node("CDist", x, b.weight("w", 10, 128), domain="com.microsoft", out="logits")
+    model = b.model()
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    layer = layers_of(model)["logits"]
+    assert (layer.macs, layer.parameters) == (0, 1280)
+    assert layer.reason == "an operator of com.microsoft, whose MACs are not known"
 
 
 def test_macs_are_for_one_image():

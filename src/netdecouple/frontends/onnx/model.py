@@ -17,34 +17,40 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper, inliner, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.frontends.onnx.emission import PRODUCTS
+from netdecouple.frontends.onnx.products import has_unknown_weights, is_convolution, product_of
 from netdecouple.frontends.onnx.proto import (
     Nodes,
     array_of,
     attributes_of,
+    constants_of,
     drop_unread,
     geometry_of,
+    graphs_of,
     nodes_of,
     reads,
     remove_named,
     replace_items,
+    subgraphs_of,
     up_to,
 )
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import INPUT_SHAPE, ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.feeds import parse_shape
-from netdecouple.runtimes.layers import node_name
+from netdecouple.runtimes.layers import node_name, with_names
 from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
-from netdecouple.runtimes.onnxruntime import open_session, options, run, uses_kernels
+from netdecouple.runtimes.onnxruntime import calls_of, open_session, options, run, uses_kernels
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
+_FINITE = ("Conv", "ConvTranspose", OPERATOR, *PRODUCTS, "BatchNormalization")  # their weights must be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     proto, origin = load(source)
     _check_weights(proto, origin)
     folded = _fold(_with_initializers(proto))
-    if not any(node.op_type in ("Conv", OPERATOR) for node in folded.graph.node):
+    if not any(map(is_convolution, nodes_of(folded.graph))):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     constants = {tensor.name for tensor in folded.graph.initializer}
     inputs = [value for value in folded.graph.input if value.name not in constants]
@@ -148,7 +154,7 @@ def _check_weights(proto: onnx.ModelProto, origin: str) -> None:
                 continue
             reader = used_by.get(name, onnx.NodeProto(name="?"))
             # constants of masks, shape arithmetic and padding may well be infinite; weights may not
-            is_weight = reader.op_type in (*_READERS, "BatchNormalization")
+            is_weight = reader.op_type in _FINITE
             good = np.isfinite(array) if is_weight else ~np.isnan(array)
             if array.size > 1 and not good.all():
                 raise ModelError(
@@ -236,7 +242,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     # a cast may take the name of an Identity behind it
     before |= {n.output[0] for n in nodes_of(proto.graph) if n.op_type == "Identity" and n.input[0] in before}
     if any(node.domain not in known for node in nodes_of(folded.graph)) or not after <= before:
-        folded = _with_norms_folded(proto)
+        folded = _with_norms_folded(_inlined(proto))
     if uses_kernels(proto) and not uses_kernels(folded):  # inlined, as they are not available
         folded = proto
     used = {node.domain for node in nodes_of(folded.graph)} | {""}
@@ -247,6 +253,13 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
     replace_items(folded.graph.initializer, sorted(folded.graph.initializer, key=lambda tensor: tensor.name))
     # messages that were replaced take memory until the model that held them is freed
     return folded if is_large(folded) else copy_of(folded)
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Put the nodes of functions in the place of their calls, as the optimizer does; ours stay."""
+    if all(function.domain == DOMAIN for function in proto.functions):
+        return proto
+    return _with_initializers(inliner.inline_selected_functions(proto, [(DOMAIN, OPERATOR)], exclude=True))
 
 
 def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -292,7 +305,8 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
 def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nodes, Shapes]:
     """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
 
-    The shapes are those of the tensors that the layers, and all additions, read and write.
+    Layers in the bodies of If, Loop and Scan stand where these do. The shapes are those of the tensors that
+    the other layers, and all additions, read and write.
 
     Raises:
         ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
@@ -300,28 +314,63 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     onnxfile.check_sizes(model.proto, model.origin, sample)
     graph = model.proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    # a convolution whose weights are computed is listed too: it costs MACs but cannot be changed
-    nodes = [
-        n
-        for n in graph.node
-        if n.domain in ("", "ai.onnx", DOMAIN)
-        and (n.op_type in _ALWAYS or (n.op_type in _READERS and n.input[1] in constants))
+    listed = [product_of(n) is not None or has_unknown_weights(n, constants) for n in graph.node]
+    ends = [
+        t for n, is_layer in zip(graph.node, listed, strict=True) if is_layer for t in (*n.input, *n.output)
     ]
-    ends = [t for n in nodes for t in (n.input[0], n.input[1], n.output[0])]
     ends += [t for n in graph.node if n.op_type == "Add" for t in n.input]
-    tensors = [t for t in dict.fromkeys(ends) if t not in constants and t != model.input_name]
+    tensors = [t for t in dict.fromkeys(ends) if t and t not in constants and t != model.input_name]
     values = run(open_session(up_to(model.proto, tensors)), tensors, {model.input_name: sample})
     shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     shapes[model.input_name] = sample.shape
     shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
-    context = _Context(shapes[model.input_name][0], model.size is not None, constants, shapes)
-    layers = tuple(_READERS[node.op_type](node, context) for node in nodes)
+    context = _Context(len(sample), model.size is not None, constants, shapes)
+    inner, layers, nodes = _inner_layers(model, sample), [], []
+    for index, (node, is_layer) in enumerate(zip(graph.node, listed, strict=True)):
+        found = [(_read(node, context), node)] if is_layer else inner.get(index, ())
+        layers += [layer for layer, _ in found]
+        nodes += [place for _, place in found]
     for la in layers:
         if not all(np.isfinite(array).all() for array in (la.weight, la.bias)):
             raise ModelError(
                 f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
             )
-    return layers, nodes, shapes
+    return tuple(layers), nodes, shapes
+
+
+def _inner_layers(model: OnnxModel, sample: Array) -> dict[int, list[tuple[Layer, onnx.NodeProto]]]:
+    """List the layers in the bodies of If, Loop and Scan, by the place of the node that has the body.
+
+    The MACs are those of all calls in one run, none in a branch that was not taken.
+    """
+    bodies = list(graphs_of(model.proto.graph))[1:]
+    if not any(product_of(node) for graph in bodies for node in graph.node):
+        return {}
+    named = with_names(model.proto)
+    calls = calls_of(named, {model.input_name: sample})
+    constants = constants_of(list(graphs_of(named.graph)))
+    layers: dict[int, list[tuple[Layer, onnx.NodeProto]]] = {}
+    for index, owner in enumerate(named.graph.node):
+        for node in (node for graph in subgraphs_of(owner) for node in nodes_of(graph)):
+            if (product := product_of(node)) is None:
+                continue
+            macs = sum(
+                product.macs(node, _aligned(node.input, inputs), _aligned(node.output, outputs))
+                for inputs, outputs in calls.get(node.name, ())
+            )
+            parameters = sum(math.prod(constants[t].dims) for t in node.input if t in constants)
+            reason = (
+                f"in the body of {owner.op_type} {owner.name!r}; export the model without {owner.op_type}"
+            )
+            layer = Layer(node.name, node.op_type, macs // len(sample), parameters, reason=reason)
+            layers.setdefault(index, []).append((layer, node))
+    return layers
+
+
+def _aligned(names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Put () in the places of tensors that are left out, which have no names and no shapes."""
+    given = iter(shapes)
+    return [next(given, ()) if name else () for name in names]
 
 
 class _Context(NamedTuple):
@@ -333,16 +382,31 @@ class _Context(NamedTuple):
     shapes: Shapes
 
 
-def _read_conv(node: onnx.NodeProto, context: _Context) -> Layer:
+def _read(node: onnx.NodeProto, context: _Context) -> Layer:
+    product, shapes, constants = product_of(node), context.shapes, context.constants
+    macs, reason = 0, f"an operator of {node.domain}, whose MACs are not known"
+    if product is not None:
+        inputs, outputs = ([shapes.get(t, ()) for t in tensors] for tensors in (node.input, node.output))
+        macs, reason = product.macs(node, inputs, outputs) // context.images, product.reason
+    is_weighed = len(node.input) > 1 and node.input[1] in constants
+    if node.domain == "" and (node.op_type == "Conv" or (node.op_type in PRODUCTS and is_weighed)):
+        return (_read_conv if node.op_type == "Conv" else _read_matmul)(node, context, macs)
+    if node.op_type in PRODUCTS and node.input[0] in constants:
+        reason = "its weights are on the left"
+    weights = (
+        node.input[:4] if node.op_type == OPERATOR else node.input
+    )  # not an activation's that it took over
+    parameters = sum(math.prod(constants[t].dims) for t in weights if t in constants)
+    return Layer(node_name(node), node.op_type, macs, parameters, reason=reason)
+
+
+def _read_conv(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
     images, has_fixed_size, constants, shapes = context
     maps, _, *spatial = shapes[node.input[0]]
     kernel, out = shapes[node.input[1]], shapes[node.output[0]]
     has_bias = any(node.input[2:])
-    macs = math.prod(kernel) * math.prod(out[2:] if node.op_type == "Conv" else spatial) * maps // images
     parameters = math.prod(kernel) + (out[1] if has_bias else 0)
     layer = partial(Layer, node_name(node), node.op_type, macs, parameters)
-    if node.op_type == "ConvTranspose":
-        return layer(reason="transposed convolution")
     if any(t not in constants for t in node.input[1:] if t):
         return layer(reason="its weights are computed, not constant")
     if maps != images:
@@ -379,14 +443,12 @@ def _same_pads(g: ConvGeometry, size: list[int], mode: str) -> tuple[int, int, i
     return tuple(np.concatenate([begin, total - begin]).tolist())
 
 
-def _read_matmul(node: onnx.NodeProto, context: _Context) -> Layer:
+def _read_matmul(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
     images, _, constants, shapes = context
     rows, kernel, shape = (shapes[t] for t in (*node.input[:2], node.output[0]))
     attributes = attributes_of(node)
     is_turned = bool(attributes.get("transB", 0))
-    inner = kernel[-1] if is_turned else kernel[-2] if len(kernel) > 1 else kernel[0]
     added = node.input[2] if len(node.input) > 2 else ""
-    macs = math.prod(shape) * inner // images
     parameters = math.prod(kernel) + math.prod(shapes.get(added, (0,)))
     layer = partial(Layer, node_name(node), node.op_type, macs, parameters)
     weight, bias = numpy_helper.to_array(constants[node.input[1]]), array_of(constants, node, 2)
@@ -409,24 +471,6 @@ def _read_matmul(node: onnx.NodeProto, context: _Context) -> Layer:
     n_o, n_i = weight.shape
     bias = np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o)
     return layer(ConvGeometry(n_o, n_i, 1, 1), weight.reshape(n_o, n_i, 1, 1), bias, (1, 1), is_linear=True)
-
-
-def _read_fused(node: onnx.NodeProto, context: _Context) -> Layer:
-    shapes = context.shapes
-    depthwise, pointwise, bias = (math.prod(shapes[t]) for t in node.input[1:4])
-    macs = math.prod(shapes[node.output[0]][2:]) * (depthwise + pointwise)
-    parameters = depthwise + pointwise + bias
-    return Layer(node_name(node), node.op_type, macs, parameters, reason="already decoupled")
-
-
-_ALWAYS = ("Conv", "ConvTranspose", OPERATOR)  # others only if they have weights
-_READERS = {
-    "Conv": _read_conv,
-    OPERATOR: _read_fused,
-    "ConvTranspose": _read_conv,
-    "Gemm": _read_matmul,
-    "MatMul": _read_matmul,
-}
 
 
 def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:

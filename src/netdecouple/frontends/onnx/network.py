@@ -21,6 +21,7 @@ from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
+from netdecouple.frontends.onnx.products import is_known
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
@@ -212,11 +213,7 @@ class OnnxNetwork:
     @property
     def counts_everything(self) -> bool:
         """Whether all its operators are known, so that no MACs are missing from the layers'."""
-        counted = {place.output for place in self.places.values()}
-        return all(
-            node.domain in ("", "ai.onnx") or node.output[0] in counted
-            for node in nodes_of(self.model.proto.graph)
-        )
+        return all(map(is_known, nodes_of(self.model.proto.graph)))
 
     def size_of(self, model: onnx.ModelProto | None = None) -> int:
         """Bytes of a model; of the original as it was read, external data included."""

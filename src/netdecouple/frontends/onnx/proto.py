@@ -22,11 +22,12 @@ def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """Yield a graph, then its subgraphs, such as the branches of an If, at every depth."""
     yield graph
     for node in graph.node:
-        for inner in _subgraphs(node):
+        for inner in subgraphs_of(node):
             yield from graphs_of(inner)
 
 
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the subgraphs of a node, such as the branches of an If, and none of theirs."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -42,7 +43,7 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Yield every tensor that a node reads, those that its subgraphs read included."""
     yield from (t for t in node.input if t)
-    for graph in _subgraphs(node):
+    for graph in subgraphs_of(node):
         for inner in graph.node:
             yield from reads(inner)
         yield from (value.name for value in graph.output)
