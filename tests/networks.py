@@ -286,6 +286,16 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network for images (N, H, W, C), as Keras models are exported."""
+    for node in model.graph.node:
+        node.input[:] = ["image/turned" if name == "image" else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Transpose", ["image"], ["image/turned"], perm=[0, 3, 1, 2]))
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims.insert(3, dims.pop(1))
+    return model
+
+
 def old_style() -> onnx.ModelProto:
     """IR version 3: every initializer is listed among the inputs too."""
     model = classifier(opset=11, ir_version=3)

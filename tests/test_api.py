@@ -33,6 +33,7 @@ from netdecouple.report.model import Report
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests.networks import (
     Builder,
+    channels_last,
     classifier,
     half_precision,
     halved,
@@ -267,6 +268,20 @@ def test_a_network_none_of_whose_layers_takes_one_rank_is_refused_as_published()
     for exclude in (("middle",), ("first", "middle")):
         with pytest.raises(BudgetError, match="not even T = 1"):
             netdecouple.decouple(model, macs="60%", settings=replace(paper, exclude=exclude))
+
+
+def test_the_order_of_the_axes_changes_nothing() -> None:
+    """A network for images (N, H, W, C) becomes what the one for (N, C, H, W) becomes."""
+    model, images = classifier(), images_for(classifier(), 40)
+    first = netdecouple.decouple(model, images, macs="2x", settings=QUICK)
+    turned = images.transpose(0, 2, 3, 1)
+    last = netdecouple.decouple(channels_last(classifier()), turned, macs="2x", settings=QUICK)
+    assert last.plan.layers == first.plan.layers
+    assert last.report.pictures == first.report.pictures != ()
+    outputs = [
+        run(open_session(r.model), None, {"image": x})[0] for r, x in ((first, images), (last, turned))
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-4)
 
 
 def test_a_budget_in_parameters_holds_too() -> None:

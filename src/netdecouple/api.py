@@ -294,12 +294,13 @@ def decouple(
     ``max_drop``, and ``settings.rule``. Shares are 0.5, "50%" or "2x" (two times fewer).
 
     Args:
-        model: an .onnx file or `onnx.ModelProto` with one image input (N, C, H, W) of float32 or float16; a
-            PyTorch module, whatever Python its forward runs; a name like "torchvision:resnet18"; or what
-            `open_model` returned.
+        model: an .onnx file or `onnx.ModelProto` with one image input, (N, C, H, W) or (N, H, W, C), of
+            float32 or float16; a PyTorch module, whatever Python its forward runs; a name like
+            "torchvision:resnet18"; or what `open_model` returned.
         calib: unlabelled inputs, a few hundred: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION,
-            or arrays (N, C, H, W) that are ready for the network. For PyTorch modules also batches: tensors,
-            tuples of arguments, mappings, a DataLoader. None only if ``settings.data_free``.
+            or arrays: uint8 (N, H, W, C), or floats that are ready for the network. For PyTorch modules also
+            batches: tensors, tuples of arguments, mappings, a DataLoader. None only if
+            ``settings.data_free``.
         macs: the share of the multiply-adds that may stay; "least": as few as possible ``within`` a limit.
         parameters: the share of the parameters that may stay.
         latency: the share of its time that the network may still take, for one input, in ``runtime``.

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from PIL import Image
 
 from netdecouple import kernels
 from netdecouple.frontends.onnx.model import read_model
@@ -155,6 +156,34 @@ def test_run_takes_networks_of_any_size(netdecouple, folder: Path):
     # 9 × 11 pictures: two layers of 8 × 8 or 8 × 3 channels, the first, and the transposed one
     assert report["macs_before"] == 99 * (9 * (3 * 8 + 8 * 8 + 8 * 3) + 8 * 4)
     assert report["agreement"]["loss"] == "relative"
+
+
+@pytest.mark.parametrize("size", [8, "H"])
+def test_networks_with_the_channels_last_take_what_others_take(netdecouple, folder: Path, size):
+    """Grey pictures in a folder, uint8 and float arrays, with fixed and open sizes; inspect, run and eval."""
+    onnx.save(networks.channels_last(networks.classifier()), folder / "net.onnx")
+    model = onnx.load(folder / "net.onnx")
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[1:3]:
+        dim.CopyFrom(onnx.TensorShapeProto.Dimension(**{"dim_param" if size == "H" else "dim_value": size}))
+    onnx.save(model, folder / "net.onnx")
+    for path in (folder / "images").iterdir():
+        Image.open(path).convert("L").save(path)
+    grey = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    colour = np.repeat(grey[..., None] / np.float32(255), 3, axis=3)
+    np.savez(folder / "data.npz", grey=grey, colour=colour, labels=np.arange(24) % 10)
+    more = ["--input-size", "8"] if size == "H" else []
+    ended = netdecouple("inspect", "net.onnx", *more)
+    assert ended.code == 0, ended
+    for calib in ("images", "data.npz:grey", "data.npz:colour"):
+        asked = ["--macs", "2x", "--families", "nd-dp", "--calib", calib, *more]
+        ended = netdecouple("run", "net.onnx", "-o", "out.onnx", *asked)
+        assert ended.code == 0, ended
+    tables = [
+        netdecouple("eval", "net.onnx", "out.onnx", "--data", f"data.npz:{key},labels")
+        for key in ("grey", "colour")
+    ]
+    assert tables[0] == tables[1]
+    assert tables[0].code == 0
 
 
 def test_run_takes_external_data(netdecouple, folder: Path):

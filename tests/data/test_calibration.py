@@ -21,6 +21,7 @@ RNG = np.random.default_rng(0)
 FLOATS = RNG.normal(size=(10, 3, 4, 5)).astype(np.float32)  # (N, C, H, W)
 PICTURES = RNG.integers(0, 256, (10, 4, 5, 3), dtype=np.uint8)  # (N, H, W, C)
 LABELLED = {"channels": 3, "size": (4, 5), "preprocessing": NONE}
+LAST = {"channels_last": True}
 DEFAULTS = {**LABELLED, "samples": None, "seed": 0}
 
 
@@ -202,6 +203,30 @@ def test_uint8_arrays_are_pictures(tmp_path):
     np.testing.assert_array_equal(images[0, 0], np.asarray(resized) / np.float32(255))
 
 
+def test_grey_pictures_become_three_channels(folder, tmp_path):
+    """Of an array as of a folder."""
+    grey = PICTURES[..., :1]
+    for index, picture in enumerate(grey[..., 0]):
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    expected = scaled(grey.repeat(3, axis=3))
+    for source in (folder, grey, grey[..., 0], list(grey)):
+        np.testing.assert_array_equal(read(source).images if source is folder else take(source), expected)
+
+
+def test_one_picture_of_a_list_has_its_channels_last():
+    np.testing.assert_array_equal(take(list(PICTURES)), scaled(PICTURES))
+
+
+@pytest.mark.parametrize("size", [(4, 5), (2, 3), None])
+def test_channels_may_be_last(folder, size):
+    """Pictures of every source, and float arrays, in the order and the size that the network asks for."""
+    changes = {**LAST, "size": size}
+    expected = take(PICTURES, size=size).transpose(0, 2, 3, 1)
+    for images in (read(folder, **changes).images, take(PICTURES, **changes), take(expected, **changes)):
+        np.testing.assert_array_equal(images, expected)
+    np.testing.assert_array_equal(take(list(expected), **changes), expected)
+
+
 @pytest.mark.parametrize("name", ["C:\\x.npz", "a:b.NPZ", "a.npz:b.npz", "plain.npz"])
 def test_a_key_follows_the_last_existing_name(tmp_path, monkeypatch, name):
     """Drive letters and colons in names are no keys; the only array, or the only 4-D one, needs none."""
@@ -227,8 +252,11 @@ def test_a_key_follows_the_last_existing_name(tmp_path, monkeypatch, name):
         (FLOATS[0, 0], {"size": None}, ["(4, 5)", "(N, 3, H, W)"]),
         (FLOATS[:0], {}, ["(0, 3, 4, 5)", "not empty"]),
         (PICTURES.transpose(0, 3, 1, 2), {}, ["uint8 (10, 3, 4, 5)", "(N, H, W, 3)"]),
-        (PICTURES[:, :, :, 0], {}, ["uint8 (10, 4, 5)", "(N, H, W, 3)"]),
-        (PICTURES.astype(np.int64), {}, ["int64 (10, 4, 5, 3)", "uint8", "float"]),
+        (PICTURES[..., :2], {}, ["uint8 (10, 4, 5, 2)", "(N, H, W, 3)"]),
+        (PICTURES.astype(np.int64), {}, ["int64 (10, 4, 5, 3)", "uint8 (N, H, W, 3)", "float (N, 3, 4, 5)"]),
+        (FLOATS, LAST, ["(10, 3, 4, 5)", "(N, 4, 5, 3)"]),
+        (FLOATS, {**LAST, "size": None}, ["(10, 3, 4, 5)", "(N, H, W, 3)"]),
+        (PICTURES.astype(np.int64), LAST, ["uint8 (N, H, W, 3)", "float (N, 4, 5, 3)"]),
         (spoiled(np.nan), {}, ["sample 7", "NaN"]),
         (spoiled(1e300), {}, ["sample 7", "infinite"]),
         (np.array([{}]), {}, ["cannot be read", "without objects"]),
@@ -369,6 +397,9 @@ def test_labels_stay_with_their_images(tmp_path):
     np.testing.assert_array_equal(images, FLOATS)
     np.testing.assert_array_equal(labels, np.arange(10))
     assert labels.dtype == np.int64
+    np.savez(tmp_path / "d.npz", x=PICTURES, y=np.arange(10))
+    images, _ = load_labelled(f"{tmp_path}/d.npz:x,y", **LABELLED, **LAST)
+    np.testing.assert_array_equal(images, PICTURES / np.float32(255))
 
 
 @pytest.mark.parametrize(

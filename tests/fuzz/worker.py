@@ -50,7 +50,7 @@ def check_layers() -> None:
     """Hold every layer of model.onnx, as it was read, against what ONNX Runtime makes of it."""
     model = read_model("model.onnx")
     images = images_for((model.channels, *(model.size or (None, None))), 4)
-    network = OnnxNetwork(model, images)
+    network = OnnxNetwork(model, np.moveaxis(images, 1, -1) if model.channels_last else images)
     open_layers = {la.name: la for la in network.layers if la.geometry and not la.reason}
     positions = {name: sample_positions(la, len(images), 0) for name, la in open_layers.items()}
     for seen in network.observe(images, positions):

@@ -1,7 +1,7 @@
-"""Load calibration inputs from a folder of images, a file of arrays or a function: float32, NCHW.
+"""Load calibration inputs from a folder of images, a file of arrays or a function: float32, as networks ask.
 
 Arrays of uint8 are pictures, NHWC with values in 0..255, and are preprocessed. Arrays of floating point are
-network inputs, NCHW, and are not changed. Every error starts with the name of the source.
+network inputs, and are not changed. Every error starts with the name of the source.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from netdecouple.execution import limits
 AnyArray = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
+GREY_AS = 3  # channels that grey pictures are repeated to, as Pillow does
 NOISE = "noise"  # origin of samples that are random because no calibration inputs were given
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAY_EXTENSIONS = (".npy", ".npz")
@@ -44,7 +45,7 @@ _SOURCES = "a folder of images, FILE.npy, FILE.npz[:KEY] or MODULE:FUNCTION"
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Network inputs (N, C, H, W), float32, their source, and the names of unreadable files."""
+    """Network inputs, float32, their source, and the names of unreadable files."""
 
     images: F32
     origin: str
@@ -59,14 +60,17 @@ def load(
     preprocessing: Preprocessing,
     samples: int | None,
     seed: int,
+    channels_last: bool = False,
 ) -> Samples:
     """Load inputs for a network with some number of channels and, if it is fixed, a size (H, W).
+
+    They are (N, C, H, W), or (N, H, W, C) with the channels last.
 
     Args:
         source: a folder of images (searched recursively, without hidden files and linked folders), FILE.npy,
             FILE.npz[:KEY] or MODULE:FUNCTION, where an existing path comes first; or an array or an iterable
-            of arrays, each float (N, C, H, W) or (C, H, W), or uint8 (N, H, W, C), or (N, H, W) for one
-            channel. The result is a copy.
+            of arrays, each float, as the result or one of it; or uint8 (N, H, W, C), one (H, W, C), or grey
+            (N, H, W). The result is a copy.
         preprocessing: of pictures, not of floating-point arrays; ``size`` replaces its own.
         samples: how many inputs to take, at most; None takes all. Of more inputs a random subset is taken, in
             the order of the source; of a generator, the first.
@@ -76,7 +80,7 @@ def load(
     """
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else "arrays"
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size), samples, seed)
+        loader = _Loader(channels, size, preprocessing.resized_for(size), channels_last, samples, seed)
         if not isinstance(source, str | os.PathLike):
             return Samples(loader.inputs(source), text)
         path, key = _split_key(text)
@@ -97,11 +101,12 @@ def load_labelled(
     channels: int,
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
+    channels_last: bool = False,
 ) -> tuple[F32, Indices | F32]:
-    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs (N, C, H, W) and their `answers`."""
+    """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs and their `answers`."""
     text = os.fspath(source)
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size))
+        loader = _Loader(channels, size, preprocessing.resized_for(size), channels_last)
         path, key = _split_key(text)
         keys = (key or "").split(",")
         if len(keys) != 2 or not os.path.isfile(path):
@@ -135,6 +140,7 @@ class _Loader:
     channels: int
     size: tuple[int, int] | None
     preprocessing: Preprocessing
+    channels_last: bool = False
     samples: int | None = None
     seed: int = 0
 
@@ -174,33 +180,40 @@ class _Loader:
         return images if len(chosen) == count else images[chosen]
 
     def batched(self, array: Any) -> AnyArray:
-        """Return the array with four axes, or raise unless its dtype and shape fit the network."""
+        """Return the array with four axes, pictures with the network's channels, or raise if it fits not."""
         if not hasattr(array, "__array__"):
             raise CalibrationError(f"found {type(array).__name__} among the arrays: give inputs only")
         with _reported("cannot be made a NumPy array"):
             batch: AnyArray = np.asarray(array)
         found = f"{batch.dtype} {batch.shape}"
+        height, width = self.size or ("H", "W")
+        axes = (height, width, self.channels) if self.channels_last else (self.channels, height, width)
+        inputs, pictures = f"(N, {', '.join(map(str, axes))})", f"(N, H, W, {self.channels})"
         if batch.dtype == np.uint8:
-            batch = batch[..., None] if batch.ndim == 3 and self.channels == 1 else batch
-            fits, layout = batch.shape[3:] == (self.channels,), f"pictures (N, H, W, {self.channels})"
+            if batch.ndim == 3:
+                is_one = batch.shape[2] in (1, self.channels)
+                batch = batch[None] if is_one else batch[..., None]
+            if batch.shape[3:] == (1,) and self.channels == GREY_AS:
+                batch = np.broadcast_to(batch, (*batch.shape[:3], self.channels))
+            fits, expected = batch.shape[3:] == (self.channels,), f"pictures {pictures}"
         elif batch.dtype.kind == "f":
             batch = batch[None] if batch.ndim == 3 else batch
-            fits = batch.ndim == 4 and batch.shape[1:] == (self.channels, *(self.size or batch.shape[2:]))
-            height, width = self.size or ("H", "W")
-            layout = f"float inputs (N, {self.channels}, {height}, {width})"
+            sizes = zip(batch.shape[1:], axes, strict=False)
+            fits = batch.ndim == 4 and all(isinstance(n, str) or size == n for size, n in sizes)
+            expected = f"float inputs {inputs}"
         else:
-            raise CalibrationError(f"found {found}: give uint8 (N, H, W, C) or float (N, C, H, W)")
+            raise CalibrationError(f"found {found}: give uint8 {pictures} or float {inputs}")
         if not fits or not batch.size:
-            raise CalibrationError(f"found {found}, expected {layout}, not empty: transpose or resize them")
+            raise CalibrationError(f"found {found}, expected {expected}, not empty: transpose or resize them")
         return batch
 
     def converted(self, batch: AnyArray, chosen: Indices | None = None) -> F32:
         """Copy the chosen inputs (None: all), pictures preprocessed."""
         chosen = np.arange(len(batch)) if chosen is None else chosen
         if batch.dtype == np.uint8:
-            self.check_bytes(len(chosen), *(self.preprocessing.size or batch.shape[1:3]))
-            return self.preprocessing(batch[chosen])
-        self.check_bytes(len(chosen), *batch.shape[2:])
+            self.check_bytes(len(chosen), *(self.preprocessing.size or batch.shape[1:3]), self.channels)
+            return self.laid_out(self.preprocessing(batch[chosen]))
+        self.check_bytes(len(chosen), *batch.shape[1:])
         images = np.empty((len(chosen), *batch.shape[1:]), np.float32)
         for image, index in zip(images, chosen, strict=True):
             with np.errstate(over="ignore"):
@@ -209,10 +222,14 @@ class _Loader:
                 raise CalibrationError(f"sample {index} has NaN or infinite values: repair or remove it")
         return images
 
-    def check_bytes(self, count: int, height: int, width: int) -> None:
-        """Raise CalibrationError if ``count`` inputs of this size would take more memory than the limit."""
-        size = 4 * count * self.channels * height * width
-        limits.SAMPLE_BYTES.check(size, "as inputs this", CalibrationError)
+    def laid_out(self, images: F32) -> F32:
+        """Put the channels of (N, C, H, W) where the network wants them."""
+        return np.ascontiguousarray(np.moveaxis(images, 1, -1)) if self.channels_last else images
+
+    @staticmethod
+    def check_bytes(*shape: int) -> None:
+        """Raise CalibrationError if inputs of this shape would take more memory than the limit."""
+        limits.SAMPLE_BYTES.check(4 * math.prod(shape), "as inputs this", CalibrationError)
 
     def from_folder(self, folder: Path) -> Samples:
         """Read a random subset of the images in a folder; unreadable images are replaced by others."""
@@ -225,7 +242,7 @@ class _Loader:
         crops: dict[str, U8] = {}
         skipped: dict[str, str] = {}
         if self.preprocessing.size is not None:
-            self.check_bytes(wanted, *self.preprocessing.size)
+            self.check_bytes(wanted, *self.preprocessing.size, self.channels)
         size = 0
         for name in (names[index] for index in order):
             try:
@@ -241,7 +258,7 @@ class _Loader:
             name, reason = min(skipped.items())
             raise CalibrationError(f"none of {len(skipped)} can be read, {name} ({reason}): add others")
         images = self.preprocessing.normalise([crops[name] for name in sorted(crops)])
-        return Samples(images, str(folder), tuple(sorted(skipped)))
+        return Samples(self.laid_out(images), str(folder), tuple(sorted(skipped)))
 
     def _read_crop(self, path: Path) -> U8:
         if not os.path.isfile(path):  # reading a pipe could block forever

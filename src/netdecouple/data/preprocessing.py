@@ -114,7 +114,7 @@ class Preprocessing:
     def check(self, channels: int) -> None:
         """Raise CalibrationError unless pictures can become inputs with that number of channels."""
         if channels not in _MODES:
-            raise CalibrationError(f"pictures have 1 or 3 channels, not {channels}: give arrays (N, C, H, W)")
+            raise CalibrationError(f"pictures have 1 or 3 channels, not {channels}: give arrays of floats")
         self._scale(channels)
 
     def _fit(self, picture: Image.Image) -> Image.Image:

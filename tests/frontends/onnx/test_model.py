@@ -61,6 +61,33 @@ def test_read_describes_the_input():
     assert read_model(networks.classifier(batch=2)).batch == 2
 
 
+@pytest.mark.parametrize(
+    ("operators", "shape", "last"),
+    [
+        ([("Transpose", [0, 3, 1, 2])], ("N", 8, 8, 3), True),
+        ([("Sub", "mean"), ("Transpose", [0, 3, 1, 2])], ("N", "H", "W", 3), True),
+        ([("Transpose", [0, 3, 1, 2])], ("N", "H", "W", "C"), True),  # only the operator tells
+        ([("Reshape", "channels first")], ("N", 8, 8, 3), True),  # only the last axis tells
+        ([("Transpose", [0, 2, 3, 1]), ("Transpose", [0, 3, 1, 2])], ("N", 3, 8, 8), False),
+        ([("Sub", "mean")], ("N", 3, 8, 3), False),
+        ([("Sub", "mean")], ("N", "C", "H", "W"), False),
+    ],
+)
+def test_the_order_of_the_axes_is_recognised(operators, shape, last: bool):
+    """By the operators before the first convolution, else by the last axis."""
+    b = Builder()
+    b.constant("mean", 0.5)
+    b.constant("channels first", [-1, 3, 8, 8], np.int64)
+    x = "image"
+    for operator, how in operators:
+        x = b.node(operator, x, perm=how) if operator == "Transpose" else b.node(operator, x, how)
+    b.classifier(b.conv(x, 3, 8, 3, "conv"), 8)
+    opened = read_model(b.model(shape=shape))
+    size = shape[1:3] if last else shape[2:]
+    known = size if all(isinstance(n, int) for n in size) else None
+    assert (opened.channels_last, opened.channels, opened.size) == (last, 3, known)
+
+
 def test_read_takes_a_file_or_a_proto(tmp_path: Path):
     """Both give the same fingerprint and folded model; messages name the file."""
     onnx.save(networks.classifier(), tmp_path / "net.onnx")

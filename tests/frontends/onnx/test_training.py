@@ -231,6 +231,15 @@ def test_networks_compute_what_they_did_and_give_back_their_weights(build: Any) 
         np.testing.assert_array_equal(factorization.bias, exact[name].bias)
 
 
+def test_pictures_with_the_channels_last_are_changed_as_others() -> None:
+    """The change sees (n, c, h, w), and the network gets its own order back."""
+    model = networks.channels_last(networks.classifier())
+    images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
+    network = OnnxNetwork(read_model(model), images)
+    changed = OnnxTrainable(network, {}).augmented(images, lambda pictures: pictures[:, ::-1] + 1)
+    np.testing.assert_array_equal(changed, images[..., ::-1] + 1)
+
+
 def test_an_operator_without_gradients_is_named() -> None:
     b = Builder()
     b.node("Celu", b.conv("image", 3, 8, 3, "conv"), out="y", name="odd")

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
@@ -49,6 +49,8 @@ from netdecouple.runtimes.onnxruntime import calls_of, open_session, options, ru
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
+TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]  # axes of a Transpose
+PICTURES, COLOURS = (1, 3, 4), 3  # channels that pictures have, and those that are likely
 DTYPES = (np.float32, np.float16)  # of weights that can be decoupled
 _FINITE = ("Conv", "ConvTranspose", OPERATOR, *PRODUCTS, "BatchNormalization")  # their weights must be
 
@@ -62,10 +64,15 @@ class OnnxModel:
     origin: str  # file name, for messages
     input_name: str
     batch: int | None  # None if dynamic
-    channels: int | None
+    channels: int
     size: tuple[int, int] | None  # h, w; None if dynamic
+    channels_last: bool  # images are (n, h, w, c)
     bytes: int  # as read, external data included
     dtype: np.dtype[Any]  # of the input
+
+    def channels_first(self, images: Array) -> Array:
+        """View images as (n, c, h, w)."""
+        return np.moveaxis(images, -1, 1) if self.channels_last else images
 
 
 def read_model(source: ModelSource) -> OnnxModel:
@@ -92,19 +99,40 @@ def read_model(source: ModelSource) -> OnnxModel:
         declared = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
         raise ModelError(
             f"{origin}: input {inputs[0].name!r} is {declared}; "
-            "float32 or float16 images (N, C, H, W) are supported"
+            "float32 or float16 images (N, C, H, W) or (N, H, W, C) are supported"
         )
+    channels_last = _has_channels_last(folded.graph, inputs[0].name, dims)
+    channels, height, width = (dims[i] for i in ((3, 1, 2) if channels_last else (1, 2, 3)))
     return OnnxModel(
         proto=folded,
         fingerprint=_fingerprint(proto),
         origin=origin,
         input_name=inputs[0].name,
         batch=dims[0],
-        channels=dims[1],
-        size=(dims[2], dims[3]) if dims[2] and dims[3] else None,
+        channels=channels or COLOURS,
+        size=(height, width) if height and width else None,
+        channels_last=channels_last,
         bytes=size_of(proto),
         dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type),
     )
+
+
+def _has_channels_last(graph: onnx.GraphProto, image: str, dims: Sequence[int | None]) -> bool:
+    """Whether images are (n, h, w, c).
+
+    A Transpose before the first convolution shows it; without one, the last axis does.
+    """
+    reached = {image}
+    for node in graph.node:
+        if reached.isdisjoint(reads(node)):
+            continue
+        axes = list(attributes_of(node).get("perm", ()))
+        if axes in (TO_CHANNELS_FIRST, TO_CHANNELS_LAST):
+            return axes == TO_CHANNELS_FIRST
+        if node.op_type == "Conv":
+            break
+        reached.update(node.output)
+    return dims[1] not in PICTURES and dims[3] in PICTURES
 
 
 def load(source: ModelSource) -> tuple[onnx.ModelProto, str]:

@@ -39,7 +39,7 @@ WEIGHTS = "weights"
 class OnnxNetwork:
     """A pretrained ONNX network, with the shapes that it has for images of one size.
 
-    ``sample`` (n, c, h, w) is run once to find every layer's shapes. The model is not changed.
+    ``sample`` (n, …) is run once to find every layer's shapes. The model is not changed.
 
     Raises:
         ModelError: the network fails on the sample, or its weights or tensors cannot be used.
@@ -110,7 +110,7 @@ class OnnxNetwork:
         return numeric
 
     def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
-        """Return every output for (n, c, h, w) images, with some layers' weight and bias replaced."""
+        """Return every output for some images, with some layers' weight and bias replaced."""
         proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
         return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
@@ -221,7 +221,7 @@ class OnnxNetwork:
 
     def pictures(self, images: Array) -> list[Array]:
         """Return the inputs: all of them are pictures."""
-        return list(images)
+        return list(self.model.channels_first(images))
 
     def close(self) -> None:
         """Nothing to end."""

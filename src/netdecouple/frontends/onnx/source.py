@@ -73,19 +73,22 @@ class OnnxSource:
 
     def _shape(self, preprocessing: Preprocessing | None) -> dict[str, Any]:
         preprocessing = preprocessing or self.preprocessing
-        size, channels = self.model.size, self.model.channels or 3
-        return {"channels": channels, "size": size, "preprocessing": preprocessing}
+        m = self.model
+        axes = {"channels": m.channels, "size": m.size, "channels_last": m.channels_last}
+        return {**axes, "preprocessing": preprocessing}
 
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
     ) -> Calibration:
-        """Load images (N, C, H, W); None makes noise of the right shape."""
+        """Load images; None makes noise of the right shape."""
         shape = self._shape(preprocessing)
         if calib is None:
             size = self.model.size or shape["preprocessing"].size
             if size is None:
                 raise CalibrationError(f"{self.name} takes images of any size; say which with input_size=")
-            noise = np.random.default_rng(seed).standard_normal((10, shape["channels"], *size))
+            channels = shape["channels"]
+            axes = (*size, channels) if self.model.channels_last else (channels, *size)
+            noise = np.random.default_rng(seed).standard_normal((10, *axes))
             images = noise.astype(np.float32)
             return Calibration(inputs=images, origin=calibration.NOISE, nbytes=images.nbytes, is_noise=True)
         loaded = calibration.load(calib, **shape, samples=samples, seed=seed)

@@ -70,7 +70,8 @@ class OnnxTrainable:
 
     def augmented(self, images: Array, change: Callable[[Array], Array]) -> Array:
         """Return inputs of the same kind, with the pictures (n, c, h, w) changed."""
-        return change(images)
+        changed = change(self._network.model.channels_first(images))
+        return np.moveaxis(changed, 1, -1) if self._network.model.channels_last else changed
 
     def __call__(self, images: Array) -> list[Tensor]:
         """Run one batch of inputs, with gradients unless they are switched off."""
