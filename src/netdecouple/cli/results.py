@@ -16,6 +16,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.scratch import StrPath, check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
+from netdecouple.report.formatting import advice
 from netdecouple.report.text import report_table
 from netdecouple.runtimes.benchmark import BRIEF
 
@@ -121,6 +122,8 @@ def write_result(
     shown = report
     if not (report.benchmark or report.speed or terminal.is_quiet):  # whether it is faster is always said
         shown = result.timed(tuple(runtimes)[:1], (threads,), BRIEF, layers=False).report
+        if advice(shown):  # which layers lose the time
+            shown = result.timed(tuple(runtimes)[:1], (threads,), BRIEF).report
     terminal.console.print(report_table(shown))
     for output in outputs:
         print_written(terminal, output)

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 
 from netdecouple.report.model import LayerReport, Report
+from netdecouple.runtimes.layers import TOTAL
 from netdecouple.runtimes.timing import Ratio
+
+LOST = 3  # layers that are named where a network is not faster
 
 
 def count(number: float) -> str:
@@ -70,6 +73,32 @@ def faster(ratio: Ratio | None, equal: str = "no measurable difference") -> str:
 def speedup(share: float) -> str:
     """Format a share of the original's time: 1.97× faster, or 1.05× slower."""
     return f"{1 / share:.2f}× faster" if share <= 1 else f"{share:.2f}× slower"
+
+
+def slower_layers(report: Report) -> list[tuple[str, float]]:
+    """Return the layers that take longer than in the original beyond noise, with milliseconds, most first."""
+    profiles = report.benchmark.layers[:1] if report.benchmark else ()
+    lost = [
+        (row.name, new.median - old.median)
+        for row in (row for profile in profiles for row in profile.layers if row.name != TOTAL)
+        for (old, new), ratio in [(row.timings[:2], row.faster[1])]
+        if old and new and ratio and ratio.median is not None and ratio.median < 1
+    ]
+    return sorted(lost, key=lambda row: -row[1])
+
+
+def advice(report: Report) -> str:
+    """Say what loses time and what to do where a network is not faster; empty if it is, or was not timed."""
+    if report.headline is None:
+        return ""
+    ratio = report.headline[1].faster
+    if ratio is None or (ratio.median is not None and ratio.median >= 1):
+        return ""
+    lost = slower_layers(report)
+    most = ", ".join(f"{name} ({ms(more)} more)" for name, more in lost[:LOST])
+    rest = f" and others ({len(lost) - LOST})" if len(lost) > LOST else ""
+    found = f"slower than in the original: {most}{rest}; " if lost else ""
+    return f"{found}without a budget the network becomes as fast as it can, or is not written"
 
 
 def layer_sizes(layer: LayerReport) -> str:

@@ -81,7 +81,8 @@ def summary(report: Report) -> list[Text]:
             f"{100 * s.share:.0f}% (predicted {100 * s.foreseen:.0f}%) in {s.place}"
         )
     elif report.headline:
-        lines += _times(*report.headline)
+        lines.append(_time(*report.headline))
+        lines += [f"            {advice}" for advice in [fmt.advice(report)] if advice]
     macs, parameters = (report.macs_before, report.macs), (report.parameters_before, report.parameters)
     lines += [
         f"{name:<11} {fmt.count(before)} → {fmt.count(after)}   {fmt.times(before, after)} fewer"
@@ -115,16 +116,13 @@ def summary(report: Report) -> list[Text]:
     return texts + [Text(f"Warning     {warning}", style="bold red") for warning in report.warnings]
 
 
-def _times(original: TimedModel, new: TimedModel) -> list[str]:
-    """Return a line of the time before and after, and one of advice where it has not become less."""
+def _time(original: TimedModel, new: TimedModel) -> str:
+    """Return a line of the time before and after."""
     assert new.faster is not None
     ratio = new.faster.median
     change = "no measurable difference" if ratio is None else fmt.speedup(1 / ratio)
     place = f"{new.runtime} {new.version}, {fmt.threads(new.threads)}"
-    lines = [f"Time        {original.timing.median:.3g} → {new.timing.median:.3g} ms   {change} in {place}"]
-    if ratio is None or ratio < 1:
-        lines.append("            without a budget the network becomes as fast as it can, or is not written")
-    return lines
+    return f"Time        {original.timing.median:.3g} → {new.timing.median:.3g} ms   {change} in {place}"
 
 
 def budget_table(rows: Sequence[BudgetRow], loss: str) -> Table:
