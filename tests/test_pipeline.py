@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import netdecouple
-from netdecouple import Settings, pipeline, search
+from netdecouple import Settings, search
 from netdecouple.fitting.apply import apply
 from netdecouple.fitting.sampling import Inputs
 from netdecouple.frontends.onnx.model import read_model
@@ -52,7 +52,7 @@ def test_of_several_plans_the_one_that_measures_best_is_kept(
         outputs = network.run(inputs.held_out, trial.kernels)
         measured[tuple(row.sizes for row in plan.layers)] = divergence(original, outputs, analysis.loss)
     assert len(measured) == 3
-    monkeypatch.setattr(pipeline, "OBJECTIVES", objectives)
+    monkeypatch.setitem(search.EFFORTS, "normal", search.Effort(objectives, last=2))
     result = netdecouple.decouple(model, images, macs=0.6, settings=settings)
     best = min(measured, key=measured.__getitem__)
     assert tuple(row.sizes for row in result.plan.layers) == best

@@ -11,7 +11,8 @@ import pytest
 from netdecouple import search
 from netdecouple.execution.progress import quiet
 from netdecouple.planning.analysis import Objective
-from netdecouple.search import BELOW, LAST, OBJECTIVES, STEP, least_network
+from netdecouple.planning.settings import EffortName, Settings
+from netdecouple.search import BELOW, EFFORTS, OBJECTIVES, STEP, least_network
 
 REACHABLE = 0.1
 
@@ -30,8 +31,11 @@ class Applied:
     inputs: str
 
 
+@dataclass(frozen=True)
 class Choices:
     """An analysis, which is its objective."""
+
+    settings: Settings
 
     def with_objective(self, objective: Objective) -> Objective:
         return objective
@@ -65,7 +69,7 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "apply", lambda network, inputs, plan, *_, **__: Applied(plan, inputs))
 
 
-def found(trials: Trials, limit: float, smooth: bool = True) -> Applied:
+def found(trials: Trials, limit: float, smooth: bool = True, effort: EffortName = "normal") -> Applied:
     """Search for the least network with an error below the limit."""
 
     def excess(applied: Any, error: Any) -> float:
@@ -73,7 +77,7 @@ def found(trials: Trials, limit: float, smooth: bool = True) -> Applied:
             return inf if error > limit else -inf
         return log(max(error, 1e-9) / limit)
 
-    return least_network(trials, Choices(), None, None, excess)  # type: ignore[arg-type]
+    return least_network(trials, Choices(Settings(effort=effort)), None, None, excess)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("best", range(len(OBJECTIVES)))
@@ -98,7 +102,7 @@ def test_no_plan_is_tried_twice() -> None:
 
 def test_smaller_budgets_are_tried_where_all_inputs_fit_better() -> None:
     worse, better = (found(Trials({}, gain), 0.5).plan.layers[1] for gain in (1.0, 2.0))
-    assert worse / STEP ** (2**LAST) < better < worse
+    assert worse / STEP ** (2 ** EFFORTS["normal"].last) < better < worse
 
 
 def test_larger_budgets_are_tried_where_all_inputs_fit_worse() -> None:
@@ -122,3 +126,13 @@ def test_another_objective_is_searched_below_what_the_first_one_found() -> None:
     share = found(trials, 0.5).plan.layers[1]
     first = found(Trials({}), 0.5).plan.layers[1]
     assert first * BELOW / STEP**4 < share < first * BELOW * STEP
+
+
+def test_more_effort_tries_more_plans() -> None:
+    fits = []
+    for effort in EFFORTS:
+        trials = Trials({}, 2.0)
+        found(trials, 0.5, effort=effort)
+        fits.append(len(trials.fits))
+    assert fits == sorted(set(fits))
+    assert fits[0] <= 8

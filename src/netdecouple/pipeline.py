@@ -51,7 +51,7 @@ from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
-from netdecouple.search import OBJECTIVES, Excess, Trials, least_network, with_suffix
+from netdecouple.search import EFFORTS, OBJECTIVES, Excess, Trials, least_network, with_suffix
 from netdecouple.version import __version__
 
 NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster
@@ -324,7 +324,9 @@ def _plans(
 
     For a latency there is one plan, too, as many networks are timed for each.
     """
-    objectives = OBJECTIVES if isinstance(goal, Budgets) and _is_tried(analysis) else OBJECTIVES[:1]
+    objectives = EFFORTS[analysis.settings.effort].objectives
+    if not (isinstance(goal, Budgets) and _is_tried(analysis)):
+        objectives = OBJECTIVES[:1]
     return [_plan(work, analysis.with_objective(choice), goal, latency, fills) for choice in objectives]
 
 

@@ -30,16 +30,33 @@ OBJECTIVES = (
     Objective(depth=2.0),
     Objective(exponent=0.5, depth=1.0),
 )
+BETWEEN = Objective(exponent=0.7, depth=0.5)  # seldom the best of all, never far from it
+GRID = tuple(Objective(exponent=e, depth=d) for e in (1.0, 0.7, 0.5, 0.35) for d in (0.0, 0.5, 1.0, 2.0))
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 STEP = 1.03  # the search for the least network ends when two budgets are this close
 CLOSE = 0.1  # or when one keeps what is asked for, and its error is this near to what is allowed (logarithm)
 BELOW = 0.7  # share of the least budget of one objective down to which another one is searched
-LAST = 2  # budgets below the one that the search found that are tried with all inputs
 SEARCHING = "Searching the budget"
 
 # How far a network is from what is asked for, by its layers and its outputs on the held-out inputs: kept if
 # not above 0.
 Excess = Callable[[Applied, list[Array]], float]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Args:
+        objectives: of the plans.
+        last: budgets below the one that a search found that are tried with all inputs.
+    """
+
+    objectives: tuple[Objective, ...]
+    last: int
+
+
+EFFORTS = {"low": Effort((BETWEEN,), 0), "normal": Effort(OBJECTIVES, 2), "high": Effort(GRID, 4)}
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,8 @@ def least_network(
         finished: completes a plan before it is applied with all inputs.
     """
     least = min(reachable(analysis, cost) * (1 + 1e-9), 1.0)
-    choices = [analysis.with_objective(objective) for objective in OBJECTIVES]
+    effort = EFFORTS[analysis.settings.effort]
+    choices = [analysis.with_objective(objective) for objective in effort.objectives]
     search = _Search(trials, choices, cost, form, excess, least)
     choice, high = 0, search.narrowed(0, _Point(least, inf), _Point(1.0, -inf))
     if high.share < 1:
@@ -201,7 +219,9 @@ def least_network(
         more **= 2
         share = min(share * more, 1.0)
         result, over = fitted(share)
-    for _ in range(LAST * (share == high.share)):  # fits to more inputs are better than those of the search
+    for _ in range(
+        effort.last * (share == high.share)
+    ):  # fits to more inputs are better than those of the search
         less = max(share / more, least)
         if less >= share:
             break

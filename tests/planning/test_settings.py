@@ -44,3 +44,8 @@ def test_an_unknown_loss_is_refused() -> None:
     for kind in (BudgetError, ValueError):
         with pytest.raises(kind, match="loss='l2': give kl or relative"):
             Settings(loss="l2")  # type: ignore[arg-type]
+
+
+def test_an_unknown_effort_is_refused() -> None:
+    with pytest.raises(BudgetError, match="effort='max': give low or normal or high"):
+        Settings(effort="max")  # type: ignore[arg-type]

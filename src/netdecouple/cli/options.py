@@ -21,7 +21,7 @@ from netdecouple.families.chain import methods
 from netdecouple.goal import FORMS
 from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.divergence import Loss
-from netdecouple.planning.settings import Settings
+from netdecouple.planning.settings import EffortName, Settings
 from netdecouple.runtimes import NAMES
 
 
@@ -210,6 +210,9 @@ class Fitting:
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0
+    effort: Annotated[
+        EffortName, typer.Option(help="How many plans are tried: low (one), normal, or high (many).")
+    ] = "normal"
 
     def settings(self, rule: Rule | None = None) -> Settings:
         """The same as the library takes it."""
@@ -221,6 +224,7 @@ class Fitting:
             families=parse_families(self.families),
             rule=rule,
             loss=self.loss,
+            effort=self.effort,
         )
 
 

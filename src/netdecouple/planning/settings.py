@@ -10,6 +10,7 @@ from netdecouple.planning.candidates import Rule, parse_families
 from netdecouple.planning.divergence import Loss
 
 Procedure = Literal["planned", "published", "rule"]
+EffortName = Literal["low", "normal", "high"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,12 @@ class Settings:
         rule: one method for every layer, instead of planning to a budget.
         loss: "kl", "relative" or "boxes"; None takes KL for classifiers, the weighted error of boxes and
             scores for detectors, and the relative squared error for all else.
+        effort: how many plans are tried: "low" (one), "normal" or "high" (three times as many).
 
     ``exclude`` and ``families`` also take a single string; in ``families`` commas separate several.
 
     Raises:
-        BudgetError: ``loss`` is unknown.
+        BudgetError: ``loss`` or ``effort`` is unknown.
     """
 
     exclude: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Settings:
     families: tuple[str, ...] = ("all",)
     rule: Rule | None = None
     loss: Loss | None = None
+    effort: EffortName = "normal"
 
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):
@@ -49,6 +52,8 @@ class Settings:
             object.__setattr__(self, "families", families)
         if self.loss not in (None, *get_args(Loss)):
             raise BudgetError(f"loss={self.loss!r}: give {' or '.join(get_args(Loss))}, or leave it out")
+        if self.effort not in get_args(EffortName):
+            raise BudgetError(f"effort={self.effort!r}: give {' or '.join(get_args(EffortName))}")
 
     @property
     def procedure(self) -> Procedure:
