@@ -133,7 +133,7 @@ def fitted(
     network, inputs, ratio = analysis.network, analysis.inputs, RATIOS[name]
     start = time.perf_counter()
     plan = make_plan(analysis.with_objective(objective), [Budget(Macs(), 1 / ratio)])
-    trial = None if note else apply(network, inputs.part(TRIAL, LEAST), plan)
+    trial = None if note else apply(network, inputs.part(TRIAL, LEAST), plan, is_trial=True)
     applied = apply(network, inputs, plan)
     seconds = time.perf_counter() - start
     original = network.run(inputs.held_out)

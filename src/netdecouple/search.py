@@ -10,7 +10,7 @@ from math import ceil, inf, isinf, log, log2
 
 import numpy as np
 
-from netdecouple.execution.progress import Progress
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.fitting.apply import Applied, apply
 from netdecouple.fitting.sampling import Inputs
@@ -79,6 +79,10 @@ class Trials:
         """Record targets once, for trials of all layers that some plans change."""
         return targets_for(self.network, self.part, plans, self.progress, self.run)
 
+    def apply(self, plan: Plan, targets: Targets | None, progress: Progress = quiet) -> Applied:
+        """Apply a plan with part of the inputs."""
+        return apply(self.network, self.part, plan, progress, targets, self.run, is_trial=True)
+
     def outputs(self, applied: Applied) -> list[Array]:
         """The outputs, on the held-out inputs, of the network with a plan applied."""
         return self.network.run(self.inputs.held_out, applied.kernels)
@@ -89,8 +93,8 @@ class Trials:
 
         def tried(plan: Plan, number: str) -> Plan:
             named = with_suffix(f"(trial {number})", self.progress)
-            applied = apply(self.network, self.part, plan, named, targets, self.run)
-            return replace(plan, trial_loss=divergence(self.original, self.outputs(applied), self.loss))
+            outputs = self.outputs(self.apply(plan, targets, named))
+            return replace(plan, trial_loss=divergence(self.original, outputs, self.loss))
 
         best = []
         for plans in goals:
@@ -140,7 +144,7 @@ class _Search:
         trials, plan = self.trials, self.plan(choice, share)
         trials.progress(SEARCHING, len(self.known), max(self.most, len(self.known) + 1))
         if plan.layers not in self.known:
-            applied = apply(trials.network, trials.part, plan, targets=self.targets, run=trials.run)
+            applied = trials.apply(plan, self.targets)
             outputs = trials.outputs(applied)
             loss = divergence(trials.original, outputs, trials.loss)
             self.known[plan.layers] = _Point(share, self.excess(applied, outputs), loss)

@@ -80,12 +80,14 @@ def apply(
     progress: Progress = quiet,
     targets: Targets | None = None,
     run: Run = Run(),
+    is_trial: bool = False,
 ) -> Applied:
     """Fit every chosen layer to its inputs in the network as decoupled so far, and to the original's outputs
     at the same positions (asymmetric reconstruction, see `Targets`).
 
     Ranks and ridges that the plan already has are kept, so a plan that is applied twice gives the same
-    network. ``targets`` that were recorded before, for several plans at once, change nothing.
+    network. ``targets`` that were recorded before, for several plans at once, change nothing. For a trial
+    the fits are refined once only, and nothing is counted that only reports show.
 
     Raises:
         PlanError: the network has other layers than the plan, or a layer cannot be what the plan says.
@@ -96,12 +98,12 @@ def apply(
         raise PlanError("the plan is for a network of other layers; make it again for this model")
     rows = [_checked(row, layers[row.name], plan.data_free, run.memory) for row in plan.layers]
     plan = replace(plan, layers=tuple(rows))
-    key = run.checkpoint.key("applied", (plan.to_json(), inputs.share))
+    key = run.checkpoint.key("applied", (plan.to_json(), inputs.share, is_trial))
     changed = {row.name: (f"{key}-{i:04}", row) for i, row in enumerate(rows) if row.changed}
     applied: dict[str, AppliedLayer] = {}
     with SequentialMoments(network, inputs, plan, run, targets, progress) as sequential:
         for name, (entry, row) in changed.items():
-            fit = partial(_applied, row, layers[name], sequential, plan.uniform_rank)
+            fit = partial(_applied, row, layers[name], sequential, plan.uniform_rank, is_trial)
             applied[name] = run.checkpoint.once(entry, AppliedLayer, fit)
             sequential.replace(name, applied[name].factorization)
             progress("Decoupling layers", len(applied), len(changed))
@@ -133,7 +135,9 @@ def _checked(row: LayerPlan, layer: Layer, data_free: bool, memory: Memory) -> L
     return replace(row, data_free=data_free or row.data_free or is_too_wide_to_fit(layer, memory))
 
 
-def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, uniform: bool) -> AppliedLayer:
+def _applied(
+    row: LayerPlan, layer: Layer, sequential: SequentialMoments, uniform: bool, is_trial: bool
+) -> AppliedLayer:
     """Fit one layer to its inputs behind the layers replaced so far, or to its weights alone."""
     assert layer.geometry is not None
     collected = None if row.data_free else sequential.collect(layer.name)
@@ -152,7 +156,7 @@ def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, unifor
             quick = method(row.family, uniform, rounds=1)
             ridge, regularized = best_ridge(problem, held_out, lambda p: quick.fit(p, row.steps)[0])
             row = replace(row, ridge=ridge)
-        exact, steps = method(row.family, uniform).fit(regularized, row.steps)
+        exact, steps = method(row.family, uniform, 1 if is_trial else None).fit(regularized, row.steps)
         factorization = exact.astype(np.float32)
     error = held_out_error(problem, held_out, factorization)
     return AppliedLayer(
@@ -160,7 +164,7 @@ def _applied(row: LayerPlan, layer: Layer, sequential: SequentialMoments, unifor
         factorization=factorization,
         error=error / max(collected.variance, TINY),
         samples=round(fitted.count),
-        dependent=fitted.dependent,
+        dependent=0 if is_trial else fitted.dependent,
     )
 
 
