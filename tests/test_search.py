@@ -112,7 +112,7 @@ def test_larger_budgets_are_tried_where_all_inputs_fit_worse() -> None:
     """Until one keeps what is asked for, if it is the original."""
     trials = Trials({}, 0.8)
     result = found(trials, 0.5)
-    assert trials.outputs(result) <= 0.5
+    assert 0.3 < trials.outputs(result) <= 0.5
     assert found(Trials({}, 1e-9), 0.5).plan.layers[1] == 1.0
 
 
@@ -128,7 +128,7 @@ def test_another_objective_is_searched_below_what_the_first_one_found() -> None:
     trials = Trials({OBJECTIVES[3]: 0.01})
     share = found(trials, 0.5).plan.layers[1]
     first = found(Trials({}), 0.5).plan.layers[1]
-    assert first * BELOW / STEP**4 < share < first * BELOW * STEP
+    assert first * BELOW / STEP**8 < share < first * BELOW * STEP
 
 
 def test_more_effort_tries_more_plans() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from math import ceil, inf, isinf, log, log2
+from math import ceil, inf, isinf, log, log2, sqrt
 
 import numpy as np
 
@@ -49,14 +49,14 @@ class Effort:
 
     Args:
         objectives: of the plans.
-        last: budgets below the one that a search found that are tried with all inputs.
+        last: budgets near the one that a search found that are tried with all inputs.
     """
 
     objectives: tuple[Objective, ...]
     last: int
 
 
-EFFORTS = {"low": Effort((BETWEEN,), 0), "normal": Effort(OBJECTIVES, 2), "high": Effort(GRID, 4)}
+EFFORTS = {"low": Effort((BETWEEN,), 0), "normal": Effort(OBJECTIVES, 3), "high": Effort(GRID, 6)}
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def least_network(
     """Search the budget for the least network whose excess is 0 or less.
 
     The search tries plans with part of the inputs: first those of one objective, then all objectives for the
-    budget that was found, and smaller ones for the best of them. What it finds is applied with all inputs;
-    then larger budgets until one keeps what is asked for, or smaller ones as long as they do.
+    budget that was found, and smaller ones for the best of them. What it finds is applied with all inputs,
+    then larger budgets until one keeps what is asked for, then a few smaller ones.
 
     Args:
         cost: in which the network is to be the least.
@@ -217,20 +217,23 @@ def least_network(
         applied = apply(trials.network, trials.inputs, plan, trials.progress, run=trials.run)
         return applied, excess(applied, trials.outputs(applied))
 
-    share, more = high.share, STEP
+    low, share, more = None, high.share, STEP
     result, over = fitted(share)
     while share < 1 and over > 0:
-        more **= 2
+        low, more = _Point(share, over), more**2
         share = min(share * more, 1.0)
         result, over = fitted(share)
-    for _ in range(
-        effort.last * (share == high.share)
-    ):  # fits to more inputs are better than those of the search
-        less = max(share / more, least)
-        if less >= share:
+    high = _Point(share, over)
+    for _ in range(effort.last):  # fits to more inputs are better than those of the search
+        if low is None:
+            share, more = max(high.share / more, least), more**2
+        else:
+            share = _between(low, high)
+        if high.share / share < sqrt(STEP) or high.excess > -CLOSE:
             break
-        lower, over = fitted(less)
+        lower, over = fitted(share)
         if over > 0:
-            break
-        share, more, result = less, more**2, lower
+            low = _Point(share, over)
+        else:
+            high, result = _Point(share, over), lower
     return result
