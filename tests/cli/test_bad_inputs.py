@@ -408,8 +408,11 @@ def test_the_output_is_a_folder(refused, folder: Path):
         refused(changed(RUN, **options), "images", "is a folder")
 
 
-def test_an_output_that_says_it_is_a_folder(refused):
-    refused(changed(RUN, output="faster/"), "write -o faster.onnx")
+@pytest.mark.parametrize("name", ["faster/", "faster", "faster.tflite", "faster.pt"])
+def test_an_output_that_is_no_onnx_file_by_its_name(refused, name: str):
+    """It would be one, which nothing opens under that name; found out before the work."""
+    for command in (RUN, LOWER, ["apply", "net.onnx", "plan.json", *RUN[2:4]]):
+        refused(changed(command, output=name), "write faster.onnx")
 
 
 def test_the_output_is_in_no_folder(refused):

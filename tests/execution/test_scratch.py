@@ -80,7 +80,7 @@ def test_links_stay_and_lead_to_what_was_written(tmp_path: Path, write, exists: 
     target = tmp_path / "elsewhere" / "file"
     if exists:
         target.write_text("old")
-    link = tmp_path / "link"
+    link = tmp_path / "link.onnx"
     link.symlink_to(target)
     write(link)
     assert link.is_symlink()

@@ -22,6 +22,7 @@ from netdecouple.cli.results import (
 )
 from netdecouple.cli.terminal import PLAIN, Json, Output, Terminal
 from netdecouple.errors import OutputError
+from netdecouple.execution.scratch import check_onnx
 from netdecouple.goal import parse_sweep
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.plan import Plan
@@ -331,6 +332,7 @@ def lower(model: options.OnnxModel, output: options.Output, printed: Output = Ou
     """
     terminal = Terminal(printed)
     check_outputs([model], output)
+    check_onnx(output)
     count = api.lower(model, output)
     terminal.say("Lowered", f"{count} fused operator{'s' * (count > 1)}")
     print_written(terminal, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,14 +12,13 @@ from pathlib import Path
 from netdecouple import api
 from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import ModelError, OutputError
-from netdecouple.execution.scratch import StrPath, check_writable
+from netdecouple.execution.scratch import StrPath, check_onnx, check_writable
 from netdecouple.network import Source
 from netdecouple.report.files import rendered, report_ending, write_text
 from netdecouple.report.formatting import advice
 from netdecouple.report.text import report_table
 from netdecouple.runtimes.benchmark import BRIEF
 
-NO_FOLDERS = (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt")
 WEIGHTS_ONLY = (".pt", ".pth", ".safetensors")
 
 
@@ -44,16 +42,11 @@ def check_run(
     is_torch = api.is_named(inputs[0])
     if not is_torch and len(networks) > 1:
         raise OutputError("an .onnx model becomes one .onnx file; give -o once")
-    for path in networks:
-        if not is_torch and not path.suffix and not os.path.exists(path):
-            raise OutputError(f"{path}: .onnx models are written as .onnx files; write -o {path}.onnx")
-        if is_torch and path.suffix in NO_FOLDERS:
-            raise OutputError(
-                f"{path}: PyTorch models are written as .onnx or as a folder; leave out {path.suffix}"
-            )
     folders = [path for path in networks if is_torch and path.suffix != ".onnx"]
     paths = list(reports or ())
     check_outputs(inputs, *networks, plan, *paths, folders=folders, work=work)
+    for path in set(networks).difference(folders):
+        check_onnx(path)
     return check_reports(paths)
 
 

@@ -64,6 +64,14 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_onnx(path: StrPath) -> None:
+    """Raise OutputError unless a network's file is named as an ONNX file."""
+    if Path(path).suffix != ".onnx":
+        raise OutputError(
+            f"{path}: ONNX networks are written as .onnx files; write {Path(path).with_suffix('.onnx')}"
+        )
+
+
 def check_apart(outputs: Iterable[StrPath], inputs: Iterable[StrPath]) -> None:
     """Check before the work that no output replaces an input or another output, also through links.
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import netdecouple
 from netdecouple import Settings
 from netdecouple.convolution import ConvGeometry
-from netdecouple.errors import ModelError
+from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends.onnx.model import read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import nodes_of
@@ -813,6 +813,14 @@ def test_write_replaces_in_one_step(tmp_path: Path):
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+def test_write_refuses_another_ending(tmp_path: Path):
+    """No runtime would take it for an ONNX file."""
+    for name in ("out.tflite", "out.pt", "out"):
+        with pytest.raises(OutputError, match=r"write .*out\.onnx"):
+            write_model(networks.classifier(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_write_keeps_what_was_there_if_the_file_is_not_the_model(

@@ -161,6 +161,13 @@ def test_places_that_cannot_be_written(module: Any, tmp_path: Path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_name_of_another_kind_of_file(module: Any, tmp_path: Path):
+    """Whoever writes it expects a file."""
+    for name in ("saved.pt", "saved.tflite", "saved.ONNX"):
+        with pytest.raises(OutputError, match=rf"leave out \.{name.partition('.')[2]}"):
+            netdecouple.save(module, tmp_path / name)
+
+
 def test_what_was_not_decoupled_is_not_saved(module: Any, tmp_path: Path):
     """Nor what was changed since, nor state that would have to be pickled."""
     with pytest.raises(ModelError, match="not made by netdecouple"):

@@ -21,7 +21,7 @@ from onnx import helper, inliner, numpy_helper
 
 from netdecouple.convolution import ConvGeometry
 from netdecouple.errors import ModelError, first_line
-from netdecouple.execution.scratch import Scratch, check_writable, publishing, unwritable
+from netdecouple.execution.scratch import Scratch, check_onnx, check_writable, publishing, unwritable
 from netdecouple.frontends.onnx.emission import PRODUCTS
 from netdecouple.frontends.onnx.products import has_unknown_weights, is_convolution, product_of
 from netdecouple.frontends.onnx.proto import (
@@ -505,10 +505,11 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """Write a model under a temporary name, read it again, and rename it: a killed run leaves no half file.
 
     Raises:
-        OutputError: the folder is missing or not writable.
+        OutputError: the folder is missing or not writable, or the name does not end in .onnx.
         ModelError: the file holds another network than ``proto``.
     """
     target = check_writable(path)
+    check_onnx(path)
     try:
         with Scratch(parent=target.parent) as folder:
             written = Path(folder) / target.name

@@ -38,6 +38,10 @@ from netdecouple.version import __version__
 
 VERSION = 1
 DESCRIPTION, WEIGHTS, SHARDS = "netdecouple.json", "model.safetensors", "model.safetensors.index.json"
+FILES = (
+    *(".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt", ".pkl", ".onnx", ".ort", ".tflite"),
+    *(".pb", ".h5", ".keras", ".xml", ".mlmodel", ".mlpackage", ".engine", ".npz", ".zip"),
+)  # endings of networks that are files
 State = dict[str, torch.Tensor]
 Json = dict[str, Any]
 # From a plan: the layers that it changes, in order, and each one's structure by its geometry
@@ -169,9 +173,13 @@ def check_replaceable(target: Path) -> None:
     """Check that a folder holds nothing but what `write` wrote there earlier; only that is ever replaced.
 
     Raises:
-        OutputError: it is a file, the current folder, or holds other files.
+        OutputError: it is a file or named like one, the current folder, or holds other files.
     """
     if not os.path.exists(target):
+        if target.suffix.lower() in FILES:
+            raise OutputError(
+                f"{target}: PyTorch models are written as .onnx or as a folder; leave out {target.suffix}"
+            )
         return
     if not os.path.isdir(target):
         raise OutputError(f"{target}: is a file; give the name of a folder")
