@@ -90,17 +90,23 @@ def test_what_a_function_prints_does_not_spoil_the_json(
     assert "hello" in ended.err
 
 
-def test_what_native_code_prints_does_not_spoil_the_json(folder: Path):
-    """It knows nothing of Python's standard output."""
+@pytest.mark.parametrize("options", [["--json"], ["--quiet"], []])
+def test_what_native_code_prints_is_not_on_standard_output(
+    forked: Prepared, folder: Path, options: list[str]
+):
+    """It knows nothing of Python's; with --quiet it goes nowhere."""
     (folder / "talkative.py").write_text(
         "import numpy as np, os\ndef data():\n    os.write(1, b'hello')\n"
         "    return np.load('data.npz')['images']\n"
     )
     arguments = [argument.replace("data.npz:images", "talkative:data") for argument in RUN]
-    command = [sys.executable, "-m", "netdecouple", *arguments, "--json"]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert json.loads(ended.stdout)["model"] == "net.onnx"
-    assert "hello" in ended.stderr
+    ended = forked(folder, [*arguments, *options])
+    assert ended.returncode == 0, ended
+    assert "hello" not in ended.stdout
+    assert ("hello" in ended.stderr) == ("--quiet" not in options)
+    assert bool(ended.stdout) == ("--quiet" not in options)
+    if "--json" in options:
+        assert json.loads(ended.stdout)["model"] == "net.onnx"
 
 
 def test_quiet(netdecouple, folder: Path):

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import typer
@@ -37,10 +38,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that a terminal lacks must not end the command
             stream.reconfigure(errors="replace")
-    if "--json" in sys.argv[1:] and sys.stdout is sys.__stdout__:
-        # native code prints to the descriptor, past Python: that is not part of the JSON
-        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
+    if sys.stdout is sys.__stdout__:
+        _keep_for_python(sys.argv[1:])
     out = sys.stdout
     scratch.forget()
     # users need not see what libraries log or warn of
@@ -67,6 +66,19 @@ def main() -> None:
         sys.stdout = out
     _check_printed(out)
     sys.exit(code)
+
+
+def _keep_for_python(arguments: Sequence[str]) -> None:
+    """Let nobody else print to standard output: native code prints to the descriptor, past Python.
+
+    It prints to standard error then, or nowhere if the command is to be quiet.
+    """
+    encoding = "utf-8" if "--json" in arguments else sys.stdout.encoding
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace")
+    is_quiet = not {"-q", "--quiet"}.isdisjoint(arguments)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere if is_quiet else 2, 1)
+    os.close(nowhere)
 
 
 def _check_printed(out: TextIO, more: str = "") -> None:
