@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from netdecouple.errors import ModelError, first_line
 from tests import networks
 from tests.kernels.test_onnxruntime import chain
 from tests.networks import Builder
@@ -737,6 +738,39 @@ def test_an_internal_error_is_one_line(netdecouple, folder: Path, monkeypatch: p
     assert "NETDECOUPLE_TRACEBACK=1" in ended.err
     assert ended.err.count("\n") == 1
     assert everything(folder) == before
+
+
+LONG = f"[ONNXRuntimeError] : Name:'r' {'x' * 300}\n index: 2 Got: 9 Expected: 8\n\n Please fix the [model]"
+
+
+@pytest.mark.parametrize(
+    ("cause", "quoted"),
+    [
+        (RuntimeError(LONG), LONG),
+        (RuntimeError("a" * 250 + "b" * 250), "a" * 250 + "b" * 250),
+        (RuntimeError("one line"), ""),
+        (OSError(28, "No space left"), ""),
+        (None, ""),
+    ],
+)
+def test_what_a_library_says_is_shown_whole(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception | None, quoted: str
+):
+    """Below our line, which quotes the beginning; nothing is said twice where that is all."""
+    line = first_line(cause) if cause else "nothing"
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise ModelError(f"the network failed: {line}") from cause
+        except ModelError as error:
+            raise ModelError(f"net.onnx: {error}; try another") from error
+
+    monkeypatch.setattr("netdecouple.api.decouple", fail)
+    ours = f"error: net.onnx: the network failed: {line}; try another\n"
+    assert netdecouple(*RUN).err == ours + (f"{quoted}\n" if quoted else "")
+    told = json.loads(netdecouple(*RUN, "--json").out)
+    assert told.get("details", "") == quoted
+    assert f"error: {told['error']}\n" == ours
 
 
 def test_out_of_memory_is_one_line(netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -199,9 +199,9 @@ def _commanded(arguments: tuple[str, ...]) -> tuple[bool, str]:
             main()
         finally:
             del os.environ["NETDECOUPLE_TRACEBACK"]
-    last = err.getvalue().splitlines()[-1:] or [""]
     lines = [line for line in err.getvalue().splitlines() if not PROGRESS.fullmatch(line)]
-    if code != 2 or len(lines) != 1 or not last[0].startswith("error: "):
+    errors = [line for line in lines if line.startswith("error: ")]  # first, above what a library says
+    if code != 2 or not errors or lines[:1] != errors or "Traceback" in err.getvalue():
         return False, f"exit code {code}, standard error: {err.getvalue()[-2000:]}"
     return False, ""
 

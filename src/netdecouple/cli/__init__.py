@@ -21,6 +21,7 @@ from netdecouple.cli.terminal import PLAIN, Bars
 from netdecouple.errors import NetDecoupleError, QualityError, SpeedError
 from netdecouple.execution import scratch
 
+QUOTED = 200  # characters of a library's line that a message of ours has at least, if it quotes it
 UNREAD = 141  # as shells tell of other tools, which SIGPIPE ends
 
 # typer imports click or, in later versions, brings its own copy;
@@ -103,7 +104,7 @@ def _failed(error: BaseException) -> int:
         case SpeedError():
             return _fail(4, "not written", with_flags(str(error)))
         case NetDecoupleError():
-            return _fail(2, "error", with_flags(str(error)))
+            return _fail(2, "error", with_flags(str(error)), _quoted(error))
         case Interrupted() | KeyboardInterrupt() | typer.Abort():
             if Bars.shown is not None:
                 Bars.shown.stop()
@@ -121,6 +122,20 @@ def _failed(error: BaseException) -> int:
     )
 
 
+def _quoted(error: BaseException) -> str:
+    """Return a library's whole message, if an error of ours quotes the beginning of a line of it only."""
+    cause = error.__cause__
+    while isinstance(cause, NetDecoupleError):
+        cause = cause.__cause__
+    text, message = str(cause or "").strip(), _one_line(str(error))
+    lines = [_one_line(line)[:QUOTED].rstrip(".") for line in text.splitlines() if line.strip()]
+    return text if _one_line(text) not in message and any(line in message for line in lines) else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _misused(error: Any) -> int:
     """Say what is wrong with the arguments, and where help is."""
     message = error.format_message()
@@ -131,12 +146,14 @@ def _misused(error: Any) -> int:
     return _fail(2, "error", f"{message.rstrip('.')}; see {command} --help")
 
 
-def _fail(code: int, what: str, message: str) -> int:
-    message = " ".join(message.split())
+def _fail(code: int, what: str, message: str, quoted: str = "") -> int:
+    """Print what went wrong in one line, and below it what a library says in several; return the code."""
+    message = _one_line(message)
     console = Console(stderr=True)
     console.print(f"{what}:", style="bold red", end=" ")
-    console.print(message, **PLAIN)
+    console.print("\n".join(filter(None, (message, quoted))), **PLAIN)
     if "--json" in sys.argv[1:]:
         text = f"{what}: {message}".removeprefix("error: ")
-        print(json.dumps({"error": text, "exit_code": code}, indent=1))
+        details = {"details": quoted} if quoted else {}
+        print(json.dumps({"error": text, **details, "exit_code": code}, indent=1))
     return code
