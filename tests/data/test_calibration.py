@@ -85,6 +85,30 @@ def test_a_folder_is_searched_recursively_but_not_its_hidden_parts(folder):
     np.testing.assert_array_equal(read(folder).images, scaled(PICTURES[[*range(10), 3]]))
 
 
+def test_links_to_folders_are_followed_within_the_folder(folder, tmp_path):
+    """Each picture counts once, whatever leads to it; links to other places are named."""
+    for name in ("inside", ".store/deep", "../outside"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(PICTURES[3]).save(folder / name / "3.png")
+    for link, target in {
+        "again": "inside",
+        "round": "..",
+        "up": ".",
+        "data": ".store",
+        "deep": ".store/deep",
+    }.items():
+        (folder / link).symlink_to(target)
+    samples = read(folder)
+    np.testing.assert_array_equal(samples.images, scaled(PICTURES[[*range(10), 3, 3]]))
+    assert samples.skipped == ("round",)
+    (tmp_path / "name").symlink_to("images")
+    assert len(read(tmp_path / "name").images) == 12
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "link").symlink_to("../outside")
+    with pytest.raises(CalibrationError, match=rf"'link' in it is a link .*: give {tmp_path / 'outside'}"):
+        read(tmp_path / "empty")
+
+
 def test_a_subset_is_seeded_and_in_order(folder, tmp_path):
     """The same seed gives the same inputs, another one others; folders and arrays alike."""
     np.save(tmp_path / "pictures.npy", PICTURES)

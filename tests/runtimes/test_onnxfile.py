@@ -56,14 +56,49 @@ def test_weights_elsewhere_are_refused(path: Path, opener: str, location: str):
 
 @pytest.mark.parametrize("opener", OPENERS)
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_links_are_refused(path: Path, opener: str, kind: str):
-    """They may lead anywhere, also by way of a folder."""
+def test_links_to_another_place_are_refused(path: Path, opener: str, kind: str):
+    """Also by way of a folder."""
     location = {"file": "link", "folder": "linked/secret"}[kind]
     (path.parent / "link").symlink_to("../secret")
     (path.parent / "linked").symlink_to("..")
     edit(path, location=location)
-    with pytest.raises(ModelError, match=f"are a link, '{location}'"):
+    with pytest.raises(ModelError, match=f"are a link to another place, '{location}'"):
         OPENERS[opener](path)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_links_within_the_folder_are_followed(path: Path, opener: str):
+    """They lead to nothing that the model could not name itself."""
+    (path.parent / "link").symlink_to("w")
+    edit(path, location="link")
+    OPENERS[opener](path)
+    if opener == "read":
+        assert load(path)[0] == networks.classifier()
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_a_cache_of_links_to_blobs_is_one_place(path: Path, opener: str):
+    """As the Hugging Face Hub's is: models and weights are links to files that are named by their hash."""
+    repository = path.parents[1] / "repository"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "1a" / "onnx"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("net.onnx", "w"):
+        (path.parent / name).rename(blobs / f"hash-of-{name}")
+        (snapshot / name).symlink_to(f"../../../blobs/hash-of-{name}")
+    OPENERS[opener](snapshot / "net.onnx")
+    (snapshot / "w").unlink()
+    (snapshot / "w").symlink_to(path.parents[1] / "secret")
+    with pytest.raises(ModelError, match="are a link to another place, 'w'"):
+        OPENERS[opener](snapshot / "net.onnx")
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_a_link_to_a_model_is_not_where_its_weights_are(path: Path, opener: str):
+    """The message says what the link leads to."""
+    (path.parents[1] / "link.onnx").symlink_to("model/net.onnx")
+    with pytest.raises(ModelError, match=rf"there is no 'w'; give {path}"):
+        OPENERS[opener](path.parents[1] / "link.onnx")
 
 
 @pytest.mark.parametrize("opener", OPENERS)

@@ -67,10 +67,10 @@ def load(
     They are (N, C, H, W), or (N, H, W, C) with the channels last.
 
     Args:
-        source: a folder of images (searched recursively, without hidden files and linked folders), FILE.npy,
-            FILE.npz[:KEY] or MODULE:FUNCTION, where an existing path comes first; or an array or an iterable
-            of arrays, each float, as the result or one of it; or uint8 (N, H, W, C), one (H, W, C), or grey
-            (N, H, W). The result is a copy.
+        source: a folder of images (searched recursively, without hidden files and links to folders outside
+            it), FILE.npy, FILE.npz[:KEY] or MODULE:FUNCTION, where an existing path comes first; or an array
+            or an iterable of arrays, each float, as the result or one of it; or uint8 (N, H, W, C), one
+            (H, W, C), or grey (N, H, W). The result is a copy.
         preprocessing: of pictures, not of floating-point arrays; ``size`` replaces its own.
         samples: how many inputs to take, at most; None takes all. Of more inputs a random subset is taken, in
             the order of the source; of a generator, the first.
@@ -234,13 +234,18 @@ class _Loader:
     def from_folder(self, folder: Path) -> Samples:
         """Read a random subset of the images in a folder; unreadable images are replaced by others."""
         self.preprocessing.check(self.channels)  # before the loop, which would skip every image for it
-        names = sorted(_image_names(folder))
+        names, elsewhere = _listed(folder)
+        if not names and elsewhere:
+            raise CalibrationError(
+                f"no images in this folder, and {elsewhere[0]!r} in it is a link to another place, which is "
+                f"not followed: give {os.path.realpath(folder / elsewhere[0])}"
+            )
         if not names:
             raise CalibrationError(f"no images in this folder: it should hold {' '.join(IMAGE_EXTENSIONS)}")
         wanted = min(self.samples or len(names), len(names))
         order = np.random.default_rng(self.seed).permutation(len(names))
         crops: dict[str, U8] = {}
-        skipped: dict[str, str] = {}
+        skipped = dict.fromkeys(elsewhere, "a link to another place")
         if self.preprocessing.size is not None:
             self.check_bytes(wanted, *self.preprocessing.size, self.channels)
         size = 0
@@ -256,7 +261,7 @@ class _Loader:
                 break
         if not crops:
             name, reason = min(skipped.items())
-            raise CalibrationError(f"none of {len(skipped)} can be read, {name} ({reason}): add others")
+            raise CalibrationError(f"none of {len(names)} can be read, {name} ({reason}): add others")
         images = self.preprocessing.normalise([crops[name] for name in sorted(crops)])
         return Samples(self.laid_out(images), str(folder), tuple(sorted(skipped)))
 
@@ -285,17 +290,39 @@ def _pixels_within_the_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _image_names(folder: Path) -> Iterator[str]:
-    """Yield the paths of the images in the folder, relative to it, with forward slashes."""
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """List the images in a folder, and the folders in it that are links to another place.
+
+    These are not searched; links to folders inside, which may be hidden, are. Paths are relative to the
+    folder, with forward slashes, and sorted.
+    """
+    names: list[str] = []
+    elsewhere: list[str] = []
+    seen: set[str] = set()
+    linked = [folder]  # what links lead to is searched where nothing else leads there
 
     def fail(error: OSError) -> NoReturn:
         raise CalibrationError(f"cannot be listed ({_brief(error)}): check its permissions") from error
 
-    for parent, children, files in os.walk(folder, onerror=fail):
-        children[:] = [child for child in children if not child.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
-                yield (Path(parent) / name).relative_to(folder).as_posix()
+    for top in linked:
+        for parent, children, files in os.walk(top, onerror=fail):
+            real, here = os.path.realpath(parent), Path(parent)
+            if real in seen:
+                children.clear()
+                continue
+            seen.add(real)
+            children[:] = [child for child in children if not child.startswith(".")]
+            for link in (here / child for child in children if (here / child).is_symlink()):
+                if limits.leads_elsewhere(link, folder):
+                    elsewhere.append(link.relative_to(folder).as_posix())
+                else:
+                    linked.append(link)
+            names += [
+                (here / name).relative_to(folder).as_posix()
+                for name in files
+                if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+            ]
+    return sorted(names), sorted(elsewhere)
 
 
 def files_of(source: str | os.PathLike[str]) -> list[Path]:
@@ -320,7 +347,7 @@ def files_of(source: str | os.PathLike[str]) -> list[Path]:
 
 def pictures(folder: Path) -> Iterator[Path]:
     """Yield the images in a folder, which `load` reads or may read."""
-    yield from (folder / name for name in _image_names(folder))
+    yield from (folder / name for name in _listed(folder)[0])
 
 
 def _split_key(text: str) -> tuple[str, str | None]:

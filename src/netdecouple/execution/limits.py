@@ -1,4 +1,4 @@
-"""How large an input may be. A larger one is taken for a mistake, or for malice, and refused.
+"""How large an input may be, and where links in it may lead. All else is taken for a mistake, or for malice.
 
 Each limit can be set by an environment variable, a whole number, for the command line and the Python
 functions. Limits never change a result.
@@ -13,6 +13,18 @@ from pathlib import Path
 from netdecouple.errors import NetDecoupleError, PlanError
 
 GB = 10**9
+
+
+def leads_elsewhere(path: Path, folder: Path) -> bool:
+    """Return whether a path in a folder is, by way of links, one outside it.
+
+    The ``blobs`` of a cache of the Hugging Face Hub belong to all folders in its ``snapshots``, which are
+    made of links to them.
+    """
+    here = Path(os.path.abspath(folder))
+    caches = [p.parent / "blobs" for p in (here, *here.parents) if p.name == "snapshots"]
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(os.path.realpath(place)) for place in (here, *caches[:1]))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnx import external_data_helper, helper
+from onnx import helper
 
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import limits
@@ -78,16 +78,22 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read a model with its external data; raise ModelError as `definition`, or if it cannot read them."""
     proto = definition(path)
     try:
-        external_data_helper.load_external_data_for_model(proto, str(Path(path).parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        for tensor in filter(_is_external, _tensors(proto)):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            with (Path(path).parent / entries["location"]).open("rb") as file:
+                file.seek(int(entries.get("offset") or 0))
+                tensor.raw_data = file.read(int(entries.get("length") or _tensor_bytes(tensor)))
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+    except OSError as error:
         raise ModelError(f"{path}: cannot read its external data: {first_line(error)}") from error
     return proto
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """Return a model's file and those of its external data; raise ModelError as `definition`."""
-    tensors: list[Any] = [m for m in _messages(definition(path)) if m.DESCRIPTOR.full_name == TENSOR]
-    locations = [e.value for tensor in tensors for e in tensor.external_data if e.key == "location"]
+    entries = (entry for tensor in _tensors(definition(path)) for entry in tensor.external_data)
+    locations = [entry.value for entry in entries if entry.key == "location"]
     return [Path(path), *(Path(path).parent / location for location in dict.fromkeys(locations))]
 
 
@@ -124,16 +130,13 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
         ModelError: it has names that are no text, nodes without outputs, external data that are missing, too
             large or outside its folder, or a tensor that is too large.
     """
-    messages = list(_messages(proto))
-    if not all(map(_is_text, messages)):
+    if not all(map(_is_text, _messages(proto))):
         raise ModelError(
             f"{origin}: not an ONNX file, or damaged (names are no text); export or copy it again"
         )
-    tensors: list[Any] = [message for message in messages if message.DESCRIPTOR.full_name == TENSOR]
-    for tensor in tensors:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            size += _external(tensor, origin, folder)
-            limits.MODEL_BYTES.check(size, f"{origin}: the model with its external data", ModelError)
+    for tensor in filter(_is_external, _tensors(proto)):
+        size += _external(tensor, origin, folder)
+        limits.MODEL_BYTES.check(size, f"{origin}: the model with its external data", ModelError)
     for node in proto.graph.node:
         if not node.output:
             name = node.name or node.op_type
@@ -182,10 +185,12 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
         raise ModelError(f"{what} are said to lie in {location!r:.80}, not beside the model; export it again")
     path = folder / place
     if not os.path.isfile(path):
-        raise ModelError(f"{what}: there is no {location!r:.80}; copy it beside the model")
-    parts = [folder.joinpath(*place.parts[: i + 1]) for i in range(len(place.parts))]
-    if any(part.is_symlink() for part in parts):  # which may lead anywhere
-        raise ModelError(f"{what} are a link, {location!r:.80}; put the file itself beside the model")
+        advice = f"give {os.path.realpath(origin)}" if os.path.islink(origin) else "copy it beside the model"
+        raise ModelError(f"{what}: there is no {location!r:.80}; {advice}")
+    if limits.leads_elsewhere(path, folder):
+        raise ModelError(
+            f"{what} are a link to another place, {location!r:.80}; put the file itself beside the model"
+        )
     try:
         offset = int(entries.get("offset") or 0)
         wanted = _tensor_bytes(tensor)
@@ -198,6 +203,14 @@ def _external(tensor: onnx.TensorProto, origin: str, folder: Path | None) -> int
     if min(offset, length, *tensor.dims) < 0 or offset + length > path.stat().st_size:
         raise ModelError(f"{what} go beyond the end of {location!r:.80}; copy both files again")
     return length
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[Any]:
+    return (message for message in _messages(proto) if message.DESCRIPTOR.full_name == TENSOR)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _messages(message: Message) -> Iterator[Message]:
