@@ -504,6 +504,16 @@ def test_inspect_lists_layers_and_reach(netdecouple, folder: Path):
         assert part in ended.out
 
 
+def test_inspect_says_what_no_output_needs(netdecouple, folder: Path):
+    """And does not list it."""
+    model = networks.classifier()
+    model.graph.node.append(onnx.helper.make_node("Conv", ["image", "conv1.weight"], ["unread"], "dead"))
+    onnx.save(model, folder / "net.onnx")
+    shown = netdecouple("inspect", "net.onnx").out
+    assert "Left out    dead: no output needs this" in shown
+    assert shown.count("dead") == 1
+
+
 def test_inspect_takes_a_size(netdecouple, folder: Path):
     """Where the model leaves it open."""
     onnx.save(networks.restorer(), folder / "net.onnx")

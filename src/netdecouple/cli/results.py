@@ -77,12 +77,16 @@ def check_reports(reports: Iterable[Path] | None) -> list[Path]:
 def open_model(
     terminal: Terminal, model: Path, weights: str | None, seed: int = 0, outputs: Sequence[Path] = ()
 ) -> Source:
-    """Open a network, which is exported if an output is an .onnx file; print the origin of its weights."""
+    """Open a network, which is exported if an output is an .onnx file.
+
+    The origin of its weights is printed, and what was left out.
+    """
     source = api.open_model(
         str(model), weights, seed, is_exported=any(path.suffix == ".onnx" for path in outputs)
     )
-    if origin := getattr(source, "weights", ""):
-        terminal.say("Weights", origin)
+    for label, attribute in {"Weights": "weights", "Left out": "left_out"}.items():
+        if text := getattr(source, attribute, ""):
+            terminal.say(label, text)
     return source
 
 

@@ -20,6 +20,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.frontends.onnx.model import read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.proto import nodes_of
+from netdecouple.frontends.onnx.source import OnnxSource
 from netdecouple.network import Layer
 from netdecouple.runtimes.onnxruntime import open_session, options, run
 from tests import networks
@@ -733,6 +734,27 @@ def test_convolutions_in_functions_are_listed_that_the_optimizer_leaves():
     model = networks.halved(with_function())
     operators = [la.operator for la in OnnxNetwork(read_model(model), images_for(model)).layers]
     assert operators == ["Conv", "Conv", "Conv", "Gemm"]
+
+
+def with_dead_branch() -> onnx.ModelProto:
+    """The classifier, and a wide convolution whose output nothing reads."""
+    b = Builder()
+    b.node("Relu", b.conv("relu1", 12, 64, 5, "dead"), out="dead.out")
+    model = networks.classifier()
+    model.graph.node.extend(b.nodes)
+    model.graph.initializer.extend(b.initializers)
+    return model
+
+
+def test_what_no_output_needs_is_left_out():
+    """It costs nothing before, so that nothing is gained without it: neither MACs nor time."""
+    model = with_dead_branch()
+    opened = read_model(model)
+    assert opened.unread == ("dead", "dead.out")
+    assert layers_of(model).keys() == layers_of(networks.classifier()).keys()
+    assert opened.proto.graph == read_model(networks.classifier()).proto.graph
+    original = OnnxSource(model).executable(None, images_for(model), "onnxruntime").model
+    assert "dead" not in {node.name for node in original.graph.node}
 
 
 def test_unknown_operators_are_listed_if_they_have_weights():

@@ -30,6 +30,7 @@ from netdecouple.frontends.onnx.proto import (
     attributes_of,
     constants_of,
     drop_unread,
+    drop_unread_nodes,
     geometry_of,
     graphs_of,
     nodes_of,
@@ -69,6 +70,7 @@ class OnnxModel:
     channels_last: bool  # images are (n, h, w, c)
     bytes: int  # as read, external data included
     dtype: np.dtype[Any]  # of the input
+    unread: tuple[str, ...]  # nodes that were left out, as no output needs them
 
     def channels_first(self, images: Array) -> Array:
         """View images as (n, c, h, w)."""
@@ -83,7 +85,9 @@ def read_model(source: ModelSource) -> OnnxModel:
     """
     proto, origin = load(source)
     _check_weights(proto, origin)
-    folded = _fold(_with_initializers(proto))
+    whole = _with_initializers(proto)
+    unread = tuple(map(node_name, drop_unread_nodes(whole.graph)))
+    folded = _fold(whole)
     if not any(map(is_convolution, nodes_of(folded.graph))):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     constants = {tensor.name for tensor in folded.graph.initializer}
@@ -114,6 +118,7 @@ def read_model(source: ModelSource) -> OnnxModel:
         channels_last=channels_last,
         bytes=size_of(proto),
         dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type),
+        unread=unread,
     )
 
 

@@ -127,6 +127,17 @@ def drop_unread(graph: onnx.GraphProto, among: Collection[str] | None = None) ->
         remove_named(inner.input, unread)  # before IR 4, initializers are inputs too
 
 
+def drop_unread_nodes(graph: onnx.GraphProto) -> Nodes:
+    """Remove the nodes that no output needs, with their constants; return them."""
+    kept, _ = nodes_for(graph.node, (value.name for value in graph.output))
+    needed = {id(node) for node in kept}
+    dropped = [node for node in graph.node if id(node) not in needed]
+    if dropped:
+        replace_items(graph.node, kept)
+        drop_unread(graph)
+    return dropped
+
+
 def nodes_for(nodes: Sequence[onnx.NodeProto], tensors: Iterable[str]) -> tuple[Nodes, set[str]]:
     """Return the nodes that compute some tensors, and all tensors that are needed for them."""
     kept, needed = [], set(tensors)

@@ -46,6 +46,13 @@ class OnnxSource:
         self.about: Mapping[str, str] = {}
 
     @property
+    def left_out(self) -> str:
+        """The nodes that no output needs; empty if there are none."""
+        names = self.model.unread
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{more}: no output needs this" if names else ""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model in memory."""
         return size_of(self.model.proto)
@@ -117,8 +124,9 @@ class OnnxSource:
         return OnnxNetwork(self.model, inputs).run(inputs)
 
     def executable(self, model: Any, example: Array, runtime: str) -> Executable:
-        """A path or a ModelProto is opened as it is."""
-        return Executable(self.origin if model is None else model, example.shape)
+        """A path or a ModelProto is opened as it is, but without what no output needs."""
+        original = self.model.proto if self.model.unread else self.origin
+        return Executable(original if model is None else model, example.shape)
 
     def save(self, result: Any, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file."""
