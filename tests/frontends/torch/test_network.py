@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.utils import parametrizations  # noqa: E402
 
+import netdecouple  # noqa: E402
 from netdecouple.errors import ModelError  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
@@ -242,7 +243,10 @@ KEPT: dict[str, tuple[Any, dict[str, str]]] = {
     "standardized": (lambda: parts(chain, b=Standardized(8, 8, 3, padding=1)), {}),
     "weight read": (
         lambda: parts(lambda m, x: chain(m, x) + F.conv2d(m.a(x), m.c.weight, padding=1)),
-        {"c": BOUND},
+        {
+            "c": BOUND,
+            "c.weight": "computed by the function conv2d; use a module, like nn.Conv2d or nn.Linear",
+        },
     ),
     "type read": (lambda: parts(lambda m, x: chain(m, x.to(m.a.weight.dtype))), {"a": BOUND}),
     "stride read": (lambda: parts(lambda m, x: chain(m, x) * m.a.stride[0]), {"a": BOUND}),
@@ -274,6 +278,76 @@ def test_layers_that_are_more_than_convolutions_are_kept(make: Any, expected: di
     network = opened(make())
     assert reasons(network) == expected
     check_lossless(network)
+
+
+def functional_layer(m: Any, x: Any) -> Any:
+    return m.c(F.conv2d(m.a(x), m.kernel[0], padding=1))
+
+
+def exported() -> Any:
+    program = torch.export.export(
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)).eval(), (torch.ones(1, 8, 8, 8),)
+    )
+    return program.module()
+
+
+def with_attention(m: Any, x: Any) -> Any:
+    rows = m.a(x).flatten(2).mT  # (n, 64, 8)
+    return m.attention(rows, rows, rows)[0]
+
+
+CONV = 8 * 8 * 9 * 64
+RECURRENT, PRODUCT = "recurrent layer", "a product of two computed tensors"
+OTHERS: dict[str, tuple[Any, dict[str, tuple[int, int, str]]]] = {
+    "functional": (
+        lambda: parts(functional_layer, kernel=nn.ParameterList([torch.ones(8, 8, 3, 3)])),
+        {"kernel.0": (CONV, 576, "computed by the function conv2d")},
+    ),
+    "lstm": (
+        lambda: parts(lambda m, x: m.lstm(m.a(x).flatten(2))[0], lstm=nn.LSTM(64, 4, batch_first=True)),
+        {"lstm": (8 * 16 * (64 + 4), 16 * (64 + 4 + 2), RECURRENT)},
+    ),
+    "gru": (
+        lambda: parts(lambda m, x: m.gru(m.a(x).flatten(2))[0], gru=nn.GRU(64, 4, batch_first=True)),
+        {"gru": (8 * 12 * (64 + 4), 12 * (64 + 4 + 2), RECURRENT)},
+    ),
+    "attention": (
+        lambda: parts(with_attention, attention=nn.MultiheadAttention(8, 2, batch_first=True)),
+        {
+            "attention.in_proj_weight": (64 * 8 * 24, 8 * 24, "computed by the function multi_head"),
+            "attention:multi_head_attention_forward": (2 * 64 * 64 * 8, 0, PRODUCT),
+            "attention.out_proj.weight": (64 * 8 * 8, 8 * 8 + 8, "computed by the function multi_head"),
+        },
+    ),
+    "matmul": (lambda: parts(lambda m, x: m.a(x) @ m.a(x).mT), {"Parts:matmul": (8 * 8 * 64, 0, PRODUCT)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("make", "expected"), OTHERS.values(), ids=OTHERS)
+def test_everything_that_costs_macs_is_listed(make: Any, expected: dict[str, tuple[int, int, str]]):
+    """Functions and recurrent layers too; modules that are never called cost nothing."""
+    network = opened(make())
+    found = {layer.name: layer for layer in network.layers if layer.reason}
+    costs = {name: (layer.macs, layer.parameters) for name, layer in found.items()}
+    assert costs == {name: (macs, parameters) for name, (macs, parameters, _) in expected.items()}
+    assert all(found[name].reason.startswith(reason) for name, (*_, reason) in expected.items())
+    assert {layer.name for layer in network.layers} - found.keys() <= {"a", "c"}
+    assert network.layers[0].name == "a"
+    check_lossless(network)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_program_that_was_exported_is_counted_and_kept():
+    """It has no modules that could be replaced; those beside it are."""
+    program = exported()
+    costs = [8 * 8 * 9 * 36, 8 * 8 * 36]
+    assert [layer.macs for layer in opened(program, torch.ones(2, 8, 8, 8)).layers] == costs
+    with pytest.raises(ModelError, match=r"\(0\.weight: computed by the function conv2d"):
+        netdecouple.decouple(program, torch.ones(20, 8, 8, 8), macs=0.5)
+    network = opened(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), program))
+    assert [layer.macs for layer in network.layers] == [3 * 8 * 9 * 64, *costs]
+    assert list(reasons(network)) == ["1.0.weight", "1.1.weight"]
 
 
 SHAPES: dict[str, Any] = {

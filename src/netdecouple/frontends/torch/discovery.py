@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from netdecouple.errors import ModelError
 from netdecouple.frontends.batches import pick
 from netdecouple.frontends.torch.convolutions import LAYERS, Convolution
 from netdecouple.frontends.torch.samples import to_numpy
-from netdecouple.frontends.torch.trace import ADDITIONS, Call, Trace, tensors
+from netdecouple.frontends.torch.trace import ADDITIONS, Call, Product, Trace, tensors
 from netdecouple.network import Array, Layer, Observation
 
 ROUNDING = 1e-3  # relative difference up to which two computations count as the same
@@ -96,7 +97,7 @@ def find_layers(
     weights = {name: modules[name].weight for name in calls_of}
     uses_of_weight = Counter(map(id, weights.values()))
     replaceable: dict[str, TorchLayer] = {}
-    layers = []
+    started = _other_layers(root, first, calls_of)
     for name, calls in calls_of.items():
         module, others = modules[name], [call for call in second.calls if call.name == name]
         convolution, kernel, bias, reason = _read(module, [*calls, *others])
@@ -113,6 +114,8 @@ def find_layers(
             for call, size in zip(calls, sizes, strict=True)
         )
         has_bias = getattr(module, "bias", None) is not None
+        if reason:  # its forward may do more
+            macs = max(macs, sum(product.macs for product in first.products if product.module == name))
         parameters = math.prod(geometry.weight_shape) + has_bias * convolution.n_o
         layer = Layer(name, convolution.operator, macs, parameters, reason=reason)
         if not reason:
@@ -146,10 +149,45 @@ def find_layers(
                 single_map=single_map,
                 shortcut=_shortcut(y, calls[0], first) if single_map else None,
             )
-        layers.append(layer)
+        started.append((calls[0].start, layer))
+    layers = [layer for _, layer in sorted(started, key=itemgetter(0))]
     if not layers:
         raise ModelError("the module runs no convolutions; there is nothing to decouple")
     return replaceable, layers
+
+
+def _other_layers(root: nn.Module, trace: Trace, known: Container[str]) -> list[tuple[int, Layer]]:
+    """List what multiplies outside the modules that are known, and when it first ran.
+
+    A module without parts is one layer, as recurrent ones are. Functions in others are named after the
+    parameter that they read, or after the module and the function.
+    """
+    modules, parameters = dict(root.named_modules()), dict(root.named_parameters())
+    found: dict[str, list[Product]] = {}
+    for product in trace.products:
+        matrices = [name for name in product.parameters if parameters[name].ndim > 1]
+        name = f"{product.module or type(root).__name__}:{product.function}"
+        if product.module and next(modules[product.module].children(), None) is None:
+            name = product.module
+        elif len(matrices) == 1:
+            (name,) = matrices
+        if product.module not in known:
+            found.setdefault(name, []).append(product)
+    layers = []
+    for name, products in found.items():
+        module, function = modules.get(name), products[0].function
+        read = frozenset[str]().union(*(product.parameters for product in products))
+        reason = "a product of two computed tensors"
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            reason = "recurrent layer"
+        elif read:
+            reason = f"computed by the function {function}; use a module, like nn.Conv2d or nn.Linear"
+        operator = function if module is None else type(module).__name__
+        own = (parameter for parameter in read if parameter.rpartition(".")[0] not in known)
+        size = sum(parameters[parameter].numel() for parameter in own)
+        macs = sum(product.macs for product in products)
+        layers.append((products[0].at, Layer(name, operator, macs, size, reason=reason)))
+    return layers
 
 
 def choose_outputs(trace: Trace, noisy: Trace, layers: Iterable[str]) -> Counter[str]:

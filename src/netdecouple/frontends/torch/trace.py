@@ -1,11 +1,13 @@
 """Record what a module does when it runs. No graph is built, so its forward may be any Python code.
 
-Hooks record the inputs and outputs of modules; a function mode records which functions read those tensors.
+Hooks record the inputs and outputs of modules; a function mode records which functions read those tensors,
+and a dispatch mode below it every product, whatever computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 CONVOLUTIONS = (
     nn.functional.linear,
@@ -49,12 +53,25 @@ class Use:
     arguments: tuple[Any, ...]  # all of them, named ones at the end
 
 
+@dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product, as PyTorch's own operators computed it."""
+
+    at: int
+    module: str  # the innermost one that ran
+    function: str  # that was called in it
+    macs: int
+    parameters: frozenset[str]  # that it read
+
+
 class Trace(TorchFunctionMode):
-    """One forward pass: every module's calls, and the functions that read the modules' outputs."""
+    """One forward pass: every module's calls, the functions that read the modules' outputs, all products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.products: list[Product] = []
+        self._function = ""  # that runs
         self._now = 0
         self._uses: dict[int, list[Use]] = {}  # by tensors' ids; `calls` keeps these tensors
         self._changed: set[int] = set()
@@ -64,7 +81,7 @@ class Trace(TorchFunctionMode):
     def of(cls, root: nn.Module, run: Callable[[], Any]) -> tuple[Trace, Any]:
         """Trace ``run``, which calls ``root``; return its result, too."""
         trace = cls()
-        with hooked(root, trace._enter, trace._leave), trace:
+        with hooked(root, trace._enter, trace._leave), trace, _Products(trace._add_product, root):
             return trace, run()
 
     def uses(self, tensor: torch.Tensor) -> list[Use]:
@@ -86,11 +103,17 @@ class Trace(TorchFunctionMode):
         if isinstance(output, torch.Tensor):
             self._uses.setdefault(id(output), [])
 
+    def _add_product(self, operator: str, macs: int, parameters: frozenset[str]) -> None:
+        module = self._open[-1].name if self._open else ""
+        self.products.append(Product(self._now, module, self._function or operator, macs, parameters))
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
+        self._function = getattr(func, "__name__", "").partition(".")[0]
         output = func(*args, **named)
+        self._function = ""
         self._now += 1
         if func in CONVOLUTIONS and self._open:
             numbers = (*args[1:3], *(named.get(name) for name in ("weight", "bias")[max(len(args) - 1, 0) :]))
@@ -105,6 +128,50 @@ class Trace(TorchFunctionMode):
                 if tensor is output:  # in place: the values are others now
                     self._changed.add(id(tensor))
         return output
+
+
+class _Products(TorchDispatchMode):
+    """Reports the MACs of every operator that multiplies, and the parameters that it reads."""
+
+    def __init__(self, report: Callable[[str, int, frozenset[str]], None], root: nn.Module) -> None:
+        super().__init__()
+        self._report = report
+        self._names = {_place(parameter): name for name, parameter in root.named_parameters()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        output = func(*args, **named)
+        operator = func.overloadpacket
+        if operator in _RECURRENT:
+            macs = _RECURRENT[operator](*args)
+        elif operator in flop_registry:
+            macs = flop_registry[operator](*args, **named, out_val=output) // 2
+        elif operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            macs = sdpa_flop_count(*(tensor.shape for tensor in args[:3])) // 2
+        else:
+            return output
+        read = frozenset(self._names[p] for p in map(_place, tensors((args, kwargs))) if p in self._names)
+        self._report(operator.__name__, macs, read)
+        return output
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers are in memory; 0 if that is not one place."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _recurrent(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> int:
+    """MACs of some recurrent layers on (t, n, c), all weights (·, ·) once per step."""
+    return math.prod(x.shape[:2]) * sum(weight.numel() for weight in weights if weight.ndim == 2)
+
+
+# operators whose floating-point operations PyTorch does not count
+_RECURRENT: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *rest: _recurrent(x, rest[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *rest: _recurrent(x, weights),
+}
 
 
 class StopForward(BaseException):
