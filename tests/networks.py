@@ -286,6 +286,19 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def side_inputs() -> onnx.ModelProto:
+    """Beside the images it takes the scales of a resampling, and a gain that has a default value."""
+    b = Builder(12)
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "first"))
+    x = b.node("Relu", b.conv(b.node("Mul", x, b.constant("gain", 1.5)), 8, 16, 3, "second"))
+    x = b.node("Resize", b.node("Relu", b.conv(x, 16, 16, 3, "third")), "", "scales", mode="nearest")
+    b.classifier(x, 16)
+    model = b.model()
+    model.graph.input.insert(0, helper.make_tensor_value_info("scales", TensorProto.FLOAT, (4,)))
+    model.graph.input.append(helper.make_tensor_value_info("gain", TensorProto.FLOAT, ()))
+    return model
+
+
 def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same network for images (N, H, W, C), as Keras models are exported."""
     for node in model.graph.node:

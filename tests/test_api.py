@@ -42,6 +42,7 @@ from tests.networks import (
     perceptron,
     residual,
     restorer,
+    side_inputs,
 )
 from tests.planning.test_boxes import rows
 
@@ -282,6 +283,28 @@ def test_the_order_of_the_axes_changes_nothing() -> None:
         run(open_session(r.model), None, {"image": x})[0] for r, x in ((first, images), (last, turned))
     ]
     np.testing.assert_allclose(*outputs, atol=1e-4)
+
+
+def test_inputs_beside_the_images_stay_inputs(tmp_path: Path) -> None:
+    """The network becomes what it becomes with their values inside, and takes the same inputs as before."""
+    images, scales = images_for(classifier(), 40), np.float32([1, 1, 0.75, 0.75])
+    inside = side_inputs()
+    inside.graph.initializer.append(numpy_helper.from_array(scales, "scales"))
+    del inside.graph.input[2], inside.graph.input[0]
+    expected = netdecouple.decouple(inside, images, macs="2x", settings=QUICK)
+    np.savez(tmp_path / "data.npz", image=images, scales=np.tile(scales, (40, 1)), gain=1.5)
+    for calib in ({"image": images, "scales": scales}, tmp_path / "data.npz", f"{tmp_path}/data.npz:image"):
+        result = netdecouple.decouple(side_inputs(), calib, macs="2x", settings=QUICK).timed(seconds=0)
+        assert result.plan.layers == expected.plan.layers
+        assert list(result.model.graph.input) == list(side_inputs().graph.input)
+        assert result.report.benchmark is not None
+        assert result.report.not_timed == ()
+    session = open_session(result.model)
+    feeds = {"image": images[:2], "scales": scales}
+    before, after = run(open_session(expected.model), None, {"image": images[:2]}), run(session, None, feeds)
+    np.testing.assert_allclose(after[0], before[0], atol=1e-4)
+    other = run(session, None, {**feeds, "gain": np.zeros((), np.float32)})
+    assert np.abs(other[0] - after[0]).max() > 0.01
 
 
 def test_a_budget_in_parameters_holds_too() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -118,9 +118,10 @@ class Result:
                 pair = [self.source.executable(model, self.example, name) for model in (None, self.model)]
                 models, shape, feeds = [e.model for e in pair], pair[0].shape, pair[0].feeds
                 options: dict[str, Any] = {"names": names, "shape": shape, "feeds": feeds, "seconds": seconds}
-                rows += benchmark(models, [runtime(name)], open_for_shapes, threads=threads, **options).models
+                opened = partial(open_for_shapes, feeds=feeds)
+                rows += benchmark(models, [runtime(name)], opened, threads=threads, **options).models
                 if layers and self.source.framework == name == "onnxruntime":
-                    profiles.append(layer_times(models, open_for_shapes, threads[0], **options))
+                    profiles.append(layer_times(models, opened, threads[0], **options))
             except Exception as error:  # the network was made, which is what was asked for
                 reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
         times = Benchmark(netdecouple=__version__, models=tuple(rows), layers=tuple(profiles))
@@ -172,6 +173,7 @@ def open_model(
     device: str = "cpu",
     filter: Callable[[str, Module], bool] | None = None,
     arguments: Callable[[Any], Any] | None = None,
+    constants: Mapping[str, Any] | None = None,
     is_exported: bool = False,
 ) -> Source:
     """Read a network, without running it; every function here takes the result as its ``model``.
@@ -184,6 +186,8 @@ def open_model(
         device: as in `decouple`.
         filter: as in `decouple`.
         arguments: as in `decouple`.
+        constants: values of an ONNX model's inputs besides the images, by name, the same for all images;
+            others are looked for in the .npz file with the images.
         is_exported: whether a PyTorch module's result is to be written as ONNX; if that is impossible, the
             error comes before the work.
 
@@ -203,6 +207,8 @@ def open_model(
     elif _is_module(model):
         read = partial(_torch_source(), model)
     if read is not None:
+        if constants:
+            raise ModelError("constants= is for ONNX models; of a PyTorch module give arguments=")
         source: Source = read(**options)
         return source
     given = {"device=": device != "cpu", "filter=": filter, "arguments=": arguments, "weights=": weights}
@@ -210,7 +216,7 @@ def open_model(
         if value:
             kind = model if isinstance(model, str) else "this"
             raise ModelError(f"{name} is for PyTorch models; {kind} is ONNX")
-    return OnnxSource(model)
+    return OnnxSource(model, constants or {})
 
 
 @overload
@@ -298,9 +304,9 @@ def decouple(
             float32 or float16; a PyTorch module, whatever Python its forward runs; a name like
             "torchvision:resnet18"; or what `open_model` returned.
         calib: unlabelled inputs, a few hundred: a folder of images, FILE.npy, FILE.npz:KEY, MODULE:FUNCTION,
-            or arrays: uint8 (N, H, W, C), or floats that are ready for the network. For PyTorch modules also
-            batches: tensors, tuples of arguments, mappings, a DataLoader. None only if
-            ``settings.data_free``.
+            or arrays: uint8 (N, H, W, C), or floats that are ready for the network. FILE.npz, or a mapping,
+            may also have one array per input. For PyTorch modules also batches: tensors, tuples of
+            arguments, mappings, a DataLoader. None only if ``settings.data_free``.
         macs: the share of the multiply-adds that may stay; "least": as few as possible ``within`` a limit.
         parameters: the share of the parameters that may stay.
         latency: the share of its time that the network may still take, for one input, in ``runtime``.
@@ -767,7 +773,9 @@ def _name(model: Any) -> str:
 
 def _similar(source: Source, other: Any) -> Source:
     """Read the result of an earlier run on the same network."""
-    if source.framework == "onnxruntime" or _is_module(other):
+    if isinstance(source, OnnxSource):
+        return open_model(other, constants=source.constants)
+    if _is_module(other):
         return open_model(other)
     return open_model(load(source.module, other))  # type: ignore[attr-defined]
 

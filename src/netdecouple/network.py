@@ -221,7 +221,10 @@ class Source(Protocol):
     suffix: str  # of the files that its results are written as; empty: folders
     preprocessing: Preprocessing  # of pictures, unless the user says otherwise
     files: Sequence[Path]  # that it was read from
-    about: Mapping[str, str]  # what a result depends on besides the network, its inputs and the settings
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """What a result depends on besides the network, its inputs and the settings."""
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from netdecouple.errors import ModelError, first_line
 from tests import networks
@@ -198,12 +198,15 @@ def test_outputs_that_are_not_finite(refused, folder: Path):
     refused(RUN, "NaN or Inf", "'second'")
 
 
-def test_two_inputs(refused, folder: Path):
-    """Both are named."""
-    model = networks.classifier()
-    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ("N", 3)))
-    onnx.save(model, folder / "net.onnx")
-    refused(RUN, "2 inputs", "image, other")
+def test_an_input_without_a_value(refused, folder: Path):
+    """It is named, by every command that runs the network; so are values for no input, or for no network."""
+    onnx.save(networks.side_inputs(), folder / "net.onnx")
+    for command in (RUN, ["inspect", "net.onnx"], ["eval", "net.onnx", "--data", "data.npz:images,labels"]):
+        refused(command, "net.onnx", "'scales'", "has no value", "--constant")
+    refused([*RUN, "--constant", "scale=1"], "no input 'scale'", "scales, gain")
+    refused([*RUN, "--constant", "scales"], "--constant scales", "NAME=1.5")
+    refused([*RUN, "--constant", "scales=a"], "write numbers")
+    refused(["inspect", "torchvision:resnet18", "--constant", "a=1"], "--constant", "ONNX")
 
 
 def test_an_open_size_without_images(refused, folder: Path):

@@ -186,6 +186,24 @@ def test_networks_with_the_channels_last_take_what_others_take(netdecouple, fold
     assert tables[0].code == 0
 
 
+def test_inputs_beside_a_folder_of_pictures(netdecouple, folder: Path):
+    """They are given as options, to every command that runs the network; the result takes them, too."""
+    onnx.save(networks.side_inputs(), folder / "net.onnx")
+    more = ["--constant", "scales=1,1,.5,.5", "--constant", "gain=2"]
+    quick = ["--macs", "2x", "--families", "nd-dp", "--calib", "images"]
+    for command in (
+        ["inspect", "net.onnx"],
+        ["run", "net.onnx", "-o", "out.onnx", "--plan-out", "plan.json", "--report", "page.html", *quick],
+        ["apply", "net.onnx", "plan.json", "-o", "again.onnx", "--calib", "images"],
+        ["eval", "net.onnx", "out.onnx", "--data", "data.npz:images,labels"],
+        ["sweep", "net.onnx", *quick, "--compare", "out.onnx", "again.onnx"],
+    ):
+        ended = netdecouple(*command, *more)
+        assert ended.code == 0, ended
+    assert (folder / "out.onnx").read_bytes() == (folder / "again.onnx").read_bytes()
+    assert [i.name for i in onnx.load(folder / "out.onnx").graph.input] == ["scales", "image", "gain"]
+
+
 def test_run_takes_external_data(netdecouple, folder: Path):
     """Weights in a file of their own."""
     onnx.save(

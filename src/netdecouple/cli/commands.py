@@ -130,7 +130,7 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = 1,
     samples: options.Samples = api.SAMPLES,
     pictures: options.Pictures = options.Pictures(),
-    weights: options.Weights = None,
+    opening: options.Opening = options.Opening(),
     plan_out: Annotated[Path | None, options.option("Write the plan here as JSON.")] = None,
     report: options.Reports = None,
     execution: options.Execution = options.Execution(),
@@ -149,9 +149,9 @@ def run(
       netdecouple run torchvision:resnet18 -o faster/ --calib images/ --macs 2x
     """
     terminal = Terminal(printed)
-    reports = check_run((model, calib, labels, weights), output, plan_out, report, execution.work)
+    reports = check_run((model, calib, labels, opening.weights), output, plan_out, report, execution.work)
     settings = fitting.settings(None if method is None else Rule.parse(method))
-    source = open_model(terminal, model, weights, fitting.seed, output)
+    source = open_model(terminal, model, opening, fitting.seed, output)
     with execution.opened() as resources, terminal.bars() as bars:
         result = api.decouple(
             source,
@@ -206,7 +206,7 @@ def sweep(
     emit: options.Emit = "standard",
     samples: options.Samples = api.SAMPLES,
     pictures: options.Pictures = options.Pictures(),
-    weights: options.Weights = None,
+    opening: options.Opening = options.Opening(),
     printed: Output = Output(),
 ) -> None:
     """Decouple a network to several budgets at little more than the price of one, and find the best trade.
@@ -220,11 +220,11 @@ def sweep(
     terminal = Terminal(printed)
     check_model(model)
     paths = check_reports(reports)
-    inputs = (model, calib, labels, weights, *(compare or ()))
+    inputs = (model, calib, labels, opening.weights, *(compare or ()))
     check_outputs(inputs, csv, *paths, work=execution.work)
     settings = fitting.settings()
     exported = [] if output is None else [Path("network.onnx")]
-    source = open_model(terminal, model, weights, fitting.seed, exported)
+    source = open_model(terminal, model, opening, fitting.seed, exported)
     if output is not None:
         networks = api.network_paths(output, source, parse_sweep(macs, settings.rule))
         api.check_outputs([*filter(None, [csv]), *paths, *networks], api.files_of(*inputs), execution.work)
@@ -262,7 +262,7 @@ def sweep(
 def inspect(
     model: options.Model,
     input_size: options.InputSize = None,
-    weights: options.Weights = None,
+    opening: options.Opening = options.Opening(),
     html: Annotated[Path | None, options.option("Write it here as a page, too.")] = None,
     printed: Output = Output(),
 ) -> None:
@@ -275,8 +275,8 @@ def inspect(
     """
     terminal = Terminal(printed)
     check_model(model)
-    check_outputs([model, weights], html)
-    source = open_model(terminal, model, weights)
+    check_outputs([model, opening.weights], html)
+    source = open_model(terminal, model, opening)
     inspection = api.inspect(source, None if input_size is None else options.parse_size(input_size))
     terminal.console.print(text.inspect_table(inspection))
     terminal.console.print(text.reach_table(inspection))
@@ -294,7 +294,7 @@ def apply(
     output: options.Outputs,
     calib: options.Calib = None,
     pictures: options.Pictures = options.Pictures(),
-    weights: options.Weights = None,
+    opening: options.Opening = options.Opening(),
     report: options.Reports = None,
     memory: options.Memory = options.Memory(),
     printed: Output = Output(),
@@ -306,9 +306,9 @@ def apply(
       netdecouple apply model.onnx plan.json -o faster.onnx --calib inputs.npy
     """
     terminal = Terminal(printed)
-    reports = check_run((model, plan, calib, weights), output, None, report, memory.work)
+    reports = check_run((model, plan, calib, opening.weights), output, None, report, memory.work)
     saved = Plan.load(plan)
-    source = open_model(terminal, model, weights, saved.seed, output)
+    source = open_model(terminal, model, opening, saved.seed, output)
     with terminal.bars() as bars:
         result = api.apply_plan(
             source,
@@ -353,7 +353,7 @@ def evaluate(
         Path | None, typer.Argument(help="A second network to compare.", show_default=False)
     ] = None,
     pictures: options.Pictures = options.Pictures(),
-    weights: options.Weights = None,
+    opening: options.Opening = options.Opening(),
     as_json: Json = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy, or the PSNR of images, and how far two networks agree.
@@ -366,7 +366,8 @@ def evaluate(
     paths = [model] if other is None else [model, other]
     for path in paths:
         check_model(path)
-    sources = [api.open_model(str(path), weights if api.is_named(path) else None) for path in paths]
+    openings = [opening.only_for(api.is_named(path)) for path in paths]
+    sources = [api.open_model(str(p), **o.arguments()) for p, o in zip(paths, openings, strict=True)]
     scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing))
     terminal.console.print(text.scores_table(scores))
     first = scores[0]

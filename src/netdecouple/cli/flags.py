@@ -9,8 +9,11 @@ _SAME = (
     "data_free uniform_rank families loss seed emit runtime threads work memory workers scheduler shards "
     "compare within force"
 )
-FLAGS = {"parameters": "--params", "rule": "--method", "output": "-o"} | {
-    name: f"--{name.replace('_', '-')}" for name in _SAME.split()
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in _SAME.split()} | {
+    "parameters": "--params",
+    "rule": "--method",
+    "output": "-o",
+    "constants": "--constant",
 }
 """The option of each Python argument."""
 

@@ -128,6 +128,34 @@ InputSize = Annotated[str | None, option("Height and width: 224 or 480x640, wher
 
 
 @dataclass(frozen=True)
+class Opening:
+    """How a network is opened."""
+
+    weights: Weights = None
+    constant: Annotated[
+        list[str] | None,
+        option(
+            "Value of an input besides the images, the same for all: NAME=1.5 or NAME=480,640. Repeatable."
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as `api.open_model` takes it."""
+        return {"weights": self.weights, "constants": dict(map(_constant, self.constant or ()))}
+
+    def only_for(self, is_torch: bool) -> Opening:
+        """Leave out what is for the other kind of networks."""
+        return Opening(self.weights) if is_torch else replace(self, weights=None)
+
+
+def _constant(text: str) -> tuple[str, list[float]]:
+    name, _, numbers = text.rpartition("=")
+    if not name:
+        raise CalibrationError(f"constants={text!r}: write NAME=1.5 or NAME=480,640")
+    return name, list(_floats(numbers, "constants"))
+
+
+@dataclass(frozen=True)
 class Pictures:
     """How pictures become network inputs."""
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from netdecouple import api
+from netdecouple.cli.options import Opening
 from netdecouple.cli.terminal import Terminal
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.scratch import StrPath, check_onnx, check_writable
@@ -75,15 +76,14 @@ def check_reports(reports: Iterable[Path] | None) -> list[Path]:
 
 
 def open_model(
-    terminal: Terminal, model: Path, weights: str | None, seed: int = 0, outputs: Sequence[Path] = ()
+    terminal: Terminal, model: Path, opening: Opening, seed: int = 0, outputs: Sequence[Path] = ()
 ) -> Source:
     """Open a network, which is exported if an output is an .onnx file.
 
     The origin of its weights is printed, and what was left out.
     """
-    source = api.open_model(
-        str(model), weights, seed, is_exported=any(path.suffix == ".onnx" for path in outputs)
-    )
+    is_exported = any(path.suffix == ".onnx" for path in outputs)
+    source = api.open_model(str(model), seed=seed, is_exported=is_exported, **opening.arguments())
     for label, attribute in {"Weights": "weights", "Left out": "left_out"}.items():
         if text := getattr(source, attribute, ""):
             terminal.say(label, text)

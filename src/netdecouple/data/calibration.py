@@ -117,6 +117,19 @@ def load_labelled(
         return loader.converted(batch), right
 
 
+def named(source: str | os.PathLike[str], names: Iterable[str]) -> dict[str, AnyArray]:
+    """Read the arrays of FILE.npz, with a key or without, that have some of these names; {} of other sources.
+
+    Raises CalibrationError if one cannot be read.
+    """
+    path, _ = _split_key(os.fspath(source))
+    if not zipfile.is_zipfile(path):
+        return {}
+    with _prefixed(path), zipfile.ZipFile(path) as archive:
+        there = {member.filename.removesuffix(".npy") for member in archive.infolist()}
+        return {name: _read_array(path, name) for name in names if name in there}
+
+
 def answers(labels: Any, count: int) -> Indices | F32:
     """Return class labels (N,), or the images (N, …) that a network should return; uint8 ones as 0 to 1.
 

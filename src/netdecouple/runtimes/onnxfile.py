@@ -144,10 +144,12 @@ def check(proto: onnx.ModelProto, origin: str, folder: Path | None = None, size:
     check_sizes(proto, origin)
 
 
-def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None = None) -> None:
+def check_sizes(
+    proto: onnx.ModelProto, origin: str, image: str = "", sample: NDArray[Any] | None = None
+) -> None:
     """Refuse, before it is run, a model with a tensor larger than `limits.TENSOR_BYTES`.
 
-    Shapes are inferred, for images of the size of ``sample``.
+    Shapes are inferred, for images of the size of ``sample`` as the input ``image``.
 
     Raises:
         ModelError: a tensor is too large; the message names it and its layer.
@@ -158,8 +160,8 @@ def check_sizes(proto: onnx.ModelProto, origin: str, sample: NDArray[Any] | None
             copy.graph.initializer.add().CopyFrom(tensor)
         else:
             copy.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    if sample is not None:
-        for value in copy.graph.input[:1]:
+    for value in copy.graph.input:
+        if value.name == image and sample is not None:
             for dim, size in zip(value.type.tensor_type.shape.dim, (1, *sample.shape[1:]), strict=False):
                 dim.dim_value = dim.dim_value or size
     try:

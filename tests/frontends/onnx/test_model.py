@@ -198,13 +198,65 @@ def test_read_refuses_models_without_convolutions():
     assert_refused(b.model(shape=("N", 3)), "no convolutions")
 
 
-def test_read_refuses_several_inputs():
-    """The inputs are named."""
+def test_inputs_beside_the_images_are_kept():
+    """In their order, one with its default value; they are no constants, and feed every run."""
+    model = read_model(networks.side_inputs())
+    names = ["scales", "image", "gain"]
+    assert [value.name for value in model.proto.graph.input] == names
+    assert (model.input_name, [other.name for other in model.others]) == ("image", ["scales", "gain"])
+    assert {"gain"} & {t.name for t in model.proto.graph.initializer}
+    feeds = model.with_constants({"scales": [1, 1, 2, 2], "gain": 2}).feeds(np.zeros((2, 3, 8, 8)))
+    assert {name: (array.dtype, array.shape) for name, array in feeds.items()} == {
+        "image": (np.float64, (2, 3, 8, 8)),
+        "scales": (np.float32, (4,)),
+        "gain": (np.float32, ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "fitted"),
+    [
+        ((), [2.0], 2.0),
+        ((1,), 2.0, [2.0]),
+        ((2,), [[2, 3]] * 5, [2, 3]),
+        (("N", 2), [2, 3], [[2, 3]]),
+        ((1, 2), [[2, 3]] * 5, [[2, 3]]),
+        (("N", "M"), [[2, 3, 4]], [[2, 3, 4]]),
+    ],
+)
+def test_a_value_is_fitted_to_what_is_declared(shape, value, fitted):
+    """One per sample as well, if they are the same; what may count the images lets them run one by one."""
     model = networks.classifier()
-    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ("N", 3)))
-    model.graph.node.append(helper.make_node("Relu", ["other"], ["more"]))
-    model.graph.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ("N", 3)))
-    assert_refused(model, "2 inputs", "image, other")
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, shape))
+    read = read_model(model)
+    np.testing.assert_array_equal(read.with_constants({"other": value}).given["other"], fitted)
+    assert read.batch == (1 if "N" in shape else None)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"gain": [1.0, 2.0]}, ["'gain' is float32", "and its values differ"]),
+        ({"scales": [1.0, 2.0]}, ["'scales' is float32 4", "float64 2 does not fit"]),
+        ({"scales": ["a"] * 4}, ["does not fit"]),
+        ({"size": 2}, ["no input 'size'", "there are scales, gain"]),
+        ({"image": 2}, ["no input 'image' besides the images"]),
+        ({}, ["'scales' (float32 4) has no value", "constants="]),
+    ],
+)
+def test_a_value_is_refused(values, parts):
+    with pytest.raises(ModelError) as error:
+        read_model(networks.side_inputs()).with_constants(values).feeds(np.zeros((2, 3, 8, 8)))
+    assert [part for part in parts if part not in str(error.value)] == [], error.value
+
+
+def test_weights_that_are_inputs_are_constants_all_the_same():
+    """As some exporters write them, also in new files."""
+    model = networks.old_style()
+    model.ir_version = 8
+    opened = read_model(model)
+    assert [value.name for value in opened.proto.graph.input] == ["image"]
+    assert opened.others == ()
 
 
 def test_read_refuses_other_dtypes():
@@ -212,14 +264,14 @@ def test_read_refuses_other_dtypes():
     b = Builder()
     x = b.node("Cast", "image", to=TensorProto.FLOAT)
     b.classifier(b.conv(x, 3, 8, 3, "conv"), 8)
-    assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "UINT8 of 4 dimensions", "float16 images")
+    assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "uint8 of 4 dimensions", "float16 images")
 
 
 def test_read_refuses_other_ranks():
     """A 1-D network's input has three dimensions."""
     b = Builder()
     b.node("Conv", "image", b.weight("w", 8, 3, 5), out="logits")
-    assert_refused(b.model([("logits", ("N", 8, "L"))], ("N", 3, 64)), "FLOAT of 3 dimensions")
+    assert_refused(b.model([("logits", ("N", 8, "L"))], ("N", 3, 64)), "float32 of 3 dimensions")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -35,6 +35,7 @@ from netdecouple.frontends.onnx.proto import (
     attributes_of,
     constants_of,
     drop_unread,
+    fixed,
     geometry_of,
     graphs_of,
     nodes_for,
@@ -148,7 +149,7 @@ def absorb(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
     A node is absorbed if it alone reads the operator's output; an output of the graph stays as it is.
     """
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants = fixed(graph)
     outputs = {value.name for value in graph.output}
     readers = readers_of(graph.node)
     nodes: list[onnx.NodeProto | None] = list(graph.node)

@@ -6,8 +6,8 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -31,6 +31,7 @@ from netdecouple.frontends.onnx.proto import (
     constants_of,
     drop_unread,
     drop_unread_nodes,
+    fixed,
     geometry_of,
     graphs_of,
     nodes_of,
@@ -43,10 +44,11 @@ from netdecouple.frontends.onnx.proto import (
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import INPUT_SHAPE, ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.feeds import parse_shape
+from netdecouple.runtimes.feeds import describe_shape, parse_shape
 from netdecouple.runtimes.layers import node_name, with_names
 from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
 from netdecouple.runtimes.onnxruntime import calls_of, open_session, options, run, uses_kernels
+from netdecouple.runtimes.protocol import Feeds, Input
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 Shapes = dict[str, tuple[int, ...]]
@@ -71,6 +73,30 @@ class OnnxModel:
     bytes: int  # as read, external data included
     dtype: np.dtype[Any]  # of the input
     unread: tuple[str, ...]  # nodes that were left out, as no output needs them
+    others: tuple[Input, ...] = ()  # inputs besides the images, which have one value for all of them
+    given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # their values; some have defaults
+
+    def with_constants(self, values: Mapping[str, Any]) -> OnnxModel:
+        """Give other inputs than the images their values; ModelError if one does not fit."""
+        known = {other.name: other for other in self.others}
+        for name in values:
+            if name not in known:
+                there = f"there are {', '.join(known)}" if known else "there are none"
+                raise ModelError(f"{self.origin}: it has no input {name!r} besides the images; {there}")
+        fitted = {name: _fitted(known[name], value) for name, value in values.items()}
+        return replace(self, given={**self.given, **fitted})
+
+    def feeds(self, images: Array) -> Feeds:
+        """Return all inputs for some images; ModelError if the value of another one is not known."""
+        defaults = {tensor.name for tensor in self.proto.graph.initializer} if self.others else set()
+        for other in self.others:
+            if other.name not in {*self.given, *defaults}:
+                declared = f"{other.dtype} {describe_shape(other.shape)}".rstrip()
+                raise ModelError(
+                    f"{self.origin}: input {other.name!r} ({declared}) has no value; save one under its name "
+                    "in the .npz with the images, or give constants="
+                )
+        return {self.input_name: images, **self.given}
 
     def channels_first(self, images: Array) -> Array:
         """View images as (n, c, h, w)."""
@@ -90,36 +116,58 @@ def read_model(source: ModelSource) -> OnnxModel:
     folded = _fold(whole)
     if not any(map(is_convolution, nodes_of(folded.graph))):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
-    constants = {tensor.name for tensor in folded.graph.initializer}
-    inputs = [value for value in folded.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs)
+    inputs = [_declared(value) for value in folded.graph.input]
+    image = next((i for i in inputs if len(i.shape) == 4 and i.dtype in DTYPES), None)
+    if image is None:
+        declared = ", ".join(f"{i.name!r} is {i.dtype} of {len(i.shape)} dimensions" for i in inputs)
         raise ModelError(
-            f"{origin}: the model has {len(inputs)} inputs ({names}); models with one are supported"
-        )
-    kind = inputs[0].type.tensor_type
-    dims = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
-    if len(dims) != 4 or kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
-        declared = f"{onnx.TensorProto.DataType.Name(kind.elem_type)} of {len(dims)} dimensions"
-        raise ModelError(
-            f"{origin}: input {inputs[0].name!r} is {declared}; "
+            f"{origin}: input {declared or 'is missing'}; "
             "float32 or float16 images (N, C, H, W) or (N, H, W, C) are supported"
         )
-    channels_last = _has_channels_last(folded.graph, inputs[0].name, dims)
+    others, dims = tuple(i for i in inputs if i is not image), image.shape
+    is_alone = any(other.shape[:1] == (None,) for other in others)  # it may count the images
+    channels_last = _has_channels_last(folded.graph, image.name, dims)
     channels, height, width = (dims[i] for i in ((3, 1, 2) if channels_last else (1, 2, 3)))
     return OnnxModel(
         proto=folded,
         fingerprint=_fingerprint(proto),
         origin=origin,
-        input_name=inputs[0].name,
-        batch=dims[0],
+        input_name=image.name,
+        batch=dims[0] or (1 if is_alone else None),
         channels=channels or COLOURS,
         size=(height, width) if height and width else None,
         channels_last=channels_last,
         bytes=size_of(proto),
-        dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type),
+        dtype=image.dtype,
         unread=unread,
+        others=others,
     )
+
+
+def _declared(value: onnx.ValueInfoProto) -> Input:
+    kind = value.type.tensor_type
+    dims = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type) if kind.elem_type else np.dtype(object)
+    return Input(value.name, dims, dtype)
+
+
+def _fitted(declared: Input, value: Any) -> NDArray[Any]:
+    """Convert the value of an input; of one value per sample, which must be the same, take the first."""
+    array, wanted = np.asarray(value), declared.shape
+    what = f"input {declared.name!r} is {declared.dtype} {describe_shape(wanted)}".rstrip()
+    rows = array.ndim == len(wanted) + 1 or (array.ndim == len(wanted) > 1 and wanted[0] in (None, 1))
+    if rows and len(array) > 1:
+        if not (array == array[:1]).all():
+            raise ModelError(f"{what}, and its values differ; only the images may differ between samples")
+        array = array[:1]
+    if array.ndim != len(wanted) and array.size == math.prod(n or 1 for n in wanted):
+        array = array.reshape([n or 1 for n in wanted])
+    fits = len(array.shape) == len(wanted) and all(
+        n in (None, m) for n, m in zip(wanted, array.shape, strict=True)
+    )
+    if array.dtype.kind not in "biuf" or declared.dtype.kind not in "biuf" or not fits:
+        raise ModelError(f"{what}, which {array.dtype} {describe_shape(array.shape)} does not fit")
+    return array.astype(declared.dtype)
 
 
 def _has_channels_last(graph: onnx.GraphProto, image: str, dims: Sequence[int | None]) -> bool:
@@ -163,7 +211,8 @@ def noted_shape(source: ModelSource) -> tuple[int, ...] | None:
     except ModelError:
         return None
     noted = {entry.key: entry.value for entry in proto.metadata_props}.get(INPUT_SHAPE)
-    dims = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]] if noted else []
+    images = next((v for v in proto.graph.input if len(v.type.tensor_type.shape.dim) == 4), None)
+    dims = [d.dim_value for d in images.type.tensor_type.shape.dim[1:]] if noted and images else []
     return parse_shape(noted) if noted and not all(dims) else None
 
 
@@ -210,15 +259,16 @@ def _fingerprint(proto: onnx.ModelProto) -> str:
 
 
 def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model with every constant, under every name it has, as an initializer, none of them as an input
-    (as before IR 4), and its nodes in an order in which they can be run."""
+    """Copy a model with every constant, under every name it has, as an initializer, and its nodes in an order
+    in which they can be run. Only default values of inputs stay inputs: before IR 4, weights were."""
     copy = copy_of(proto)
     graph, outputs = copy.graph, {value.name for value in copy.graph.output}
     for node in nodes_of(graph):
         node.domain = "" if node.domain == "ai.onnx" else node.domain  # two names of one
     for entry in copy.opset_import:
         entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    defaults = _defaults(copy)
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in defaults}
     nodes: list[onnx.NodeProto] = []
     for node in _in_order(list(graph.node)):
         value = next((a.t for a in node.attribute if a.name == "value"), None)
@@ -236,6 +286,13 @@ def _with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
     remove_named(graph.input, constants)
     copy.ir_version = max(copy.ir_version, 4)
     return copy
+
+
+def _defaults(proto: onnx.ModelProto) -> set[str]:
+    """Return the initializers that are default values of inputs; none where weights are inputs, too."""
+    names = {value.name for value in proto.graph.input} & {t.name for t in proto.graph.initializer}
+    weights = {t for node in nodes_of(proto.graph) if node.op_type in _FINITE for t in node.input[1:]}
+    return set() if proto.ir_version < 4 or names & weights else names
 
 
 def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -344,19 +401,19 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     Raises:
         ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
     """
-    onnxfile.check_sizes(model.proto, model.origin, sample)
-    graph = model.proto.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    onnxfile.check_sizes(model.proto, model.origin, model.input_name, sample)
+    graph, feeds = model.proto.graph, model.feeds(sample)
+    constants = fixed(graph)
     listed = [product_of(n) is not None or has_unknown_weights(n, constants) for n in graph.node]
     ends = [
         t for n, is_layer in zip(graph.node, listed, strict=True) if is_layer for t in (*n.input, *n.output)
     ]
     ends += [t for n in graph.node if n.op_type == "Add" for t in n.input]
-    tensors = [t for t in dict.fromkeys(ends) if t and t not in constants and t != model.input_name]
-    values = run(open_session(up_to(model.proto, tensors)), tensors, {model.input_name: sample})
-    shapes = {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
-    shapes[model.input_name] = sample.shape
-    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes |= {name: array.shape for name, array in feeds.items()}
+    tensors = [t for t in dict.fromkeys(ends) if t and t not in shapes]
+    values = run(open_session(up_to(model.proto, tensors)), tensors, feeds)
+    shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     context = _Context(len(sample), model.size is not None, constants, shapes)
     inner, layers, nodes = _inner_layers(model, sample), [], []
     for index, (node, is_layer) in enumerate(zip(graph.node, listed, strict=True)):
@@ -380,7 +437,7 @@ def _inner_layers(model: OnnxModel, sample: Array) -> dict[int, list[tuple[Layer
     if not any(product_of(node) for graph in bodies for node in graph.node):
         return {}
     named = with_names(model.proto)
-    calls = calls_of(named, {model.input_name: sample})
+    calls = calls_of(named, model.feeds(sample))
     constants = constants_of(list(graphs_of(named.graph)))
     layers: dict[int, list[tuple[Layer, onnx.NodeProto]]] = {}
     for index, owner in enumerate(named.graph.node):

@@ -123,8 +123,7 @@ class OnnxNetwork:
     def _run(self, session: Any, images: Array) -> list[Array]:
         batches = self.batches(len(images))
         parts = [
-            run(session, self.output_names, {self.model.input_name: self.padded(images, batch)})
-            for batch in batches
+            run(session, self.output_names, self.model.feeds(self.padded(images, batch))) for batch in batches
         ]
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
         return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
@@ -155,7 +154,7 @@ class OnnxNetwork:
             return
         places = [self.places[name] for name in positions]
         tensors = dict.fromkeys(t for p in places for t in (p.input, p.output, p.shortcut) if t)
-        fetched = [t for t in tensors if t != self.model.input_name]
+        fetched = [t for t in tensors if t not in (self.model.input_name, *self.model.given)]
         proto, opened = self._base
         session = opened(up_to(proto, fetched))
         held = 4 * sum(
@@ -164,7 +163,7 @@ class OnnxNetwork:
             if la.geometry
         )
         for batch in self.batches(len(images), held):
-            feeds = {self.model.input_name: self.padded(images, batch)}
+            feeds = self.model.feeds(self.padded(images, batch))
             values = feeds | dict(zip(fetched, run(session, fetched, feeds), strict=True))
             for place, where in zip(places, positions.values(), strict=True):
                 yield place.observation(batch, where, values.__getitem__, has_run=True)

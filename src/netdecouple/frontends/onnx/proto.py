@@ -71,6 +71,12 @@ def constants_of(graphs: Sequence[onnx.GraphProto]) -> dict[str, onnx.TensorProt
     return constants
 
 
+def fixed(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Return the initializers, by name, that are no default values of inputs."""
+    inputs = {value.name for value in graph.input}
+    return {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
+
+
 def array_of(constants: Constants, node: onnx.NodeProto, index: int) -> NDArray[Any] | None:
     """Return a constant input of a node; None if it is missing or computed."""
     name = node.input[index] if index < len(node.input) else ""
@@ -152,5 +158,6 @@ def up_to(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """Copy the part of a model that computes some of its tensors, with those as its only outputs."""
     outputs = [onnx.ValueInfoProto(name=t) for t in tensors]
     nodes, needed = nodes_for(proto.graph.node, (value.name for value in outputs))
+    needed |= {value.name for value in proto.graph.input}  # which have default values
     initializers = (t for t in proto.graph.initializer if t.name in needed)
     return with_graph(proto, nodes, proto.graph.input, outputs, initializers)

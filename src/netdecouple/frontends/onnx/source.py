@@ -37,13 +37,13 @@ class OnnxSource:
     runtimes: tuple[str, ...] = ("onnxruntime",)
     suffix = ".onnx"
 
-    def __init__(self, model: ModelSource) -> None:
+    def __init__(self, model: ModelSource, constants: Mapping[str, Any] = {}) -> None:
         self.origin = model
-        self.model = read_model(model)
+        self.model = read_model(model).with_constants(constants)
         self.name = self.model.origin
         self.preprocessing = Preprocessing()
+        self.constants = constants
         self.files: Sequence[Path] = () if isinstance(model, onnx.ModelProto) else onnxfile.files_of(model)
-        self.about: Mapping[str, str] = {}
 
     @property
     def left_out(self) -> str:
@@ -61,6 +61,11 @@ class OnnxSource:
     def plan_text(self) -> str | None:
         """The plan, as JSON, in the model's metadata."""
         return {e.key: e.value for e in load(self.origin)[0].metadata_props}.get("netdecouple.plan")
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """The values of inputs besides the images."""
+        return {name: f"{a.dtype} {a.tolist()}" for name, a in self.model.given.items()}
 
     def session(self) -> AbstractContextManager[object]:
         """No context is needed."""
@@ -87,7 +92,11 @@ class OnnxSource:
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
     ) -> Calibration:
-        """Load images; None makes noise of the right shape."""
+        """Load images; None makes noise of the right shape.
+
+        A mapping, or FILE.npz with one array per input, also has the values of the other inputs.
+        """
+        calib = self._images(calib)
         shape = self._shape(preprocessing)
         if calib is None:
             size = self.model.size or shape["preprocessing"].size
@@ -103,10 +112,29 @@ class OnnxSource:
             inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
         )
 
+    def _images(self, calib: Any) -> Any:
+        """Take the other inputs' values, which ``constants`` override, out of what is given as inputs."""
+        others, name = [other.name for other in self.model.others], self.model.input_name
+        values: Mapping[str, Any] = {}
+        if isinstance(calib, str | os.PathLike) and others:
+            values = calibration.named(calib, [name, *others])
+            is_whole = name in values and os.path.exists(calib)  # no key was given
+            calib = f"{os.fspath(calib)}:{name}" if is_whole else calib
+        elif isinstance(calib, Mapping):
+            if name not in calib:
+                raise CalibrationError(
+                    f"there are no images {name!r} in the mapping; give one array per input"
+                )
+            values, calib = calib, calib[name]
+        values = {n: value for n, value in values.items() if n != name and n not in self.constants}
+        self.model = self.model.with_constants(values)
+        return calib
+
     def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Array, NDArray[Any]]:
         """Load images and their class labels, or the images that the network should return."""
         shape = self._shape(preprocessing)
         if not isinstance(labels, tuple):
+            self._images(labels)
             return calibration.load_labelled(labels, **shape)
         inputs = calibration.load(labels[0], **shape, samples=None, seed=0).images
         return inputs, calibration.answers(labels[1], len(inputs))
@@ -126,14 +154,22 @@ class OnnxSource:
     def executable(self, model: Any, example: Array, runtime: str) -> Executable:
         """A path or a ModelProto is opened as it is, but without what no output needs."""
         original = self.model.proto if self.model.unread else self.origin
-        return Executable(original if model is None else model, example.shape)
+        feeds = self.model.feeds(example) if self.model.others else None
+        return Executable(original if model is None else model, example.shape, feeds)
 
     def save(self, result: Any, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file."""
         write_model(result.model, path)
 
 
-def open_for_shapes(model: ModelSource, shapes: Sequence[tuple[int, ...]]) -> OnnxNetwork:
-    """Open a model for inputs of some shape, to count its MACs and to list its layers."""
+def open_for_shapes(
+    model: ModelSource, shapes: Sequence[tuple[int, ...]], feeds: Mapping[str, Any] | None = None
+) -> OnnxNetwork:
+    """Open a model for images of some shape, to count its MACs and to list its layers.
+
+    ``feeds`` have the values of its other inputs.
+    """
     read = read_model(model)
+    known = {other.name: feeds[other.name] for other in read.others if feeds and other.name in feeds}
+    read = read.with_constants(known)
     return OnnxNetwork(read, np.zeros((read.batch or 2, *shapes[0][1:]), np.float32))

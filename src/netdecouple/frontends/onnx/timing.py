@@ -38,7 +38,7 @@ class OnnxTimer:
         if "fused" in forms:
             kernels.check_available()
         self._network, self._runtime, self._threads, self._forms = network, runtime, threads, forms
-        self._feeds: Feeds = {network.model.input_name: np.ascontiguousarray(network.example)}
+        self._feeds: Feeds = network.model.feeds(np.ascontiguousarray(network.example))
         self.batch = len(network.example)
         self._stopwatch = Stopwatch(threads)
         self.name = f"{runtime.name} {runtime.version}, {threads} thread{'s' * (threads > 1)}"

@@ -76,7 +76,8 @@ class OnnxTrainable:
     def __call__(self, images: Array) -> list[Tensor]:
         """Run one batch of inputs, with gradients unless they are switched off."""
         x = self._network.padded(images, slice(0, len(images)))
-        values: dict[str, Any] = {**self._constants, self._network.model.input_name: torch.tensor(x)}
+        feeds = {name: torch.tensor(value) for name, value in self._network.model.feeds(x).items()}
+        values: dict[str, Any] = {**self._constants, **feeds}
         for index, node in enumerate(self._nodes):
             place = self._replaced.get(node.output[0])
             if place is not None:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
@@ -76,6 +76,7 @@ class OnnxWalk:
         self._model, self._layers, self._store = model, layers, store
         self._nodes = list(graph.node)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._constants |= {n: numpy_helper.from_array(value, n) for n, value in model.given.items()}
         self._outputs = {value.name for value in graph.output}
         self._position = 0  # of the next node to run
         self._live = [model.input_name]
