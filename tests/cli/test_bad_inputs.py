@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from netdecouple.errors import ModelError, first_line
 from tests import networks
@@ -214,6 +214,31 @@ def test_an_open_size_without_images(refused, folder: Path):
     onnx.save(networks.restorer(), folder / "net.onnx")
     refused(["inspect", "net.onnx"], "any size", "--input-size")
     refused([*changed(RUN, calib=None), "--data-free"], "any size", "--input-size")
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("operator", ["RandomNormalLike", "Dropout", "Multinomial", "Bernoulli"])
+def test_a_random_operator(refused, netdecouple, folder: Path, operator: str, is_read: bool):
+    """It is named, unless nothing depends on its numbers."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "first"))
+    rows = b.node("Sigmoid", b.node("Flatten", x))
+    half = b.constant("half", 0.5)
+    # ONNX Runtime leaves it out where a constant says that it is training
+    more = (
+        [half, b.node("Less", half, b.node("ReduceMax", rows, keepdims=0))] if operator == "Dropout" else []
+    )
+    options = {"sample_size": 99} if operator == "Multinomial" else {}
+    seed = 1 if operator == "Dropout" else 1.0
+    noise = b.node(operator, rows, *more, out="noise", seed=seed, **options)
+    noise = b.node("ReduceSum", b.node("Cast", noise, to=TensorProto.FLOAT), keepdims=0)
+    y = b.conv(x, 8, 8, 3, "second")
+    b.classifier(b.node("Add", y, noise) if is_read else y, 8)
+    onnx.save(b.model(), folder / "net.onnx")
+    if is_read:
+        refused(RUN, f"net.onnx: {operator} 'noise' is random")
+    else:
+        assert netdecouple("inspect", "net.onnx").code == 0
 
 
 # --- the budget

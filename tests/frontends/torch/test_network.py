@@ -642,7 +642,8 @@ def raising(m: Any, x: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "random": (lambda: parts(dropped), "must not depend on anything but its inputs"),
+    "random": (lambda: parts(dropped), r"\(\) in 'the module' is random"),
+    "random part": (lambda: parts(lambda m, x: m.d(chain(m, x)), d=Noisy()), r"randn\(\) in 'd' is random"),
     "raises": (lambda: parts(raising), "fails on a calibration sample: LookupError: no such; calib must"),
     "nothing": (nn.ReLU, "runs no convolutions"),
     "lazy": (lambda: nn.LazyConv2d(8, 3), "run it once"),
@@ -652,6 +653,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "compiled": (lambda: torch.compile(parts(chain), backend="eager"), "a compiled module"),
     "no copy": (lambda: parts(chain, d=NoCopy()), "must survive copy.deepcopy"),
 }
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x + torch.randn(x.shape)
 
 
 class NoCopy(nn.Identity):

@@ -22,10 +22,20 @@ from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.products import is_known
-from netdecouple.frontends.onnx.proto import Nodes, Tensors, nodes_of, readers_of, replace_nodes, up_to
+from netdecouple.frontends.onnx.proto import (
+    Nodes,
+    Tensors,
+    nodes_for,
+    nodes_of,
+    readers_of,
+    reads,
+    replace_nodes,
+    up_to,
+)
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
 from netdecouple.network import Array, Layer, Observation, Positions, Trainable
+from netdecouple.runtimes.layers import node_name
 from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of, with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
 
@@ -95,6 +105,25 @@ class OnnxNetwork:
         whole = np.concatenate([taken, taken[-1:].repeat(missing, axis=0)]) if missing else taken
         with np.errstate(over="ignore"):  # an observation refuses infinite values and names the layer
             return whole.astype(self.model.dtype, copy=False)
+
+    def check_repeatable(self) -> None:
+        """Run a sample twice; ModelError, which names the operator, if the outputs differ."""
+        feeds, proto = self.model.feeds(self._sample), self.model.proto
+
+        def unlike(names: Sequence[str]) -> set[str]:
+            session = open_session(up_to(proto, names))
+            once, again = (run(session, names, feeds) for _ in range(2))
+            return {name for name, *both in zip(names, once, again, strict=True) if not _same(*both)}
+
+        if unlike(self.output_names):
+            nodes = nodes_for(proto.graph.node, self.output_names)[0]
+            random = unlike([output for node in nodes for output in node.output if output])
+            firsts = (n for n in nodes if random & {*n.output} and not random & {*reads(n)})
+            name = next((f"{n.op_type} {node_name(n)!r}" for n in firsts), "one of its operators")
+            raise ModelError(
+                f"{self.name}: {name} is random, and the outputs differ when it runs twice on one input; "
+                "export the model for inference, or with a constant in its place"
+            )
 
     @cached_property
     def output_names(self) -> list[str]:
@@ -265,6 +294,14 @@ def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:
     if _alike(parts):  # so many boxes as there are
         return np.concatenate(parts)
     return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arrays of numbers are equal but for rounding."""
+    if not isinstance(a, np.ndarray) or a.dtype.kind not in "biuf":
+        return True
+    size = np.abs(np.nan_to_num(a.astype(np.float64), posinf=0, neginf=0)).max(initial=0.0)
+    return a.shape == b.shape and np.allclose(a, b, 0.0, TOLERANCE * size, equal_nan=True)
 
 
 def _alike(parts: Sequence[Array]) -> bool:

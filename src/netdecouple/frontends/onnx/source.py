@@ -140,8 +140,10 @@ class OnnxSource:
         return inputs, calibration.answers(labels[1], len(inputs))
 
     def open(self, inputs: Array, memory: Memory) -> OnnxNetwork:
-        """Open the network for such images."""
-        return OnnxNetwork(self.model, inputs, memory)
+        """Open the network for such images; ModelError if it is random."""
+        network = OnnxNetwork(self.model, inputs, memory)
+        network.check_repeatable()
+        return network
 
     def timer(self, network: OnnxNetwork, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
         """Measure layers and networks in ONNX Runtime or OpenVINO."""

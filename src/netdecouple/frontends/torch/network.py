@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree as tree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, first_line
@@ -161,6 +162,10 @@ class TorchNetwork:
 
         expected, called_before = run(self.module)
 
+        def alike(outputs: list[Array]) -> bool:
+            pairs = [map(torch.from_numpy, pair) for pair in zip(outputs, expected, strict=True)]
+            return all(same(one, other, self._rounding) for one, other in pairs)
+
         def folded(names: Iterable[str]) -> nn.Module:
             module = self.evaluated(self.original)
             for name in names:
@@ -173,12 +178,16 @@ class TorchNetwork:
                     "the module calls its layers from a list or dict of its own, where they cannot be "
                     "replaced; hold them in an nn.ModuleList or nn.ModuleDict"
                 )
-            for one, other in zip(expected, outputs, strict=True):
-                if not same(torch.from_numpy(other), torch.from_numpy(one), self._rounding):
+            if not alike(outputs):
+                if not alike(run(self.module)[0]) and (random := self._random_operator()):
                     raise ModelError(
-                        "the module computes something else with plain convolutions in the place of its "
-                        "layers; its outputs must not depend on anything but its inputs and weights"
+                        f"{random} is random, and the outputs differ when the module runs twice on one "
+                        "input; leave it out in evaluation mode"
                     )
+                raise ModelError(
+                    "the module computes something else with plain convolutions in the place of its "
+                    "layers; its outputs must not depend on anything but its inputs and weights"
+                )
             return module
 
         def fails(name: str) -> bool:
@@ -195,6 +204,25 @@ class TorchNetwork:
             if len(failing) == len(self.torch_layers):
                 raise
         return folded([name for name in self.torch_layers if name not in failing]), failing
+
+    def _random_operator(self) -> str:
+        """Name the first function that draws random numbers, and the module that calls it; "" without one."""
+        inside: list[str] = []
+        found: list[str] = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if torch.Tag.nondeterministic_seeded in func.tags:
+                    found.append(f"{func.overloadpacket.__name__}() in {inside[-1] or 'the module'!r}")
+                return func(*args, **(kwargs or {}))
+
+        def leave(name: str, arguments: tuple[Any, ...], output: Any) -> None:
+            inside.pop()
+
+        hooks = hooked(self.module, lambda name, arguments: inside.append(name), leave)
+        with torch.no_grad(), hooks, Recorder():
+            self.forward(self.module, self.example[:1])
+        return next(iter(found), "")
 
     @cached_property
     def fingerprint(self) -> str:
