@@ -64,7 +64,12 @@ def test_the_budget_holds_and_accuracy_stays(result: Result, tmp_path: Path) -> 
     """Three times fewer MACs; at most a point is lost on 1,000 images no fit has seen."""
     assert result.report.macs_before / result.report.macs >= 3.0
     result.save(tmp_path / "faster.onnx")
-    before, after = evaluate([MODEL, tmp_path / "faster.onnx"], LABELS)
+    shown = []
+    networks = [MODEL, tmp_path / "faster.onnx"]
+    before, after = evaluate(networks, LABELS, progress=lambda *step: shown.append(step))
+    assert [step for step in shown if step[1] == step[2]] == [
+        (f"Running {name}", before.images, before.images) for name in ("digits.onnx", "faster.onnx")
+    ]
     assert before.top1 == 0.986
     assert after.top1 >= before.top1 - 0.01
     assert after.same_class is not None

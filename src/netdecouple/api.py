@@ -23,7 +23,7 @@ from netdecouple.data.calibration import names_function, pictures
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import BudgetError, ModelError, OutputError, PlanError, UnavailableError
 from netdecouple.execution.memory import Memory
-from netdecouple.execution.progress import Progress, quiet
+from netdecouple.execution.progress import Progress, quiet, with_suffix
 from netdecouple.execution.run import Resources
 from netdecouple.execution.scratch import StrPath, check_apart, check_writable
 from netdecouple.families.chain import method
@@ -514,7 +514,12 @@ def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
         return inspection(source.name, tuple(source.open(noise.inputs, Memory()).layers))
 
 
-def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing | None = None) -> list[Score]:
+def evaluate(
+    models: Sequence[Any],
+    data: Labels,
+    preprocessing: Preprocessing | None = None,
+    progress: Progress = quiet,
+) -> list[Score]:
     """Measure networks on labelled inputs, and their agreement with the first one.
 
     Args:
@@ -522,6 +527,7 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
         data: as ``labels`` in `decouple`, for top-1 and top-5 accuracy; for networks that return images the
             images (N, …) that are right, instead of labels, for their PSNR. uint8 ones are divided by 255.
         preprocessing: as in `decouple`.
+        progress: called after every batch of inputs.
 
     Raises:
         NetDecoupleError: a model or the data cannot be read, do not fit, or the model is no classifier.
@@ -532,7 +538,7 @@ def evaluate(models: Sequence[Any], data: Labels, preprocessing: Preprocessing |
         source = open_model(model)
         with source.session():
             inputs, right = source.labelled(data, preprocessing)
-            outputs = source.outputs(inputs)[0]
+            outputs = source.outputs(inputs, with_suffix(source.name, progress))[0]
         if first is not None and first.shape != outputs.shape:
             raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
         score = _scored_classes if right.ndim == 1 else _scored_images
@@ -578,6 +584,7 @@ def bench(
     seconds: float = SECONDS,
     layers: bool = False,
     trust: bool = False,
+    progress: Progress = quiet,
 ) -> Benchmark:
     """Time networks against each other, in turns, with random inputs.
 
@@ -590,6 +597,7 @@ def bench(
         seconds: how long to measure, for each runtime and number of threads.
         layers: whether to measure the time per layer too, with ONNX Runtime's profiler.
         trust: whether to open files that can run code of their author, as PyTorch's do.
+        progress: called with the seconds that have passed.
 
     Raises:
         ModelError: a network cannot be opened or run, or takes another input than the first.
@@ -599,7 +607,7 @@ def bench(
     if shape is None:
         files = [m for m in models if isinstance(m, onnx.ModelProto) or str(m).endswith(".onnx")]
         shape = next(filter(None, map(noted_shape, files)), None)
-    options: dict[str, Any] = {"shape": shape, "seconds": seconds}
+    options: dict[str, Any] = {"shape": shape, "seconds": seconds, "progress": progress}
     times = benchmark(models, named, open_for_shapes, threads=threads, **options)
     if layers:
         profiles = [layer_times(models, open_for_shapes, count, **options) for count in threads]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from netdecouple.convolution import ConvGeometry, Factorization, Structure
 from netdecouple.errors import ModelError
 from netdecouple.execution.memory import Memory
+from netdecouple.execution.progress import Progress, quiet
 
 if TYPE_CHECKING:
     from netdecouple.data.preprocessing import Preprocessing
@@ -257,7 +258,7 @@ class Source(Protocol):
         Raises UnavailableError if it is not installed, ModelError if it cannot run this kind of network.
         """
 
-    def outputs(self, inputs: Images) -> list[Array]:
+    def outputs(self, inputs: Images, progress: Progress = quiet) -> list[Array]:
         """Run the network as it was read; ModelError if it fails on the inputs."""
 
     def executable(self, model: Any, example: Any, runtime: str) -> Executable:

@@ -22,7 +22,7 @@ from netdecouple.errors import (
     UnavailableError,
 )
 from netdecouple.execution.memory import Memory
-from netdecouple.execution.progress import Progress
+from netdecouple.execution.progress import Progress, with_suffix
 from netdecouple.execution.run import Resources, Run
 from netdecouple.fitting.apply import Applied, apply, difference
 from netdecouple.fitting.sampling import Inputs, shuffled
@@ -51,7 +51,7 @@ from netdecouple.report.model import Report, Speed
 from netdecouple.report.pictures import pictures
 from netdecouple.report.provenance import identity, provenance
 from netdecouple.report.sweep import Compared, LayerChoice, SweepPoint
-from netdecouple.search import EFFORTS, OBJECTIVES, Excess, Trials, least_network, with_suffix
+from netdecouple.search import EFFORTS, OBJECTIVES, Excess, Trials, least_network
 from netdecouple.version import __version__
 
 NOT_FASTER = 0.98  # share of the original's time above which a network is not called faster

@@ -10,7 +10,7 @@ from math import ceil, inf, isinf, log, log2, sqrt
 
 import numpy as np
 
-from netdecouple.execution.progress import Progress, quiet
+from netdecouple.execution.progress import Progress, quiet, with_suffix
 from netdecouple.execution.run import Run
 from netdecouple.fitting.apply import Applied, apply
 from netdecouple.fitting.sampling import Inputs
@@ -102,11 +102,6 @@ class Trials:
             trials = [tried(plan, f"{i} of {len(unlike)}") for i, plan in enumerate(unlike, 1)]
             best.append(min(trials, key=lambda plan: plan.predicted_loss))
         return best
-
-
-def with_suffix(suffix: str, progress: Progress) -> Progress:
-    """Add a suffix to the name of every step."""
-    return lambda step, done, total: progress(f"{step} {suffix}", done, total)
 
 
 @dataclass(frozen=True)

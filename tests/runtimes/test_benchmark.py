@@ -46,6 +46,14 @@ def test_times_every_network_with_every_number_of_threads(pair):
     assert {row.version for row in rows} == {OnnxRuntime().version}
 
 
+def test_shows_how_much_of_the_time_has_passed(pair):
+    shown = []
+    bench(pair, threads=(1, 2), seconds=1.0, progress=lambda *step: shown.append(step))
+    assert set(shown) <= {("Timing", 0, 1), ("Timing", 1, 1)}
+    assert shown.count(("Timing", 1, 1)) >= 2
+    assert shown[0] == ("Timing", 0, 1)
+
+
 def test_counts_macs(pair):
     """Per image, whatever the batch."""
     for rows in (bench(pair, seconds=0), bench(pair, shape=(5, 3, 8, 8), seconds=0)):

@@ -368,7 +368,8 @@ def evaluate(
         check_model(path)
     openings = [opening.only_for(api.is_named(path)) for path in paths]
     sources = [api.open_model(str(p), **o.arguments()) for p, o in zip(paths, openings, strict=True)]
-    scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing))
+    with terminal.bars() as bars:
+        scores = api.evaluate(sources, data, pictures.preprocessing(sources[0].preprocessing), bars)
     terminal.console.print(text.scores_table(scores))
     first = scores[0]
     warnings = () if first.top1 is None else chance_warning(first.top1, first.majority or 0.0)
@@ -416,15 +417,17 @@ def bench(
     """
     terminal = Terminal(Output(as_json=as_json))
     check_outputs(models, report)
-    times = api.bench(
-        models,
-        tuple(dict.fromkeys(runtimes or NAMES[:1])),
-        threads=tuple(dict.fromkeys(threads or [1])),
-        shape=None if shape is None else parse_shape(shape),
-        seconds=seconds,
-        layers=layers,
-        trust=trust,
-    )
+    with terminal.bars() as bars:
+        times = api.bench(
+            models,
+            tuple(dict.fromkeys(runtimes or NAMES[:1])),
+            threads=tuple(dict.fromkeys(threads or [1])),
+            shape=None if shape is None else parse_shape(shape),
+            seconds=seconds,
+            layers=layers,
+            trust=trust,
+            progress=bars,
+        )
     if report is not None:
         write_text(report, times.to_json())
     for table in (*text.timing_tables(times), *map(text.layer_times_table, times.layers)):

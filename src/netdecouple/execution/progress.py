@@ -9,3 +9,8 @@ Progress = Callable[[str, int, int], None]  # name of the step, what is done, wh
 
 def quiet(step: str, done: int, total: int) -> None:
     """Report no progress."""
+
+
+def with_suffix(suffix: str, progress: Progress) -> Progress:
+    """Add a suffix to the name of every step."""
+    return lambda step, done, total: progress(f"{step} {suffix}", done, total)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from netdecouple.errors import ModelError
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
 from netdecouple.runtimes import Feeds, Runtime
 from netdecouple.runtimes.feeds import describe_shape, random_feeds
@@ -104,6 +105,7 @@ def benchmark(
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
     seconds: float = SECONDS,
+    progress: Progress = quiet,
 ) -> Benchmark:
     """Time networks against each other; those of one runtime and number of threads take turns.
 
@@ -116,13 +118,14 @@ def benchmark(
         shape: of the input, where the networks leave more than the batch open.
         feeds: inputs by name, instead of random ones.
         seconds: how long to measure, for each runtime and number of threads.
+        progress: called with the seconds that have passed.
 
     Raises:
         ModelError: a network cannot be opened or run, or takes another input than the first.
     """
     names = names or model_names(models)
     pairs = product(runtimes, threads)
-    groups = [_timed(models, names, runtime, n, shape, feeds, seconds) for runtime, n in pairs]
+    groups = [_timed(models, names, runtime, n, shape, feeds, seconds, progress) for runtime, n in pairs]
     macs = [_macs(model, row.shapes, open_network) for model, row in zip(models, groups[0], strict=True)]
     rows = tuple(replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True))
     return Benchmark(netdecouple=__version__, models=rows)
@@ -160,6 +163,7 @@ def _timed(
     shape: tuple[int, ...] | None,
     feeds: Feeds | None,
     seconds: float,
+    progress: Progress,
 ) -> list[TimedModel]:
     calls, given = [], []
     for model, name in zip(models, names, strict=True):
@@ -175,7 +179,7 @@ def _timed(
             raise ModelError(
                 f"{name} takes {this}, and {names[0]} {first}; compare networks that take the same"
             )
-    times = measure(calls, seconds)  # (rounds, models)
+    times = measure(calls, seconds, progress=progress)  # (rounds, models)
     return [
         TimedModel(
             model=name,
@@ -211,6 +215,7 @@ def layer_times(
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
     seconds: float = SECONDS,
+    progress: Progress = quiet,
 ) -> LayerTimes:
     """Measure the time per layer with ONNX Runtime's profiler; arguments are those of `benchmark`.
 
@@ -235,7 +240,7 @@ def layer_times(
         for profiled, fed in zip(watched, given, strict=True):
             for _ in range(WARM_UP):
                 profiled.run(fed)
-        for order in rounds(len(watched), seconds, most=PROFILED):
+        for order in rounds(len(watched), seconds, most=PROFILED, progress=progress):
             for index in order:
                 watched[index].run(given[index])
         runs = [

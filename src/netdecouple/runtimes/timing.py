@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from netdecouple.execution.progress import Progress, quiet
+
 WARM_UP = 3  # calls before the first round
 FEWEST = 5  # rounds, however short the time
 FEW = 3  # the same where slow rounds are corrected for other work
@@ -54,22 +56,35 @@ class Ratio:
 
 
 def rounds(
-    count: int, seconds: float, *, fewest: int | None = None, most: int | None = None, seed: int = 0
+    count: int,
+    seconds: float,
+    *,
+    fewest: int | None = None,
+    most: int | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
 ) -> Iterator[list[int]]:
-    """Yield the order in which ``count`` networks run, round by round, until the time is over."""
+    """Yield the order in which ``count`` networks run, round by round, until the time is over.
+
+    ``progress`` is called with the seconds that have passed.
+    """
     rng = np.random.default_rng(seed)
-    end = time.perf_counter() + seconds
-    done = 0
-    while done < (fewest or FEWEST) or (time.perf_counter() < end and (most is None or done < most)):
+    start, total = time.perf_counter(), ceil(seconds)
+    done, passed = 0, 0.0
+    while done < (fewest or FEWEST) or (passed < seconds and (most is None or done < most)):
         yield rng.permutation(count).tolist()
-        done += 1
+        done, passed = done + 1, time.perf_counter() - start
+        progress("Timing", min(int(passed), total), total)
+    progress("Timing", total, total)
 
 
-def measure(calls: Sequence[Callable[[], Any]], seconds: float, *, seed: int = 0) -> NDArray[np.float64]:
+def measure(
+    calls: Sequence[Callable[[], Any]], seconds: float, *, seed: int = 0, progress: Progress = quiet
+) -> NDArray[np.float64]:
     """Return milliseconds per call (rounds, calls), measured in turn for ``seconds``."""
     repeats = [_repeats(call) for call in calls]
     rows: list[list[float]] = []
-    for order in rounds(len(calls), seconds, seed=seed):
+    for order in rounds(len(calls), seconds, seed=seed, progress=progress):
         row = [0.0] * len(calls)
         for index in order:
             row[index] = _turn(calls[index], repeats[index])

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
 from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
@@ -138,22 +139,28 @@ class OnnxNetwork:
             raise ModelError(f"{self.model.origin}: none of its outputs ({', '.join(kinds)}) are numbers")
         return numeric
 
-    def run(self, images: Array, kernels: Mapping[str, tuple[Array, Array]] | None = None) -> list[Array]:
+    def run(
+        self,
+        images: Array,
+        kernels: Mapping[str, tuple[Array, Array]] | None = None,
+        progress: Progress = quiet,
+    ) -> list[Array]:
         """Return every output for some images, with some layers' weight and bias replaced."""
         proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
-        return self._run(opened(self._with_kernels(proto, kernels) if kernels else proto), images)
+        session = opened(self._with_kernels(proto, kernels) if kernels else proto)
+        return self._run(session, images, progress)
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
         """Return every output of another model with this one's input and outputs."""
         proto, opened = self._runnable(model)
         return self._run(opened(proto), images)
 
-    def _run(self, session: Any, images: Array) -> list[Array]:
-        batches = self.batches(len(images))
-        parts = [
-            run(session, self.output_names, self.model.feeds(self.padded(images, batch))) for batch in batches
-        ]
+    def _run(self, session: Any, images: Array, progress: Progress = quiet) -> list[Array]:
+        batches, parts = self.batches(len(images)), []
+        for batch in batches:
+            parts.append(run(session, self.output_names, self.model.feeds(self.padded(images, batch))))
+            progress("Running", batch.stop, len(images))
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
         return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
 

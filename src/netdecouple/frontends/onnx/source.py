@@ -17,6 +17,7 @@ from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.memory import Memory
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.model import ModelSource, load, read_model, write_model
 from netdecouple.frontends.onnx.network import OnnxNetwork
@@ -149,9 +150,9 @@ class OnnxSource:
         """Measure layers and networks in ONNX Runtime or OpenVINO."""
         return OnnxTimer(network, runtimes.runtime(runtime), threads, tuple(map(form_of, forms)))
 
-    def outputs(self, inputs: Array) -> list[Array]:
+    def outputs(self, inputs: Array, progress: Progress = quiet) -> list[Array]:
         """Run the network as it was read."""
-        return OnnxNetwork(self.model, inputs).run(inputs)
+        return OnnxNetwork(self.model, inputs).run(inputs, progress=progress)
 
     def executable(self, model: Any, example: Array, runtime: str) -> Executable:
         """A path or a ModelProto is opened as it is, but without what no output needs."""

@@ -21,6 +21,7 @@ from netdecouple.data import calibration
 from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.memory import Memory
+from netdecouple.execution.progress import Progress, quiet
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch import folder
 from netdecouple.frontends.torch.export import export, image_tensor
@@ -171,7 +172,7 @@ class TorchSource:
         """Measure layers and networks in PyTorch, or exported in ONNX Runtime or OpenVINO."""
         return TorchTimer(network, runtime, threads, forms)
 
-    def outputs(self, inputs: Samples) -> list[Array]:
+    def outputs(self, inputs: Samples, progress: Progress = quiet) -> list[Array]:
         """Run the module as it was given, in evaluation mode."""
         module = duplicate(self.module).eval()
         parts: list[list[torch.Tensor]] = []
@@ -180,6 +181,7 @@ class TorchSource:
             for start in range(0, len(inputs), step):
                 args, kwargs = inputs[start : start + step].arguments
                 parts.append(list(tensors(module(*args, **kwargs))))
+                progress("Running", min(start + step, len(inputs)), len(inputs))
         return [to_numpy(torch.cat(column)) for column in zip(*parts, strict=True)]
 
     def executable(self, model: Any, example: Samples, runtime: str) -> Executable:
