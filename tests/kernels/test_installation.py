@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def wheel(folder: Path, source: Path | None = None, **environment: str) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("*.whl")
     return built
+
+
+def test_two_builds_of_one_checkout_share_no_folder() -> None:
+    """What one build's CMake notes there of its environment can make the other fail, which is no error."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert "build-dir" not in settings  # then it is a temporary one
 
 
 def test_without_a_compiler_all_else_works(tmp_path: Path) -> None:
