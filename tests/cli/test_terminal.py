@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from netdecouple import kernels, open_model
 from netdecouple.cli import terminal
 from netdecouple.cli.terminal import Bars
 from tests.cli.prepared import Prepared
+from tests.cli.test_bad_inputs import changed
 
 RUN = ["run", "net.onnx", "-o", "out.onnx", "--macs", "2x", "--calib", "data.npz:images", "--families", "nd"]
 
@@ -107,6 +109,21 @@ def test_what_native_code_prints_is_not_on_standard_output(
     assert bool(ended.stdout) == ("--quiet" not in options)
     if "--json" in options:
         assert json.loads(ended.stdout)["model"] == "net.onnx"
+
+
+def test_an_installation_without_the_fused_operator(
+    netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What would use it says so once, in a line before the work; other commands do not, nor quiet ones."""
+    monkeypatch.setattr(kernels, "library_path", lambda: None)
+    run = [*changed(RUN, calib=None), "--data-free", "--method", "nd-dp:T=2"]
+    run = changed(run, macs=None, families=None)
+    ended = netdecouple(*run, "--emit", "fused")
+    assert ended.err == f"note: {kernels.MISSING}; without it networks are slower\n"
+    for more in ([], ["--emit", "fused", "--quiet"]):
+        assert netdecouple(*run, *more).err == ""
+    with pytest.warns(kernels.MissingOperatorWarning, match="not built"):
+        assert open_model("net.onnx").fastest_form(None) == "standard"
 
 
 def test_quiet(netdecouple, folder: Path):

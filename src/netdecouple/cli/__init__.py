@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import typer
@@ -20,6 +20,7 @@ from netdecouple.cli.interrupt import Interrupted, interruptible, leave
 from netdecouple.cli.terminal import PLAIN, Bars
 from netdecouple.errors import NetDecoupleError, QualityError, SpeedError
 from netdecouple.execution import scratch
+from netdecouple.kernels import MissingOperatorWarning
 
 QUOTED = 200  # characters of a library's line that a message of ours has at least, if it quotes it
 UNREAD = 141  # as shells tell of other tools, which SIGPIPE ends
@@ -48,6 +49,8 @@ def main() -> None:
         logging.root.addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MissingOperatorWarning)
+        warnings.showwarning = _note_once()
     try:
         code = interruptible(lambda: app(prog_name="netdecouple", standalone_mode=False)) or 0
     except SystemExit as error:  # completions, and what rich and click make of a broken pipe
@@ -69,6 +72,22 @@ def main() -> None:
     sys.exit(code)
 
 
+def _note_once() -> Callable[..., None]:
+    """Return what prints a warning in one line; libraries that change filters would make it come again."""
+    noted: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in noted and not _is_quiet(sys.argv[1:]):
+            noted.add(str(message))
+            print(f"note: {message}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _is_quiet(arguments: Sequence[str]) -> bool:
+    return not {"-q", "--quiet"}.isdisjoint(arguments)
+
+
 def _keep_for_python(arguments: Sequence[str]) -> None:
     """Let nobody else print to standard output: native code prints to the descriptor, past Python.
 
@@ -76,9 +95,8 @@ def _keep_for_python(arguments: Sequence[str]) -> None:
     """
     encoding = "utf-8" if "--json" in arguments else sys.stdout.encoding
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace")
-    is_quiet = not {"-q", "--quiet"}.isdisjoint(arguments)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere if is_quiet else 2, 1)
+    os.dup2(nowhere if _is_quiet(arguments) else 2, 1)
     os.close(nowhere)
 
 

@@ -467,7 +467,7 @@ def demo(
     result.save(faster)
     scores = api.evaluate([model, faster], f"{data}:images,labels")
     networks = [model, faster]
-    if kernels.available():
+    if kernels.usable():
         networks.append(output / "digits-standard.onnx")
         api.lower(faster, networks[-1])
     times = api.bench(networks, layers=True)
@@ -477,8 +477,6 @@ def demo(
     result = replace(result, report=report)
     write_result(terminal, result, [faster], output / "plan.json", [output / "report.json", page])
     console.print(text.scores_table(scores))
-    if not kernels.available():
-        console.print("The fused operator was not built (no C++ compiler), so these are standard operators.")
     for table in text.timing_tables(times):
         console.print(table)
     console.print(f"Results are in {output}/; what was gained and lost, layer by layer: {page}", **PLAIN)

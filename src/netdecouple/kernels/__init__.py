@@ -8,6 +8,7 @@ One line teaches an ONNX Runtime session the operator ``netdecouple::DecoupledCo
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,10 @@ from netdecouple.errors import UnavailableError
 OPERATOR = "DecoupledConv"
 DOMAIN = "netdecouple"
 FILE = "netdecouple_kernels.so"
+MISSING = (
+    "the fused operator was not built with netdecouple; install a C++ compiler and run "
+    "`pip install --force-reinstall --no-deps --no-cache-dir .` in its sources"
+)
 
 
 def library_path() -> Path | None:
@@ -36,6 +41,18 @@ def available() -> bool:
     return library_path() is not None
 
 
+class MissingOperatorWarning(UserWarning):
+    """The fused operator would be used, and was not built."""
+
+
+def usable() -> bool:
+    """Tell whether the operator was built, where it would be used; a warning says what is lost without it."""
+    if available():
+        return True
+    warnings.warn(f"{MISSING}; without it networks are slower", MissingOperatorWarning, stacklevel=1)
+    return False
+
+
 def check_available() -> Path:
     """Make sure that the operator was built; return where its library is.
 
@@ -45,9 +62,7 @@ def check_available() -> Path:
     path = library_path()
     if path is None:
         raise UnavailableError(
-            "the fused operator was not built with netdecouple; install a C++ compiler and run "
-            "`pip install --force-reinstall --no-deps --no-cache-dir .` in its sources, "
-            "or turn the model into standard operators with `netdecouple lower`"
+            f"{MISSING}, or turn the model into standard operators with `netdecouple lower`"
         )
     return path
 

@@ -73,7 +73,7 @@ def _register_kernels(model: onnx.ModelProto | str | os.PathLike[str], chosen: o
     if not uses_kernels(proto):
         return
     version = tuple(int(number) for number in ort.__version__.split(".")[:2])
-    if version < OVERLOADS or not _has_fallbacks(proto) or kernels.available():
+    if version < OVERLOADS or not _has_fallbacks(proto) or kernels.usable():
         kernels.register(chosen)
 
 

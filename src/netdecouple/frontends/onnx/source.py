@@ -74,14 +74,17 @@ class OnnxSource:
 
     def check_form(self, form: str) -> None:
         """Refuse the fused operator for models that are not of float32."""
-        if form == "fused" and self.model.dtype != np.float32:
+        if form != "fused":
+            return
+        if self.model.dtype != np.float32:
             raise ModelError(
                 f"{self.name}: emit='fused' is for float32 models, this one is {self.model.dtype}"
             )
+        kernels.usable()
 
     def fastest_form(self, runtime: str | None) -> str:
         """The fused operator, where it was built, for float32 models in ONNX Runtime."""
-        can = runtime in (None, "onnxruntime") and self.model.dtype == np.float32 and kernels.available()
+        can = runtime in (None, "onnxruntime") and self.model.dtype == np.float32 and kernels.usable()
         return "fused" if can else "standard"
 
     def _shape(self, preprocessing: Preprocessing | None) -> dict[str, Any]:

@@ -391,5 +391,5 @@ def _is_fusable(x: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and x.is_contiguous()
-        and kernels.available()
+        and kernels.usable()
     )

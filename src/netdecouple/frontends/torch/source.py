@@ -30,7 +30,7 @@ from netdecouple.frontends.torch.replacement import duplicate, failures
 from netdecouple.frontends.torch.samples import Samples, collect, to_numpy
 from netdecouple.frontends.torch.timing import TorchTimer, first_feeds
 from netdecouple.frontends.torch.trace import tensors
-from netdecouple.kernels import available, check_available
+from netdecouple.kernels import check_available, usable
 from netdecouple.network import Array, Calibration, Executable
 
 BATCH = 32  # labelled samples that are run at once
@@ -94,7 +94,7 @@ class TorchSource:
 
     def fastest_form(self, runtime: str | None) -> str:
         """Standard operators but in exported files; modules choose by themselves when they run."""
-        return "fused" if runtime == "onnxruntime" and available() else "standard"
+        return "fused" if runtime == "onnxruntime" and usable() else "standard"
 
     @property
     def _channels(self) -> int:
