@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.floating]
 INPUT_SHAPE = "netdecouple.input"  # in a model's metadata: the shape of the inputs it was decoupled with
+ONE_BY_ONE = "the network takes one input at a time, whatever its shapes say, and was run so"
 ONE_CHANNEL = "reads a single channel"  # why a layer is kept
 Positions = Mapping[str, NDArray[np.int64]]
 Images = Any  # arrays (n, c, h, w), or a frontend's own samples: the engine counts, shuffles and cuts them
@@ -145,6 +146,7 @@ class Network(Protocol):
     layers: tuple[Layer, ...]  # every layer that costs MACs, in the order they run
     norms: Mapping[str, str]  # by layer, the BatchNorm module that is part of its numbers
     tolerance: float  # relative difference that rounding explains between a built network and its plan
+    notes: tuple[str, ...]  # what a report should say of how it was run
     memory: Memory  # how much its batches and walks may take
     example: Any  # a few inputs, to time or export a network with
 

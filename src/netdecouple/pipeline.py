@@ -458,9 +458,9 @@ def finish(
     off = difference(network, applied, few, network.run_built(model, few), network.tolerance)
     both = work.accuracies(partial(network.run_built, model))
     written = network.layers_of(model, applied.factorizations)
-    warnings: tuple[str, ...] = ()
+    warnings = network.notes
     if both is not None and work.labelled is not None:
-        warnings = chance_warning(both[0], majority(work.labelled[1]))
+        warnings += chance_warning(both[0], majority(work.labelled[1]))
     speed = None if latency is None else _speed(latency, model, plan, most)
     if latency is not None and latency.timer.lost > BUSY:
         warnings += (busy_warning(latency.timer.lost),)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import netdecouple
 from netdecouple.convolution import ConvStage, Factorization
@@ -21,7 +21,7 @@ from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import ExternalWeights, OnnxNetwork
 from netdecouple.frontends.onnx.walk import OnnxWalk
-from netdecouple.network import Layer, Walk
+from netdecouple.network import ONE_BY_ONE, Layer, Walk
 from netdecouple.runtimes.onnxruntime import open_session, run
 from tests import networks
 from tests.networks import Builder, images_for
@@ -178,6 +178,64 @@ def test_run_says_what_does_not_fit():
     network = opened(networks.classifier())
     with pytest.raises(ModelError, match="the network failed on its input"):
         network.run(np.zeros((2, 3, 9, 8), np.float32))
+
+
+def shaped(
+    shape: list[int], pooled: bool = False, size: int = 8, sides: object = 8, batch: object = "N"
+) -> onnx.ModelProto:
+    """A classifier that reshapes its features, or its scores, to a fixed shape."""
+    b, n = Builder(), 10 if pooled else 12
+    x = b.node("Relu", b.conv("image", 3, 16, 3, "first"))
+    x = b.conv(x, 16, n, 3, "second")
+    x = b.node("GlobalAveragePool", x) if pooled else b.node("Relu", x)
+    b.initializers.append(numpy_helper.from_array(np.array(shape, np.int64), "shape"))
+    x = b.node("Reshape", x, "shape", out="logits" if pooled else "")
+    if not pooled:
+        b.node("Gemm", x, b.weight("w", n * size**2, 10), out="logits")
+    return b.model([("logits", (1, 10))], (batch, 3, sides, sides))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [shaped([1, -1]), shaped([1, 768]), shaped([1, -1], pooled=True), shaped([1, 10], pooled=True)],
+    ids=["unknown", "fixed", "scores", "fixed scores"],
+)
+def test_a_network_that_takes_one_image_at_a_time(model: onnx.ModelProto):
+    """Whatever its input says: two fail, or come out as one. It is run so, and that is said."""
+    images = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
+    network = OnnxNetwork(read_model(model), images)
+    assert (network.model.batch, network.notes) == (1, (ONE_BY_ONE,))
+    session = open_session(model)
+    each = [run(session, None, {"image": image[None]})[0] for image in images]
+    np.testing.assert_allclose(network.run(images)[0], np.concatenate(each), atol=1e-5)
+
+
+def test_that_a_network_takes_one_image_at_a_time_is_in_the_report():
+    settings = netdecouple.Settings(data_free=True, families=("nd-dp",))
+    report = netdecouple.decouple(shaped([1, 10], pooled=True), macs="80%", settings=settings).report
+    assert ONE_BY_ONE in report.warnings
+
+
+def test_other_networks_keep_their_batch():
+    for model in (networks.classifier(), networks.classifier(batch=2), shaped([-1, 768])):
+        network = opened(model)
+        assert (network.model.batch, network.notes) == (read_model(model).batch, ())
+
+
+def test_the_one_size_of_an_open_one_is_in_the_message():
+    """What its fully connected layer was made for."""
+    for batch in ("N", 1, 2):
+        with pytest.raises(ModelError, match="input_size=32"):
+            opened(shaped([1 if batch == "N" else batch, -1], size=32, sides="S", batch=batch))
+    model = shaped([1, -1], size=32, sides="S")
+    with pytest.raises(
+        ModelError, match=r"fails on images of 10x14, .* 32x32; give input_size=32, or arrays"
+    ):
+        opened(model)
+    images = np.zeros((2, 3, 32, 32), np.float32)
+    assert OnnxNetwork(read_model(model), images).model.batch == 1
+    with pytest.raises(ModelError, match="the network failed on its input"):
+        opened(shaped([1, -1], size=11, sides="S"))
 
 
 # --- observing

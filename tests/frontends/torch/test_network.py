@@ -23,6 +23,7 @@ from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.convolutions import Factorized  # noqa: E402
 from netdecouple.frontends.torch.network import BOUND, TorchNetwork  # noqa: E402
 from netdecouple.frontends.torch.samples import collect  # noqa: E402
+from netdecouple.network import ONE_BY_ONE  # noqa: E402
 
 Forward = Callable[[Any, Any], Any]
 
@@ -393,6 +394,7 @@ def test_half_precision(name: str, tolerance: float):
     network = opened(getattr(parts(chain), name)())
     assert norms(network) == {"a": "n", "b": "n2"}
     assert network.batchable
+    assert network.notes == ()
     check_lossless(network, tolerance)
 
 
@@ -562,11 +564,22 @@ def test_pre_activation_blocks():
     assert not network.torch_layers["a"].norm
 
 
+def test_a_module_that_takes_one_sample_at_a_time_is_run_so_which_is_said():
+    """Two fail, or come out as one."""
+    for forward in (
+        lambda m, x: m.b(m.a(x)).reshape(1, -1),
+        lambda m, x: m.b(m.a(x.reshape(1, *x.shape[1:]))),
+    ):
+        network = opened(parts(forward))
+        assert (network.batchable, network.notes) == (False, (ONE_BY_ONE,))
+
+
 def test_samples_of_other_sizes_than_the_first():
     """They are run one by one, though the first two could be run together."""
     batches = [pictures(2), pictures(1, 6), pictures(1, 10)]
     network = opened(parts(chain), batches)
     assert not network.batchable
+    assert network.notes == ()
     samples = collect(batches, network.original, None, None)
     positions = {"b": np.zeros((4, 1), np.int64)}
     assert len(list(network.observe(samples, positions))) == 4

@@ -399,9 +399,8 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     the other layers, and all additions, read and write.
 
     Raises:
-        ModelError: it fails on the sample, a tensor would be too large, or weights are NaN or Inf.
+        ModelError: it fails on the sample, or weights are NaN or Inf.
     """
-    onnxfile.check_sizes(model.proto, model.origin, model.input_name, sample)
     graph, feeds = model.proto.graph, model.feeds(sample)
     constants = fixed(graph)
     listed = [product_of(n) is not None or has_unknown_weights(n, constants) for n in graph.node]

@@ -35,16 +35,22 @@ from netdecouple.frontends.onnx.proto import (
 )
 from netdecouple.frontends.onnx.pruning import drop_unread_channels
 from netdecouple.frontends.onnx.walk import LayerNode, OnnxWalk, single
-from netdecouple.network import Array, Layer, Observation, Positions, Trainable
+from netdecouple.network import ONE_BY_ONE, Array, Layer, Observation, Positions, Trainable
+from netdecouple.runtimes import onnxfile
 from netdecouple.runtimes.layers import node_name
 from netdecouple.runtimes.onnxfile import copy_of, is_large, size_of, with_graph
 from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.runtimes.protocol import Feeds
 
 TOLERANCE = 1e-3  # relative difference between a built network and its plan's arithmetic
 HALF_TOLERANCE = 3e-2  # the same where numbers between the stages are rounded to float16
 SMALL = 1 << 12  # bytes: smaller weights stay in the model
 PAGE = 1 << 12  # bytes: weights begin at multiples of it, so that they can be mapped into memory
 WEIGHTS = "weights"
+SIZES = (
+    *(28, 32, 48, 56, 64, 96, 112, 128, 144, 160, 192, 224, 227, 240, 256, 260, 288, 299, 300, 320),
+    *(331, 336, 352, 380, 384, 416, 448, 456, 480, 512, 528, 576, 600, 608, 640),
+)  # of images, height and width, that networks are made for
 
 
 class OnnxNetwork:
@@ -53,12 +59,15 @@ class OnnxNetwork:
     ``sample`` (n, …) is run once to find every layer's shapes. The model is not changed.
 
     Raises:
-        ModelError: the network fails on the sample, or its weights or tensors cannot be used.
+        ModelError: the network fails on the sample, or its weights or tensors cannot be used. If it runs on
+            images of another size only, the message says which.
     """
 
     def __init__(self, model: OnnxModel, sample: Array, memory: Memory = Memory()) -> None:
-        self.model = model
-        self.memory = memory
+        onnxfile.check_sizes(model.proto, model.origin, model.input_name, sample)
+        self.model, self.memory = _as_it_runs(model, sample), memory
+        self.notes: tuple[str, ...] = (ONE_BY_ONE,) if self.model.batch != model.batch else ()
+        model = self.model
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
         self.layers, nodes, self._shapes = find_layers(model, self._sample)
@@ -288,6 +297,57 @@ class OnnxNetwork:
         entries = {entry.key: entry.value for entry in proto.metadata_props}
         helper.set_model_props(proto, {**entries, **metadata})
         return proto
+
+
+def _as_it_runs(model: OnnxModel, sample: Array) -> OnnxModel:
+    """Return a model with an open batch with a batch of one, if it fails on two images or makes them one.
+
+    Shapes like (1, -1) are in networks whose input has an open batch all the same.
+
+    Raises:
+        ModelError: it fails on images of this size, and runs on those of another.
+    """
+    if model.batch is not None and model.size is not None:
+        return model
+    chosen = np.minimum(np.arange(model.batch or 2), len(sample) - 1)
+    with np.errstate(over="ignore"):
+        images = sample[chosen].astype(model.dtype)
+    session = open_session(model.proto)
+    together = _outputs(session, model.feeds(images))
+    if together is not None and (model.batch or all(np.shape(output)[:1] != (1,) for output in together)):
+        return model
+    alone = None if model.batch else _outputs(session, model.feeds(images[:1]))
+    if alone is None:
+        _check_size(model, session, images[: model.batch or 1])
+        return model
+    pairs = zip(together or (), alone, strict=False)
+    is_alone = together is None or any(
+        np.shape(one)[:1] == np.shape(two)[:1] == (1,) and np.size(two) == 2 * np.size(one)
+        for two, one in pairs
+    )
+    return replace(model, batch=1) if is_alone else model
+
+
+def _outputs(session: Any, feeds: Feeds) -> list[Any] | None:
+    """Return a session's outputs; None if it fails."""
+    try:
+        return run(session, None, feeds)
+    except ModelError:
+        return None
+
+
+def _check_size(model: OnnxModel, session: Any, images: Array) -> None:
+    """Raise ModelError if a network that fails on images runs on those of another size."""
+    if model.size is not None or _outputs(session, model.feeds(np.zeros_like(images))) is not None:
+        return
+    n, c, height, width = model.channels_first(images).shape
+    for size in SIZES:
+        shape = (n, size, size, c) if model.channels_last else (n, c, size, size)
+        if _outputs(session, model.feeds(np.zeros(shape, images.dtype))) is not None:
+            raise ModelError(
+                f"{model.origin}: fails on images of {height}x{width}, and runs on those of {size}x{size}; "
+                f"give input_size={size}, or arrays of that size"
+            )
 
 
 def _joined(parts: Sequence[Array], sizes: Sequence[int], count: int) -> Array:

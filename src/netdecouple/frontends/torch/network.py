@@ -34,7 +34,7 @@ from netdecouple.frontends.torch.replacement import duplicate, failures, install
 from netdecouple.frontends.torch.samples import Arguments, Samples, to_numpy
 from netdecouple.frontends.torch.trace import StopForward, Trace, hooked, tensors
 from netdecouple.frontends.torch.walk import Shortcuts, TorchWalk
-from netdecouple.network import Array, Layer, Observation, Positions, Trainable
+from netdecouple.network import ONE_BY_ONE, Array, Layer, Observation, Positions, Trainable
 
 VALUES = 4096  # taken of a sample's outputs, where these differ in size from sample to sample
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # relative differences that rounding explains, the second to 16 bits
@@ -79,6 +79,7 @@ class TorchNetwork:
             outputs = (tensor for call in traces[0][0].calls for tensor in tensors(call.y))
             self._rounding = max(map(rounding, outputs))
             self.batchable = samples.alike and self._is_batchable(traces)
+            self.notes: tuple[str, ...] = (ONE_BY_ONE,) if samples.alike and not self.batchable else ()
             self.layers = tuple(layers)
             del traces[1]  # the next one takes its memory
             noisy = Samples(tree.tree_map_only(torch.Tensor, _with_noise, list(samples[:1])))
