@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
-from netdecouple.api import evaluate, inspect, lower
+from netdecouple.api import evaluate, files_of, inspect, lower
 from netdecouple.errors import (
     BudgetError,
     CalibrationError,
@@ -81,6 +81,7 @@ def test_what_a_result_was_made_from_is_never_replaced(
 ) -> None:
     """Neither by the network nor by the report, from whatever folder and under whatever name."""
     assert result.inputs == (MODEL, DEMO / "digits.npz")
+    assert files_of(np.load(DEMO / "digits.npz"), np.zeros(3), None, "nothing") == ()
     copies = tmp_path / "model.onnx", tmp_path / "digits.npz"
     for copy, original in zip(copies, result.inputs, strict=True):
         copy.write_bytes(original.read_bytes())

@@ -702,13 +702,15 @@ def files_of(*given: Any) -> tuple[Path, ...]:
     found: list[Path] = []
     for one in given:
         if not isinstance(one, str | os.PathLike):
-            found += getattr(one, "files", ())
+            found += one.files if hasattr(one, "check_form") else ()
         elif Path(one).suffix == ".onnx" and os.path.isfile(one):
             found += onnxfile.files_of(one)
         elif os.path.isfile(Path(one) / DESCRIPTION):
             found += Path(one).iterdir()
         else:
             found += calibration.files_of(one)
+            if Path(one).suffix == ".xml":  # OpenVINO's, with the weights beside it
+                found.append(Path(one).with_suffix(".bin"))
     return tuple(path.absolute() for path in found)
 
 

@@ -467,6 +467,9 @@ def test_the_output_is_the_input(refused, folder: Path):
         refused(changed(LOWER, output=name), "is an input")
     for command in (["inspect", "net.onnx", "--html"], ["bench", "other.onnx", "net.onnx", "--report"]):
         refused([*command, "net.onnx"], "is an input")
+    for name in ("net.xml", "net.bin"):
+        (folder / name).touch()
+    refused(["bench", "net.xml", "--runtime", "openvino", "--report", "net.bin"], "net.bin: is an input")
 
 
 @pytest.mark.parametrize(
