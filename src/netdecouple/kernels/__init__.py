@@ -22,6 +22,7 @@ from netdecouple.errors import UnavailableError
 
 OPERATOR = "DecoupledConv"
 DOMAIN = "netdecouple"
+_REGISTERED = "netdecouple.registered"  # in the options of a session
 FILE = "netdecouple_kernels.so"
 MISSING = (
     "the fused operator was not built with netdecouple; install a C++ compiler and run "
@@ -70,10 +71,17 @@ def check_available() -> Path:
 def register(options: Any) -> None:
     """Teach the sessions that ``options`` (onnxruntime.SessionOptions) open the fused operator.
 
+    Options that know it already stay as they are.
+
     Raises:
         UnavailableError: the operator was not built.
     """
-    options.register_custom_ops_library(str(check_available()))
+    library = str(check_available())
+    try:
+        options.get_session_config_entry(_REGISTERED)
+    except Exception:  # ONNX Runtime's error for an entry that is not there
+        options.register_custom_ops_library(library)
+        options.add_session_config_entry(_REGISTERED, "1")
 
 
 def level() -> str:
