@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx  # noqa: E402
 
 from netdecouple import kernels  # noqa: E402
-from netdecouple.convolution import ConvGeometry, Factorization, Structure  # noqa: E402
+from netdecouple.convolution import ConvGeometry, Factorization, Structure, placeholder  # noqa: E402
 from netdecouple.families import Problem  # noqa: E402
 from netdecouple.families.chain import Step, method  # noqa: E402
 from netdecouple.frontends.torch.convolutions import LAYERS, Convolution, Factorized  # noqa: E402
@@ -212,3 +213,41 @@ def test_weights_are_packed_once_in_inference_mode(monkeypatch: pytest.MonkeyPat
         for _ in range(3):
             module(torch.zeros(1, 8, 16, 16))
     assert len(packed) == 1
+
+
+@pytest.fixture
+def gathering() -> Factorized:
+    """A layer that reads some of 8 channels several times."""
+    torch.manual_seed(0)
+    pads = (1, 1, 1, 1)
+    stages = ConvGeometry(12, 12, 3, 3, pads=pads, groups=12), ConvGeometry(6, 12, 1, 1)
+    structure = Structure(ConvGeometry(6, 8, 3, 3, pads=pads), stages, (np.arange(12) * 2 // 3, None))
+    return Factorized.of(Convolution.of(nn.Conv2d(8, 6, 3, padding=1)), placeholder(structure)).eval()
+
+
+@pytest.mark.parametrize("channels", [4, 12, 16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_other_numbers_of_channels_are_refused(gathering: Factorized, channels: int, grad: bool):
+    """As PyTorch's own layers do; selecting from too many would run."""
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(RuntimeError, match=f"to have 8 channels, but got {channels}"),
+    ):
+        gathering(torch.zeros(2, channels, 16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_chains_are_scripted(gathering: Factorized):
+    """TorchScript runs one stage after the other."""
+    x = torch.randn(2, 8, 16, 16)
+    torch.testing.assert_close(torch.jit.script(gathering)(x), gathering(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_chains_are_quantized_by_fx(gathering: Factorized):
+    """Their last stage and an activation behind it become one int8 layer."""
+    module, x = nn.Sequential(gathering, nn.ReLU()).eval(), torch.randn(8, 8, 16, 16)
+    prepared = quantize_fx.prepare_fx(module, get_default_qconfig_mapping("fbgemm"), (x,))
+    prepared(x)
+    quantized = quantize_fx.convert_fx(prepared)(x)
+    assert ((quantized - module(x)).norm() < 0.1 * module(x).norm()).item()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -270,7 +270,8 @@ def _turned(weight: Array, groups: int) -> Array:
 class Gather(nn.Module):
     """Select channels, in order and possibly more than once, of maps of ``rank`` dimensions."""
 
-    channels: torch.Tensor
+    if TYPE_CHECKING:  # TorchScript does not read annotations that are text
+        channels: torch.Tensor
 
     def __init__(self, channels: NDArray[np.int64], rank: int) -> None:
         super().__init__()
@@ -338,7 +339,22 @@ class Factorized(nn.Sequential):
         return pairs
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as PyTorch's layers name it
-        x = input
+        if not torch.jit.is_scripting():
+            return self._run(input)
+        for module in self:
+            input = module(input)
+        return input
+
+    @torch.jit.unused
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):  # torch.fx traces it
+            return super().forward(x)
+        n_i, size = self.convolution.n_i, list(x.shape)
+        given = size[: x.ndim - len(self.convolution.kernel)][-1:]
+        if given != [n_i] and given and not torch.jit.is_tracing():  # its stages might take them
+            raise RuntimeError(
+                f"expected input{size} to have {n_i} channels, but got {given[0]} channels instead"
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             forget(part.weight for part in self if isinstance(part, nn.Conv2d))
         if not (self._fused and _is_fusable(x) and all(map(_is_plain, self))):
