@@ -112,6 +112,17 @@ def test_detectors_take_lists_of_pictures(calib: Any):
     assert not samples.alike
 
 
+@pytest.mark.parametrize("make", [list, np.stack])
+def test_single_samples_need_no_batch_dimension(make: Any):
+    """If they have the channels of the first convolution."""
+    pictures = [np.full((3, 8, 8), i, np.float32) for i in range(5)]
+    module = nn.Sequential(nn.Conv2d(3, 8, 3))
+    units = list(collect(make(pictures), module, None, None))
+    assert [args[0].shape for args, _ in units] == [(1, 3, 8, 8)] * 5
+    rows = [torch.zeros(4, 8, 8)] * 2  # of modules that add the channels themselves
+    assert len(collect(rows, module, None, None)) == 8
+
+
 def test_sequences_are_no_pictures():
     """A loader of (N, C, L) yields lists of one 3-D tensor too."""
     samples = collect(loader(X[:, 0]), TakesSequences(), None, None)

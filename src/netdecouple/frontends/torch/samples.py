@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as tree
 
 from netdecouple.errors import CalibrationError, first_line
+from netdecouple.frontends.torch.convolutions import CONVOLUTIONS
 from netdecouple.network import Array
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one forward pass
@@ -87,7 +88,8 @@ def collect(
 
     Of a DataLoader's batches, as many leading entries are taken as ``module.forward`` has parameters, so that
     labels are left out; a tuple that ``arguments`` returns is taken as it is. Batches are cut along
-    their first dimension; a list of 3-D tensors is a detector's, one image each.
+    their first dimension; a list of 3-D tensors is a detector's, one image each. A tensor with the channels
+    of the first convolution, and no dimension in front of them, is one sample.
 
     Raises:
         CalibrationError: there are no samples, or some that no forward pass can take.
@@ -99,11 +101,14 @@ def collect(
     alone = isinstance(calib, torch.Tensor | np.ndarray | Mapping)
     accepted = _positional(module)
     flat = any(isinstance(part, nn.Conv1d | nn.ConvTranspose1d) for part in module.modules())
+    channels = None if alone else _channels(module)
     units: list[Arguments] = []
     count = 0
     try:  # iterating and ``arguments`` run the caller's code
         for batch in [calib] if alone else calib:
             taken = arguments(batch) if arguments else batch
+            if isinstance(taken, torch.Tensor | np.ndarray) and (taken.ndim, taken.shape[:1]) == channels:
+                taken = taken[None]
             is_whole = arguments is not None and isinstance(taken, tuple)
             units += _units(taken, None if is_whole else accepted, flat)
             if limit is not None and len(units) >= limit:
@@ -116,6 +121,17 @@ def collect(
     if not units:
         raise CalibrationError("calib is empty; give a few hundred samples")
     return Samples(units)
+
+
+def _channels(module: nn.Module) -> tuple[int, tuple[int]] | None:
+    """The dimensions of one input of the first convolution, and how many channels it has.
+
+    None if there is no convolution, or one channel, which the module itself may add.
+    """
+    first = next((part for part in module.modules() if isinstance(part, CONVOLUTIONS)), None)
+    if first is None or first.in_channels == 1:
+        return None
+    return len(first.kernel_size) + 1, (first.in_channels,)
 
 
 def _positional(module: nn.Module) -> int:
