@@ -89,6 +89,28 @@ def test_a_fixed_batch_takes_any_number_of_images(count: int):
     assert {name: len(outputs) for name, outputs in seen.items()} == {"conv1": count, "conv2": count}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_names_that_are_taken_are_not_used(form):
+    """Another node, a tensor and a weight are already called as the stages of a layer would be."""
+    plain = opened(networks.classifier())
+    factorizations = {la.name: low_rank(la) for la in can_change(plain)}
+    expected = plain.build(factorizations, dict.fromkeys(factorizations, form))
+    used = sorted({name for node in expected.graph.node for name in (node.name, *node.input, *node.output)})
+    used = [name for name in used if name.startswith("conv2/")]
+    model = networks.classifier()
+    for name in used:
+        model.graph.node.insert(0, helper.make_node("Abs", ["image"], [name], name=name))
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    network = opened(model)
+    built = network.build(factorizations, dict.fromkeys(factorizations, form))
+    images = images_for(networks.classifier())
+    assert_same(network.run_built(built, images)[:1], plain.run_built(expected, images))
+    walk = network.walk(images)
+    for name, factorization in factorizations.items():
+        walk.advance(name)
+        walk.replace(name, factorization)
+
+
 def test_outputs_without_a_batch_axis_are_returned():
     """Boxes of the whole batch in one list, and a scalar."""
     network = opened(networks.detector())

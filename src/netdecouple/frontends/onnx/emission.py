@@ -9,8 +9,9 @@ connected layer are matrix products, whatever the form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,15 +38,21 @@ def form_of(name: str) -> Form:
 
 @dataclass
 class Writer:
-    """Collects nodes and initializers; their names begin with one name."""
+    """Collects nodes and initializers; their names begin with one name, and are none that is taken."""
 
     name: str
     dtype: np.dtype[Any] = SINGLE  # of the layer's weights, and of its stages'
+    taken: Collection[str] = ()  # names in the graph
     nodes: Nodes = field(default_factory=list)
     initializers: Tensors = field(default_factory=list)
 
-    def constant(self, label: str, array: np.ndarray) -> str:
+    def free(self, label: str) -> str:
+        """Return a name for a label."""
         name = f"{self.name}/{label}"
+        return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in self.taken)
+
+    def constant(self, label: str, array: np.ndarray) -> str:
+        name = self.free(label)
         self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
@@ -63,7 +70,7 @@ class Writer:
     def node(
         self, operator: str, label: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
     ) -> str:
-        output, name = output or f"{self.name}/{label}_output", f"{self.name}/{label}"
+        output, name = output or self.free(f"{label}_output"), self.free(label)
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name, **attributes))
         return output
 
@@ -107,13 +114,16 @@ def emit(
     form: Form = "parallel",
     operator: str = "Conv",
     dtype: np.dtype[Any] = SINGLE,
+    taken: Collection[str] = (),
 ) -> tuple[Nodes, Tensors]:
     """Return the nodes and initializers that compute ``output`` from ``x``, all named after ``name``.
+
+    They get no names that are ``taken``.
 
     ``operator`` is that of the layer: maps go through a "Conv", rows through one of `PRODUCTS`. Weights are
     written as ``dtype``, ModelError if one is too large for it; the fused operator is for float32.
     """
-    writer = Writer(name, dtype)
+    writer = Writer(name, dtype, taken)
     if operator in PRODUCTS:
         _write_products(writer, factorization, x, output)
     else:

@@ -38,6 +38,7 @@ from netdecouple.frontends.onnx.proto import (
     fixed,
     geometry_of,
     graphs_of,
+    names_of,
     nodes_for,
     nodes_of,
     readers_of,
@@ -297,8 +298,7 @@ def lower(proto: onnx.ModelProto) -> onnx.ModelProto:
     copy = copy_of(proto)
     opset = _standard_opset(copy)
     graphs = list(graphs_of(copy.graph))
-    taken = {name for node in nodes_of(copy.graph) for name in (node.name, *node.input, *node.output)}
-    taken.update(tensor.name for graph in graphs for tensor in graph.initializer)
+    taken = names_of(copy.graph)
     constants = constants_of(graphs)
     weights: set[str] = set()
 

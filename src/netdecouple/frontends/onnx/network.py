@@ -26,6 +26,7 @@ from netdecouple.frontends.onnx.products import is_known
 from netdecouple.frontends.onnx.proto import (
     Nodes,
     Tensors,
+    names_of,
     nodes_for,
     nodes_of,
     readers_of,
@@ -78,8 +79,9 @@ class OnnxNetwork:
         halves = any(layer.weight.dtype == np.float16 for layer in self.layers)
         self.tolerance = HALF_TOLERANCE if halves else TOLERANCE
         self._readers = readers_of(model.proto.graph.node)
+        taken = names_of(model.proto.graph)
         self.places = {
-            la.name: LayerNode(la, node.input[0], node.output[0], self._shortcut(node.output[0]))
+            la.name: LayerNode(la, node.input[0], node.output[0], self._shortcut(node.output[0]), taken)
             for la, node in zip(self.layers, nodes, strict=True)
         }
 
@@ -181,7 +183,7 @@ class OnnxNetwork:
         for name, (weight, bias) in kernels.items():
             place = self.places[name]
             node = proto.graph.node[self._order[place.output]]
-            writer, dtype = Writer(name), place.layer.weight.dtype
+            writer, dtype = Writer(name, taken=place.taken), place.layer.weight.dtype
             if node.op_type in PRODUCTS:
                 weight = weight[:, :, 0, 0]
                 node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))

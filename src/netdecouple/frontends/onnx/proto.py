@@ -40,6 +40,12 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield from inner.node
 
 
+def names_of(graph: onnx.GraphProto) -> set[str]:
+    """Return every name in a graph: of nodes and of tensors, those of its subgraphs included."""
+    names = {name for node in nodes_of(graph) for name in (node.name, *node.input, *node.output)}
+    return names | {tensor.name for inner in graphs_of(graph) for tensor in inner.initializer}
+
+
 def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Yield every tensor that a node reads, those that its subgraphs read included."""
     yield from (t for t in node.input if t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,11 +31,13 @@ class LayerNode:
     input: str
     output: str
     shortcut: str | None  # the tensor that an Add adds to the layer's output, if it is known before
+    taken: Collection[str] = ()  # names in the graph
 
     def emit(self, factorization: Factorization, form: Form = "parallel") -> tuple[Nodes, Tensors]:
         """Write a factorization as nodes and initializers that take the layer's place."""
         la = self.layer
-        return emit(factorization, la.name, self.input, self.output, form, la.operator, la.weight.dtype)
+        kind, dtype = la.operator, la.weight.dtype
+        return emit(factorization, la.name, self.input, self.output, form, kind, dtype, self.taken)
 
     def observation(
         self, batch: slice, positions: NDArray[np.int64], tensor: Callable[[str], Array], has_run: bool
