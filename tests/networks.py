@@ -299,6 +299,19 @@ def side_inputs() -> onnx.ModelProto:
     return model
 
 
+def with_custom_operator(operator: onnx.NodeProto, weights: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
+    """Two convolutions, and between them an operator of another domain on 8 channels."""
+    b = Builder(13)
+    x = b.node("Relu", b.conv("image", 3, 8, 3, "first"))
+    operator.input[0] = x
+    b.nodes.append(operator)
+    b.initializers += weights
+    b.classifier(b.node("Relu", b.conv(operator.output[0], 8, 16, 3, "second")), 16)
+    model = b.model()
+    model.opset_import.append(helper.make_opsetid(operator.domain, 1))
+    return model
+
+
 def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same network for images (N, H, W, C), as Keras models are exported."""
     for node in model.graph.node:

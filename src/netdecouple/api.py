@@ -56,6 +56,7 @@ DESCRIPTION = "netdecouple.json"  # in a folder that `save` wrote
 LIBRARIES = ("torchvision", "timm")  # of PyTorch models
 
 Calibration = str | os.PathLike[str] | Array | Iterable[Any]
+Libraries = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Labels = str | os.PathLike[str] | tuple[Any, NDArray[np.integer]]
 ShowBudgets = Callable[[list[BudgetRow], str], None]
 
@@ -118,9 +119,12 @@ class Result:
                 pair = [self.source.executable(model, self.example, name) for model in (None, self.model)]
                 models, shape, feeds = [e.model for e in pair], pair[0].shape, pair[0].feeds
                 options: dict[str, Any] = {"names": names, "shape": shape, "feeds": feeds, "seconds": seconds}
-                opened = partial(open_for_shapes, feeds=feeds)
-                rows += benchmark(models, [runtime(name)], opened, threads=threads, **options).models
+                libraries = pair[0].custom_ops
+                opened = partial(open_for_shapes, feeds=feeds, custom_ops=libraries)
+                timed_in = [runtime(name, custom_ops=libraries)]
+                rows += benchmark(models, timed_in, opened, threads=threads, **options).models
                 if layers and self.source.framework == name == "onnxruntime":
+                    options["custom_ops"] = libraries
                     profiles.append(layer_times(models, opened, threads[0], **options))
             except Exception as error:  # the network was made, which is what was asked for
                 reasons.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
@@ -174,6 +178,7 @@ def open_model(
     filter: Callable[[str, Module], bool] | None = None,
     arguments: Callable[[Any], Any] | None = None,
     constants: Mapping[str, Any] | None = None,
+    custom_ops: Libraries = (),
     is_exported: bool = False,
 ) -> Source:
     """Read a network, without running it; every function here takes the result as its ``model``.
@@ -188,6 +193,7 @@ def open_model(
         arguments: as in `decouple`.
         constants: values of an ONNX model's inputs besides the images, by name, the same for all images;
             others are looked for in the .npz file with the images.
+        custom_ops: libraries (.so, .dll, .dylib) of the operators that an ONNX model uses.
         is_exported: whether a PyTorch module's result is to be written as ONNX; if that is impossible, the
             error comes before the work.
 
@@ -209,6 +215,8 @@ def open_model(
     if read is not None:
         if constants:
             raise ModelError("constants= is for ONNX models; of a PyTorch module give arguments=")
+        if custom_ops:
+            raise ModelError("custom_ops= is for ONNX models; a PyTorch module imports its operators")
         source: Source = read(**options)
         return source
     given = {"device=": device != "cpu", "filter=": filter, "arguments=": arguments, "weights=": weights}
@@ -216,7 +224,7 @@ def open_model(
         if value:
             kind = model if isinstance(model, str) else "this"
             raise ModelError(f"{name} is for PyTorch models; {kind} is ONNX")
-    return OnnxSource(model, constants or {})
+    return OnnxSource(model, constants or {}, _paths(custom_ops))
 
 
 @overload
@@ -585,6 +593,7 @@ def bench(
     layers: bool = False,
     trust: bool = False,
     progress: Progress = quiet,
+    custom_ops: Libraries = (),
 ) -> Benchmark:
     """Time networks against each other, in turns, with random inputs.
 
@@ -598,19 +607,23 @@ def bench(
         layers: whether to measure the time per layer too, with ONNX Runtime's profiler.
         trust: whether to open files that can run code of their author, as PyTorch's do.
         progress: called with the seconds that have passed.
+        custom_ops: libraries of the operators that the networks use, for ONNX Runtime.
 
     Raises:
         ModelError: a network cannot be opened or run, or takes another input than the first.
         UnavailableError: a runtime is not installed.
     """
-    named = [runtime(name, trust=trust) for name in runtimes]
+    libraries = _paths(custom_ops)
+    named = [runtime(name, trust=trust, custom_ops=libraries) for name in runtimes]
+    opened = partial(open_for_shapes, custom_ops=libraries)
     if shape is None:
         files = [m for m in models if isinstance(m, onnx.ModelProto) or str(m).endswith(".onnx")]
         shape = next(filter(None, map(noted_shape, files)), None)
     options: dict[str, Any] = {"shape": shape, "seconds": seconds, "progress": progress}
-    times = benchmark(models, named, open_for_shapes, threads=threads, **options)
+    times = benchmark(models, named, opened, threads=threads, **options)
     if layers:
-        profiles = [layer_times(models, open_for_shapes, count, **options) for count in threads]
+        options["custom_ops"] = libraries
+        profiles = [layer_times(models, opened, count, **options) for count in threads]
         times = replace(times, layers=tuple(profiles))
     return times
 
@@ -738,6 +751,11 @@ def is_named(model: str | os.PathLike[str]) -> bool:
     return library in LIBRARIES or names_function(text)
 
 
+def _paths(libraries: Libraries) -> tuple[str, ...]:
+    alone = isinstance(libraries, str | os.PathLike)
+    return tuple(map(os.fspath, [libraries] if alone else libraries))  # type: ignore[arg-type]
+
+
 def _is_module(model: Any) -> bool:
     torch = sys.modules.get("torch")  # a module can only be given if it has been imported
     return torch is not None and isinstance(model, torch.nn.Module)
@@ -784,7 +802,7 @@ def _name(model: Any) -> str:
 def _similar(source: Source, other: Any) -> Source:
     """Read the result of an earlier run on the same network."""
     if isinstance(source, OnnxSource):
-        return open_model(other, constants=source.constants)
+        return open_model(other, constants=source.constants, custom_ops=source.model.custom_ops)
     if _is_module(other):
         return open_model(other)
     return open_model(load(source.module, other))  # type: ignore[attr-defined]

@@ -213,6 +213,7 @@ class Executable:
     model: Any
     shape: tuple[int, ...] | None = None  # of the input, where random numbers will do
     feeds: Any = None
+    custom_ops: Sequence[str] = ()  # libraries of operators for ONNX Runtime
 
 
 class Source(Protocol):

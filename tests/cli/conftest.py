@@ -12,9 +12,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from netdecouple import kernels
 from netdecouple.cli import main
 from tests import networks
 from tests.cli.prepared import Prepared, prepared
+from tests.kernels.test_onnxruntime import chain
 
 Inputs = dict[str, str]
 
@@ -65,6 +67,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         picture = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "images" / f"{index:02}.png")
     return tmp_path
+
+
+@pytest.fixture
+def custom_ops(folder: Path) -> Path:
+    """A library with an operator of another domain, which net.onnx uses: ours, under another name."""
+    if not kernels.available():
+        pytest.skip("the fused operator was not built")
+    built, other = kernels.library_path().read_bytes(), b"other.maker"
+    assert len(other) == len(kernels.DOMAIN)
+    library = folder / "operators.so"
+    library.write_bytes(built.replace(kernels.DOMAIN.encode() + b"\0", other + b"\0"))
+    made = chain("fused", [(8, 8, 2)]).graph
+    made.node[0].domain = other.decode()
+    onnx.save(networks.with_custom_operator(made.node[0], made.initializer), folder / "net.onnx")
+    return library
 
 
 @pytest.fixture(scope="session")

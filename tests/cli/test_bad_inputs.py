@@ -209,6 +209,16 @@ def test_an_input_without_a_value(refused, folder: Path):
     refused(["inspect", "torchvision:resnet18", "--constant", "a=1"], "--constant", "ONNX")
 
 
+def test_operators_that_are_not_known(refused, folder: Path, custom_ops: Path):
+    """The message names the option; a library that is missing, or none, is named."""
+    (folder / "text.so").write_text("no library")
+    for command in (RUN, ["inspect", "net.onnx"], ["bench", "net.onnx"]):
+        refused(command, "other.maker:DecoupledConv", "--custom-ops")
+        refused([*command, "--custom-ops", "gone.so"], "--custom-ops gone.so", "no such file")
+        refused([*command, "--custom-ops", "text.so"], "--custom-ops text.so", "cannot be loaded")
+    refused(["inspect", "torchvision:resnet18", "--custom-ops", "text.so"], "--custom-ops", "ONNX")
+
+
 def test_an_open_size_without_images(refused, folder: Path):
     """Without inputs nobody knows how large a fully convolutional network's are."""
     onnx.save(networks.restorer(), folder / "net.onnx")

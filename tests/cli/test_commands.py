@@ -204,6 +204,28 @@ def test_inputs_beside_a_folder_of_pictures(netdecouple, folder: Path):
     assert [i.name for i in onnx.load(folder / "out.onnx").graph.input] == ["scales", "image", "gain"]
 
 
+def test_a_library_of_operators_is_used_wherever_the_network_runs(
+    netdecouple, folder: Path, custom_ops: Path
+):
+    """Also where it is folded, cut between layers, timed, and compared."""
+    more, quick = ["--custom-ops", str(custom_ops)], ["--families", "nd-dp", "--calib", "images"]
+    for command in (
+        ["inspect", "net.onnx"],
+        ["run", "net.onnx", "-o", "out.onnx", "--macs", "70%", "--plan-out", "p.json", *quick],
+        ["run", "net.onnx", "-o", "o.onnx", "--latency", "99%", "--force", "--report", "page.html", *quick],
+        ["run", "net.onnx", "-o", "o.onnx", "--macs", "70%", "--memory", "1GB", "--workers", "1", *quick],
+        ["apply", "net.onnx", "p.json", "-o", "again.onnx", "--calib", "images"],
+        ["eval", "net.onnx", "out.onnx", "--data", "data.npz:images,labels"],
+        ["sweep", "net.onnx", "--macs", "70%", "--compare", "out.onnx", "again.onnx", *quick],
+        ["bench", "net.onnx", "out.onnx", "--layers"],
+    ):
+        ended = netdecouple(*command, *more)
+        assert ended.code == 0, (command, ended)
+    assert (folder / "out.onnx").read_bytes() == (folder / "again.onnx").read_bytes()
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "not a registered" not in page
+
+
 def test_run_takes_external_data(netdecouple, folder: Path):
     """Weights in a file of their own."""
     onnx.save(

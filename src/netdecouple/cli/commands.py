@@ -405,6 +405,7 @@ def bench(
     trust: Annotated[
         bool, typer.Option("--trust", help="Open .pt2 files, which can run any code of their author.")
     ] = False,
+    custom_ops: options.CustomOps = None,
     report: Annotated[Path | None, options.option("Write the times here as JSON.", "--report")] = None,
     as_json: Json = False,
 ) -> None:
@@ -426,6 +427,7 @@ def bench(
             seconds=seconds,
             layers=layers,
             trust=trust,
+            custom_ops=custom_ops or (),
             progress=bars,
         )
     if report is not None:

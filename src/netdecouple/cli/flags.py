@@ -7,7 +7,7 @@ import re
 _SAME = (
     "calib samples preset input_size mean std labels weights shape trust macs latency max_drop exclude "
     "data_free uniform_rank families loss seed emit runtime threads work memory workers scheduler shards "
-    "compare within force"
+    "compare within force custom_ops"
 )
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in _SAME.split()} | {
     "parameters": "--params",

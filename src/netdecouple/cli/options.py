@@ -124,6 +124,9 @@ Runtime = Annotated[
     ),
 ]
 
+CustomOps = Annotated[
+    list[Path] | None, option("Library of operators that the model uses, for ONNX Runtime. Repeatable.")
+]
 InputSize = Annotated[str | None, option("Height and width: 224 or 480x640, where the model leaves it open.")]
 
 
@@ -139,9 +142,12 @@ class Opening:
         ),
     ] = None
 
+    custom_ops: CustomOps = None
+
     def arguments(self) -> dict[str, Any]:
         """The same as `api.open_model` takes it."""
-        return {"weights": self.weights, "constants": dict(map(_constant, self.constant or ()))}
+        constants = dict(map(_constant, self.constant or ()))
+        return {"weights": self.weights, "constants": constants, "custom_ops": self.custom_ops or ()}
 
     def only_for(self, is_torch: bool) -> Opening:
         """Leave out what is for the other kind of networks."""

@@ -5,6 +5,8 @@ A runtime opens a model for a number of threads and returns a session, which run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from netdecouple.errors import UnavailableError
 from netdecouple.runtimes.protocol import Feeds, Input, Runtime, Session
 
@@ -13,10 +15,11 @@ __all__ = ["NAMES", "Feeds", "Input", "Runtime", "Session", "runtime"]
 NAMES = ("onnxruntime", "openvino", "torch", "torch.compile")
 
 
-def runtime(name: str, *, trust: bool = False) -> Runtime:
+def runtime(name: str, *, trust: bool = False, custom_ops: Sequence[str] = ()) -> Runtime:
     """Find a runtime by its name.
 
-    ``trust`` allows it to open files that may run any code, as PyTorch's do.
+    ``trust`` allows it to open files that may run any code, as PyTorch's do; ``custom_ops`` are libraries of
+    operators for ONNX Runtime.
 
     Raises:
         UnavailableError: there is none of this name, or its package is not installed.
@@ -25,7 +28,7 @@ def runtime(name: str, *, trust: bool = False) -> Runtime:
         if name == "onnxruntime":
             from netdecouple.runtimes.onnxruntime import OnnxRuntime
 
-            return OnnxRuntime()
+            return OnnxRuntime(custom_ops)
         if name == "openvino":
             from netdecouple.runtimes.openvino import OpenVino
 

@@ -216,8 +216,11 @@ def layer_times(
     feeds: Feeds | None = None,
     seconds: float = SECONDS,
     progress: Progress = quiet,
+    custom_ops: Sequence[str] = (),
 ) -> LayerTimes:
     """Measure the time per layer with ONNX Runtime's profiler; arguments are those of `benchmark`.
+
+    ``custom_ops`` are libraries of operators that the networks use.
 
     Raises ModelError if a network is no ONNX model, or cannot be run.
     """
@@ -227,14 +230,14 @@ def layer_times(
         with _naming(name):
             if not isinstance(model, str | os.PathLike | onnx.ModelProto):
                 raise ModelError("times per layer are measured for ONNX models only")
-            session = OnnxRuntime().open(model, threads)
+            session = OnnxRuntime(custom_ops).open(model, threads)
             given.append(random_feeds(session.inputs, shape) if feeds is None else feeds)
             networks.append(open_network(model, tuple(array.shape for array in given[-1].values())))
     layers = original_layers(layer.name for network in networks for layer in network.layers)
     owners = [Owners.of(network.model.proto.graph, layers) for network in networks]
     with Scratch() as folder:
         watched = [
-            Profiled(with_names(network.model.proto), threads, Path(folder) / str(index))
+            Profiled(with_names(network.model.proto), threads, Path(folder) / str(index), custom_ops)
             for index, network in enumerate(networks)
         ]
         for profiled, fed in zip(watched, given, strict=True):

@@ -42,17 +42,25 @@ def options(threads: int | None = None) -> ort.SessionOptions:
 
 
 def open_session(
-    model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions | None = None
+    model: onnx.ModelProto | str | os.PathLike[str],
+    chosen: ort.SessionOptions | None = None,
+    custom_ops: Sequence[str] = (),
 ) -> Any:
-    """Open ``model`` for running on the CPU.
+    """Open ``model`` for running on the CPU, with libraries of operators that it uses.
 
     Raises:
-        ModelError: ONNX Runtime refuses it.
+        ModelError: ONNX Runtime refuses it, or a library.
         NetDecoupleError: it uses netdecouple's own operators, which are not available, and has no functions
             that define them.
     """
     chosen = chosen or options()
     _register_kernels(model, chosen)
+    for library in custom_ops:
+        try:
+            chosen.register_custom_ops_library(library)
+        except Exception as error:
+            problem = first_line(error) if os.path.isfile(library) else "no such file"
+            raise ModelError(f"custom_ops={library}: cannot be loaded ({problem})") from error
     start = partial(ort.InferenceSession, sess_options=chosen, providers=["CPUExecutionProvider"])
     try:
         if not isinstance(model, onnx.ModelProto):
@@ -64,7 +72,9 @@ def open_session(
             onnxfile.save(model, path)
             return start(str(path))
     except Exception as error:  # ONNX Runtime has no common base class for its errors
-        raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
+        is_unknown = "is not a registered function/op" in str(error)
+        advice = "; give the library that has it with custom_ops=" if is_unknown else ""
+        raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}{advice}") from error
 
 
 def _register_kernels(model: onnx.ModelProto | str | os.PathLike[str], chosen: ort.SessionOptions) -> None:
@@ -119,14 +129,17 @@ def run(session: Any, names: Sequence[str] | None, feeds: dict[str, NDArray[Any]
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the CPU."""
+    """ONNX Runtime on the CPU, with libraries of operators that networks use."""
 
     name = "onnxruntime"
     version: str = ort.__version__
 
+    def __init__(self, custom_ops: Sequence[str] = ()) -> None:
+        self._custom_ops = custom_ops
+
     def open(self, model: object, threads: int) -> Session:
         """Open a file or a ModelProto; raise ModelError if it is neither, or ONNX Runtime refuses it."""
-        session = open_session(onnx_source(model, "ONNX Runtime"), options(threads))
+        session = open_session(onnx_source(model, "ONNX Runtime"), options(threads), self._custom_ops)
         return Session(tuple(map(_input, session.get_inputs())), partial(run, session, None))
 
 
@@ -150,11 +163,13 @@ class Profiled:
     The profile's file is named ``prefix`` and the time in milliseconds: two models need two prefixes.
     """
 
-    def __init__(self, model: onnx.ModelProto, threads: int, prefix: Path) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, threads: int, prefix: Path, custom_ops: Sequence[str] = ()
+    ) -> None:
         chosen = options(threads)
         chosen.enable_profiling = True
         chosen.profile_file_prefix = str(prefix)
-        self._session = open_session(model, chosen)
+        self._session = open_session(model, chosen, custom_ops)
 
     def run(self, feeds: Feeds) -> None:
         """Run once."""
@@ -171,7 +186,7 @@ Call = tuple[
 ]  # shapes of inputs and outputs that are not left out
 
 
-def calls_of(model: onnx.ModelProto, feeds: Feeds) -> dict[str, list[Call]]:
+def calls_of(model: onnx.ModelProto, feeds: Feeds, custom_ops: Sequence[str] = ()) -> dict[str, list[Call]]:
     """Run a model once as it is written, and list every node's calls by its name, in subgraphs too.
 
     Raises ModelError as `open_session` and `run` do.
@@ -182,7 +197,7 @@ def calls_of(model: onnx.ModelProto, feeds: Feeds) -> dict[str, list[Call]]:
     chosen.enable_profiling = True
     with Scratch() as folder:
         chosen.profile_file_prefix = str(Path(folder) / "profile")
-        session = open_session(model, chosen)
+        session = open_session(model, chosen, custom_ops)
         run(session, None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     calls: dict[str, list[Call]] = {}

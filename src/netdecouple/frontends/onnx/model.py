@@ -75,6 +75,11 @@ class OnnxModel:
     unread: tuple[str, ...]  # nodes that were left out, as no output needs them
     others: tuple[Input, ...] = ()  # inputs besides the images, which have one value for all of them
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # their values; some have defaults
+    custom_ops: tuple[str, ...] = ()  # libraries of operators
+
+    def session(self, proto: onnx.ModelProto | Path) -> Any:
+        """Open this model, or one made of it, for running; ModelError if ONNX Runtime refuses it."""
+        return open_session(proto, custom_ops=self.custom_ops)
 
     def with_constants(self, values: Mapping[str, Any]) -> OnnxModel:
         """Give other inputs than the images their values; ModelError if one does not fit."""
@@ -103,8 +108,10 @@ class OnnxModel:
         return np.moveaxis(images, -1, 1) if self.channels_last else images
 
 
-def read_model(source: ModelSource) -> OnnxModel:
+def read_model(source: ModelSource, custom_ops: Sequence[str] = ()) -> OnnxModel:
     """Read a model from a file or a ModelProto, which is left as it is.
+
+    ``custom_ops`` are libraries of operators that it uses.
 
     Raises:
         ModelError: not an ONNX model, weights missing or not finite, no convolutions, or not one image input.
@@ -113,7 +120,7 @@ def read_model(source: ModelSource) -> OnnxModel:
     _check_weights(proto, origin)
     whole = _with_initializers(proto)
     unread = tuple(map(node_name, drop_unread_nodes(whole.graph)))
-    folded = _fold(whole)
+    folded = _fold(whole, custom_ops)
     if not any(map(is_convolution, nodes_of(folded.graph))):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     inputs = [_declared(value) for value in folded.graph.input]
@@ -141,6 +148,7 @@ def read_model(source: ModelSource) -> OnnxModel:
         dtype=image.dtype,
         unread=unread,
         others=others,
+        custom_ops=tuple(custom_ops),
     )
 
 
@@ -307,7 +315,7 @@ def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         return nodes  # ONNX Runtime refuses the model, and says why
 
 
-def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _fold(proto: onnx.ModelProto, custom_ops: Sequence[str]) -> onnx.ModelProto:
     """Fold BatchNorm and constants with ONNX Runtime's offline optimizer at its basic level.
 
     The result keeps the model's inputs, outputs, opset and metadata. Where the optimizer would add operators
@@ -323,7 +331,7 @@ def _fold(proto: onnx.ModelProto) -> onnx.ModelProto:
             chosen.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "folded.data"
             )
-        open_session(proto, chosen)
+        open_session(proto, chosen, custom_ops)
         folded = onnx.load(path)
     known = {entry.domain for entry in proto.opset_import} | {""}
     before, after = (
@@ -411,7 +419,7 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes |= {name: array.shape for name, array in feeds.items()}
     tensors = [t for t in dict.fromkeys(ends) if t and t not in shapes]
-    values = run(open_session(up_to(model.proto, tensors)), tensors, feeds)
+    values = run(model.session(up_to(model.proto, tensors)), tensors, feeds)
     shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     context = _Context(len(sample), model.size is not None, constants, shapes)
     inner, layers, nodes = _inner_layers(model, sample), [], []
@@ -436,7 +444,7 @@ def _inner_layers(model: OnnxModel, sample: Array) -> dict[int, list[tuple[Layer
     if not any(product_of(node) for graph in bodies for node in graph.node):
         return {}
     named = with_names(model.proto)
-    calls = calls_of(named, model.feeds(sample))
+    calls = calls_of(named, model.feeds(sample), model.custom_ops)
     constants = constants_of(list(graphs_of(named.graph)))
     layers: dict[int, list[tuple[Layer, onnx.NodeProto]]] = {}
     for index, owner in enumerate(named.graph.node):

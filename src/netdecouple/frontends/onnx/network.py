@@ -91,8 +91,8 @@ class OnnxNetwork:
         Where copies of its weights would take too much memory, they are in a file.
         """
         if self.memory.limit is None and not is_large(self.model.proto):
-            return proto, open_session
-        external = ExternalWeights(proto, self.memory.scratch)
+            return proto, self.model.session
+        external = ExternalWeights(proto, self.memory.scratch, self.model.session)
         return external.proto, external.opened
 
     @cached_property
@@ -123,7 +123,7 @@ class OnnxNetwork:
         feeds, proto = self.model.feeds(self._sample), self.model.proto
 
         def unlike(names: Sequence[str]) -> set[str]:
-            session = open_session(up_to(proto, names))
+            session = self.model.session(up_to(proto, names))
             once, again = (run(session, names, feeds) for _ in range(2))
             return {name for name, *both in zip(names, once, again, strict=True) if not _same(*both)}
 
@@ -314,7 +314,7 @@ def _as_it_runs(model: OnnxModel, sample: Array) -> OnnxModel:
     chosen = np.minimum(np.arange(model.batch or 2), len(sample) - 1)
     with np.errstate(over="ignore"):
         images = sample[chosen].astype(model.dtype)
-    session = open_session(model.proto)
+    session = model.session(model.proto)
     together = _outputs(session, model.feeds(images))
     if together is not None and (model.batch or all(np.shape(output)[:1] != (1,) for output in together)):
         return model
@@ -385,8 +385,11 @@ class ExternalWeights:
         OutputError: there is no room for the weights.
     """
 
-    def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, beside: Path | None, start: Callable[[Path], Any] = open_session
+    ) -> None:
         graph = model.graph
+        self._start = start
         self.proto = with_graph(model, graph.node, graph.input, graph.output)
         try:
             self._folder = Scratch(beside)
@@ -414,4 +417,4 @@ class ExternalWeights:
         """Open a model that was made of ``proto``."""
         path = Path(self._folder.name) / "model.onnx"
         onnx.save_model(proto, path)
-        return open_session(path)
+        return self._start(path)

@@ -38,9 +38,11 @@ class OnnxSource:
     runtimes: tuple[str, ...] = ("onnxruntime",)
     suffix = ".onnx"
 
-    def __init__(self, model: ModelSource, constants: Mapping[str, Any] = {}) -> None:
+    def __init__(
+        self, model: ModelSource, constants: Mapping[str, Any] = {}, custom_ops: Sequence[str] = ()
+    ) -> None:
         self.origin = model
-        self.model = read_model(model).with_constants(constants)
+        self.model = read_model(model, custom_ops).with_constants(constants)
         self.name = self.model.origin
         self.preprocessing = Preprocessing()
         self.constants = constants
@@ -151,7 +153,8 @@ class OnnxSource:
 
     def timer(self, network: OnnxNetwork, runtime: str, threads: int, forms: Sequence[str]) -> OnnxTimer:
         """Measure layers and networks in ONNX Runtime or OpenVINO."""
-        return OnnxTimer(network, runtimes.runtime(runtime), threads, tuple(map(form_of, forms)))
+        opened = runtimes.runtime(runtime, custom_ops=self.model.custom_ops)
+        return OnnxTimer(network, opened, threads, tuple(map(form_of, forms)))
 
     def outputs(self, inputs: Array, progress: Progress = quiet) -> list[Array]:
         """Run the network as it was read."""
@@ -161,7 +164,8 @@ class OnnxSource:
         """A path or a ModelProto is opened as it is, but without what no output needs."""
         original = self.model.proto if self.model.unread else self.origin
         feeds = self.model.feeds(example) if self.model.others else None
-        return Executable(original if model is None else model, example.shape, feeds)
+        given = original if model is None else model
+        return Executable(given, example.shape, feeds, self.model.custom_ops)
 
     def save(self, result: Any, path: str | os.PathLike[str]) -> None:
         """Write an .onnx file."""
@@ -169,13 +173,16 @@ class OnnxSource:
 
 
 def open_for_shapes(
-    model: ModelSource, shapes: Sequence[tuple[int, ...]], feeds: Mapping[str, Any] | None = None
+    model: ModelSource,
+    shapes: Sequence[tuple[int, ...]],
+    feeds: Mapping[str, Any] | None = None,
+    custom_ops: Sequence[str] = (),
 ) -> OnnxNetwork:
     """Open a model for images of some shape, to count its MACs and to list its layers.
 
-    ``feeds`` have the values of its other inputs.
+    ``feeds`` have the values of its other inputs; ``custom_ops`` are libraries of operators that it uses.
     """
-    read = read_model(model)
+    read = read_model(model, custom_ops)
     known = {other.name: feeds[other.name] for other in read.others if feeds and other.name in feeds}
     read = read.with_constants(known)
     return OnnxNetwork(read, np.zeros((read.batch or 2, *shapes[0][1:]), np.float32))

@@ -20,7 +20,7 @@ from netdecouple.frontends.onnx.model import OnnxModel
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, reads
 from netdecouple.network import Array, Layer, Observation
 from netdecouple.runtimes.onnxfile import with_graph
-from netdecouple.runtimes.onnxruntime import open_session, run
+from netdecouple.runtimes.onnxruntime import run
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class OnnxWalk:
         read = {t for n in nodes for t in reads(n)}
         inputs = [t for t in self._live if t in read]
         outputs = [t for n in nodes for t in n.output if t in needed]
-        session = open_session(self._segment(nodes, inputs, outputs)) if outputs else None
+        session = self._model.session(self._segment(nodes, inputs, outputs)) if outputs else None
         for index in range(len(self._batches)):
             if session is not None:
                 values = run(session, outputs, {t: self._store[index, t] for t in inputs})
