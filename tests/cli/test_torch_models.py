@@ -49,7 +49,24 @@ def maps():
 
 
 def sound():
+    torch.manual_seed(0)
     return nn.Sequential(nn.Conv1d(2, 12, 5), nn.ReLU(), nn.Conv1d(12, 12, 5), nn.ReLU(), nn.Conv1d(12, 4, 3))
+
+
+class Pitch(nn.Module):  # rows of numbers, which it sees as one channel
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 9, (9, 1)), nn.ReLU(), nn.Conv2d(9, 9, (9, 1)), nn.ReLU(), nn.Conv2d(9, 4, (9, 1))
+        )
+
+    def forward(self, x):
+        return self.layers(x.flatten(1)[:, None, :, None]).mean((2, 3))
+
+
+def pitch():
+    torch.manual_seed(0)
+    return Pitch()
 
 
 def broken():
@@ -145,14 +162,54 @@ def test_calib_takes_what_it_takes_for_onnx(netdecouple, folder: Path, calib: st
     assert (folder / "out" / "model.safetensors").is_file()
 
 
-def test_a_module_of_sounds(netdecouple, folder: Path):
-    """What is no image comes from a function."""
-    sound = ["run", "nets:sound", "--macs", "70%", "--families", "nd", "-o", "out.onnx", "--calib"]
-    ended = netdecouple(*sound, "nets:waves")
-    assert ended.code == 0, ended
-    ended = netdecouple(*sound, "data.npz:images")
-    assert ended.code == 2
-    assert "takes no images; give --calib MODULE:FUNCTION" in ended.err
+@pytest.mark.parametrize(("module", "shape"), [("sound", (2, 40)), ("pitch", (64,)), ("pitch", (8, 8))])
+def test_modules_that_take_no_pictures(netdecouple, folder: Path, module: str, shape: tuple[int, ...]):
+    """Sounds, in rows or in frames: from a file as from a function, and as from Python, to every command."""
+    waves = np.random.default_rng(0).standard_normal((24, *shape)).astype(np.float32)
+    np.savez(folder / "data.npz", waves=waves, labels=np.arange(24) % 4)
+    np.save(folder / "waves.npy", waves)
+    code = "\n\ndef loaded():\n    return np.load('waves.npy')\n"
+    (folder / "nets.py").write_text(NETS + code)
+    quick = ["--families", "nd", "--macs", "70%"]
+    written = []
+    for calib in ("data.npz:waves", "waves.npy", "nets:loaded"):
+        command = [
+            "run",
+            f"nets:{module}",
+            *quick,
+            "-o",
+            "out.onnx",
+            "--plan-out",
+            "p.json",
+            "--calib",
+            calib,
+        ]
+        ended = netdecouple(*command)
+        assert ended.code == 0, ended
+        written.append(onnx.load(folder / "out.onnx"))
+    assert written[0] == written[1] == written[2]
+    import nets
+
+    settings = package.Settings(families=("nd",))
+    found = package.decouple(getattr(nets, module)(), torch.tensor(waves), macs="70%", settings=settings)
+    assert found.decoupling.plan.layers == package.Plan.load(folder / "p.json").layers
+    if module == "pitch":
+        ended = netdecouple("eval", "nets:pitch", "--data", "data.npz:waves,labels")
+        assert ended.code == 0, ended
+
+
+def test_a_module_of_sounds_takes_no_pictures(netdecouple, folder: Path):
+    """The message says what may be given."""
+    sound = ["run", "nets:sound", "--macs", "70%", "--families", "nd", "-o", "out.onnx"]
+    np.save(folder / "pictures.npy", np.zeros((24, 8, 8, 3), np.uint8))
+    ended = netdecouple(*sound, "--calib", "pictures.npy")
+    assert (ended.code, "takes no pictures: give floats (N, …)" in ended.err) == (2, True), ended
+    for more in (["--calib", "images"], ["--data-free"]):
+        ended = netdecouple(*sound, *more)
+        assert ended.code == 2
+        assert "takes no images; give --calib as FILE.npz:KEY, MODULE:FUNCTION" in ended.err
+    ended = netdecouple(*sound, "--calib", "data.npz:images")
+    assert (ended.code, "calibration sample" in ended.err) == (2, True), ended
 
 
 def test_labels_and_data_free(netdecouple):

@@ -61,10 +61,13 @@ def load(
     samples: int | None,
     seed: int,
     channels_last: bool = False,
+    is_free: bool = False,
 ) -> Samples:
     """Load inputs for a network with some number of channels and, if it is fixed, a size (H, W).
 
-    They are (N, C, H, W), or (N, H, W, C) with the channels last.
+    They are (N, C, H, W), or (N, H, W, C) with the channels last. A network ``is_free`` if it may take
+    something else than pictures: then floats that have not four axes are (N, …), and all floats are if it
+    has 0 ``channels``.
 
     Args:
         source: a folder of images (searched recursively, without hidden files and links to folders outside
@@ -80,7 +83,9 @@ def load(
     """
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else "arrays"
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size), channels_last, samples, seed)
+        loader = _Loader(
+            channels, size, preprocessing.resized_for(size), channels_last, is_free, samples, seed
+        )
         if not isinstance(source, str | os.PathLike):
             return Samples(loader.inputs(source), text)
         path, key = _split_key(text)
@@ -102,11 +107,12 @@ def load_labelled(
     size: tuple[int, int] | None,
     preprocessing: Preprocessing,
     channels_last: bool = False,
+    is_free: bool = False,
 ) -> tuple[F32, Indices | F32]:
     """Load FILE.npz:IMAGES,LABELS as `load` does; return all inputs and their `answers`."""
     text = os.fspath(source)
     with _prefixed(text):
-        loader = _Loader(channels, size, preprocessing.resized_for(size), channels_last)
+        loader = _Loader(channels, size, preprocessing.resized_for(size), channels_last, is_free)
         path, key = _split_key(text)
         keys = (key or "").split(",")
         if len(keys) != 2 or not os.path.isfile(path):
@@ -150,10 +156,11 @@ def answers(labels: Any, count: int) -> Indices | F32:
 class _Loader:
     """The arguments of `load`, with the preprocessing adapted to the network."""
 
-    channels: int
+    channels: int  # 0: it takes no pictures
     size: tuple[int, int] | None
     preprocessing: Preprocessing
     channels_last: bool = False
+    is_free: bool = False
     samples: int | None = None
     seed: int = 0
 
@@ -193,12 +200,16 @@ class _Loader:
         return images if len(chosen) == count else images[chosen]
 
     def batched(self, array: Any) -> AnyArray:
-        """Return the array with four axes, pictures with the network's channels, or raise if it fits not."""
+        """Return the array with an axis of samples, pictures with the network's channels, if it fits it."""
         if not hasattr(array, "__array__"):
             raise CalibrationError(f"found {type(array).__name__} among the arrays: give inputs only")
         with _reported("cannot be made a NumPy array"):
             batch: AnyArray = np.asarray(array)
         found = f"{batch.dtype} {batch.shape}"
+        if self.is_free and batch.dtype.kind == "f" and self.is_no_picture(batch.shape):
+            return batch if batch.ndim > 1 else batch[None]
+        if not self.channels:
+            raise CalibrationError(f"found {found}, and the network takes no pictures: give floats (N, …)")
         height, width = self.size or ("H", "W")
         axes = (height, width, self.channels) if self.channels_last else (self.channels, height, width)
         inputs, pictures = f"(N, {', '.join(map(str, axes))})", f"(N, H, W, {self.channels})"
@@ -219,6 +230,11 @@ class _Loader:
         if not fits or not batch.size:
             raise CalibrationError(f"found {found}, expected {expected}, not empty: transpose or resize them")
         return batch
+
+    def is_no_picture(self, shape: tuple[int, ...]) -> bool:
+        """Whether floats of this shape are samples of something else; some must be there."""
+        is_picture = len(shape) == 4 or (len(shape) == 3 and shape[0] == self.channels)
+        return math.prod(shape) > 0 and len(shape) > 0 and not (is_picture and self.channels)
 
     def converted(self, batch: AnyArray, chosen: Indices | None = None) -> F32:
         """Copy the chosen inputs (None: all), pictures preprocessed."""

@@ -18,6 +18,7 @@ from torch import nn
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.onnx.fused import fuse_separable
+from netdecouple.frontends.torch.replacement import failures
 from netdecouple.frontends.torch.samples import Samples, to_numpy
 from netdecouple.frontends.torch.trace import tensors
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -41,7 +42,7 @@ def export(
     Raises:
         ModelError: PyTorch cannot export it, or the exported model computes something else.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), failures():
         outputs = list(tensors(module(images)))
     names = ["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
     axes = {

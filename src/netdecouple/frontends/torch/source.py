@@ -96,14 +96,11 @@ class TorchSource:
         """Standard operators but in exported files; modules choose by themselves when they run."""
         return "fused" if runtime == "onnxruntime" and usable() else "standard"
 
-    @property
-    def _channels(self) -> int:
+    def _shape(self, preprocessing: Preprocessing | None) -> dict[str, Any]:
         first = next((m for m in self.module.modules() if isinstance(m, _ConvNd)), None)
-        if not isinstance(first, nn.Conv2d):
-            raise CalibrationError(
-                f"{self.name} takes no images; give calib=MODULE:FUNCTION, or batches of what it takes"
-            )
-        return first.in_channels
+        channels = first.in_channels if isinstance(first, nn.Conv2d) else 0
+        chosen = preprocessing or self.preprocessing
+        return {"channels": channels, "size": None, "preprocessing": chosen, "is_free": True}
 
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
@@ -112,12 +109,11 @@ class TorchSource:
 
         None makes noise of the right shape.
         """
-        preprocessing = preprocessing or self.preprocessing
+        shape = self._shape(preprocessing)
         batches, arguments, origin = calib, self._arguments, "batches"
         skipped: tuple[str, ...] = ()
         if calib is None:
-            height, width = self._size(preprocessing)
-            noise = np.random.default_rng(seed).standard_normal((10, self._channels, height, width))
+            noise = np.random.default_rng(seed).standard_normal((10, *self._picture(shape)))
             batches, arguments, origin = noise.astype(np.float32), None, calibration.NOISE
         elif isinstance(calib, str | os.PathLike):
             origin = os.fspath(calib)
@@ -128,12 +124,9 @@ class TorchSource:
                 except CalibrationError as error:
                     raise CalibrationError(f"{origin}: {error}") from error
             elif os.path.isdir(origin):
-                self._size(preprocessing)
+                self._picture(shape)
             if is_plain:
-                loaded = calibration.load(
-                    batches, channels=self._channels, size=None, preprocessing=preprocessing,
-                    samples=samples, seed=seed,
-                )  # fmt: skip
+                loaded = calibration.load(batches, **shape, samples=samples, seed=seed)
                 batches, arguments, skipped = loaded.images, None, loaded.skipped
         collected = collect(batches, self.module, samples, arguments)
         if self._is_exported:
@@ -147,21 +140,24 @@ class TorchSource:
             is_noise=calib is None,
         )
 
-    def _size(self, preprocessing: Preprocessing) -> tuple[int, int]:
-        if preprocessing.size is None:
+    def _picture(self, shape: Mapping[str, Any]) -> tuple[int, int, int]:
+        """The shape (c, h, w) of pictures that it takes."""
+        if not shape["channels"]:
+            raise CalibrationError(
+                f"{self.name} takes no images; give calib= as FILE.npz:KEY, MODULE:FUNCTION, or batches"
+            )
+        size = shape["preprocessing"].size
+        if size is None:
             raise CalibrationError(
                 f"{self.name}: its weights do not say how large its images are; give input_size="
             )
-        return preprocessing.size
+        return shape["channels"], *size
 
     def labelled(self, labels: Any, preprocessing: Preprocessing | None) -> tuple[Samples, NDArray[Any]]:
         if isinstance(labels, tuple):
             inputs, classes = labels
         else:
-            preprocessing = preprocessing or self.preprocessing
-            inputs, classes = calibration.load_labelled(
-                labels, channels=self._channels, size=None, preprocessing=preprocessing
-            )
+            inputs, classes = calibration.load_labelled(labels, **self._shape(preprocessing))
         samples = collect(inputs, self.module, None, self._arguments if isinstance(labels, tuple) else None)
         return samples, calibration.answers(classes, len(samples))
 
