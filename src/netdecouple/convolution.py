@@ -217,6 +217,12 @@ class Structure:
         """
         return sum(math.prod(stage.weight_shape) for stage in self.stages) + self.geometry.n_o
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether no input channel is left out."""
+        channels = self.channels[0]
+        return channels is None or np.unique(channels).size == self.geometry.n_i
+
 
 @dataclass(frozen=True)
 class Factorization:

@@ -60,14 +60,12 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
         BudgetError: as `make_plan`.
         ModelError: as `make_plan`.
     """
-    network = analysis.network
 
     def planned(scale: float) -> tuple[Plan, float]:
         asked = [replace(budget, share=min(budget.share * scale, 1.0)) for budget in budgets]
         plan = replace(make_plan(analysis, asked, form), budget=_text(budgets))
-        structures = placeholders(analysis, plan)
-        written = network.layers_of(network.build(structures, {}, {}), structures)
-        return plan, max((used(budget, network.layers, written) for budget in budgets), default=1.0)
+        written = _written(analysis, plan)
+        return plan, max((used(b, analysis.network.layers, written) for b in budgets), default=1.0)
 
     scale, over = 1.0, np.inf
     best, full = planned(scale)
@@ -86,6 +84,16 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
 def used(budget: Budget, layers: Sequence[Layer], written: Sequence[Layer]) -> float:
     """Return the share of a budget that the layers of a written network use."""
     return total_cost(budget.cost, written) / (budget.share * total_cost(budget.cost, layers))
+
+
+def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer]:
+    """Return the layers of a plan's network, which is built only if a layer reads fewer channels in it."""
+    network = analysis.network
+    if all(analysis.planned(row).structure.reads_all for row in plan.layers if row.changed):
+        pairs = zip(network.layers, plan.layers, strict=True)
+        return [replace(layer, macs=row.macs, parameters=row.parameters) for layer, row in pairs]
+    built = placeholders(analysis, plan)
+    return network.layers_of(network.build(built, {}, {}), built)
 
 
 def placeholders(analysis: Analysis, plan: Plan) -> dict[str, Factorization]:
