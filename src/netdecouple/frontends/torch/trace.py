@@ -137,6 +137,7 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self._report = report
         self._names = {_place(parameter): name for name, parameter in root.named_parameters()}
+        self._names.pop(0, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -158,8 +159,11 @@ class _Products(TorchDispatchMode):
 
 
 def _place(tensor: torch.Tensor) -> int:
-    """Where a tensor's numbers are in memory; 0 if that is not one place."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    """Where a tensor's numbers are in memory; 0 if it has none there, or not in one place."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse ones, and some subclasses
+        return 0
 
 
 def _recurrent(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> int:
