@@ -231,6 +231,10 @@ class Source(Protocol):
         """What a result depends on besides the network, its inputs and the settings."""
 
     @property
+    def left_out(self) -> str:
+        """Say what is no part of the network, as no output needs it; empty if there is nothing."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
 

@@ -486,6 +486,7 @@ def finish(
         difference=off,
         accuracy=both,
         speed=speed,
+        left_out=request.source.left_out,
         skipped=work.calibration.skipped,
         bytes_before=network.size_of(),
         bytes=network.size_of(model),

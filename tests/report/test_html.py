@@ -123,6 +123,7 @@ def test_a_report_answers_in_order(full_report: Report) -> None:
     ):
         assert part in text
     assert "1 unreadable image" in text
+    assert "Left out: " in text
     assert "cannot be opened" in text
 
 

@@ -157,6 +157,11 @@ def samples_note(report: Report) -> str:
     return f"{number} {layers} fewer samples than wanted; more calibration inputs help" if number else ""
 
 
+def left_out_note(report: Report) -> str:
+    """Name what no output needs; empty if there is nothing."""
+    return f"Left out: {report.left_out}" if report.left_out else ""
+
+
 def skipped_note(report: Report) -> str:
     """Name the first calibration files that could not be read; empty if all could."""
     names = ", ".join(report.skipped[:3]) + (", …" if len(report.skipped) > 3 else "")

@@ -148,6 +148,7 @@ class Report:
     warnings: tuple[str, ...] = ()  # of outputs that have changed a lot
     accuracy: tuple[float, float] | None = None  # top-1 before, after; None without labels
     speed: Speed | None = None  # None unless the budget is a latency
+    left_out: str = ""  # what no output needs: neither network is counted with it
     skipped: tuple[str, ...] = ()  # calibration files that could not be read
     bytes_before: int | None = None  # of the model's file; of a module's parameters and buffers
     bytes: int | None = None

@@ -807,6 +807,9 @@ def test_what_no_output_needs_is_left_out():
     assert opened.proto.graph == read_model(networks.classifier()).proto.graph
     original = OnnxSource(model).executable(None, images_for(model), "onnxruntime").model
     assert "dead" not in {node.name for node in original.graph.node}
+    report = netdecouple.decouple(model, images_for(model, 40), macs=0.7, settings=SETTINGS).report
+    assert report.macs_before == sum(la.macs for la in layers_of(model).values())
+    assert report.left_out == "dead, dead.out: no output needs this"
 
 
 def test_unknown_operators_are_listed_if_they_have_weights():

@@ -73,6 +73,11 @@ class TorchSource:
         self.about: Mapping[str, str] = {"device": str(device)}
 
     @property
+    def left_out(self) -> str:
+        """Nothing: modules that are not called are not counted."""
+        return ""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the parameters and buffers."""
         return state_bytes(self.module)
