@@ -286,6 +286,17 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def reader() -> onnx.ModelProto:
+    """A CTC reader: eight steps of probabilities of six classes; (N, 3, 8, 32) → (N, 8, 6)."""
+    b = Builder(14)
+    x = b.node("Relu", b.conv("image", 3, 12, 3, "first", strides=[2, 2]))
+    x = b.node("Relu", b.conv(x, 12, 16, 3, "second", strides=[2, 2]))
+    x = b.conv(x, 16, 6, 3, "third")
+    rows = b.node("Transpose", b.node("ReduceMean", x, axes=[2], keepdims=0), perm=[0, 2, 1])
+    b.node("Softmax", b.node("Mul", rows, b.constant("sharp", 4.0)), out="steps", axis=2)
+    return b.model([("steps", ("N", 8, 6))], ("N", 3, 8, 32))
+
+
 def side_inputs() -> onnx.ModelProto:
     """Beside the images it takes the scales of a resampling, and a gain that has a default value."""
     b = Builder(12)

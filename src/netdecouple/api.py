@@ -35,7 +35,7 @@ from netdecouple.frontends.onnx.source import OnnxSource, open_for_shapes
 from netdecouple.goal import Budgets, Emission, Fastest, Share, parse_goal, parse_sweep
 from netdecouple.network import Array, Source
 from netdecouple.pipeline import Outcome, Request, accuracy, majority
-from netdecouple.planning.divergence import agreement, divergence
+from netdecouple.planning.divergence import agreement, best_steps, divergence, same_texts
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow
 from netdecouple.planning.settings import Settings
@@ -533,7 +533,8 @@ def evaluate(
     Args:
         models: each as in `decouple`.
         data: as ``labels`` in `decouple`, for top-1 and top-5 accuracy; for networks that return images the
-            images (N, …) that are right, instead of labels, for their PSNR. uint8 ones are divided by 255.
+            images (N, …) that are right, instead of labels, for their PSNR. uint8 ones are divided by 255. Of
+            CTC readers, which are recognised, the texts are compared with those of the first network only.
         preprocessing: as in `decouple`.
         progress: called after every batch of inputs.
 
@@ -550,6 +551,8 @@ def evaluate(
         if first is not None and first.shape != outputs.shape:
             raise ModelError(f"{source.name} has outputs {outputs.shape}, the first model {first.shape}")
         score = _scored_classes if right.ndim == 1 else _scored_images
+        if right.ndim == 1 and best_steps([outputs], len(right)) is not None:
+            score = _scored_texts
         scores.append(replace(score(outputs, right, first), model=source.name))
         first = outputs if first is None else first
     return scores
@@ -570,6 +573,12 @@ def _scored_classes(outputs: Array, labels: NDArray[Any], first: Array | None) -
         kl=None if first is None else divergence([first], [outputs], "kl"),
         majority=majority(labels),
     )
+
+
+def _scored_texts(outputs: Array, labels: NDArray[Any], first: Array | None) -> Score:
+    """Compare what a CTC reader and the first network read; labels say nothing of texts."""
+    same = None if first is None else same_texts([first], [outputs], len(labels))
+    return Score(model="", images=len(labels), same_text=same)
 
 
 def _scored_images(outputs: Array, targets: NDArray[Any], first: Array | None) -> Score:

@@ -226,6 +226,29 @@ def test_a_library_of_operators_is_used_wherever_the_network_runs(
     assert "not a registered" not in page
 
 
+def test_texts_of_a_reader_are_compared(netdecouple, folder: Path):
+    """In the report, on the page, and by eval, for which labels are none of them."""
+    onnx.save(networks.reader(), folder / "net.onnx")
+    images = networks.images_for(networks.reader(), 60)
+    np.savez(folder / "data.npz", images=images, labels=np.zeros(60, int))
+    reports = ["--report", "report.json", "--report", "page.html"]
+    quick = ["--macs", "60%", "--families", "nd-dp", "--calib", "data.npz:images"]
+    ended = netdecouple("run", "net.onnx", "-o", "out.onnx", *quick, *reports)
+    assert ended.code == 0, ended
+    found = json.loads((folder / "report.json").read_text())["agreement"]["same_text"]
+    assert 0 <= found <= 1
+    assert f"same text in {100 * found:.1f}%" in ended.out
+    assert "are read as another text" in (folder / "page.html").read_text(encoding="utf-8")
+    ended = netdecouple("eval", "net.onnx", "out.onnx", "--data", "data.npz:images,labels", "--json")
+    assert ended.code == 0, ended
+    first, second = json.loads(ended.out)["scores"]
+    assert first["same_text"] is None
+    assert 0 <= second["same_text"] <= 1
+    ended = netdecouple("eval", "net.onnx", "net.onnx", "--data", "data.npz:images,labels")
+    assert "same text" in ended.out
+    assert "100.0%" in ended.out
+
+
 def test_run_takes_external_data(netdecouple, folder: Path):
     """Weights in a file of their own."""
     onnx.save(

@@ -15,6 +15,8 @@ from netdecouple.planning.divergence import (
     loss_kind,
     relative_error,
     rounding,
+    same_texts,
+    texts,
 )
 
 
@@ -89,3 +91,48 @@ def test_scores_may_be_said_to_be_numbers_and_maps_not_to_be_scores() -> None:
     assert loss_kind([scores], 4, "kl") == "kl"
     with pytest.raises(ModelError, match=r"loss=kl is for a single output .*\(4, 21, 8, 8\)"):
         loss_kind([maps], 4, "kl")
+
+
+PLACES = np.array([[0, 1, 1, 0, 1, 2], [0, 0, 0, 0, 0, 0], [2, 2, 1, 0, 0, 1]])  # best class of every step
+
+
+def scores_of(places: np.ndarray, blank: int = 0) -> np.ndarray:
+    """Probabilities of four classes (n, steps, 4), counted from the class that is blank."""
+    return np.float32(0.7 * np.eye(4)[(places + blank) % 4] + 0.3 / 4)
+
+
+def test_texts_are_read_greedily() -> None:
+    """Repeats are merged unless a blank is between them."""
+    assert texts(PLACES, 0) == [(1, 1, 2), (), (2, 1, 1)]
+    assert texts(PLACES, 2) == [(0, 1, 0, 1), (0,), (1, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [scores_of(PLACES)] * 2,
+        [scores_of(PLACES)[0]],
+        [5 * scores_of(PLACES)],
+        [scores_of(PLACES)[:, :1]],
+        [scores_of(PLACES)[:2]],
+        [scores_of(np.ones_like(PLACES))],
+        [scores_of(PLACES).astype(int)],
+    ],
+    ids=["two", "two axes", "no softmax", "one step", "too few", "no blank", "integers"],
+)
+def test_other_outputs_are_no_texts(outputs) -> None:
+    assert same_texts(outputs, outputs, 3) is None
+
+
+@pytest.mark.parametrize("blank", [0, 3])
+@pytest.mark.parametrize(
+    "change", [np.array, np.log, lambda p: p.reshape(-1, 1, 4)], ids=["p", "log", "flat"]
+)
+def test_texts_are_compared_as_wholes(blank: int, change) -> None:
+    """One other letter makes another text, other steps do not; blank is the first class or the last."""
+    moved = PLACES.copy()
+    moved[0] = [1, 0, 1, 1, 2, 2]
+    moved[2, 0] = 1
+    original, other = (change(scores_of(places, blank)) for places in (PLACES, moved))
+    assert same_texts([original], [other], 3) == 2 / 3
+    assert same_texts([original], [np.full_like(other, np.nan)], 3) == 0

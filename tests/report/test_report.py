@@ -219,6 +219,8 @@ def test_a_fully_connected_layers_shape_is_its_inputs_and_outputs() -> None:
             ["5.0 times the change"],
         ),
         ({"same_class": 1.0, "divergence": 0.0009, "predicted": 0.0001}, []),
+        ({"same_text": 0.94, "divergence": 0.1, "predicted": 0.1}, ["another text for 12 of 200 held-out"]),
+        ({"same_text": 0.96, "divergence": 0.1, "predicted": 0.1}, []),
         ({"psnr": 34.9, "divergence": 0.01, "predicted": 0.01}, ["a PSNR of 34.9 dB"]),
         ({"psnr": 35.1, "divergence": 0.2, "predicted": 0.2}, []),
         ({"divergence": 0.06, "predicted": 0.06}, ["a relative error of 0.06"]),

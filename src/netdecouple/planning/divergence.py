@@ -159,3 +159,45 @@ def _rounding(original: Array, other: Array) -> float:
 def agreement(original: Array, other: Array) -> float:
     """Return the share of samples for which two classifiers choose the same class."""
     return float(np.mean(original.argmax(axis=-1) == other.argmax(axis=-1)))
+
+
+Text = tuple[int, ...]  # classes, one for each letter
+
+
+def best_steps(outputs: Sequence[Array], count: int) -> Array | None:
+    """Return the best class of every step (n, steps) for ``count`` inputs of a CTC reader (Graves 2006).
+
+    None unless the only output is (n, steps, classes) or, for one input, (steps, 1, classes), and has
+    probabilities over the classes, or their logarithms.
+    """
+    scores = outputs[0]
+    if len(outputs) != 1 or scores.ndim != 3 or scores.dtype.kind != "f" or not scores.size:
+        return None
+    if scores.shape[1] == 1 and len(scores) % count == 0:  # the steps of all inputs, one after the other
+        scores = scores.reshape(count, -1, scores.shape[2])
+    with np.errstate(over="ignore"):
+        is_softmax = are_probabilities(scores) or are_probabilities(np.exp(scores.astype(np.float64)))
+    _, steps, classes = scores.shape
+    return scores.argmax(axis=-1) if is_softmax and len(scores) == count and steps > 1 < classes - 1 else None
+
+
+def texts(best: Array, blank: int) -> list[Text]:
+    """Read the texts off the best class of every step (n, steps): repeats are merged, then blanks dropped."""
+    starts = np.diff(best, axis=1, prepend=-1) != 0
+    return [tuple(row[new & (row != blank)].tolist()) for row, new in zip(best, starts, strict=True)]
+
+
+def same_texts(original: Sequence[Array], other: Sequence[Array], count: int) -> float | None:
+    """Return the share of inputs in which two readers read the same text; None if they are no readers.
+
+    Blank is the first or the last class, whichever the original chooses more often.
+    """
+    known, new = best_steps(original, count), best_steps(other, count)
+    ends = (0, original[0].shape[-1] - 1) if known is not None else ()
+    often = {blank: np.count_nonzero(known == blank) for blank in ends}
+    if known is None or not max(often.values()):
+        return None
+    blank = max(often, key=lambda end: often[end])
+    if new is None:
+        return 0.0
+    return float(np.mean([a == b for a, b in zip(texts(known, blank), texts(new, blank), strict=True)]))

@@ -10,7 +10,15 @@ from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.boxes import found_again, layout_of
-from netdecouple.planning.divergence import TINY, Loss, agreement, divergence, divergences, log_probabilities
+from netdecouple.planning.divergence import (
+    TINY,
+    Loss,
+    agreement,
+    divergence,
+    divergences,
+    log_probabilities,
+    same_texts,
+)
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.tolerance import decibels, squared_errors
 from netdecouple.report.formatting import by
@@ -40,6 +48,7 @@ def quality_of(
         boxes=boxes,
         boxes_found=boxes_found,
         psnr=None if errors is None else decibels(float(errors.mean())),
+        same_text=same_texts(original, new, images),
     )
 
 
@@ -83,11 +92,15 @@ def warnings_of(a: Agreement) -> tuple[str, ...]:
     changes = []
     if a.same_class is not None and a.same_class < SAME_CLASS:
         changes.append(f"another class for {a.changed_classes} of {a.images} held-out inputs")
+    elif a.same_text is not None and a.same_text < SAME_CLASS:
+        changes.append(
+            f"another text for {round((1 - a.same_text) * a.images)} of {a.images} held-out inputs"
+        )
     elif a.psnr is not None and a.psnr < PSNR:
         changes.append(f"a PSNR of {a.psnr:.1f} dB between the outputs")
     elif a.boxes_found is not None and a.boxes_found < BOXES:
         changes.append(f"{a.boxes_found:.0%} of {a.boxes} boxes are found again")
-    elif a.same_class is a.psnr is a.boxes_found is None and a.divergence > ERROR:
+    elif a.same_class is a.psnr is a.boxes_found is a.same_text is None and a.divergence > ERROR:
         changes.append(f"a relative error of {a.divergence:.2g} of the outputs")
     if a.divergence > max(SURPRISE * a.predicted, NEGLIGIBLE):
         changes.append(f"{a.divergence / max(a.predicted, TINY):.1f} times the change that was predicted")

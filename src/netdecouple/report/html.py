@@ -164,6 +164,9 @@ def _agreement_facts(a: Agreement | None) -> list[Fact]:
     if a.same_class is not None:
         detail = f"{a.changed_classes} of {a.images} held-out inputs"
         facts.append(Fact(fmt.percent(1 - a.same_class), "get another class", detail, "loss"))
+    if a.same_text is not None:
+        detail = f"CTC output, best class of every step; {a.images} held-out inputs"
+        facts.append(Fact(fmt.percent(1 - a.same_text), "are read as another text", detail, "loss"))
     if a.psnr is not None:
         facts.append(
             Fact(f"{a.psnr:.1f} dB", "PSNR between the outputs", f"{a.images} held-out inputs", "loss")
@@ -194,6 +197,8 @@ def verdict(report: Report) -> str:
         lost = "the loss of quality was not measured, as there were no calibration inputs"
     elif a.same_class is not None:
         lost = f"the class is the same for {fmt.percent(a.same_class)} of {a.images} held-out inputs"
+    elif a.same_text is not None:
+        lost = f"the text read is the same for {fmt.percent(a.same_text)} of {a.images} held-out inputs"
     elif a.boxes_found is not None:
         lost = (
             f"{fmt.percent(a.boxes_found)} of {a.boxes} boxes are found again on {a.images} held-out inputs"

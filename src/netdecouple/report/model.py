@@ -78,6 +78,7 @@ class Agreement:
     boxes: int | None = None  # that the original finds; None if the outputs are not a detector's
     boxes_found: float | None = None  # the share of them that is found again
     psnr: float | None = None  # dB, for the range of the original's outputs; None if these are no pictures
+    same_text: float | None = None  # share of inputs that are read alike; None if this is no CTC reader
 
     @property
     def changed_classes(self) -> int | None:
@@ -224,3 +225,4 @@ class Score:
     majority: float | None = None  # share of the most frequent label: the accuracy of one answer for all
     psnr: float | None = None  # dB, the mean of all images; None where classes are evaluated
     psnr_to_first: float | None = None  # between its outputs and those of the first network
+    same_text: float | None = None  # share of images that a CTC reader and the first network read alike

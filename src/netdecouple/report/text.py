@@ -92,6 +92,7 @@ def summary(report: Report) -> list[Text]:
         a = report.agreement
         loss = fmt.loss_name(a.loss)
         same = f"same class on {fmt.percent(a.same_class)}, " if a.same_class is not None else ""
+        same += f"same text in {fmt.percent(a.same_text)}, " if a.same_text is not None else ""
         if a.boxes:
             same += f"{fmt.percent(a.boxes_found)} of {a.boxes} boxes found again, "
         same += f"PSNR {a.psnr:.1f} dB, " if a.psnr is not None else ""
@@ -240,6 +241,9 @@ def scores_table(scores: Sequence[Score]) -> Table:
         columns = ("PSNR, dB", "to the first network, dB")
         figures = ([s.model, fmt.decibels(s.psnr), fmt.decibels(s.psnr_to_first)] for s in scores)
         return _table(f"On {scores[0].images} images", ["network", *columns], columns, figures)
+    if scores[0].top1 is None:
+        texts = ([s.model, fmt.percent(s.same_text)] for s in scores)
+        return _table(f"On {scores[0].images} images", ["network", "same text"], ("same text",), texts)
     names = ("top-1", "top-5", "same class", "KL")
     rows = ((s.model, *map(fmt.percent, (s.top1, s.top5, s.same_class)), fmt.short(s.kl, 2)) for s in scores)
     return _table(f"On {scores[0].images} labelled images", ["network", *names], names, rows)
