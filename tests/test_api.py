@@ -298,7 +298,10 @@ def test_inputs_beside_the_images_stay_inputs(tmp_path: Path) -> None:
     inside.graph.initializer.append(numpy_helper.from_array(scales, "scales"))
     del inside.graph.input[2], inside.graph.input[0]
     expected = netdecouple.decouple(inside, images, macs="2x", settings=QUICK)
-    np.savez(tmp_path / "data.npz", image=images, scales=np.tile(scales, (40, 1)), gain=1.5)
+    arrays = {"image": images, "scales": np.tile(scales, (40, 1)), "gain": 1.5, "labels": np.arange(40) % 10}
+    np.savez(tmp_path / "data.npz", **arrays)
+    labelled = f"{tmp_path}/data.npz:image,labels"
+    assert evaluate([side_inputs()], labelled)[0].top1 == evaluate([inside], labelled)[0].top1
     for calib in ({"image": images, "scales": scales}, tmp_path / "data.npz", f"{tmp_path}/data.npz:image"):
         result = netdecouple.decouple(side_inputs(), calib, macs="2x", settings=QUICK).timed(seconds=0)
         assert result.plan.layers == expected.plan.layers

@@ -601,6 +601,7 @@ def bench(
     seconds: float = SECONDS,
     layers: bool = False,
     trust: bool = False,
+    constants: Mapping[str, Any] = {},
     progress: Progress = quiet,
     custom_ops: Libraries = (),
 ) -> Benchmark:
@@ -615,6 +616,7 @@ def bench(
         seconds: how long to measure, for each runtime and number of threads.
         layers: whether to measure the time per layer too, with ONNX Runtime's profiler.
         trust: whether to open files that can run code of their author, as PyTorch's do.
+        constants: values of inputs besides the images, by name; other inputs are random.
         progress: called with the seconds that have passed.
         custom_ops: libraries of the operators that the networks use, for ONNX Runtime.
 
@@ -624,11 +626,16 @@ def bench(
     """
     libraries = _paths(custom_ops)
     named = [runtime(name, trust=trust, custom_ops=libraries) for name in runtimes]
-    opened = partial(open_for_shapes, custom_ops=libraries)
+    opened = partial(open_for_shapes, feeds=constants, custom_ops=libraries)
     if shape is None:
         files = [m for m in models if isinstance(m, onnx.ModelProto) or str(m).endswith(".onnx")]
         shape = next(filter(None, map(noted_shape, files)), None)
-    options: dict[str, Any] = {"shape": shape, "seconds": seconds, "progress": progress}
+    options: dict[str, Any] = {
+        "shape": shape,
+        "seconds": seconds,
+        "constants": constants,
+        "progress": progress,
+    }
     times = benchmark(models, named, opened, threads=threads, **options)
     if layers:
         options["custom_ops"] = libraries

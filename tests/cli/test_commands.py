@@ -197,9 +197,11 @@ def test_inputs_beside_a_folder_of_pictures(netdecouple, folder: Path):
         ["apply", "net.onnx", "plan.json", "-o", "again.onnx", "--calib", "images"],
         ["eval", "net.onnx", "out.onnx", "--data", "data.npz:images,labels"],
         ["sweep", "net.onnx", *quick, "--compare", "out.onnx", "again.onnx"],
+        ["bench", "net.onnx", "out.onnx", "--layers", "--report", "times.json"],
     ):
         ended = netdecouple(*command, *more)
         assert ended.code == 0, ended
+    assert all(row["macs"] for row in json.loads((folder / "times.json").read_text())["models"])
     assert (folder / "out.onnx").read_bytes() == (folder / "again.onnx").read_bytes()
     assert [i.name for i in onnx.load(folder / "out.onnx").graph.input] == ["scales", "image", "gain"]
 

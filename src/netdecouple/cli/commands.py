@@ -405,6 +405,7 @@ def bench(
     trust: Annotated[
         bool, typer.Option("--trust", help="Open .pt2 files, which can run any code of their author.")
     ] = False,
+    constant: options.Constants = None,
     custom_ops: options.CustomOps = None,
     report: Annotated[Path | None, options.option("Write the times here as JSON.", "--report")] = None,
     as_json: Json = False,
@@ -427,6 +428,7 @@ def bench(
             seconds=seconds,
             layers=layers,
             trust=trust,
+            constants=options.parse_constants(constant),
             custom_ops=custom_ops or (),
             progress=bars,
         )

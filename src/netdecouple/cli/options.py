@@ -124,6 +124,10 @@ Runtime = Annotated[
     ),
 ]
 
+Constants = Annotated[
+    list[str] | None,
+    option("Value of an input besides the images, the same for all: NAME=1.5 or NAME=480,640. Repeatable."),
+]
 CustomOps = Annotated[
     list[Path] | None, option("Library of operators that the model uses, for ONNX Runtime. Repeatable.")
 ]
@@ -135,23 +139,23 @@ class Opening:
     """How a network is opened."""
 
     weights: Weights = None
-    constant: Annotated[
-        list[str] | None,
-        option(
-            "Value of an input besides the images, the same for all: NAME=1.5 or NAME=480,640. Repeatable."
-        ),
-    ] = None
+    constant: Constants = None
 
     custom_ops: CustomOps = None
 
     def arguments(self) -> dict[str, Any]:
         """The same as `api.open_model` takes it."""
-        constants = dict(map(_constant, self.constant or ()))
-        return {"weights": self.weights, "constants": constants, "custom_ops": self.custom_ops or ()}
+        constants, custom_ops = parse_constants(self.constant), self.custom_ops or ()
+        return {"weights": self.weights, "constants": constants, "custom_ops": custom_ops}
 
     def only_for(self, is_torch: bool) -> Opening:
         """Leave out what is for the other kind of networks."""
         return Opening(self.weights) if is_torch else replace(self, weights=None)
+
+
+def parse_constants(texts: Sequence[str] | None) -> dict[str, list[float]]:
+    """Read values of inputs, NAME=1.5 or NAME=480,640."""
+    return dict(map(_constant, texts or ()))
 
 
 def _constant(text: str) -> tuple[str, list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ import onnx
 from netdecouple.errors import ModelError
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
-from netdecouple.runtimes import Feeds, Runtime
+from netdecouple.runtimes import Feeds, Input, Runtime
 from netdecouple.runtimes.feeds import describe_shape, random_feeds
 from netdecouple.runtimes.layers import REORDER, REST, TOTAL, Owners, by_layer, original_layers, with_names
 from netdecouple.runtimes.onnxruntime import OnnxRuntime, Profiled
@@ -104,6 +104,7 @@ def benchmark(
     threads: Sequence[int] = (1,),
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
+    constants: Mapping[str, Any] = {},
     seconds: float = SECONDS,
     progress: Progress = quiet,
 ) -> Benchmark:
@@ -117,6 +118,7 @@ def benchmark(
         threads: the numbers of threads to time with.
         shape: of the input, where the networks leave more than the batch open.
         feeds: inputs by name, instead of random ones.
+        constants: values of some inputs, beside the random ones.
         seconds: how long to measure, for each runtime and number of threads.
         progress: called with the seconds that have passed.
 
@@ -125,7 +127,8 @@ def benchmark(
     """
     names = names or model_names(models)
     pairs = product(runtimes, threads)
-    groups = [_timed(models, names, runtime, n, shape, feeds, seconds, progress) for runtime, n in pairs]
+    make = partial(random_feeds, shape=shape, constants=constants) if feeds is None else lambda _: feeds
+    groups = [_timed(models, names, runtime, n, make, seconds, progress) for runtime, n in pairs]
     macs = [_macs(model, row.shapes, open_network) for model, row in zip(models, groups[0], strict=True)]
     rows = tuple(replace(row, macs=n) for group in groups for row, n in zip(group, macs, strict=True))
     return Benchmark(netdecouple=__version__, models=rows)
@@ -160,8 +163,7 @@ def _timed(
     names: Sequence[str],
     runtime: Runtime,
     threads: int,
-    shape: tuple[int, ...] | None,
-    feeds: Feeds | None,
+    feeds: Callable[[Sequence[Input]], Feeds],
     seconds: float,
     progress: Progress,
 ) -> list[TimedModel]:
@@ -169,7 +171,7 @@ def _timed(
     for model, name in zip(models, names, strict=True):
         with _naming(name):
             session = runtime.open(model, threads)
-            given.append(random_feeds(session.inputs, shape) if feeds is None else feeds)
+            given.append(feeds(session.inputs))
             calls.append(partial(session.run, given[-1]))
             calls[-1]()
     shapes = [tuple(array.shape for array in fed.values()) for fed in given]
@@ -214,6 +216,7 @@ def layer_times(
     names: Sequence[str] | None = None,
     shape: tuple[int, ...] | None = None,
     feeds: Feeds | None = None,
+    constants: Mapping[str, Any] = {},
     seconds: float = SECONDS,
     progress: Progress = quiet,
     custom_ops: Sequence[str] = (),
@@ -231,7 +234,8 @@ def layer_times(
             if not isinstance(model, str | os.PathLike | onnx.ModelProto):
                 raise ModelError("times per layer are measured for ONNX models only")
             session = OnnxRuntime(custom_ops).open(model, threads)
-            given.append(random_feeds(session.inputs, shape) if feeds is None else feeds)
+            random = random_feeds(session.inputs, shape, constants=constants) if feeds is None else feeds
+            given.append(random)
             networks.append(open_network(model, tuple(array.shape for array in given[-1].values())))
     layers = original_layers(layer.name for network in networks for layer in network.layers)
     owners = [Owners.of(network.model.proto.graph, layers) for network in networks]

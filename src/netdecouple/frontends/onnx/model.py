@@ -44,7 +44,7 @@ from netdecouple.frontends.onnx.proto import (
 from netdecouple.kernels import DOMAIN, OPERATOR
 from netdecouple.network import INPUT_SHAPE, ONE_CHANNEL, Array, Layer
 from netdecouple.runtimes import onnxfile
-from netdecouple.runtimes.feeds import describe_shape, parse_shape
+from netdecouple.runtimes.feeds import describe_shape, fitted, parse_shape
 from netdecouple.runtimes.layers import node_name, with_names
 from netdecouple.runtimes.onnxfile import copy_of, is_large, save, size_of
 from netdecouple.runtimes.onnxruntime import calls_of, open_session, options, run, uses_kernels
@@ -88,8 +88,8 @@ class OnnxModel:
             if name not in known:
                 there = f"there are {', '.join(known)}" if known else "there are none"
                 raise ModelError(f"{self.origin}: it has no input {name!r} besides the images; {there}")
-        fitted = {name: _fitted(known[name], value) for name, value in values.items()}
-        return replace(self, given={**self.given, **fitted})
+        given = {name: fitted(known[name], value) for name, value in values.items()}
+        return replace(self, given={**self.given, **given})
 
     def feeds(self, images: Array) -> Feeds:
         """Return all inputs for some images; ModelError if the value of another one is not known."""
@@ -157,25 +157,6 @@ def _declared(value: onnx.ValueInfoProto) -> Input:
     dims = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type) if kind.elem_type else np.dtype(object)
     return Input(value.name, dims, dtype)
-
-
-def _fitted(declared: Input, value: Any) -> NDArray[Any]:
-    """Convert the value of an input; of one value per sample, which must be the same, take the first."""
-    array, wanted = np.asarray(value), declared.shape
-    what = f"input {declared.name!r} is {declared.dtype} {describe_shape(wanted)}".rstrip()
-    rows = array.ndim == len(wanted) + 1 or (array.ndim == len(wanted) > 1 and wanted[0] in (None, 1))
-    if rows and len(array) > 1:
-        if not (array == array[:1]).all():
-            raise ModelError(f"{what}, and its values differ; only the images may differ between samples")
-        array = array[:1]
-    if array.ndim != len(wanted) and array.size == math.prod(n or 1 for n in wanted):
-        array = array.reshape([n or 1 for n in wanted])
-    fits = len(array.shape) == len(wanted) and all(
-        n in (None, m) for n, m in zip(wanted, array.shape, strict=True)
-    )
-    if array.dtype.kind not in "biuf" or declared.dtype.kind not in "biuf" or not fits:
-        raise ModelError(f"{what}, which {array.dtype} {describe_shape(array.shape)} does not fit")
-    return array.astype(declared.dtype)
 
 
 def _has_channels_last(graph: onnx.GraphProto, image: str, dims: Sequence[int | None]) -> bool:

@@ -185,4 +185,5 @@ def open_for_shapes(
     read = read_model(model, custom_ops)
     known = {other.name: feeds[other.name] for other in read.others if feeds and other.name in feeds}
     read = read.with_constants(known)
-    return OnnxNetwork(read, np.zeros((read.batch or 2, *shapes[0][1:]), np.float32))
+    images = next((shape for shape in shapes if len(shape) == 4), shapes[0])
+    return OnnxNetwork(read, np.zeros((read.batch or 2, *images[1:]), np.float32))
