@@ -28,7 +28,7 @@ class Enum:
         return "Tiny_Weights.V1"
 
     def transforms(self) -> Any:
-        return SimpleNamespace(crop_size=[8], resize_size=[10], mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
+        return SimpleNamespace(crop_size=[8], resize_size=[10], mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
 
 
 def tiny(*, weights: Any = None, weights_backbone: Any = "more to download") -> nn.Module:
@@ -84,7 +84,7 @@ def test_random_weights_have_a_seed_and_download_nothing():
     assert torch.equal(one.module[0].weight, two.module[0].weight)
     assert not torch.equal(one.module[0].weight, other.module[0].weight)
     p = one.preprocessing
-    assert (p.size, p.resize, p.mean, p.std) == ((8, 8), 10, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    assert (p.size, p.resize, p.mean, p.std) == ((8, 8), 10, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     assert (one.weights, one.module.training) == ("random (seed 0)", False)
 
 
