@@ -540,7 +540,7 @@ def test_lower_writes_standard_operators(
 def test_a_fused_network_is_used_without_the_library(
     netdecouple, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Written with it; evaluated, timed and decoupled once more without, which is said, and still fused then."""
+    """Written with it; evaluated, timed and decoupled again without, which is said, and still fused then."""
     budget = ["--macs", "60%", "--data-free", "--families", "nd"]
     assert netdecouple("run", "net.onnx", "-o", "fused.onnx", "--emit", "fused", *budget).code == 0
     images = np.load(folder / "data.npz")["images"]
@@ -638,12 +638,12 @@ def test_bench_says_that_there_is_no_difference(netdecouple, folder: Path, monke
     """Times that go up and down are told; a ratio they do not bear out is not."""
     noise = np.array([[1.0, 2.0], [2.0, 1.0], [1.5, 1.4], [1.4, 1.5]])
     monkeypatch.setattr(
-        "netdecouple.runtimes.benchmark.measure", lambda calls, seconds: noise[:, : len(calls)]
+        "netdecouple.runtimes.benchmark.measure", lambda calls, *_, **__: noise[:, : len(calls)]
     )
     out = netdecouple("bench", "net.onnx", "other.onnx").out
     assert "no measurable difference (0.82–1.30)" in out
     monkeypatch.setattr(
-        "netdecouple.runtimes.benchmark.measure", lambda calls, seconds: np.array([[3.0, 1.5]] * 4)
+        "netdecouple.runtimes.benchmark.measure", lambda calls, *_, **__: np.array([[3.0, 1.5]] * 4)
     )
     assert "2.00× (2.00–2.00)" in netdecouple("bench", "net.onnx", "other.onnx").out
 

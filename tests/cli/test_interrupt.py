@@ -147,7 +147,7 @@ def work():
     {call}
 
 real = source.read_model
-source.read_model = lambda model: work() or real(model)
+source.read_model = lambda *arguments: work() or real(*arguments)
 sys.argv = ["netdecouple", *sys.argv[1:]]
 from netdecouple.__main__ import main
 main()

@@ -208,7 +208,7 @@ def by_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
     def replace(cost: Callable[[str, int], float]) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(Stopwatch, "times", times)
-        monkeypatch.setattr(runtimes, "runtime", lambda name: WeightRuntime(cost, name=name))
+        monkeypatch.setattr(runtimes, "runtime", lambda name, **_: WeightRuntime(cost, name=name))
 
     return replace
 
