@@ -142,6 +142,8 @@ import numpy as np
 {imports}
 from netdecouple.frontends.onnx import source
 
+given = np.asfortranarray(np.eye({size}) + 1e-3)
+
 def work():
     print("at work", file=sys.stderr, flush=True)
     {call}
@@ -154,8 +156,8 @@ main()
 """
 IMPORTS = {"numpy": "numpy", "scipy": "netdecouple.families.linalg as linalg", "torch": "torch"}
 CALLS = {
-    "numpy": "np.linalg.eigh(np.ones((4000, 4000)) + np.diag(np.arange(4000.0)))",
-    "scipy": "linalg.solve(np.eye(6000) + 1e-3, np.ones((6000, 6000)))",
+    "numpy": "np.linalg.eigh(given)",
+    "scipy": "linalg.solve(given, np.ones((1, len(given))))",
     "torch": "torch.linalg.svd(torch.rand(3000, 3000))",
 }
 
@@ -166,7 +168,8 @@ def test_inside_a_native_call(long_run: Path, library: str):
     if library == "torch":
         pytest.importorskip("torch")
     before = files(long_run)
-    program = NATIVE.format(imports=f"import {IMPORTS[library]}", call=CALLS[library])
+    size = {"numpy": 4000, "scipy": 8000, "torch": 1}[library]
+    program = NATIVE.format(imports=f"import {IMPORTS[library]}", call=CALLS[library], size=size)
     process = started(long_run, *RUN, begin=("-c", program))
     wait_for(process.stderr, "at work")
     time.sleep(0.5)
