@@ -30,7 +30,7 @@ OBJECTIVES = (
     Objective(depth=2.0),
     Objective(exponent=0.5, depth=1.0),
 )
-BETWEEN = Objective(exponent=0.7, depth=0.5)  # seldom the best of all, never far from it
+BETWEEN = Objective(exponent=0.7, depth=0.5)  # where only one plan is made: a compromise of them
 GRID = tuple(Objective(exponent=e, depth=d) for e in (1.0, 0.7, 0.5, 0.35) for d in (0.0, 0.5, 1.0, 2.0))
 TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
 STEP = 1.03  # the search for the least network ends when two budgets are this close
