@@ -29,11 +29,10 @@ from rich.table import Table
 
 import rows
 from netdecouple import kernels
-from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure
+from netdecouple.convolution import ConvGeometry, ConvStage, Factorization, Structure, placeholder
 from netdecouple.execution.machine import machine
 from netdecouple.families.nd import DepthwisePointwise
 from netdecouple.frontends.onnx.emission import FORMS, Form, emit
-from netdecouple.planning.latency import placeholder
 from netdecouple.runtimes.onnxruntime import OnnxRuntime
 from netdecouple.runtimes.timing import Stopwatch, measure
 

@@ -25,12 +25,11 @@ from rich.table import Table
 from torch import nn
 
 from netdecouple import kernels
-from netdecouple.convolution import Structure
+from netdecouple.convolution import Structure, placeholder
 from netdecouple.families.nd import DepthwisePointwise
 from netdecouple.frontends.torch import convolutions
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.frontends.torch.replacement import substitute
-from netdecouple.planning.latency import placeholder
 from netdecouple.runtimes.timing import Ratio, measure
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7), (32, 32))  # channels, height and width
