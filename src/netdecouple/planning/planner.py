@@ -65,12 +65,14 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
         asked = [replace(budget, share=min(budget.share * scale, 1.0)) for budget in budgets]
         plan = replace(make_plan(analysis, asked, form), budget=_text(budgets))
         written = _written(analysis, plan)
-        return plan, max((used(b, analysis.network.layers, written) for b in budgets), default=1.0)
+        if written is None:
+            return plan, 1.0
+        return plan, max(used(budget, analysis.network.layers, written) for budget in budgets)
 
     scale, over = 1.0, np.inf
     best, full = planned(scale)
     for _ in range(TRIES):
-        if full >= FULL or scale * min((budget.share for budget in budgets), default=1.0) >= 1:
+        if full >= FULL or scale * min(budget.share for budget in budgets) >= 1:
             break
         more = min(scale / full, np.sqrt(scale * over))
         plan, share = planned(more)
@@ -86,14 +88,23 @@ def used(budget: Budget, layers: Sequence[Layer], written: Sequence[Layer]) -> f
     return total_cost(budget.cost, written) / (budget.share * total_cost(budget.cost, layers))
 
 
-def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer]:
-    """Return the layers of a plan's network, which is built only if a layer reads fewer channels in it."""
-    network = analysis.network
-    if all(analysis.planned(row).structure.reads_all for row in plan.layers if row.changed):
-        pairs = zip(network.layers, plan.layers, strict=True)
-        return [replace(layer, macs=row.macs, parameters=row.parameters) for layer, row in pairs]
-    built = placeholders(analysis, plan)
-    return network.layers_of(network.build(built, {}, {}), built)
+def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer] | None:
+    """Return the layers of a plan's network, at what they cost at most; None if that is what the plan says.
+
+    The network is built only if a layer reads fewer channels in it. Which channels a depthwise stage reads is
+    not known before the fit, so its layer counts as reading all.
+    """
+    network, chosen = analysis.network, {row.name: row for row in plan.layers if row.changed}
+    structures = {name: analysis.planned(row).structure for name, row in chosen.items()}
+    known = {n: s for n, s in structures.items() if s.stages[0].groups == s.geometry.groups}
+    if all(structure.reads_all for structure in known.values()):
+        return None
+    built = {name: placeholder(structure) for name, structure in known.items()}
+    others = {name: row for name, row in chosen.items() if name not in known}
+    return [
+        replace(la, macs=row.macs, parameters=row.parameters) if (row := others.get(la.name)) else la
+        for la in network.layers_of(network.build(built, {}, {}), built)
+    ]
 
 
 def placeholders(analysis: Analysis, plan: Plan) -> dict[str, Factorization]:
