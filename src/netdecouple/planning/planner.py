@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from netdecouple.convolution import Factorization, placeholder
+from netdecouple.convolution import Factorization, Structure, placeholder
 from netdecouple.errors import BudgetError, ModelError
 from netdecouple.network import Layer
 from netdecouple.planning.analysis import Analysis
@@ -64,15 +64,15 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
     def planned(scale: float) -> tuple[Plan, float]:
         asked = [replace(budget, share=min(budget.share * scale, 1.0)) for budget in budgets]
         plan = replace(make_plan(analysis, asked, form), budget=_text(budgets))
+        if scale == 1 and all(s.reads_all for s in _known_structures(analysis, plan).values()):
+            return plan, 1.0  # `make_plan` has counted everything
         written = _written(analysis, plan)
-        if written is None:
-            return plan, 1.0
         return plan, max(used(budget, analysis.network.layers, written) for budget in budgets)
 
-    scale, over = 1.0, np.inf
+    scale, over = 1.0, min((1 / budget.share for budget in budgets), default=1.0)  # all can stay at `over`
     best, full = planned(scale)
     for _ in range(TRIES):
-        if full >= FULL or scale * min(budget.share for budget in budgets) >= 1:
+        if full >= FULL:
             break
         more = min(scale / full, np.sqrt(scale * over))
         plan, share = planned(more)
@@ -88,19 +88,17 @@ def used(budget: Budget, layers: Sequence[Layer], written: Sequence[Layer]) -> f
     return total_cost(budget.cost, written) / (budget.share * total_cost(budget.cost, layers))
 
 
-def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer] | None:
-    """Return the layers of a plan's network, at what they cost at most; None if that is what the plan says.
+def _known_structures(analysis: Analysis, plan: Plan) -> dict[str, Structure]:
+    """Return those of changed layers; which channels a depthwise stage reads is known after the fit only."""
+    structures = {row.name: analysis.planned(row).structure for row in plan.layers if row.changed}
+    return {name: s for name, s in structures.items() if s.stages[0].groups == s.geometry.groups}
 
-    The network is built only if a layer reads fewer channels in it. Which channels a depthwise stage reads is
-    not known before the fit, so its layer counts as reading all.
-    """
-    network, chosen = analysis.network, {row.name: row for row in plan.layers if row.changed}
-    structures = {name: analysis.planned(row).structure for name, row in chosen.items()}
-    known = {n: s for n, s in structures.items() if s.stages[0].groups == s.geometry.groups}
-    if all(structure.reads_all for structure in known.values()):
-        return None
+
+def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer]:
+    """Return the layers of a plan's network, at what they cost at most."""
+    network, known = analysis.network, _known_structures(analysis, plan)
+    others = {row.name: row for row in plan.layers if row.changed and row.name not in known}
     built = {name: placeholder(structure) for name, structure in known.items()}
-    others = {name: row for name, row in chosen.items() if name not in known}
     return [
         replace(la, macs=row.macs, parameters=row.parameters) if (row := others.get(la.name)) else la
         for la in network.layers_of(network.build(built, {}, {}), built)
