@@ -470,6 +470,8 @@ def test_the_usual_limit_depends_on_the_outputs() -> None:
     assert str(Tolerance.usual([np.zeros((99, 10), np.float32)], 99)) == "99%"
     assert str(Tolerance.usual([np.zeros((98, 10), np.float32)], 98)) == "kl=0.005"
     assert str(Tolerance.usual([np.zeros((4, 1, 8, 8), np.float32)], 4)) == "42dB"
+    apart = np.random.default_rng(0).random((4, 9, 50), np.float32) * np.repeat([640, 1], [4, 5])[:, None]
+    assert str(Tolerance.usual([apart], 4)) == "error=0.01"
     assert str(Tolerance.usual(rows(), 6)) == "error=0.01"
 
 

@@ -13,6 +13,7 @@ from netdecouple.planning.divergence import (
     divergence,
     log_probabilities,
     loss_kind,
+    parts_of,
     relative_error,
     rounding,
     same_texts,
@@ -38,6 +39,54 @@ def test_relative_error_is_in_units_of_the_original_variance() -> None:
     assert relative_error(a, np.full(4, a.mean())) == pytest.approx(1)
     assert relative_error(a, a[:3]) == 1.0
     assert np.isfinite(relative_error(np.zeros(3), np.zeros(3)))
+
+
+def _poses(seed: int = 0) -> dict[str, np.ndarray]:
+    """Parts of a pose detector's output (3, channels, 400): pixels, scores, and points with visibility."""
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(0, 640, (3, 6, 400))
+    points[:, 2::3] = rng.random((3, 2, 400)) ** 8
+    return {
+        "boxes": rng.uniform(0, 640, (3, 4, 400)),
+        "scores": rng.random((3, 2, 400)) ** 20,
+        "points": points,
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_another_scale_count_by_themselves(transposed: bool) -> None:
+    """Scores that are lost are not hidden by boxes in pixels; every part counts alike."""
+    known, lost = _poses(), _poses()
+    lost["scores"] = np.zeros_like(lost["scores"])
+    axes = (0, 2, 1) if transposed else (0, 1, 2)
+    a, b = (np.concatenate(list(parts.values()), axis=1).transpose(axes) for parts in (known, lost))
+    axis, parts = parts_of(a)
+    assert axis == (2 if transposed else 1)
+    assert [sorted(part) for part in parts] == [[4, 5, 8, 11], [0, 1, 2, 3, 6, 7, 9, 10]]
+    assert relative_error(a, b) > 0.1
+    everything_moved = np.broadcast_to(a.mean(axis=(0, 3 - axis), keepdims=True), a.shape)
+    assert relative_error(a, everything_moved) == pytest.approx(1, abs=0.1)
+
+
+def test_channels_that_say_nothing_make_no_part() -> None:
+    """A class that is never seen, channels that are 0, and features whose sizes differ as theirs do."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((3, 5, 400)) ** 20
+    scores[:, 3] *= 1e-9
+    pixels = rng.uniform(0, 640, (3, 4, 400))
+    output = np.concatenate([pixels, scores, np.zeros((3, 1, 400))], axis=1)
+    assert [sorted(part) for part in parts_of(output)[1]] == [[4, 5, 6, 7, 8, 9], [0, 1, 2, 3]]
+    other = output.copy()
+    other[:, 7] *= 100  # still nothing
+    assert relative_error(output, other) < 1e-9
+    pixels[:, 2] = 5.0
+    assert relative_error(pixels, pixels + np.float32(1e-6)) < 1e-6
+    for features in (rng.standard_normal((3, 40, 12)), rng.standard_normal((3, 40, 6, 6)) * 10):
+        features[:, ::2] /= 10
+        assert len(parts_of(features)[1]) == 1
+        assert relative_error(features, features * 1.1) == pytest.approx(
+            0.01 * np.square(features).mean() / features.var()
+        )
 
 
 def test_outputs_of_nothing_lose_nothing() -> None:

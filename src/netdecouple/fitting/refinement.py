@@ -30,6 +30,7 @@ from netdecouple.planning.divergence import (
     divergence,
     log_probabilities,
     rounding,
+    weights_of,
 )
 
 BATCH = 64  # inputs per step, or as many as fit in memory
@@ -172,9 +173,10 @@ def _loss(original: Sequence[Tensor], outputs: Sequence[Tensor], loss: Loss) -> 
     """The divergence of outputs from the original's, with gradients: see `planning.divergence`."""
     arrays = [output.numpy(force=True) for output in original]
     layout = layout_of(arrays, len(arrays[0])) if loss == "boxes" else None
-    weights = [None] * len(arrays) if layout is None else layout.weights(arrays)
+    # a detector's weights are those of a sum
+    weights = map(_mean_weights, arrays) if layout is None else layout.weights(arrays)
     values = [
-        _kl(a, b) if loss == "kl" else _relative(a, b) if weight is None else _weighted(a, b, weight)
+        _kl(a, b) if loss == "kl" else _weighted(a, b, weight)
         for a, b, weight in zip(original, outputs, weights, strict=True)
         if b.requires_grad
     ]
@@ -191,8 +193,8 @@ def _kl(original: Tensor, outputs: Tensor) -> Tensor:
 
 
 def _weighted(original: Tensor, outputs: Tensor, weights: Array) -> Tensor:
-    return (torch.from_numpy(weights).to(outputs) * (outputs - original).square()).sum()
+    return (torch.from_numpy(np.asarray(weights)).to(outputs) * (outputs - original).square()).sum()
 
 
-def _relative(original: Tensor, outputs: Tensor) -> Tensor:
-    return (outputs - original).square().mean() / max(float(original.var()), TINY)
+def _mean_weights(original: Array) -> Array:
+    return weights_of(original) / original.size

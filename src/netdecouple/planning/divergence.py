@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from netdecouple.errors import ModelError
 from netdecouple.network import Array
@@ -14,6 +15,8 @@ from netdecouple.planning.boxes import layout_of
 Loss = Literal["kl", "relative", "boxes"]
 WORST = 1e9  # the divergence of outputs that are NaN or Inf: more than any finite outputs have
 TINY = float(np.finfo(float).tiny)
+APART = 30.0  # times the next smaller scale, from which channels of an output are numbers of another kind
+CONSTANT = 1e-3  # least scale of a channel, relative to its own size
 
 
 def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = None) -> Loss:
@@ -116,6 +119,7 @@ def are_probabilities(outputs: Array) -> bool:
 def relative_error(original: Array, other: Array) -> float:
     """Return the mean of |other − original|², relative to the original's variance.
 
+    Where an output's channels have parts of different scale (`parts_of`), it is the mean over the parts.
     Outputs of different shapes (a detector that finds more or fewer boxes) have a relative error of 1.
     """
     if original.shape != other.shape:
@@ -123,13 +127,47 @@ def relative_error(original: Array, other: Array) -> float:
     if not original.size:
         return 0.0
     a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
-    return float(np.square(a - b).mean() / _variance(a))
+    return float((weights_of(a) * np.square(a - b)).mean())
 
 
 def _relative(original: Array, other: Array) -> Array:
     """Every sample's squared error, relative to the variance over all samples."""
-    a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (original, other))
-    return np.square(a - b).mean(axis=1) / _variance(a)  # type: ignore[no-any-return]
+    a, b = (np.asarray(v, np.float64) for v in (original, other))
+    errors = weights_of(a) * np.square(a - b)
+    return errors.reshape(len(a), -1).mean(axis=1)  # type: ignore[no-any-return]
+
+
+def weights_of(output: Array) -> Array:
+    """Return the weight of every number in the mean of squares that is a relative error; it broadcasts."""
+    axis, parts = parts_of(output)
+    if len(parts) == 1:
+        return np.array(1 / _variance(output))
+    columns = np.moveaxis(output, axis, 0)
+    weights = np.ones((len(columns), *[1] * (output.ndim - 1)))
+    for part in parts:
+        numbers = columns[part]
+        variance = max(_variance(numbers), CONSTANT**2 * float(np.square(numbers).mean()))
+        weights[part] = len(columns) / (len(parts) * len(part) * variance)
+    return np.moveaxis(weights, 0, axis)
+
+
+def parts_of(output: Array) -> tuple[int, list[NDArray[np.int64]]]:
+    """Return an output's axis of channels, and the channels of every part of it that has a scale of its own.
+
+    Only outputs (N, cells, channels) or (N, channels, cells) have several: boxes in pixels, say, with scores
+    and masks' coefficients beside them. Channels that are between 0 and 1 are taken for scores, and have one
+    scale, so that a class that is never seen makes no part of its own.
+    """
+    axis = 1 if output.ndim != 3 or output.shape[1] < output.shape[2] else 2
+    if output.ndim != 3 or output.dtype.kind != "f" or not output.size:
+        return axis, [np.arange(1)]
+    numbers = np.moveaxis(output, axis, 0).reshape(output.shape[axis], -1).astype(np.float64)
+    scales = np.maximum(numbers.std(axis=1), CONSTANT * np.sqrt(np.square(numbers).mean(axis=1)))
+    are_scores = (numbers.min(axis=1) >= 0) & (numbers.max(axis=1) <= 1)
+    scales[are_scores] = np.sqrt(np.square(scales[are_scores]).mean()) if are_scores.any() else 0.0
+    order = np.argsort(scales, kind="stable")
+    smaller, larger = scales[order][:-1], scales[order][1:]
+    return axis, np.split(order, np.flatnonzero((larger > APART * smaller) & (smaller > 0)) + 1)
 
 
 def _variance(a: Array) -> float:
