@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,9 +64,10 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
     def planned(scale: float) -> tuple[Plan, float]:
         asked = [replace(budget, share=min(budget.share * scale, 1.0)) for budget in budgets]
         plan = replace(make_plan(analysis, asked, form), budget=_text(budgets))
-        if scale == 1 and all(s.reads_all for s in _known_structures(analysis, plan).values()):
+        known = _known_structures(analysis, plan)
+        if scale == 1 and all(structure.reads_all for structure in known.values()):
             return plan, 1.0  # `make_plan` has counted everything
-        written = _written(analysis, plan)
+        written = _written(analysis, plan, known)
         return plan, max(used(budget, analysis.network.layers, written) for budget in budgets)
 
     scale, over = 1.0, min((1 / budget.share for budget in budgets), default=1.0)  # all can stay at `over`
@@ -94,9 +95,9 @@ def _known_structures(analysis: Analysis, plan: Plan) -> dict[str, Structure]:
     return {name: s for name, s in structures.items() if s.stages[0].groups == s.geometry.groups}
 
 
-def _written(analysis: Analysis, plan: Plan) -> Sequence[Layer]:
+def _written(analysis: Analysis, plan: Plan, known: Mapping[str, Structure]) -> Sequence[Layer]:
     """Return the layers of a plan's network, at what they cost at most."""
-    network, known = analysis.network, _known_structures(analysis, plan)
+    network = analysis.network
     others = {row.name: row for row in plan.layers if row.changed and row.name not in known}
     built = {name: placeholder(structure) for name, structure in known.items()}
     return [
