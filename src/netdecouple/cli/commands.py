@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from netdecouple import api, kernels
+from netdecouple import api
 from netdecouple.cli import options
 from netdecouple.cli.results import (
     check_model,
@@ -33,6 +33,7 @@ from netdecouple.report.html import inspect_html
 from netdecouple.runtimes import NAMES
 from netdecouple.runtimes.benchmark import SECONDS
 from netdecouple.runtimes.feeds import parse_shape
+from netdecouple.runtimes.onnxruntime import uses_kernels
 from netdecouple.version import __version__
 
 EXIT_CODES = """\b
@@ -471,7 +472,7 @@ def demo(
     result.save(faster)
     scores = api.evaluate([model, faster], f"{data}:images,labels")
     networks = [model, faster]
-    if kernels.usable():
+    if uses_kernels(result.model):
         networks.append(output / "digits-standard.onnx")
         api.lower(faster, networks[-1])
     times = api.bench(networks, layers=True)
