@@ -7,7 +7,7 @@ import contextlib
 import functools
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Browser:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
+        driver.set_script_timeout(300)  # axe-core on a long page, beside other work
 
     def open(
         self,
@@ -87,11 +88,11 @@ class Browser:
             " - d.clientWidth"
         )
 
-    def violations(self) -> list[str]:
-        """What axe-core finds wrong with the page's accessibility, contrast included."""
+    def violations(self, rules: Sequence[str] = ()) -> list[str]:
+        """What axe-core finds wrong with a page's accessibility, contrast included, by all rules or some."""
         from axe_core_python.selenium import Axe
 
-        found = Axe().run(self.driver)["violations"]
+        found = Axe().run(self.driver, options={"runOnly": list(rules)} if rules else None)["violations"]
         return [
             f"{rule['id']}: {node['target']} {node['failureSummary']}"
             for rule in found

@@ -57,7 +57,7 @@ QUICK = Settings(families=("nd-dp",))  # a single family is weighed in a fractio
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=100)
+    return netdecouple.decouple(MODEL, CALIB, macs="3x", samples=100, settings=Settings(effort="low"))
 
 
 def test_the_budget_holds_and_accuracy_stays(result: Result, tmp_path: Path) -> None:
@@ -342,7 +342,9 @@ def test_a_perceptrons_head_is_decoupled_to_a_budget_in_parameters() -> None:
 
 @pytest.mark.slow
 def test_the_smallest_network_within_a_drop_is_found() -> None:
-    result = netdecouple.decouple(MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100, settings=QUICK)
+    result = netdecouple.decouple(
+        MODEL, CALIB, max_drop=1.0, labels=LABELS, samples=100, settings=replace(QUICK, effort="low")
+    )
     assert result.report.accuracy is not None
     before, after = result.report.accuracy
     assert after >= before - 0.01 - 1e-9

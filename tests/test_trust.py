@@ -98,6 +98,8 @@ def test_a_network_is_decoupled_without_a_network(tmp_path: Path) -> None:
         f"{digits}.npz:calib",
         "--macs",
         "60%",
+        "--effort",
+        "low",
         "-o",
         "a.onnx",
     ]

@@ -35,7 +35,7 @@ def long_run(folder: Path) -> Path:
 
 @pytest.fixture
 def long_sweep(folder: Path) -> Path:
-    """The same, with a network on which a sweep of ten budgets takes many seconds."""
+    """The same, with a network on which a sweep takes many seconds."""
     return with_network(folder, layers=6, width=32)
 
 
@@ -243,7 +243,7 @@ def test_on_a_terminal(long_run: Path):
 @pytest.mark.slow
 def test_what_was_written_is_told(long_sweep: Path):
     """A sweep that is interrupted keeps the networks that are whole, and names them."""
-    budgets = ",".join(f"{share}%" for share in range(90, 40, -5))
+    budgets = ",".join(f"{share}%" for share in (90, 80, 70))
     process = started(
         long_sweep, "sweep", "net.onnx", "--calib", "data.npz:images", "--macs", budgets, "-o", "networks"
     )

@@ -132,7 +132,7 @@ def test_what_is_released_installs_and_runs(tmp_path: Path) -> None:
     """
     done = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(site), built.name.split("-")[1]], done.stderr
-    demo = [binaries / "netdecouple", "demo", "--output", tmp_path / "demo"]
+    demo = [binaries / "netdecouple", "demo", "--macs", "50%", "--output", tmp_path / "demo"]
     done = subprocess.run(demo, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "demo" / "digits-decoupled.onnx").is_file()
