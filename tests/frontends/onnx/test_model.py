@@ -766,6 +766,21 @@ def test_everything_that_costs_macs_is_listed(kind: str):
     assert {la.name: la.macs for la in report.layers if la.name in macs} == macs
 
 
+def test_layers_may_all_be_in_bodies():
+    """Then there is nothing to run for their shapes."""
+    b = Builder()
+    b.weight("w", 8, 3, 3, 3)
+    bright = b.node("Greater", b.node("ReduceMean", "image", keepdims=0), b.constant("dark", -1e9))
+    branches = {
+        f"{name}_branch": body_of(name, [], [name], helper.make_node("Conv", ["image", "w"], [name], "conv"))
+        for name in ("then", "else")
+    }
+    b.node("If", bright, out="logits", **branches)
+    model = b.model([("logits", ("N", 8, 6, 6))])
+    layers = OnnxNetwork(read_model(model), images_for(model)).layers
+    assert sorted(la.macs for la in layers) == [0, 36 * 27 * 8]
+
+
 @pytest.mark.parametrize("level", ["ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
 def test_what_onnx_runtime_has_optimized_is_listed_and_not_decoupled(tmp_path: Path, level: str):
     """The message says what to give instead."""

@@ -400,8 +400,9 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes |= {name: array.shape for name, array in feeds.items()}
     tensors = [t for t in dict.fromkeys(ends) if t and t not in shapes]
-    values = run(model.session(up_to(model.proto, tensors)), tensors, feeds)
-    shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
+    if tensors:  # none if all layers are in bodies
+        values = run(model.session(up_to(model.proto, tensors)), tensors, feeds)
+        shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
     context = _Context(len(sample), model.size is not None, constants, shapes)
     inner, layers, nodes = _inner_layers(model, sample), [], []
     for index, (node, is_layer) in enumerate(zip(graph.node, listed, strict=True)):
