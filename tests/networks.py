@@ -333,6 +333,17 @@ def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def of_rows(model: onnx.ModelProto, size: int | str) -> onnx.ModelProto:
+    """The same network for images of 3 × 8 × 8 as rows of numbers (N, 192), as sounds are."""
+    for node in model.graph.node:
+        node.input[:] = ["image/maps" if name == "image" else name for name in node.input]
+    model.graph.initializer.append(numpy_helper.from_array(np.int64([-1, 3, 8, 8]), "maps"))
+    model.graph.node.insert(0, helper.make_node("Reshape", ["image", "maps"], ["image/maps"]))
+    rows = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", size])
+    model.graph.input[0].CopyFrom(rows)
+    return model
+
+
 def old_style() -> onnx.ModelProto:
     """IR version 3: every initializer is listed among the inputs too."""
     model = classifier(opset=11, ir_version=3)

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 import netdecouple
 from netdecouple import Plan, Result, Settings, kernels
-from netdecouple.api import evaluate, files_of, inspect, lower
+from netdecouple.api import bench, evaluate, files_of, inspect, lower
 from netdecouple.errors import (
     BudgetError,
     CalibrationError,
@@ -39,6 +39,7 @@ from tests.networks import (
     halved,
     images_for,
     kinds,
+    of_rows,
     perceptron,
     residual,
     restorer,
@@ -289,6 +290,20 @@ def test_the_order_of_the_axes_changes_nothing() -> None:
         run(open_session(r.model), None, {"image": x})[0] for r, x in ((first, images), (last, turned))
     ]
     np.testing.assert_allclose(*outputs, atol=1e-4)
+
+
+def test_inputs_need_not_be_images(tmp_path: Path) -> None:
+    """A network for rows of numbers becomes what the one for images becomes, and shows no pictures."""
+    images = images_for(classifier(), 40)
+    first = netdecouple.decouple(classifier(), images, macs="2x", settings=QUICK)
+    rows = images.reshape(40, 192)
+    flat = netdecouple.decouple(of_rows(classifier(), "L"), rows, macs="2x", settings=QUICK)
+    assert flat.plan.layers == first.plan.layers
+    assert flat.report.pictures == ()
+    for seen in (inspect(of_rows(classifier(), "L"), calib=rows), inspect(of_rows(classifier(), 192))):
+        assert seen.macs == flat.report.macs_before
+    flat.save(tmp_path / "flat.onnx")
+    assert bench([tmp_path / "flat.onnx"], seconds=0.05).models[0].shapes == ((1, 192),)
 
 
 def test_inputs_beside_the_images_stay_inputs(tmp_path: Path) -> None:

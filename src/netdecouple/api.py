@@ -505,12 +505,13 @@ def sweep(
     return Sweep.of(source.name, loss, points, compared)
 
 
-def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
-    """List a network's layers, their costs and principal components, without calibration inputs.
+def inspect(model: Any, size: tuple[int, int] | None = None, calib: Any = None) -> Inspection:
+    """List a network's layers, their costs and principal components.
 
     Args:
         model: as in `decouple`.
         size: height and width of its images, where the model does not say.
+        calib: as in `decouple`, for models whose inputs are no images or not all alike; a few are enough.
 
     Raises:
         NetDecoupleError: as in `decouple`.
@@ -518,8 +519,8 @@ def inspect(model: Any, size: tuple[int, int] | None = None) -> Inspection:
     source = open_model(model)
     with source.session():
         preprocessing = source.preprocessing.resized_for(size)
-        noise = source.calibration(None, preprocessing, None, 0)
-        return inspection(source.name, tuple(source.open(noise.inputs, Memory()).layers))
+        inputs = source.calibration(calib, preprocessing, 10, 0).inputs
+        return inspection(source.name, tuple(source.open(inputs, Memory()).layers))
 
 
 def evaluate(

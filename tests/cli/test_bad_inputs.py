@@ -226,6 +226,17 @@ def test_an_open_size_without_images(refused, folder: Path):
     refused([*changed(RUN, calib=None), "--data-free"], "any size", "--input-size")
 
 
+def test_inputs_that_are_no_images(refused, netdecouple, folder: Path):
+    """Only inputs tell how large they are where the model leaves it open; pictures are refused."""
+    onnx.save(networks.of_rows(networks.classifier(), "L"), folder / "net.onnx")
+    refused(["inspect", "net.onnx"], "?×?", "any size", "--calib")
+    refused([*changed(RUN, calib=None), "--data-free"], "any size", "--calib")
+    refused(changed(RUN, calib="images"), "takes no pictures", "floats (N, …)")
+    np.save(folder / "rows.npy", np.random.default_rng(0).standard_normal((20, 192)).astype(np.float32))
+    assert netdecouple("inspect", "net.onnx", "--calib", "rows.npy").code == 0
+    refused(["inspect", "net.onnx", "--calib", "rows.npy", "--html", "rows.npy"], "rows.npy")
+
+
 @pytest.mark.parametrize("is_read", [True, False])
 @pytest.mark.parametrize("operator", ["RandomNormalLike", "Dropout", "Multinomial", "Bernoulli"])
 def test_a_random_operator(refused, netdecouple, folder: Path, operator: str, is_read: bool):

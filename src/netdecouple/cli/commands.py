@@ -263,6 +263,9 @@ def sweep(
 def inspect(
     model: options.Model,
     input_size: options.InputSize = None,
+    calib: Annotated[
+        str | None, options.option("Some inputs, where the model does not say what they are, as for run.")
+    ] = None,
     opening: options.Opening = options.Opening(),
     html: Annotated[Path | None, options.option("Write it here as a page, too.")] = None,
     printed: Output = Output(),
@@ -276,9 +279,10 @@ def inspect(
     """
     terminal = Terminal(printed)
     check_model(model)
-    check_outputs([model, opening.weights], html)
+    check_outputs([model, opening.weights, calib], html)
     source = open_model(terminal, model, opening)
-    inspection = api.inspect(source, None if input_size is None else options.parse_size(input_size))
+    size = None if input_size is None else options.parse_size(input_size)
+    inspection = api.inspect(source, size, calib)
     terminal.console.print(text.inspect_table(inspection))
     terminal.console.print(text.reach_table(inspection))
     if html is not None:

@@ -262,6 +262,8 @@ class _Loader:
 
     def from_folder(self, folder: Path) -> Samples:
         """Read a random subset of the images in a folder; unreadable images are replaced by others."""
+        if not self.channels:
+            raise CalibrationError("the network takes no pictures: give floats (N, …)")
         self.preprocessing.check(self.channels)  # before the loop, which would skip every image for it
         names, elsewhere = _listed(folder)
         if not names and elsewhere:

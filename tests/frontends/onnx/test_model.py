@@ -267,11 +267,27 @@ def test_read_refuses_other_dtypes():
     assert_refused(b.model(kind=TensorProto.UINT8), "'image'", "uint8 of 4 dimensions", "float16 images")
 
 
-def test_read_refuses_other_ranks():
-    """A 1-D network's input has three dimensions."""
+@pytest.mark.parametrize("shape", [(), (64,)])
+def test_read_refuses_inputs_without_an_axis_of_samples(shape):
+    b = Builder()
+    x = b.node("Reshape", b.node("Expand", "image", b.constant("size", [3, 64], np.int64)), "maps")
+    b.constant("maps", [-1, 3, 8, 8], np.int64)
+    b.classifier(b.conv(x, 3, 8, 3, "conv"), 8)
+    assert_refused(b.model(shape=shape), f"float32 of {len(shape)} dimensions", "other numbers (N, …)")
+
+
+@pytest.mark.parametrize(("shape", "is_fixed"), [(("N", 3, 64), True), (("N", "C", "L"), False)])
+def test_images_are_preferred_to_other_inputs(shape, is_fixed: bool):
+    """Whatever their order; without any, the first input of numbers is that of the samples."""
     b = Builder()
     b.node("Conv", "image", b.weight("w", 8, 3, 5), out="logits")
-    assert_refused(b.model([("logits", ("N", 8, "L"))], ("N", 3, 64)), "float32 of 3 dimensions")
+    model = b.model([("logits", ("N", 8, "L"))], shape)
+    model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, ["N", 4]))
+    read = read_model(model)
+    assert (read.input_name, read.channels, read.size) == ("image", 0, None)
+    assert read.has_fixed_size == is_fixed
+    model.graph.input.append(helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["N", 3, 8, 8]))
+    assert read_model(model).input_name == "maps"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

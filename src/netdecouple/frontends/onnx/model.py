@@ -67,7 +67,8 @@ class OnnxModel:
     origin: str  # file name, for messages
     input_name: str
     batch: int | None  # None if dynamic
-    channels: int
+    shape: tuple[int | None, ...]  # of one input, as declared; None where dynamic
+    channels: int  # 0 if its inputs are no images
     size: tuple[int, int] | None  # h, w; None if dynamic
     channels_last: bool  # images are (n, h, w, c)
     bytes: int  # as read, external data included
@@ -76,6 +77,11 @@ class OnnxModel:
     others: tuple[Input, ...] = ()  # inputs besides the images, which have one value for all of them
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # their values; some have defaults
     custom_ops: tuple[str, ...] = ()  # libraries of operators
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether all inputs have one size."""
+        return self.size is not None if self.channels else None not in self.shape
 
     def session(self, proto: onnx.ModelProto | Path) -> Any:
         """Open this model, or one made of it, for running; ModelError if ONNX Runtime refuses it."""
@@ -114,7 +120,8 @@ def read_model(source: ModelSource, custom_ops: Sequence[str] = ()) -> OnnxModel
     ``custom_ops`` are libraries of operators that it uses.
 
     Raises:
-        ModelError: not an ONNX model, weights missing or not finite, no convolutions, or not one image input.
+        ModelError: not an ONNX model, weights missing or not finite, no convolutions, or no floating-point
+            input (N, …).
     """
     proto, origin = load(source)
     _check_weights(proto, origin)
@@ -124,24 +131,27 @@ def read_model(source: ModelSource, custom_ops: Sequence[str] = ()) -> OnnxModel
     if not any(map(is_convolution, nodes_of(folded.graph))):
         raise ModelError(f"{origin}: the model has no convolutions; there is nothing to decouple")
     inputs = [_declared(value) for value in folded.graph.input]
-    image = next((i for i in inputs if len(i.shape) == 4 and i.dtype in DTYPES), None)
+    image = _of_samples(inputs)
     if image is None:
         declared = ", ".join(f"{i.name!r} is {i.dtype} of {len(i.shape)} dimensions" for i in inputs)
         raise ModelError(
-            f"{origin}: input {declared or 'is missing'}; "
-            "float32 or float16 images (N, C, H, W) or (N, H, W, C) are supported"
+            f"{origin}: input {declared or 'is missing'}; float32 or float16 images (N, C, H, W) or "
+            "(N, H, W, C), or other numbers (N, …), are supported: export the part that takes such numbers"
         )
     others, dims = tuple(i for i in inputs if i is not image), image.shape
     is_alone = any(other.shape[:1] == (None,) for other in others)  # it may count the images
-    channels_last = _has_channels_last(folded.graph, image.name, dims)
-    channels, height, width = (dims[i] for i in ((3, 1, 2) if channels_last else (1, 2, 3)))
+    is_image = len(dims) == 4
+    channels_last = is_image and _has_channels_last(folded.graph, image.name, dims)
+    order = (3, 1, 2) if channels_last else (1, 2, 3)
+    channels, height, width = (dims[i] for i in order) if is_image else (0, None, None)
     return OnnxModel(
         proto=folded,
         fingerprint=_fingerprint(proto),
         origin=origin,
         input_name=image.name,
         batch=dims[0] or (1 if is_alone else None),
-        channels=channels or COLOURS,
+        shape=dims[1:],
+        channels=COLOURS if channels is None else channels,
         size=(height, width) if height and width else None,
         channels_last=channels_last,
         bytes=size_of(proto),
@@ -150,6 +160,12 @@ def read_model(source: ModelSource, custom_ops: Sequence[str] = ()) -> OnnxModel
         others=others,
         custom_ops=tuple(custom_ops),
     )
+
+
+def _of_samples(inputs: Sequence[Input]) -> Input | None:
+    """Return the input of images, or else the first one of other floating-point samples (N, …)."""
+    numbers = [i for i in inputs if len(i.shape) > 1 and i.dtype in DTYPES]
+    return next((i for i in numbers if len(i.shape) == 4), numbers[0] if numbers else None)
 
 
 def _declared(value: onnx.ValueInfoProto) -> Input:
@@ -200,9 +216,8 @@ def noted_shape(source: ModelSource) -> tuple[int, ...] | None:
     except ModelError:
         return None
     noted = {entry.key: entry.value for entry in proto.metadata_props}.get(INPUT_SHAPE)
-    images = next((v for v in proto.graph.input if len(v.type.tensor_type.shape.dim) == 4), None)
-    dims = [d.dim_value for d in images.type.tensor_type.shape.dim[1:]] if noted and images else []
-    return parse_shape(noted) if noted and not all(dims) else None
+    images = _of_samples([_declared(value) for value in proto.graph.input])
+    return parse_shape(noted) if noted and images and None in images.shape[1:] else None
 
 
 def _arrays(proto: onnx.ModelProto) -> Iterable[tuple[str, NDArray[Any]]]:
@@ -403,7 +418,7 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     if tensors:  # none if all layers are in bodies
         values = run(model.session(up_to(model.proto, tensors)), tensors, feeds)
         shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
-    context = _Context(len(sample), model.size is not None, constants, shapes)
+    context = _Context(len(sample), model.has_fixed_size, constants, shapes)
     inner, layers, nodes = _inner_layers(model, sample), [], []
     for index, (node, is_layer) in enumerate(zip(graph.node, listed, strict=True)):
         found = [(_read(node, context), node)] if is_layer else inner.get(index, ())

@@ -266,8 +266,8 @@ class OnnxNetwork:
         return self.model.bytes if model is None else size_of(model)
 
     def pictures(self, images: Array) -> list[Array]:
-        """Return the inputs: all of them are pictures."""
-        return list(self.model.channels_first(images))
+        """Return the inputs if they are pictures."""
+        return list(self.model.channels_first(images)) if self.model.channels else []
 
     def close(self) -> None:
         """Nothing to end."""
@@ -309,7 +309,7 @@ def _as_it_runs(model: OnnxModel, sample: Array) -> OnnxModel:
     Raises:
         ModelError: it fails on images of this size, and runs on those of another.
     """
-    if model.batch is not None and model.size is not None:
+    if model.batch is not None and model.has_fixed_size:
         return model
     chosen = np.minimum(np.arange(model.batch or 2), len(sample) - 1)
     with np.errstate(over="ignore"):
@@ -340,7 +340,8 @@ def _outputs(session: Any, feeds: Feeds) -> list[Any] | None:
 
 def _check_size(model: OnnxModel, session: Any, images: Array) -> None:
     """Raise ModelError if a network that fails on images runs on those of another size."""
-    if model.size is not None or _outputs(session, model.feeds(np.zeros_like(images))) is not None:
+    is_sized = model.size is not None or not model.channels
+    if is_sized or _outputs(session, model.feeds(np.zeros_like(images))) is not None:
         return
     n, c, height, width = model.channels_first(images).shape
     for size in SIZES:

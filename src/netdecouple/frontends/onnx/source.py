@@ -24,6 +24,7 @@ from netdecouple.frontends.onnx.network import OnnxNetwork
 from netdecouple.frontends.onnx.timing import OnnxTimer
 from netdecouple.network import Array, Calibration, Executable
 from netdecouple.runtimes import onnxfile
+from netdecouple.runtimes.feeds import describe_shape
 from netdecouple.runtimes.onnxfile import size_of
 
 
@@ -93,7 +94,7 @@ class OnnxSource:
         preprocessing = preprocessing or self.preprocessing
         m = self.model
         axes = {"channels": m.channels, "size": m.size, "channels_last": m.channels_last}
-        return {**axes, "preprocessing": preprocessing}
+        return {**axes, "preprocessing": preprocessing, "is_free": not m.channels}
 
     def calibration(
         self, calib: Any, preprocessing: Preprocessing | None, samples: int | None, seed: int
@@ -105,18 +106,26 @@ class OnnxSource:
         calib = self._images(calib)
         shape = self._shape(preprocessing)
         if calib is None:
-            size = self.model.size or shape["preprocessing"].size
-            if size is None:
-                raise CalibrationError(f"{self.name} takes images of any size; say which with input_size=")
-            channels = shape["channels"]
-            axes = (*size, channels) if self.model.channels_last else (channels, *size)
-            noise = np.random.default_rng(seed).standard_normal((10, *axes))
-            images = noise.astype(np.float32)
+            axes = self._sizes(shape["preprocessing"])
+            images = np.random.default_rng(seed).standard_normal((10, *axes)).astype(np.float32)
             return Calibration(inputs=images, origin=calibration.NOISE, nbytes=images.nbytes, is_noise=True)
         loaded = calibration.load(calib, **shape, samples=samples, seed=seed)
         return Calibration(
             inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
         )
+
+    def _sizes(self, preprocessing: Preprocessing) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        m, size = self.model, self.model.size or preprocessing.size
+        if m.channels and size is not None:
+            return (*size, m.channels) if m.channels_last else (m.channels, *size)
+        if m.channels:
+            raise CalibrationError(f"{self.name} takes images of any size; say which with input_size=")
+        known = tuple(n for n in m.shape if n is not None)
+        if known != m.shape:
+            sizes = describe_shape((None, *m.shape))
+            raise CalibrationError(f"{self.name} takes inputs {sizes}, of any size; give some with calib=")
+        return known
 
     def _images(self, calib: Any) -> Any:
         """Take the other inputs' values, which ``constants`` override, out of what is given as inputs."""
