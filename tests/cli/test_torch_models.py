@@ -196,6 +196,8 @@ def test_modules_that_take_no_pictures(netdecouple, folder: Path, module: str, s
     if module == "pitch":
         ended = netdecouple("eval", "nets:pitch", "--data", "data.npz:waves,labels")
         assert ended.code == 0, ended
+    ended = netdecouple("inspect", f"nets:{module}", "--calib", "waves.npy")
+    assert (ended.code, "at most" in ended.out) == (0, True), ended
 
 
 def test_a_module_of_sounds_takes_no_pictures(netdecouple, folder: Path):
