@@ -55,6 +55,17 @@ def test_a_fully_connected_layer_may_follow_a_rule_or_be_excluded_or_too_small()
         kept_reasons([linear("one", 16, 1)], Settings())
 
 
+def test_if_no_layer_is_left_the_reasons_are_said_once_each() -> None:
+    """The most frequent first, with a layer that has each."""
+    layers = [conv("head", 8, 16, 10), *(linear(name, 16, 1) for name in ("a", "b", "c"))]
+    with pytest.raises(ModelError) as refused:
+        kept_reasons(layers, Settings(exclude=("head",)))
+    assert str(refused.value) == (
+        "none of the 4 layers can be decoupled "
+        "(a and 2 more: too small: nothing costs less than the layer itself; head: excluded)"
+    )
+
+
 def test_a_wide_layer_that_is_little_of_the_network_is_not_worth_the_work() -> None:
     """As the small heads of detectors are; a rule, and fits without data, which are quick, go there too."""
     layers = [conv("a", 512, 512, 38), conv("b", 512, 512, 38), conv("head", 1024, 8, 19)]

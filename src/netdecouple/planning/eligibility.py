@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 
 from netdecouple.errors import ModelError
@@ -30,11 +31,19 @@ def kept_reasons(layers: Sequence[Layer], settings: Settings, memory: Memory = M
     if settings.procedure != "rule" and not settings.data_free:
         reasons |= _not_worth_it([layer for layer in layers if layer.name not in reasons], layers)
     if len(reasons) == len(layers):
-        why = "; ".join(f"{n}: {r}" for n, r in list(reasons.items())[:3])
-        raise ModelError(
-            f"none of the {len(layers)} layers can be decoupled ({why}{', …' if len(reasons) > 3 else ''})"
-        )
+        raise ModelError(f"none of the {len(layers)} layers can be decoupled ({_summary(reasons)})")
     return reasons
+
+
+def _summary(reasons: dict[str, str]) -> str:
+    """Say the most frequent reasons, each with a layer that has it and how many others have."""
+    frequent = Counter(reasons.values()).most_common(3)
+    first = {reason: name for name, reason in reversed(reasons.items())}
+    parts = [
+        f"{first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+        for reason, count in frequent
+    ]
+    return "; ".join(parts) + ("; …" if sum(count for _, count in frequent) < len(reasons) else "")
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:
