@@ -218,7 +218,7 @@ class BudgetRow:
 
 
 def budget_rows(analysis: Analysis) -> list[BudgetRow]:
-    """Plan for a series of MAC budgets, and for the least that can be reached."""
+    """Plan for a series of MAC budgets, and for the least that can be reached; no plan is listed twice."""
     least = reachable(analysis, Macs())
     shares = [1 / ratio for ratio in RATIOS if 1 / ratio > least]
     rows = []
@@ -226,7 +226,7 @@ def budget_rows(analysis: Analysis) -> list[BudgetRow]:
         plan = make_plan(analysis, [Budget(Macs(), share)])
         label = f"{plan.before.macs / plan.after.macs:.2f}×"
         rows.append(BudgetRow(label, plan.after.macs, plan.after.parameters, plan.predicted_loss))
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
