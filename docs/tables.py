@@ -34,6 +34,7 @@ import fastest  # noqa: E402
 import gpu  # noqa: E402
 import kernel  # noqa: E402
 import latency  # noqa: E402
+import models  # noqa: E402
 import paper_table  # noqa: E402
 import planning  # noqa: E402
 import promise  # noqa: E402
@@ -154,6 +155,7 @@ def main() -> None:
     tried = rows.read(DOCS / "planning.jsonl", planning.Row)
     promised = rows.read(DOCS / "promise.jsonl", promise.Row)
     found = rows.read(DOCS / "fastest.jsonl", fastest.Row)
+    brought = rows.read(DOCS / "models.jsonl", models.Row)
     pages = {
         "commands": commands(),
         "families": families(),
@@ -165,6 +167,7 @@ def main() -> None:
         "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),
         "planning": _all([planning.table(tried)] if tried else []),
         "promise": _all([promise.table(promised)] if promised else []),
+        "models": _all([models.table(brought)] if brought else []),
         "paper": _all(paper_table.table(name, cells) for name in networks),
     }
     for name, text in pages.items():
