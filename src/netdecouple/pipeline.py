@@ -31,11 +31,11 @@ from netdecouple.goal import Budgets, Emission, Fastest, Goal, LatencyBudget, Ma
 from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
-from netdecouple.planning.cost import Macs
+from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, used
+from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, unused_warning, used
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
 from netdecouple.report.build import (
@@ -211,7 +211,8 @@ def decouple(
     if request.refine is not None:
         applied = _refined(work, analysis, applied, request.refine)
     most = goal.share * (1 + MISSED) if isinstance(goal, LatencyBudget) else NOT_FASTER
-    outcome = finish(work, applied, latency=latency, most=most, curve=curve)
+    budgets = goal.budgets if isinstance(goal, Budgets) else ()
+    outcome = finish(work, applied, latency=latency, most=most, curve=curve, budgets=budgets)
     promise = outcome.report.promise
     if isinstance(goal, Fastest):
         _check_faster(outcome, applied)
@@ -287,7 +288,7 @@ def sweep(work: Work, goals: Sequence[Budgets]) -> Iterator[Outcome]:
         applied = apply(network, work.inputs, plan, progress, targets, run)
         if _is_over(network, applied, goal):
             applied = _planned(work, analysis, goal, None, fills=False)
-        yield finish(work, applied)
+        yield finish(work, applied, budgets=goal.budgets)
 
 
 def apply_plan(work: Work, plan: Plan) -> Outcome:
@@ -442,6 +443,7 @@ def finish(
     latency: Latency | None = None,
     most: float = np.inf,
     curve: Sequence[BudgetRow] = (),
+    budgets: Sequence[Budget] = (),
     is_saved: bool = False,
 ) -> Outcome:
     """Build the decoupled model, and report on it; ModelError if it does not compute what its plan says.
@@ -464,7 +466,8 @@ def finish(
     speed = None if latency is None else _speed(latency, model, plan, most)
     if latency is not None and latency.timer.lost > BUSY:
         warnings += (busy_warning(latency.timer.lost),)
-    measured: dict[str, Any] = {"agreement": None, "warnings": warnings}
+    unused = unused_warning(budgets, network.layers, written)
+    measured: dict[str, Any] = {"agreement": None, "warnings": warnings + unused}
     if not work.calibration.is_noise:
         quality = quality_of(plan.loss, plan.predicted_loss, len(held_out), work.outputs, new)
         places = shuffled(len(work.inputs.images), plan.seed)[work.inputs.fitted :].tolist()
@@ -473,7 +476,7 @@ def finish(
         measured = {
             "agreement": quality,
             "promise": work.promise(new),
-            "warnings": warnings + warnings_of(quality),
+            "warnings": warnings + warnings_of(quality) + unused,
             "disagreements": worst,
             "pictures": pictures(drawn, request.preprocessing or request.source.preprocessing),
         }

@@ -26,6 +26,7 @@ from netdecouple.planning.planner import (
     published_plan,
     reachable,
     ruled_plan,
+    unused_warning,
 )
 from netdecouple.planning.settings import Settings
 from tests.planning.layers import conv, linear
@@ -233,6 +234,23 @@ def test_the_table_of_budgets_ends_at_the_least_that_can_be_reached(
     assert [(row.macs, row.parameters, row.predicted_loss) for row in rows[:-1]] == list(dict.fromkeys(found))
     assert all(plan.after.macs <= total / ratio for ratio, plan in zip(labels, plans, strict=True))
     assert len(set(rows)) == len(rows) < len(labels) + 1  # there are fewer plans than budgets
+
+
+@pytest.mark.parametrize(
+    ("shares", "warning"),
+    [
+        ((0.54, 0.9), ()),
+        ((0.8, 0.9), ("50% MACs are left, where 80% MACs was asked for",)),
+        ((0.8, 0.6), ("50% parameters are left, where 60% parameters was asked for",)),
+        ((), ()),
+    ],
+)
+def test_a_budget_that_is_not_used_up_is_said(shares: tuple[float, ...], warning: tuple[str, ...]) -> None:
+    """The one that is used up most, where there are two."""
+    budgets = [Budget(cost, share) for cost, share in zip((Macs(), Parameters()), shares, strict=False)]
+    half = [replace(la, macs=la.macs // 2, parameters=la.parameters // 2) for la in LAYERS]
+    found = unused_warning(budgets, LAYERS, half)
+    assert tuple(text.partition(";")[0] for text in found) == warning
 
 
 PAPER = Settings(data_free=True, uniform_rank=True)
