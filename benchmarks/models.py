@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from netdecouple.report.formatting import count
 from rows import keep
 
 PACKAGES = (
@@ -218,7 +219,7 @@ def table(known: Sequence[Row]) -> Table:
             row.package,
             row.model,
             row.outcome,
-            f"{before / 1e6:.3g} M → {after / before:.0%}" if before else "",
+            f"{count(before)} → {after / before:.0%}" if before else "",
             row.quality,
             times and f"{times} ms",
             f"{row.seconds:.0f} s",
