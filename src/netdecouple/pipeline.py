@@ -35,7 +35,7 @@ from netdecouple.planning.cost import Budget, Macs
 from netdecouple.planning.divergence import Loss, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
-from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, unused_warning, used
+from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, used
 from netdecouple.planning.settings import Settings
 from netdecouple.planning.tolerance import Promise, Tolerance
 from netdecouple.report.build import (
@@ -44,6 +44,7 @@ from netdecouple.report.build import (
     disagreements_of,
     layer_reports,
     quality_of,
+    unused_warning,
     warnings_of,
 )
 from netdecouple.report.inspection import energies

@@ -26,9 +26,9 @@ from netdecouple.planning.planner import (
     published_plan,
     reachable,
     ruled_plan,
-    unused_warning,
 )
 from netdecouple.planning.settings import Settings
+from netdecouple.report.build import unused_warning
 from tests.planning.layers import conv, linear
 
 FIRST, WIDE, OTHER, LAST = (

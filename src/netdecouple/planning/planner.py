@@ -20,7 +20,6 @@ FIRST = "first convolution"
 FULLY_CONNECTED = ("Gemm", "MatMul", "Linear")
 NO_CONVOLUTION = "fully connected; published methods are for convolutions"
 FULL = 0.98  # share of a budget that is used, from which no fuller plan is looked for
-MUCH = 0.9  # share of a budget that is used, below which a report says so
 TRIES = 3  # plans that ask for more than the budgets, to fill them
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times fewer MACs, in the table of budgets
 FormOf = Callable[[Layer, Candidate], str]  # how a layer's candidate is written
@@ -88,17 +87,6 @@ def filled_plan(analysis: Analysis, budgets: Sequence[Budget], form: FormOf = pa
 def used(budget: Budget, layers: Sequence[Layer], written: Sequence[Layer]) -> float:
     """Return the share of a budget that the layers of a written network use."""
     return total_cost(budget.cost, written) / (budget.share * total_cost(budget.cost, layers))
-
-
-def unused_warning(
-    budgets: Sequence[Budget], layers: Sequence[Layer], written: Sequence[Layer]
-) -> tuple[str, ...]:
-    """Say what a written network uses of its budgets if that is little."""
-    budget = max(budgets, key=lambda b: used(b, layers, written), default=None)
-    if budget is None or (use := used(budget, layers, written)) >= MUCH:
-        return ()
-    left = f"{100 * use * budget.share:.3g}% {budget.cost.unit}"
-    return (f"{left} are left, where {budget} was asked for; no plan with more is predicted to lose less",)
 
 
 def _known_structures(analysis: Analysis, plan: Plan) -> dict[str, Structure]:

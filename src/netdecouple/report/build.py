@@ -10,6 +10,7 @@ from netdecouple.convolution import ConvGeometry, Factorization
 from netdecouple.fitting.apply import Applied
 from netdecouple.network import Array, Layer
 from netdecouple.planning.boxes import found_again, layout_of
+from netdecouple.planning.cost import Budget
 from netdecouple.planning.divergence import (
     TINY,
     Loss,
@@ -20,6 +21,7 @@ from netdecouple.planning.divergence import (
     same_texts,
 )
 from netdecouple.planning.plan import LayerPlan, Plan
+from netdecouple.planning.planner import used
 from netdecouple.planning.tolerance import decibels, squared_errors
 from netdecouple.report.formatting import by
 from netdecouple.report.model import Agreement, Answer, Disagreement, LayerReport, Stage
@@ -28,6 +30,7 @@ ROWS_PER_UNKNOWN = 10  # samples per unknown below which a layer's fit is called
 # share of inputs, dB, share of boxes, relative error: beyond, outputs changed a lot
 SAME_CLASS, PSNR, BOXES, ERROR = 0.95, 35.0, 0.9, 0.05
 SURPRISE = 3.0  # times the predicted divergence
+MUCH = 0.9  # share of a budget that is used, below which a report says so
 NEGLIGIBLE = 1e-3  # divergence of which no one is warned
 DISAGREEMENTS = 8  # inputs shown in a report, those whose outputs changed most
 
@@ -77,6 +80,17 @@ def chance_warning(accuracy: float, majority: float) -> tuple[str, ...]:
         f"the original is right for {accuracy:.1%} of the labelled inputs, one answer for all would be for "
         f"{majority:.1%}; check the labels and the preprocessing",
     )
+
+
+def unused_warning(
+    budgets: Sequence[Budget], layers: Sequence[Layer], written: Sequence[Layer]
+) -> tuple[str, ...]:
+    """Say what a written network uses of its budgets if that is little."""
+    budget = max(budgets, key=lambda b: used(b, layers, written), default=None)
+    if budget is None or (use := used(budget, layers, written)) >= MUCH:
+        return ()
+    left = f"{100 * use * budget.share:.3g}% {budget.cost.unit}"
+    return (f"{left} are left, where {budget} was asked for; no plan with more is predicted to lose less",)
 
 
 def busy_warning(lost: float) -> str:
