@@ -130,6 +130,29 @@ def perceptron(batch: Any = "N") -> onnx.ModelProto:
     return b.model([("logits", (batch, 10))], (batch, 3, SIZE, SIZE))
 
 
+def columns(operator: str, in_turns: bool, batch: Any = "N") -> onnx.ModelProto:
+    """Fully connected layers that read every column of a map; (N, 3, 8, 8) → (N, 8, 10).
+
+    Its columns are rows (N, 8, 16), or (8, N, 16) where the images take turns; without the first axis for a
+    Gemm, which has two.
+    """
+    b = Builder(11)
+    x = b.node("Relu", b.conv("image", 3, 16, 3, "conv"))
+    columns = b.node("ReduceMean", x, axes=[2], keepdims=0, out="columns")  # (N, 16, 8)
+    rows = b.node("Transpose", columns, perm=[2, 0, 1] if in_turns else [0, 2, 1])
+    weight = b.constant("read.weight", b.rng.standard_normal((16, 3)) @ b.rng.standard_normal((3, 24)))
+    if operator == "Gemm":
+        flat = b.node("Reshape", rows, b.constant("flat", [-1, 16], np.int64))
+        read = b.node(operator, flat, weight, b.bias("read.bias", 24), out="read")
+        shape = [SIZE, -1, 24] if in_turns else [-1, SIZE, 24]
+        read = b.node("Reshape", read, b.constant("lines", shape, np.int64))
+    else:
+        read = b.node(operator, rows, weight, out="read")
+    letters = b.node("MatMul", b.node("Relu", read), b.weight("letters.weight", 24, 10), out="letters")
+    b.node("Transpose", letters, perm=[1, 0, 2] if in_turns else [0, 1, 2], out="lines_read")
+    return b.model([("lines_read", (batch, SIZE, 10))], (batch, 3, SIZE, SIZE))
+
+
 def additions() -> onnx.ModelProto:
     """Additions that are no residual branches: a gate (N, C, 1, 1), a map (1, C, H, W), the layer itself."""
     b = Builder(2)

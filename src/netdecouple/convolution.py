@@ -232,6 +232,16 @@ class Factorization:
     stages: tuple[ConvStage, ...]
     bias: Array | None = None  # (n_o,)
 
+    @classmethod
+    def whole(cls, geometry: ConvGeometry, weight: Array, bias: Array | None = None) -> Factorization:
+        """The convolution itself, as a chain of one stage.
+
+        >>> triple = Factorization.whole(ConvGeometry(1, 1, 1, 1), np.full((1, 1, 1, 1), 3.0))
+        >>> triple(np.ones((1, 1, 1, 1))).item()
+        3.0
+        """
+        return cls(geometry, (ConvStage(geometry, weight),), bias)
+
     def __call__(self, x: Array) -> Array:
         """Run the chain on (n, n_i, h, w) in NumPy."""
         for stage in self.stages:

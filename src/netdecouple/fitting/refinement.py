@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from netdecouple.convolution import ConvStage, Factorization
+from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.fitting.apply import Applied, Refinement
@@ -111,8 +111,8 @@ def check(network: Network, images: Images) -> None:
     layer = next((la for la in network.layers if la.geometry and not la.reason), None)
     if layer is None or layer.geometry is None:
         return  # nothing will be changed
-    stage = ConvStage(layer.geometry, layer.weight.astype(np.float32))
-    exact = Factorization(layer.geometry, (stage,), layer.bias.astype(np.float32))
+    arrays = (array.astype(np.float32) for array in (layer.weight, layer.bias))
+    exact = Factorization.whole(layer.geometry, *arrays)
     trained, few = network.trainable({layer.name: exact}), images[network.batches(len(images))[0]][:2]
     original, outputs = network.run(few), trained(few)
     if any(output.ndim == 0 or len(output) != len(few) for output in outputs):

@@ -218,21 +218,23 @@ def products(rank: int, bias: bool = True) -> Factorization:
 def test_fully_connected_layers_stay_matrix_products(operator: str, bias: bool, opset: int):
     """One per stage, on rows as they come, in every form; old operator sets have them too."""
     factorization = products(4, bias)
-    x = np.random.default_rng(1).standard_normal((5, 12), np.float32)
+    shape = (5, 12) if operator == "Gemm" else (5, 2, 12)
+    x = np.random.default_rng(1).standard_normal(shape, np.float32)
+    operators = ["MatMul", operator, "Add"] if operator == "MatMul" and bias else ["MatMul", operator]
     for form in FORMS:
         nodes, initializers = emit(factorization, "fc", "x", "y", form, operator)
-        assert [node.op_type for node in nodes] == ["MatMul", "Gemm"]
+        assert [node.op_type for node in nodes] == operators
         assert all(t.name.startswith("fc/") for t in (*nodes, *initializers))
         graph = helper.make_graph(
             nodes,
             "products",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("N", 12))],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("N", 9))],
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (*shape[:-1], 9))],
             initializers,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
         onnx.checker.check_model(model, full_check=True)
-        expected = factorization(x[:, :, None, None])[:, :, 0, 0]
+        expected = factorization(x.reshape(-1, 12, 1, 1)).reshape(*shape[:-1], 9)
         np.testing.assert_allclose(run(open_session(model), None, {"x": x})[0], expected, atol=1e-4)
 
 

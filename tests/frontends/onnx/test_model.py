@@ -610,11 +610,9 @@ def test_fully_connected_layers_are_pointwise_convolutions_of_one_pixel(
 def product(b: Builder, kind: str) -> str:
     """A matrix product of a kind that stays as it is, on maps (N, 3, 8, 8); its output."""
     flat = b.node("Flatten", "image")
-    if kind == "three axes":
-        return b.node("MatMul", b.node("ReduceMean", "image", axes=[1], keepdims=0), b.weight("w", 8, 10))
-    if kind == "several rows":
-        rows = b.node("Reshape", "image", b.constant("cut", [-1, 96], np.int64))
-        return b.node("Gemm", rows, b.weight("w", 96, 10))
+    if kind == "pixels of all images":
+        rows = b.node("ReduceMax", "image", axes=[0, 1], keepdims=0)
+        return b.node("MatMul", rows, b.weight("w", 8, 10))
     if kind == "stacked weights":
         return b.node("MatMul", flat, b.weight("w", 2, 192, 10))
     if kind == "transposed input":
@@ -637,8 +635,7 @@ def product(b: Builder, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("three axes", "its input has 3 axes, not 2"),
-        ("several rows", "it does not see one row per image"),
+        ("pixels of all images", "its rows do not belong to one image each"),
         ("stacked weights", "its weights have 3 axes, not 2"),
         ("transposed input", "its input is transposed"),
         ("double", "its weights are float64, not float32 or float16"),

@@ -20,6 +20,7 @@ from netdecouple.families.cd import ChannelDecomposition
 from netdecouple.frontends.onnx.emission import FORMS
 from netdecouple.frontends.onnx.model import read_model
 from netdecouple.frontends.onnx.network import ExternalWeights, OnnxNetwork
+from netdecouple.frontends.onnx.proto import up_to
 from netdecouple.frontends.onnx.walk import OnnxWalk
 from netdecouple.network import ONE_BY_ONE, Layer, Walk
 from netdecouple.runtimes.onnxruntime import open_session, run
@@ -526,9 +527,47 @@ def test_fully_connected_layers_become_pairs_of_matrix_products():
     assert list(chosen) == ["fc1", "fc2", "fc3", "logits"]
     new = network.build(chosen)
     operators = [n.op_type for n in new.graph.node]
-    assert (operators.count("MatMul"), operators.count("Gemm")) == (4, 4)
+    assert (operators.count("MatMul"), operators.count("Gemm")) == (5, 3)
     assert set(operators) == {"Conv", "Relu", "Flatten", "MatMul", "Gemm", "Add"}
     assert_same(network.run_built(new, images), network.run(images))
+
+
+@pytest.mark.parametrize("batch", ["N", 3])
+@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize("operator", ["Gemm", "MatMul"])
+def test_fully_connected_layers_read_all_rows_of_an_image(operator: str, in_turns: bool, batch: str | int):
+    """Rows belong to the right image, however they lie, and stay with it in every batch."""
+    model = networks.columns(operator, in_turns, batch)
+    images = images_for(model, 6)
+    network = OnnxNetwork(read_model(model), images)
+    layer = next(la for la in network.layers if la.name == "read")
+    assert (layer.reason, layer.size, layer.is_linear) == ("", (8, 1), True)
+    assert layer.macs == layer.geometry.macs(8, 1) == 8 * 16 * 24
+    columns = open_session(up_to(model, ["columns"]))
+    per_batch = [run(columns, None, {"image": batch})[0] for batch in np.split(images, 2)]
+    positions = np.random.default_rng(0).integers(0, 8, (6, 5))
+    expected = np.concatenate(per_batch)[np.arange(6)[:, None], :, positions].reshape(30, 16)
+    observed = list(network.observe(images, {"read": positions}))
+    patches = np.concatenate([o.patches for o in observed])[:, 0]
+    np.testing.assert_allclose(patches, expected, atol=1e-5)
+    outputs = np.concatenate([o.outputs for o in observed])
+    np.testing.assert_allclose(outputs, patches @ layer.weight[:, :, 0, 0].T + layer.bias, atol=1e-4)
+    walked = np.concatenate([o.patches for o in network.walk(images).observe("read", positions)])[:, 0]
+    np.testing.assert_allclose(walked, patches, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize("operator", ["Gemm", "MatMul"])
+def test_fully_connected_layers_on_many_rows_are_decomposed(operator: str, in_turns: bool):
+    """A product of rank 3 becomes two products with a third of its MACs, which compute the same."""
+    model = networks.columns(operator, in_turns)
+    images = images_for(model, 12)
+    settings = netdecouple.Settings(exclude=("conv", "letters"))
+    result = netdecouple.decouple(model, images, macs="94%", settings=settings)
+    row = next(row for row in result.plan.layers if row.name == "read")
+    assert (row.family, row.macs) == ("cd", 8 * 3 * (16 + 24))
+    session, whole = (open_session(m) for m in (result.model, model))
+    assert_same(run(session, None, {"image": images}), run(whole, None, {"image": images}))
 
 
 def test_fully_connected_layers_take_other_kernels():

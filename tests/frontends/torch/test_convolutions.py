@@ -179,7 +179,7 @@ def test_linear_layers_are_1x1_convolutions():
     convolution = Convolution.of(module)
     x = torch.randn(3, 6)
     kernel, bias = numbers(module, convolution)
-    patches = convolution.patches(x.numpy(), np.zeros((3, 1), np.int64))
+    patches = convolution.patches(convolution.maps(x.numpy()), np.zeros((3, 1), np.int64))
     np.testing.assert_allclose(patches[:, 0] @ kernel[:, :, 0, 0].T + bias, module(x), atol=1e-6)
     np.testing.assert_array_equal(convolution.weight_of(kernel), module.weight)
     chain = Factorized.of(convolution, exact(module, "cd"))

@@ -281,6 +281,47 @@ def test_layers_that_are_more_than_convolutions_are_kept(make: Any, expected: di
     check_lossless(network)
 
 
+ROWS: dict[str, tuple[Any, tuple[int, int], float]] = {
+    "pixels": (lambda m, x: m.c(m.fc(m.a(x).movedim(1, -1)).movedim(-1, 1)), (64, 1), 1),
+    "columns": (lambda m, x: m.fc(m.a(x).mean(2).mT), (8, 1), 1),
+    "in turns": (lambda m, x: m.fc(m.a(x).mean(2).movedim(2, 0)).transpose(0, 1), (1, 1), 8),
+}
+
+
+@pytest.mark.parametrize(("forward", "size", "maps"), ROWS.values(), ids=ROWS)
+def test_linear_layers_read_all_rows_of_a_sample(forward: Any, size: tuple[int, int], maps: float):
+    """They are maps, on which low rank is all there is; nothing is lost at full rank."""
+    network = opened(parts(forward, fc=nn.Linear(8, 8)))
+    layer = next(la for la in network.layers if la.name == "fc")
+    assert (layer.reason, layer.size, layer.maps) == ("", size, maps)
+    assert layer.macs == layer.maps * 8 * 8 * size[0]
+    check_lossless(network)
+    samples = collect(pictures(), network.original, None, None)
+    positions = np.random.default_rng(0).integers(0, size[0], (3, 5))
+    both = network.observe(samples, {"fc": positions}), network.walk(samples).observe("fc", positions)
+    for observations in map(list, both):
+        patches = np.concatenate([one.patches for one in observations])[:, 0]
+        assert patches.shape == (15, 8)
+        if len(observations[0].outputs):
+            expected = patches @ layer.weight[:, :, 0, 0].T + layer.bias
+            outputs = np.concatenate([one.outputs for one in observations])
+            np.testing.assert_allclose(outputs, expected, atol=1e-5)
+        if maps == 1:
+            rows = rows_of(network, pictures()).reshape(3, -1, 8)
+            expected = rows[np.arange(3)[:, None], positions].reshape(15, 8)
+            np.testing.assert_allclose(patches, expected, atol=1e-5)
+
+
+def rows_of(network: TorchNetwork, x: Any) -> Any:
+    """What the linear layer of a module reads."""
+    read: list[Any] = []
+    module = copy.deepcopy(network.original)
+    module.fc.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    with torch.no_grad():
+        module(x)
+    return read[-1]
+
+
 def functional_layer(m: Any, x: Any) -> Any:
     return m.c(F.conv2d(m.a(x), m.kernel[0], padding=1))
 

@@ -125,7 +125,7 @@ def emit(
     """
     writer = Writer(name, dtype, taken)
     if operator in PRODUCTS:
-        _write_products(writer, factorization, x, output)
+        _write_products(writer, factorization, x, output, operator)
     else:
         write(writer, factorization, x, output, "parallel" if form == "fused" and dtype != SINGLE else form)
     return writer.nodes, writer.initializers
@@ -154,8 +154,8 @@ def write(writer: Writer, factorization: Factorization, x: str, output: str, for
         channels = stages[index - 1].geometry.n_o
 
 
-def _write_products(writer: Writer, factorization: Factorization, x: str, output: str) -> None:
-    """Write 1×1 stages on rows (n, c); all but the last have no bias, which Gemm needs before opset 11."""
+def _write_products(writer: Writer, factorization: Factorization, x: str, output: str, operator: str) -> None:
+    """Write 1×1 stages on rows (…, c); the last is a Gemm if the layer is one, which has two axes."""
     *before, last = factorization.stages
     width = factorization.geometry.n_i
     for index, stage in enumerate(before):
@@ -163,9 +163,18 @@ def _write_products(writer: Writer, factorization: Factorization, x: str, output
         x = writer.node("MatMul", f"product{index}", [x, weight])
         width = stage.geometry.n_o
     label = f"product{len(before)}"
-    weight = writer.weight(f"{label}.weight", last.dense(width)[:, :, 0, 0])
+    matrix = last.dense(width)[:, :, 0, 0]
     bias = np.zeros(last.geometry.n_o) if factorization.bias is None else factorization.bias
-    writer.node("Gemm", label, [x, weight, writer.weight(f"{label}.bias", bias)], output, transB=1)
+    if operator == "Gemm":  # it needs a bias before opset 11
+        inputs = [x, writer.weight(f"{label}.weight", matrix), writer.weight(f"{label}.bias", bias)]
+        writer.node("Gemm", label, inputs, output, transB=1)
+        return
+    weight = writer.weight(f"{label}.weight", matrix.T)
+    if not bias.any():
+        writer.node("MatMul", label, [x, weight], output)
+        return
+    product = writer.node("MatMul", label, [x, weight])
+    writer.node("Add", f"{label}.add", [product, writer.weight(f"{label}.bias", bias)], output)
 
 
 def _write_parallel(

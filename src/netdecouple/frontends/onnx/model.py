@@ -396,11 +396,17 @@ def _with_norms_folded(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nodes, Shapes]:
-    """List every layer that costs MACs, and the node of each, by running ``sample`` (n, c, h, w) once.
+class Found(NamedTuple):
+    """The layers of a model, and what running a sample told of them."""
 
-    Layers in the bodies of If, Loop and Scan stand where these do. The shapes are those of the tensors that
-    the other layers, and all additions, read and write.
+    layers: tuple[Layer, ...]  # those in the bodies of If, Loop and Scan stand where these do
+    nodes: Nodes  # of each layer
+    shapes: Shapes  # of the tensors that layers outside of bodies, and all additions, read and write
+    mixed: frozenset[str]  # tensors (…, c) in which the rows of all images take turns
+
+
+def find_layers(model: OnnxModel, sample: Array) -> Found:
+    """List every layer that costs MACs, by running ``sample`` (n, c, h, w) a few times.
 
     Raises:
         ModelError: it fails on the sample, or weights are NaN or Inf.
@@ -418,7 +424,9 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
     if tensors:  # none if all layers are in bodies
         values = run(model.session(up_to(model.proto, tensors)), tensors, feeds)
         shapes |= {name: tuple(value.shape) for name, value in zip(tensors, values, strict=True)}
-    context = _Context(len(sample), model.has_fixed_size, constants, shapes)
+    read = [node.input[0] for node in graph.node if _is_product(node, constants)]
+    orders = _row_orders(model, sample, read, shapes)
+    context = _Context(len(sample), model.has_fixed_size, constants, shapes, orders)
     inner, layers, nodes = _inner_layers(model, sample), [], []
     for index, (node, is_layer) in enumerate(zip(graph.node, listed, strict=True)):
         found = [(_read(node, context), node)] if is_layer else inner.get(index, ())
@@ -429,7 +437,46 @@ def find_layers(model: OnnxModel, sample: Array) -> tuple[tuple[Layer, ...], Nod
             raise ModelError(
                 f"{model.origin}: the weights of layer {la.name!r} overflow once they are folded"
             )
-    return tuple(layers), nodes, shapes
+    return Found(tuple(layers), nodes, shapes, frozenset(t for t, is_mixed in orders.items() if is_mixed))
+
+
+def _is_product(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node multiplies rows by constant weights."""
+    is_weighed = len(node.input) > 1 and node.input[1] in constants
+    return node.domain == "" and node.op_type in PRODUCTS and is_weighed
+
+
+def _row_orders(model: OnnxModel, sample: Array, tensors: Sequence[str], shapes: Shapes) -> dict[str, bool]:
+    """Find which rows of tensors (…, c) belong to one image: by tensor, whether the images take turns.
+
+    The rows of one image stand side by side, or the images take turns, as in (time, image, c). Where the rows
+    go when the images are turned round tells it. Tensors of which neither is true are left out.
+    """
+    images = len(sample)
+    plain = [t for t in tensors if images == 1 or t == model.input_name or shapes[t][:-1] == (images,)]
+    orders = dict.fromkeys(plain, False)
+    known = {*orders, *model.given, *fixed(model.proto.graph)}
+    asked = [t for t in dict.fromkeys(tensors) if t not in known and math.prod(shapes[t][:-1]) % images == 0]
+    if not asked:
+        return orders
+    session = model.session(up_to(model.proto, asked))
+    there, back = (run(session, asked, model.feeds(batch)) for batch in (sample, sample[::-1]))
+    for tensor, rows, turned in zip(asked, there, back, strict=True):
+        size = np.abs(rows).max(initial=0.0)
+        side_by_side, in_turns = (
+            np.allclose(by_image(rows, images, mixed)[::-1], by_image(turned, images, mixed), 0, 1e-3 * size)
+            for mixed in (False, True)
+        )
+        if side_by_side != in_turns:
+            orders[tensor] = in_turns
+    return orders
+
+
+def by_image(values: Array, images: int, mixed: bool) -> Array:
+    """View rows (…, c) of some images as (images, rows, c)."""
+    if mixed:
+        return values.reshape(-1, images, values.shape[-1]).swapaxes(0, 1)
+    return values.reshape(images, -1, values.shape[-1])
 
 
 def _inner_layers(model: OnnxModel, sample: Array) -> dict[int, list[tuple[Layer, onnx.NodeProto]]]:
@@ -474,6 +521,7 @@ class _Context(NamedTuple):
     has_fixed_size: bool
     constants: dict[str, onnx.TensorProto]
     shapes: Shapes
+    orders: Mapping[str, bool]  # of the rows of tensors (…, c), see `_row_orders`
 
 
 def _read(node: onnx.NodeProto, context: _Context) -> Layer:
@@ -482,9 +530,10 @@ def _read(node: onnx.NodeProto, context: _Context) -> Layer:
     if product is not None:
         inputs, outputs = ([shapes.get(t, ()) for t in tensors] for tensors in (node.input, node.output))
         macs, reason = product.macs(node, inputs, outputs) // context.images, product.reason
-    is_weighed = len(node.input) > 1 and node.input[1] in constants
-    if node.domain == "" and (node.op_type == "Conv" or (node.op_type in PRODUCTS and is_weighed)):
-        return (_read_conv if node.op_type == "Conv" else _read_matmul)(node, context, macs)
+    if node.domain == "" and node.op_type == "Conv":
+        return _read_conv(node, context, macs)
+    if _is_product(node, constants):
+        return _read_matmul(node, context, macs)
     if node.op_type in PRODUCTS and node.input[0] in constants:
         reason = "its weights are on the left"
     weights = (
@@ -495,7 +544,7 @@ def _read(node: onnx.NodeProto, context: _Context) -> Layer:
 
 
 def _read_conv(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
-    images, has_fixed_size, constants, shapes = context
+    images, has_fixed_size, constants, shapes, _ = context
     maps, _, *spatial = shapes[node.input[0]]
     kernel, out = shapes[node.input[1]], shapes[node.output[0]]
     has_bias = any(node.input[2:])
@@ -538,7 +587,7 @@ def _same_pads(g: ConvGeometry, size: list[int], mode: str) -> tuple[int, int, i
 
 
 def _read_matmul(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
-    images, _, constants, shapes = context
+    images, _, constants, shapes, orders = context
     rows, kernel, shape = (shapes[t] for t in (*node.input[:2], node.output[0]))
     attributes = attributes_of(node)
     is_turned = bool(attributes.get("transB", 0))
@@ -552,8 +601,7 @@ def _read_matmul(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
     reasons = {
         "its input is transposed": attributes.get("transA", 0),
         f"its {' and '.join(scales)} {'is' if len(scales) == 1 else 'are'} not 1": scales,
-        f"its input has {len(rows)} axes, not 2": len(rows) != 2,
-        "it does not see one row per image": rows[:1] != (images,),
+        "its rows do not belong to one image each": node.input[0] not in orders,
         f"its weights have {len(kernel)} axes, not 2": len(kernel) != 2,
         "its bias is computed, not constant": added and bias is None,
         f"its bias {bias_shape} is not one number per output": bias_shape not in allowed,
@@ -564,7 +612,8 @@ def _read_matmul(node: onnx.NodeProto, context: _Context, macs: int) -> Layer:
     weight = weight if is_turned else weight.T
     n_o, n_i = weight.shape
     bias = np.zeros(n_o, np.float32) if bias is None else np.broadcast_to(bias.ravel(), n_o)
-    return layer(ConvGeometry(n_o, n_i, 1, 1), weight.reshape(n_o, n_i, 1, 1), bias, (1, 1), is_linear=True)
+    size = (math.prod(rows[:-1]) // images, 1)
+    return layer(ConvGeometry(n_o, n_i, 1, 1), weight.reshape(n_o, n_i, 1, 1), bias, size, is_linear=True)
 
 
 def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices
-from netdecouple.frontends.onnx.emission import PRODUCTS, Writer, form_of
+from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
 from netdecouple.frontends.onnx.products import is_known
@@ -71,7 +71,7 @@ class OnnxNetwork:
         model = self.model
         # two images at least, so that what is the same for all images does not look like one of them
         self._sample = self.padded(sample, slice(0, model.batch or 2))
-        self.layers, nodes, self._shapes = find_layers(model, self._sample)
+        self.layers, nodes, self._shapes, mixed = find_layers(model, self._sample)
         self._order = {output: i for i, node in enumerate(model.proto.graph.node) for output in node.output}
         self.name, self.fingerprint = model.origin, model.fingerprint
         self.norms: Mapping[str, str] = {}  # BatchNorms were folded when the model was read
@@ -81,7 +81,14 @@ class OnnxNetwork:
         self._readers = readers_of(model.proto.graph.node)
         taken = names_of(model.proto.graph)
         self.places = {
-            la.name: LayerNode(la, node.input[0], node.output[0], self._shortcut(node.output[0]), taken)
+            la.name: LayerNode(
+                layer=la,
+                input=node.input[0],
+                output=node.output[0],
+                shortcut=self._shortcut(node.output[0]),
+                taken=taken,
+                mixed=node.input[0] in mixed,
+            )
             for la, node in zip(self.layers, nodes, strict=True)
         }
 
@@ -103,7 +110,7 @@ class OnnxNetwork:
         self, model: onnx.ModelProto, factorizations: Mapping[str, Factorization] = {}
     ) -> tuple[Layer, ...]:
         """List the layers of another model that was made of this one."""
-        return find_layers(replace(self.model, proto=model), self._sample)[0]
+        return find_layers(replace(self.model, proto=model), self._sample).layers
 
     def batches(self, count: int, bytes_per_image: int = 0) -> list[slice]:
         """Cut ``count`` images into batches that fit in memory, or have the network's fixed size."""
@@ -159,7 +166,8 @@ class OnnxNetwork:
         """Return every output for some images, with some layers' weight and bias replaced."""
         proto, opened = self._base
         # opened within the call, so that the copy with other kernels is freed before it runs
-        session = opened(self._with_kernels(proto, kernels) if kernels else proto)
+        replaced = {name: self.places[name].whole(*arrays) for name, arrays in (kernels or {}).items()}
+        session = opened(self._with_stages(proto, replaced) if replaced else proto)
         return self._run(session, images, progress)
 
     def run_built(self, model: onnx.ModelProto, images: Array) -> list[Array]:
@@ -175,22 +183,23 @@ class OnnxNetwork:
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
         return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
 
-    def _with_kernels(
-        self, proto: onnx.ModelProto, kernels: Mapping[str, tuple[Array, Array]]
+    def _with_stages(
+        self,
+        proto: onnx.ModelProto,
+        factorizations: Mapping[str, Factorization],
+        forms: Mapping[str, str] = {},
     ) -> onnx.ModelProto:
-        """Copy a model with some layers' weight (n_o, n_i / groups, kh, kw) and bias (n_o,) replaced."""
+        """Copy a model with some layers as chains of stages."""
         proto = copy_of(proto)
-        for name, (weight, bias) in kernels.items():
-            place = self.places[name]
-            node = proto.graph.node[self._order[place.output]]
-            writer, dtype = Writer(name, taken=place.taken), place.layer.weight.dtype
-            if node.op_type in PRODUCTS:
-                weight = weight[:, :, 0, 0]
-                node.CopyFrom(helper.make_node("Gemm", node.input, node.output, node.name, transB=1))
-            arrays = {"replaced.weight": weight, "replaced.bias": bias}
-            replaced = [writer.constant(label, array.astype(dtype)) for label, array in arrays.items()]
-            node.input[:] = [node.input[0], *replaced]
-            proto.graph.initializer.extend(writer.initializers)
+        names = {self.places[name].output: name for name in factorizations}
+
+        def stages(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
+            name = names.get(node.output[0])
+            if name is None:
+                return None
+            return self.places[name].emit(factorizations[name], form_of(forms.get(name, "parallel")))
+
+        replace_nodes(proto.graph, stages)
         return proto
 
     def observe(
@@ -283,16 +292,7 @@ class OnnxNetwork:
         ``forms`` say how each is written, "parallel" by default. Fused operators come with functions for
         runtimes that do not know them. ``metadata`` are added to the model's.
         """
-        proto = copy_of(self.model.proto)
-        names = {self.places[name].output: name for name in factorizations}
-
-        def stages(node: onnx.NodeProto) -> tuple[Nodes, Tensors] | None:
-            name = names.get(node.output[0])
-            if name is None:
-                return None
-            return self.places[name].emit(factorizations[name], form_of(forms.get(name, "parallel")))
-
-        replace_nodes(proto.graph, stages)
+        proto = self._with_stages(self.model.proto, factorizations, forms)
         absorb(proto.graph, self._shapes)
         drop_unread_channels(proto, self._shapes)
         add_fallbacks(proto)

@@ -78,7 +78,10 @@ class OnnxTimer:
 
 def _shape(layer: Layer, channels: int, size: tuple[int, int], batch: int) -> tuple[int, ...]:
     """The shape of a batch's maps, or of its rows where the layer is fully connected."""
-    return (batch, channels) if layer.operator in PRODUCTS else (batch, channels, *size)
+    if layer.operator not in PRODUCTS:
+        return (batch, channels, *size)
+    rows = layer.size[0]
+    return (batch * rows, channels) if layer.operator == "Gemm" else (batch, rows, channels)
 
 
 def tiny_model(layer: Layer, structure: Structure, form: Any, copies: int, batch: int = 1) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.frontends.batches import pick
 from netdecouple.frontends.onnx.emission import Form, emit
-from netdecouple.frontends.onnx.model import OnnxModel
+from netdecouple.frontends.onnx.model import OnnxModel, by_image
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, reads
 from netdecouple.network import Array, Layer, Observation
 from netdecouple.runtimes.onnxfile import with_graph
@@ -32,12 +33,18 @@ class LayerNode:
     output: str
     shortcut: str | None  # the tensor that an Add adds to the layer's output, if it is known before
     taken: Collection[str] = ()  # names in the graph
+    mixed: bool = False  # whether the rows of all images take turns, where it is fully connected
 
     def emit(self, factorization: Factorization, form: Form = "parallel") -> tuple[Nodes, Tensors]:
         """Write a factorization as nodes and initializers that take the layer's place."""
         la = self.layer
         kind, dtype = la.operator, la.weight.dtype
         return emit(factorization, la.name, self.input, self.output, form, kind, dtype, self.taken)
+
+    def whole(self, weight: Array, bias: Array) -> Factorization:
+        """The layer with another weight (n_o, n_i / groups, kh, kw) and bias (n_o,)."""
+        assert self.layer.geometry is not None
+        return Factorization.whole(self.layer.geometry, weight, bias)
 
     def observation(
         self, batch: slice, positions: NDArray[np.int64], tensor: Callable[[str], Array], has_run: bool
@@ -48,15 +55,23 @@ class LayerNode:
         """
         where, geometry = positions[batch], self.layer.geometry
         assert geometry is not None
-        x = tensor(self.input)
-        maps = x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x  # a fully connected layer reads rows
+        maps = self._maps(tensor(self.input))
         return Observation(
             layer=self.layer.name,
             images=batch,
             gather=lambda: single(geometry.patches(maps, where)),
-            outputs=single(pick(tensor(self.output), where)) if has_run else np.zeros((0, 0), np.float32),
-            shortcut=single(pick(tensor(self.shortcut), where)) if self.shortcut else None,
+            outputs=single(pick(self._maps(tensor(self.output)), where))
+            if has_run
+            else np.zeros((0, 0), np.float32),
+            shortcut=single(pick(self._maps(tensor(self.shortcut)), where)) if self.shortcut else None,
         )
+
+    def _maps(self, values: Array) -> Array:
+        """View the rows (…, c) of a fully connected layer as maps (n, c, rows, 1); others are maps."""
+        if not self.layer.is_linear:
+            return values
+        images = math.prod(values.shape[:-1]) // self.layer.size[0]
+        return by_image(values, images, self.mixed).swapaxes(1, 2)[..., None]
 
 
 class OnnxWalk:

@@ -145,13 +145,13 @@ class Convolution:
         return tuple((n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True))
 
     def size(self, size: Sequence[int]) -> tuple[int, int]:
-        """Size of the input map of the engine's 2-D convolution."""
+        """Size of the input map of the engine's 2-D convolution; rows (n,) are such a map as well."""
+        if not self.kernel:
+            return (size[0], 1)
         padded = self._dilated(size)
         if self.mode != "zeros":
             padded = tuple(n + b + a for n, b, a in zip(padded, self.before, self.after, strict=True))
         match padded:
-            case ():
-                return (1, 1)
             case (width,):
                 return (1, width)
             case (depth, _, _):
@@ -161,7 +161,7 @@ class Convolution:
 
     def macs(self, size: Sequence[int]) -> int:
         """MACs for one input map."""
-        pixels = size if self.transposed else self.output_size(size)
+        pixels = size if self.transposed or not self.kernel else self.output_size(size)
         return self.n_o * self.n_i // self.groups * math.prod(self.kernel) * math.prod(pixels)
 
     def kernel_of(self, weight: Array) -> Array:
@@ -177,15 +177,19 @@ class Convolution:
         weight = kernel.reshape(self.n_o, self.n_i // self.groups, *self.kernel)
         return np.ascontiguousarray(_turned(weight, self.groups) if self.transposed else weight)
 
+    def maps(self, values: Array) -> Array:
+        """View the rows (n, …, c) of a linear layer as maps (n, c, rows); those of others are maps."""
+        return values if self.kernel else values.reshape(len(values), -1, values.shape[-1]).swapaxes(1, 2)
+
     def patches(self, x: Array, positions: NDArray[np.int64]) -> Array:
-        """Gather receptive fields of (n, n_i, *size) maps at flat output positions (n, p).
+        """Gather receptive fields of maps (n, n_i, *size) at flat output positions (n, p).
 
         The result is (n·p, groups, n_i / groups · taps), in the order of the engine's kernel.
         """
         n, p = positions.shape
         rank = len(self.kernel)
         if not rank:
-            return x.reshape(n, 1, -1).repeat(p, axis=0)
+            return x[np.arange(n)[:, None], :, positions].reshape(n * p, 1, -1)
         if self.transposed:
             dilated = np.zeros((*x.shape[:2], *self._dilated(x.shape[2:])), x.dtype)
             dilated[(..., *_every(self.strides))] = x

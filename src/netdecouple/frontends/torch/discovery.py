@@ -49,24 +49,27 @@ class TorchLayer:
         shortcut: torch.Tensor | None,
     ) -> Observation:
         """Gather inputs, and what exists of outputs and shortcut, at (n, p) positions of the single map."""
-        maps = to_numpy(x)
-        outputs = np.zeros((0, 0), np.float32) if y is None else pick(to_numpy(y), positions)
-        added = None if shortcut is None else pick(to_numpy(shortcut), positions)
-        patches = partial(self.convolution.patches, maps, positions)
+        outputs = np.zeros((0, 0), np.float32) if y is None else pick(self._maps(y), positions)
+        added = None if shortcut is None else pick(self._maps(shortcut), positions)
+        patches = partial(self.convolution.patches, self._maps(x), positions)
         return Observation(self.layer.name, batch, patches, outputs, added)
+
+    def _maps(self, values: torch.Tensor) -> Array:
+        return self.convolution.maps(to_numpy(values))
 
     def spread_observation(
         self, batch: slice, calls: Sequence[tuple[torch.Tensor, torch.Tensor]], positions: NDArray[np.int64]
     ) -> Observation:
         """The same of all maps in several calls: positions in a map of nominal size, spread over all maps."""
-        maps = [(x[i : i + 1], y[i : i + 1]) for x, y in calls for i in range(len(x))]
+        pairs = ((self._maps(x), self._maps(y)) for x, y in calls)
+        maps = [(x[i : i + 1], y[i : i + 1]) for x, y in pairs for i in range(len(x))]
         pixels = [math.prod(y.shape[2:]) for _, y in maps]
         ends = np.cumsum(pixels)
         spread = positions.reshape(-1) * ends[-1] // math.prod(self.layer.output_size)
         of_map = np.searchsorted(ends, spread, side="right")
         patches, outputs = [], []
         for index in np.unique(of_map):
-            x, y = map(to_numpy, maps[index])
+            x, y = maps[index]
             chosen = (spread[of_map == index] - ends[index] + pixels[index])[None]
             patches.append(self.convolution.patches(x, chosen))
             outputs.append(pick(y, chosen))
@@ -101,8 +104,6 @@ def find_layers(
     for name, calls in calls_of.items():
         module, others = modules[name], [call for call in second.calls if call.name == name]
         convolution, kernel, bias, reason = _read(module, [*calls, *others])
-        if not convolution.kernel and calls[0].x.ndim != 2:
-            reason = reason or "it is applied to more than one row per sample"
         if uses_of_weight[id(weights[name])] > 1:
             reason = reason or "its weights are another layer's as well"
         if chosen is not None and not chosen(name, module):
@@ -110,8 +111,7 @@ def find_layers(
         rank, geometry = len(convolution.kernel), convolution.geometry
         sizes = [_size(call, rank) for call in calls]
         macs = sum(
-            math.prod(call.x.shape[: -1 - rank]) * convolution.macs(size)
-            for call, size in zip(calls, sizes, strict=True)
+            _maps_of(call, rank) * convolution.macs(size) for call, size in zip(calls, sizes, strict=True)
         )
         has_bias = getattr(module, "bias", None) is not None
         if reason:  # its forward may do more
@@ -230,7 +230,9 @@ def _read(module: Any, calls: Sequence[Call]) -> tuple[Convolution, torch.Tensor
         "its weights are complex": weight.is_complex(),
         "its forward is not one convolution": any(call.convolved is None for call in calls),
         "it is called with more than its input": not all(call.alone for call in calls),
-        "its input has no batch dimension": rank and any(call.x.ndim != rank + 2 for call in calls),
+        "its input has no batch dimension": any(
+            call.x.ndim < 2 or (rank and call.x.ndim != rank + 2) for call in calls
+        ),
     }
     reason = convolution.refusal or next((text for text, applies in checks.items() if applies), "")
     if reason:
@@ -305,8 +307,14 @@ def maps_in(x: Any) -> int:
 
 
 def _size(call: Call, rank: int) -> tuple[int, ...]:
-    """The size of the map that a convolution was given."""
-    return tuple(call.x.shape[call.x.ndim - rank :])
+    """The size of the map that a convolution was given; of the rows that a linear layer was."""
+    shape = call.x.shape
+    return tuple(shape[-rank:]) if rank else (math.prod(shape[1:-1]),)
+
+
+def _maps_of(call: Call, rank: int) -> int:
+    """Count the maps that a layer was given; without a batch it is one."""
+    return len(call.x) if call.x.ndim > rank + 1 else 1
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -83,8 +82,9 @@ class TorchTimer:
         few = torch.cat([x, x.flip(-1)]) if self._exports else None
         feeds = {"0": to_numpy(x)}
         calls = [self._call(module, few, feeds) for module in modules]
-        maps = math.prod(found.input_shape[: -1 - len(found.convolution.kernel)])
-        share = layer.maps / maps / copies  # of the time: of one copy, for all calls of the layer
+        share = (
+            layer.maps / found.input_shape[0] / copies
+        )  # of the time: of one copy, for all calls of the layer
         return [float(time) * share for time in self._stopwatch.times(calls, SECONDS)]
 
     def network_times(self, models: Sequence[nn.Module]) -> NDArray[np.float64]:
