@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf, log
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,8 +45,9 @@ class Choices:
 class Trials:
     """The network's error goes up as its share goes down, at a rate of each objective."""
 
-    network, inputs, part, original, loss, run = None, "all", "part", (), "kl", None
+    network, inputs, part, run = None, "all", "part", None
     progress = staticmethod(quiet)
+    comparison = SimpleNamespace(divergence=lambda outputs: outputs)
 
     def __init__(self, rates: dict[Objective, float], gain: float = 1.0) -> None:
         self.rates, self.gain = rates, gain  # errors are so many times less with all inputs
@@ -67,7 +69,6 @@ class Trials:
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "reachable", lambda *_: REACHABLE)
-    monkeypatch.setattr(search, "divergence", lambda original, outputs, loss: outputs)
     monkeypatch.setattr(search, "make_plan", lambda choice, budgets, form: Plan((choice, budgets[0].share)))
     monkeypatch.setattr(search, "apply", lambda network, inputs, plan, *_, **__: Applied(plan, inputs))
 

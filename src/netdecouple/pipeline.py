@@ -32,7 +32,7 @@ from netdecouple.network import Array, Calibration, Network, Source
 from netdecouple.planning.analysis import Analysis, analyze
 from netdecouple.planning.candidates import Rule
 from netdecouple.planning.cost import Budget, Macs
-from netdecouple.planning.divergence import Loss, loss_kind
+from netdecouple.planning.divergence import Comparison, Loss, loss_kind
 from netdecouple.planning.latency import Latency, plan_for_latency, with_fused_layers
 from netdecouple.planning.plan import Plan
 from netdecouple.planning.planner import BudgetRow, budget_rows, plan_within, used
@@ -356,7 +356,8 @@ def _is_tried(analysis: Analysis) -> bool:
 
 
 def _trials(work: Work, analysis: Analysis) -> Trials:
-    return Trials(work.network, work.inputs, work.outputs, analysis.loss, work.request.progress, work.run)
+    comparison = Comparison(work.outputs, analysis.loss)
+    return Trials(work.network, work.inputs, comparison, work.request.progress, work.run)
 
 
 def _best(work: Work, analysis: Analysis, goals: Sequence[Sequence[Plan]]) -> list[Plan]:

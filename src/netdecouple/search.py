@@ -18,7 +18,7 @@ from netdecouple.fitting.sequential import Targets, targets_for
 from netdecouple.network import Array, Network
 from netdecouple.planning.analysis import Analysis, Objective
 from netdecouple.planning.cost import Budget, Cost
-from netdecouple.planning.divergence import Loss, divergence
+from netdecouple.planning.divergence import Comparison
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.planner import FormOf, make_plan, reachable
 
@@ -65,8 +65,7 @@ class Trials:
 
     network: Network
     inputs: Inputs
-    original: list[Array]  # its outputs on the held-out inputs
-    loss: Loss
+    comparison: Comparison  # with its outputs on the held-out inputs
     progress: Progress
     run: Run
 
@@ -94,7 +93,7 @@ class Trials:
         def tried(plan: Plan, number: str) -> Plan:
             named = with_suffix(f"(trial {number})", self.progress)
             outputs = self.outputs(self.apply(plan, targets, named))
-            return replace(plan, trial_loss=divergence(self.original, outputs, self.loss))
+            return replace(plan, trial_loss=self.comparison.divergence(outputs))
 
         best = []
         for plans in goals:
@@ -141,7 +140,7 @@ class _Search:
         if plan.layers not in self.known:
             applied = trials.apply(plan, self.targets)
             outputs = trials.outputs(applied)
-            loss = divergence(trials.original, outputs, trials.loss)
+            loss = trials.comparison.divergence(outputs)
             self.known[plan.layers] = _Point(share, self.excess(applied, outputs), loss)
         point = replace(self.known[plan.layers], share=share)
         self.points.setdefault(choice, []).append(point)

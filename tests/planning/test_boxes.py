@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from netdecouple.planning.boxes import Boxes, found_again, layout_of, overlaps
-from netdecouple.planning.divergence import divergence, divergences, loss_kind
+from netdecouple.planning.divergence import Comparison, divergence, loss_kind
 
 CELLS, CLASSES = 40, 3
 Array = np.ndarray
@@ -107,7 +107,7 @@ def test_the_error_is_relative(name: str) -> None:
     rng = np.random.default_rng(1)
     changed = [(a + 0.01 * rng.standard_normal(a.shape)).astype(np.float32) for a in outputs]
     error = divergence(outputs, changed, "boxes")
-    assert float(np.mean(divergences(outputs, changed, "boxes"))) == pytest.approx(error)  # type: ignore[arg-type]
+    assert float(np.mean(Comparison(outputs, "boxes").divergences(changed))) == pytest.approx(error)  # type: ignore[arg-type]
     twice = [np.concatenate([a, a]) for a in outputs], [np.concatenate([a, a]) for a in changed]
     assert divergence(*twice, "boxes") == pytest.approx(error, rel=1e-4)
     for arrays in (outputs, changed):

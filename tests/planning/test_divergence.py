@@ -7,7 +7,9 @@ import pytest
 
 from netdecouple.errors import ModelError
 from netdecouple.planning.divergence import (
+    BLOCK,
     WORST,
+    Comparison,
     Loss,
     agreement,
     divergence,
@@ -185,3 +187,17 @@ def test_texts_are_compared_as_wholes(blank: int, change) -> None:
     original, other = (change(scores_of(places, blank)) for places in (PLACES, moved))
     assert same_texts([original], [other], 3) == 2 / 3
     assert same_texts([original], [np.full_like(other, np.nan)], 3) == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (6, 4, 11, 13), (2, BLOCK), (3, 300, 2000), (7, 500, 6)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_large_outputs_are_compared_as_small_ones_are(shape: tuple[int, ...], dtype: type) -> None:
+    """Block by block: the mean square of the differences over the variance, of every sample and of all."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(5, 3, shape).astype(dtype) for _ in range(2))
+    errors = np.square(a.astype(np.float64) - b).reshape(shape[0], -1).mean(axis=1) / a.astype(float).var()
+    comparison = Comparison([a], "relative")
+    of_samples = comparison.divergences([b])
+    assert of_samples is not None
+    np.testing.assert_allclose(of_samples, errors, rtol=1e-5)
+    assert comparison.divergence([b]) == pytest.approx(errors.mean(), rel=1e-5)

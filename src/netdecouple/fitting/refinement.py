@@ -25,9 +25,9 @@ from netdecouple.network import Array, Images, Network, Trainable
 from netdecouple.planning.boxes import layout_of
 from netdecouple.planning.divergence import (
     TINY,
+    Comparison,
     Loss,
     are_probabilities,
-    divergence,
     log_probabilities,
     rounding,
     weights_of,
@@ -62,10 +62,10 @@ def refine(
         return applied
     start, limit = monotonic(), 60 * minutes
     trained, teacher = network.trainable(applied.factorizations), network.trainable({})
-    original = _outputs(network, teacher, inputs.held_out)
+    comparison = Comparison(_outputs(network, teacher, inputs.held_out), loss)
 
     def held_out_loss() -> float:
-        return divergence(original, _outputs(network, trained, inputs.held_out), loss)
+        return comparison.divergence(_outputs(network, trained, inputs.held_out))
 
     before = least = held_out_loss()
     check_time = monotonic() - start

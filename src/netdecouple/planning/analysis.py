@@ -18,9 +18,9 @@ from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.run import Run
 from netdecouple.families import Problem
 from netdecouple.fitting.sampling import Inputs, Split, SplitMoments, sample_positions
-from netdecouple.network import Array, Images, Layer, Network
+from netdecouple.network import Images, Layer, Network
 from netdecouple.planning.candidates import Candidate, LayerCandidates, candidates
-from netdecouple.planning.divergence import Loss, divergence, loss_kind
+from netdecouple.planning.divergence import Comparison, Loss, loss_kind
 from netdecouple.planning.eligibility import is_too_wide_to_fit, kept_reasons
 from netdecouple.planning.plan import LayerPlan
 from netdecouple.planning.sensitivity import (
@@ -105,10 +105,10 @@ def analyze(
     probes, samples = probe_counts(len(layers), macs, held_out, loss)
     shared = shared_network(network, inputs)
     key = f"{samples} outputs, seed {settings.seed}, {shared.key}"
-    shown = Shared(key, lambda: original.probe_samples(samples))
+    shown = Shared(key, lambda: original.probe_samples(samples, loss))
     collector = MomentCollector(shared, inputs, settings.seed, run, progress)
     evaluated: dict[str, LayerCandidates] = {}
-    for found in _evaluated(collector, layers, shown, (settings, probes, loss)):
+    for found in _evaluated(collector, layers, shown, (settings, probes)):
         evaluated[found.layer] = found
         if not found.candidates:
             reasons[found.layer] = "nothing costs less than the layer itself"
@@ -119,7 +119,7 @@ def analyze(
 
 
 def _evaluated(
-    collector: MomentCollector, layers: Sequence[Layer], shown: Shared, options: tuple[Settings, int, Loss]
+    collector: MomentCollector, layers: Sequence[Layer], shown: Shared, options: tuple[Settings, int]
 ) -> Iterator[LayerCandidates]:
     """Evaluate layers in groups, so that the moments in memory at one time are bounded."""
     settings, run = options[0], collector.run
@@ -148,16 +148,16 @@ def _evaluated(
 
 def _evaluate(
     network: Network,
-    shown: tuple[Images, list[Array]],
+    shown: tuple[Images, Comparison],
     name: str,
     moments: Split | None,
     settings: Settings,
     probes: int,
-    loss: Loss,
 ) -> LayerCandidates:
     """Fit one layer's candidates and run ``probes`` of them in the network; a task for a worker.
 
-    ``shown`` is inputs and the original's outputs on them. Without ``moments`` the weights are all there is.
+    ``shown`` is inputs, and the comparison with the original's outputs on them. Without ``moments`` the
+    weights are all there is.
     """
     layer = next(la for la in network.layers if la.name == name)
     assert layer.geometry is not None
@@ -169,9 +169,9 @@ def _evaluate(
         found = candidates(
             layer, problem, held_out, settings.methods, settings.uniform_rank, probes, settings.rule
         )
-    images, outputs = shown
+    images, comparison = shown
     probed = [
-        divergence(outputs, network.run(images, {name: (probe.weight, probe.bias)}), loss)
+        comparison.divergence(network.run(images, {name: (probe.weight, probe.bias)}))
         for probe in found.probes
     ]
     probe_errors = [probe.relative_error for probe in found.probes]

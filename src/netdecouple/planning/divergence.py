@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ Loss = Literal["kl", "relative", "boxes"]
 WORST = 1e9  # the divergence of outputs that are NaN or Inf: more than any finite outputs have
 TINY = float(np.finfo(float).tiny)
 APART = 30.0  # times the next smaller scale, from which channels of an output are numbers of another kind
+BLOCK = 1 << 18  # numbers that are compared at a time, so that they stay in the cache
 CONSTANT = 1e-3  # least scale of a channel, relative to its own size
 
 
@@ -43,56 +46,76 @@ def loss_kind(outputs: Sequence[Array], count: int, requested: Loss | None = Non
     return requested or ("kl" if is_classifier else "boxes" if has_boxes else "relative")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Compares outputs with those of the original network, of which the rest is found out once."""
+
+    original: Sequence[Array]
+    loss: Loss
+
+    def divergence(self, other: Sequence[Array]) -> float:
+        """Return the mean divergence of a network's outputs from the original's, at most `WORST`."""
+        if self._of_boxes is not None and self._are_alike(other):
+            return _limited(float(self._box_errors(other).mean()))
+        rows = zip(self.original, other, self._weights, strict=True)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = np.mean(
+                [
+                    max(float(np.mean(_kl(a, b))), 0.0)
+                    if self.loss == "kl" and a.shape == b.shape
+                    else _relative_error(a, b, weights)
+                    for a, b, weights in rows
+                ]
+            )
+        return _limited(float(mean))
+
+    def divergences(self, other: Sequence[Array]) -> Array | None:
+        """Return the divergence of every sample (n,), whose mean is about `divergence`.
+
+        None if the outputs' first axes are not the same samples.
+        """
+        count = len(self.original[0]) if self.original[0].ndim else 0
+        if not self._are_alike(other) or not all(
+            a.ndim and a.size and len(a) == count for a in self.original
+        ):
+            return None
+        if self._of_boxes is not None:
+            return self._box_errors(other)
+        per_output = [
+            np.maximum(_kl(a, b), 0.0) if self.loss == "kl" else _squares(a, b, weights) * len(a) / a.size
+            for a, b, weights in zip(self.original, other, self._weights, strict=True)
+        ]
+        return np.mean(per_output, axis=0)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _weights(self) -> list[Array]:
+        return [weights_of(output) for output in self.original]
+
+    @cached_property
+    def _of_boxes(self) -> list[Array] | None:
+        """The weights of a detector's boxes and scores; None if they are not recognised, or not asked for."""
+        if self.loss != "boxes":
+            return None
+        layout = layout_of(self.original, len(self.original[0]))
+        return None if layout is None or layout.is_list else layout.weights(self.original)
+
+    def _are_alike(self, other: Sequence[Array]) -> bool:
+        return all(a.shape == b.shape for a, b in zip(self.original, other, strict=True))
+
+    def _box_errors(self, other: Sequence[Array]) -> Array:
+        """Every image's weighted error of boxes and scores."""
+        rows = zip(self.original, other, self._of_boxes or (), strict=True)
+        parts = [_squares(a, b, weights) for a, b, weights in rows if weights.any()]
+        return len(self.original[0]) * np.sum(parts, axis=0)  # type: ignore[no-any-return]
+
+
 def divergence(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> float:
     """Return the mean divergence of a network's outputs from the original's, at most `WORST`."""
-    if loss == "boxes" and (errors := _box_errors(original, other)) is not None:
-        return _limited(float(errors.mean()))
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = np.mean(
-            [
-                max(float(np.mean(_kl(a, b))), 0.0)
-                if loss == "kl" and a.shape == b.shape
-                else relative_error(a, b)
-                for a, b in zip(original, other, strict=True)
-            ]
-        )
-    return _limited(float(mean))
+    return Comparison(original, loss).divergence(other)
 
 
 def _limited(mean: float) -> float:
     return min(mean, WORST) if np.isfinite(mean) else WORST
-
-
-def divergences(original: Sequence[Array], other: Sequence[Array], loss: Loss) -> Array | None:
-    """Return the divergence of every sample (n,), whose mean is about `divergence`.
-
-    None if the outputs' first axes are not the same samples.
-    """
-    pairs = list(zip(original, other, strict=True))
-    if any(a.shape != b.shape or not (a.ndim and a.size) or len(a) != len(original[0]) for a, b in pairs):
-        return None
-    if loss == "boxes" and (errors := _box_errors(original, other)) is not None:
-        return errors
-    per_output = [np.maximum(_kl(a, b), 0.0) if loss == "kl" else _relative(a, b) for a, b in pairs]
-    return np.mean(per_output, axis=0)  # type: ignore[no-any-return]
-
-
-def _box_errors(original: Sequence[Array], other: Sequence[Array]) -> Array | None:
-    """Every image's weighted error of boxes and scores; None if they are not recognised."""
-    count = len(original[0])
-    layout = layout_of(original, count)
-    if (
-        layout is None
-        or layout.is_list
-        or any(a.shape != b.shape for a, b in zip(original, other, strict=True))
-    ):
-        return None
-    parts = [
-        (weight * np.square(b - a)).reshape(count, -1).sum(axis=1, dtype=np.float64)
-        for a, b, weight in zip(original, other, layout.weights(original), strict=True)
-        if weight.any()
-    ]
-    return count * np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
 
 def _kl(original: Array, other: Array) -> Array:
@@ -122,19 +145,31 @@ def relative_error(original: Array, other: Array) -> float:
     Where an output's channels have parts of different scale (`parts_of`), it is the mean over the parts.
     Outputs of different shapes (a detector that finds more or fewer boxes) have a relative error of 1.
     """
+    return _relative_error(original, other, weights_of(original))
+
+
+def _relative_error(original: Array, other: Array, weights: Array) -> float:
     if original.shape != other.shape:
         return 1.0
     if not original.size:
         return 0.0
-    a, b = np.asarray(original, np.float64), np.asarray(other, np.float64)
-    return float((weights_of(a) * np.square(a - b)).mean())
+    return float(_squares(np.atleast_1d(original), np.atleast_1d(other), weights).sum() / original.size)
 
 
-def _relative(original: Array, other: Array) -> Array:
-    """Every sample's squared error, relative to the variance over all samples."""
-    a, b = (np.asarray(v, np.float64) for v in (original, other))
-    errors = weights_of(a) * np.square(a - b)
-    return errors.reshape(len(a), -1).mean(axis=1)  # type: ignore[no-any-return]
+def _squares(original: Array, other: Array, weights: Array) -> Array:
+    """Return the weighted sum of squared differences of every sample (n,); the weights broadcast."""
+    count = len(original)
+    weights = np.broadcast_to(weights, (*[1] * (original.ndim - weights.ndim), *weights.shape))
+    together = tuple(axis for axis in range(1, original.ndim) if weights.shape[axis] == 1)
+    step = max(BLOCK * count // original.size, 1)
+    sums = np.zeros(count)
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        a, b = (v[rows] if v.dtype.kind == "f" else v[rows].astype(np.float64) for v in (original, other))
+        squares = np.square(b - a).sum(axis=together, keepdims=True, dtype=np.float64)
+        weighted = squares * (weights if len(weights) == 1 else weights[rows])
+        sums[rows] = weighted.reshape(len(a), -1).sum(axis=1)
+    return sums
 
 
 def weights_of(output: Array) -> Array:
@@ -146,7 +181,7 @@ def weights_of(output: Array) -> Array:
     weights = np.ones((len(columns), *[1] * (output.ndim - 1)))
     for part in parts:
         numbers = columns[part]
-        variance = max(_variance(numbers), CONSTANT**2 * float(np.square(numbers).mean()))
+        variance = max(_variance(numbers), CONSTANT**2 * float(np.square(numbers).mean(dtype=np.float64)))
         weights[part] = len(columns) / (len(parts) * len(part) * variance)
     return np.moveaxis(weights, 0, axis)
 
@@ -172,7 +207,8 @@ def parts_of(output: Array) -> tuple[int, list[NDArray[np.int64]]]:
 
 def _variance(a: Array) -> float:
     """The variance of an output, or of its rounding where it is constant."""
-    return max(float(a.var()), 1e-12 * float(np.square(a).mean()), TINY)
+    power = float(np.square(a).mean(dtype=np.float64))
+    return max(float(a.var(dtype=np.float64)), 1e-12 * power, TINY)
 
 
 def rounding(original: Sequence[Array], other: Sequence[Array]) -> float:

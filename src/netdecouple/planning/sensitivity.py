@@ -17,7 +17,7 @@ from netdecouple.families.base import reference
 from netdecouple.fitting.sampling import Inputs, sample_positions
 from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate
-from netdecouple.planning.divergence import Loss
+from netdecouple.planning.divergence import Comparison, Loss
 
 PROBE_MACS = 5e12  # of all probes together; more takes long and changes few plans
 LEAST_SAMPLES: dict[Loss, int] = {
@@ -61,14 +61,15 @@ class OriginalOutputs:
             "the network's outputs are NaN or Inf on the calibration images; check the preprocessing"
         )
 
-    def probe_samples(self, count: int) -> tuple[Images, list[Array]]:
-        """Return the first ``count`` held-out inputs, and the network's outputs on them.
+    def probe_samples(self, count: int, loss: Loss) -> tuple[Images, Comparison]:
+        """Return the first ``count`` held-out inputs, and the comparison with the outputs on them.
 
         The network runs again instead of cutting ``outputs``, as an output (boxes of a detector, for example)
         need not have one row per input.
         """
         images = self.inputs.held_out[:count]
-        return images, self.outputs if count >= len(self.inputs.held_out) else self.network.run(images)
+        outputs = self.outputs if count >= len(self.inputs.held_out) else self.network.run(images)
+        return images, Comparison(outputs, loss)
 
 
 def probe_counts(layers: int, macs: int, samples: int, loss: Loss) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from netdecouple.fitting.sampling import HELD_OUT
 from netdecouple.network import Array
 from netdecouple.planning.divergence import (
     WORST,
+    Comparison,
     Loss,
-    divergences,
     log_probabilities,
     loss_kind,
     parts_of,
@@ -171,7 +171,8 @@ class Tolerance:
             return None
         if self.kind != "psnr":
             kind = loss_kind(original, np.atleast_1d(original[0]).shape[0])
-            return divergences(original, new, kind if kind == "boxes" or self.kind == "kl" else "relative")
+            loss = kind if kind == "boxes" or self.kind == "kl" else "relative"
+            return Comparison(original, loss).divergences(new)
         return squared_errors(original, new, self.peak)
 
     def _figure(self, loss: float) -> float:

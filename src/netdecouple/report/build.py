@@ -13,10 +13,10 @@ from netdecouple.planning.boxes import found_again, layout_of
 from netdecouple.planning.cost import Budget
 from netdecouple.planning.divergence import (
     TINY,
+    Comparison,
     Loss,
     agreement,
     divergence,
-    divergences,
     log_probabilities,
     same_texts,
 )
@@ -131,7 +131,7 @@ def disagreements_of(
     outputs are not one per input.
     """
     is_classifier = plan.loss == "kl"
-    losses = divergences(original, new, plan.loss)
+    losses = Comparison(original, plan.loss).divergences(new)
     if losses is None or len(losses) != len(places):
         return ()
     answers = [_answers(outputs[0]) if is_classifier else [None] * len(losses) for outputs in (original, new)]
