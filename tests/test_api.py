@@ -622,6 +622,26 @@ def test_a_network_that_says_one_number_is_decoupled(batch: int | str) -> None:
     assert result.report.difference < 1e-4
 
 
+@pytest.mark.parametrize("refine", [None, 0.001])
+def test_scores_of_one_pixel_are_a_classifiers(refine: float | None) -> None:
+    """Fully convolutional classifiers end in (N, classes, 1, 1): classes are compared, and counted."""
+    b = Builder()
+    x = b.node("Relu", b.conv("image", 3, 16, 3, "conv1"))
+    x = b.conv(b.node("Relu", b.conv(x, 16, 16, 3, "conv2")), 16, 7, 1, "classes")
+    b.node("GlobalAveragePool", x, out="logits")
+    model = b.model([("logits", ("N", 7, 1, 1))], ("N", 3, 12, 12))
+    images = images_for(model, 40)
+    if refine:
+        pytest.importorskip("torch")
+    result = netdecouple.decouple(model, images, macs=0.6, settings=QUICK, refine=refine)
+    assert result.plan.loss == "kl"
+    assert result.report.agreement is not None
+    assert result.report.agreement.same_class is not None
+    best = run(open_session(model), None, {"image": images})[0].reshape(40, 7).argmax(axis=1)
+    (score,) = netdecouple.evaluate([model], (images, best))
+    assert (score.top1, score.images) == (1.0, 40)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_boxes_of_all_images_in_one_list_are_no_classes(alone: bool) -> None:
     """As NonMaxSuppression gives them: as many as there are, and not as many from the new network."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from netdecouple.network import Array, Layer
 
 LARGEST_BATCH = 128
+T = TypeVar("T")  # an array or a tensor
 
 
 def batch_slices(
@@ -24,6 +26,12 @@ def batch_slices(
     held = max(bytes_per_sample, 4 * max(inputs, default=1))
     step = fixed or min(max(limit // held, 1), LARGEST_BATCH)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def squeezed(output: T) -> T:
+    """View an output (n, c, 1, 1), as fully convolutional classifiers have it, as (n, c)."""
+    of: Any = output
+    return of.reshape(of.shape[:2]) if of.ndim == 4 and of.shape[2:] == (1, 1) else output
 
 
 def pick(values: Array, positions: NDArray[np.int64]) -> Array:

@@ -18,7 +18,7 @@ from netdecouple.errors import ModelError, OutputError
 from netdecouple.execution.memory import ArrayStore, Memory
 from netdecouple.execution.progress import Progress, quiet
 from netdecouple.execution.scratch import Scratch
-from netdecouple.frontends.batches import batch_slices
+from netdecouple.frontends.batches import batch_slices, squeezed
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
 from netdecouple.frontends.onnx.model import OnnxModel, find_layers
@@ -181,7 +181,8 @@ class OnnxNetwork:
             parts.append(run(session, self.output_names, self.model.feeds(self.padded(images, batch))))
             progress("Running", batch.stop, len(images))
         sizes = [self.model.batch or batch.stop - batch.start for batch in batches]
-        return [single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True)]
+        joined = (single(_joined(part, sizes, len(images))) for part in zip(*parts, strict=True))
+        return [squeezed(output) for output in joined]
 
     def _with_stages(
         self,

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, first_line
+from netdecouple.frontends.batches import squeezed
 from netdecouple.frontends.onnx.proto import attributes_of, nodes_for
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.network import Array, Layer
@@ -94,7 +95,8 @@ class OnnxTrainable:
             values.update(zip(node.output, outputs, strict=False))
         outputs = [values[name] for name in self._outputs]
         # a fixed batch was filled up
-        return [output[: len(images)] if self._network.model.batch else output for output in outputs]
+        outputs = [output[: len(images)] if self._network.model.batch else output for output in outputs]
+        return [squeezed(output) for output in outputs]
 
     def _run(self, index: int, inputs: list[Any]) -> Sequence[Tensor]:
         node = self._nodes[index]

@@ -27,7 +27,7 @@ from netdecouple.convolution import Factorization
 from netdecouple.errors import ModelError, first_line
 from netdecouple.execution import threads
 from netdecouple.execution.memory import Memory
-from netdecouple.frontends.batches import batch_slices
+from netdecouple.frontends.batches import batch_slices, squeezed
 from netdecouple.frontends.torch.convolutions import Convolution, Factorized
 from netdecouple.frontends.torch.discovery import choose_outputs, find_layers, maps_in, plain, rounding, same
 from netdecouple.frontends.torch.replacement import duplicate, failures, install
@@ -275,7 +275,7 @@ class TorchNetwork:
 
         with hooked(module, after=after, names=self.captured), suppress(StopForward):
             self.forward(module, images)
-        return [tensor for name in self.captured for tensor in tensors(outputs[name])]
+        return [squeezed(tensor) for name in self.captured for tensor in tensors(outputs[name])]
 
     def evaluated(self, module: nn.Module) -> nn.Module:
         """Copy this module, or one made of it, in evaluation mode, onto the device."""

@@ -22,6 +22,7 @@ from netdecouple.data.preprocessing import Preprocessing
 from netdecouple.errors import CalibrationError, ModelError
 from netdecouple.execution.memory import Memory
 from netdecouple.execution.progress import Progress, quiet
+from netdecouple.frontends.batches import squeezed
 from netdecouple.frontends.onnx.model import write_model
 from netdecouple.frontends.torch import folder
 from netdecouple.frontends.torch.export import export, image_tensor
@@ -183,7 +184,7 @@ class TorchSource:
                 args, kwargs = inputs[start : start + step].arguments
                 parts.append(list(tensors(module(*args, **kwargs))))
                 progress("Running", min(start + step, len(inputs)), len(inputs))
-        return [to_numpy(torch.cat(column)) for column in zip(*parts, strict=True)]
+        return [squeezed(to_numpy(torch.cat(column))) for column in zip(*parts, strict=True)]
 
     def executable(self, model: Any, example: Samples, runtime: str) -> Executable:
         """PyTorch runs the module itself; all others run what it is exported to."""
