@@ -42,10 +42,10 @@ demo: $(READY)  ## decouple the network that comes with the package; results in 
 test: covered slow  ## every test, quick ones first; those marked `shared` need ../shared
 
 covered: $(READY)  ## the quick tests, which must run 95% of the engine
-	$(QUICK) $(BIN)/python -m pytest -q -m 'not shared and not slow' --cov
+	$(QUICK) $(BIN)/python -m pytest -q -m 'not shared and not slow' --cov --durations=15
 
 slow: $(READY)  ## the other tests
-	$(SLOW) $(BIN)/python -m pytest -q -m 'shared or slow'
+	$(SLOW) $(BIN)/python -m pytest -q -m 'shared or slow' --durations=30
 
 quick: $(READY)  ## the tests that need no pretrained networks
 	$(BIN)/python -m pytest -q -m 'not shared and not slow'
