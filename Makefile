@@ -11,8 +11,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --require-hash
 COMPILE := $(TOOLS)/bin/uv pip compile --universal --generate-hashes --no-annotate --no-strip-extras --quiet \
     --custom-compile-command 'make lock' $(UPGRADE)
 
-# tests that compute, for other processors than this one
-COMPUTE := tests/families tests/planning tests/fitting tests/kernels tests/test_api.py tests/test_moments.py tests/test_convolution.py
+# tests that compute, for other processors than this one: those of arithmetic, and those of what is built on it
+ARITHMETIC := tests/families tests/fitting tests/kernels tests/test_moments.py tests/test_convolution.py
+COMPUTE := $(ARITHMETIC) tests/planning tests/test_api.py
 
 # what to start the quick and the other tests with: `.ci/run` gives each a core
 QUICK :=
@@ -52,7 +53,7 @@ quick: $(READY)  ## the tests that need no pretrained networks
 
 processors: $(READY)  ## the tests that compute, as processors without AVX-512 (one thread) and without AVX2 (two) run them
 	$(QUICK) $(BIN)/python -m tests.another_processor avx2 1 -m 'not shared and not slow' $(COMPUTE)
-	$(QUICK) $(BIN)/python -m tests.another_processor baseline 2 -m 'not shared and not slow' $(COMPUTE)
+	$(QUICK) $(BIN)/python -m tests.another_processor baseline 2 -m 'not shared and not slow' $(ARITHMETIC)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks examples docs
