@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from tests.cli.prepared import Prepared, prepared
 from tests.networks import Builder
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def pages() -> list[Path]:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a network, images and labelled images of random contents."""
     rng = np.random.default_rng(0)
     b = Builder()
@@ -72,7 +74,22 @@ def _without_fetching(command: str) -> str:
     return command
 
 
-def _shell(folder: Path) -> Callable[[Example], None]:
+@pytest.fixture(scope="module")
+def process() -> Iterator[Prepared]:
+    with prepared() as process:
+        yield process
+
+
+def _commands(block: str) -> list[list[str]]:
+    """The arguments of every command, if all are ours and need nothing of a shell; else nothing."""
+    if re.search(r"[|&;<>()$`*?~]|torchvision:", block.replace("\\\n", " ")):
+        return []
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words for words in commands if words]
+    return [words[1:] for words in commands] if all(words[0] == "netdecouple" for words in commands) else []
+
+
+def _shell(folder: Path, process: Prepared) -> Callable[[Example], None]:
     """Run commands as a person would; torchvision is imported as the other tests do it."""
     (folder / ".start").mkdir()
     start = "from tests.conftest import import_torchvision\nimport_torchvision()\n"
@@ -80,6 +97,11 @@ def _shell(folder: Path) -> Callable[[Example], None]:
 
     def run(example: Example) -> None:
         command = _without_fetching(example.parsed)
+        for arguments in (commands := _commands(command)):
+            done = process(folder, arguments)
+            assert not done.returncode, f"line {example.line}: {arguments}\n{done.stdout}\n{done.stderr}"
+        if commands:
+            return
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": f"{folder / '.start'}{os.pathsep}{ROOT}" if "torchvision:" in command else "",
@@ -104,10 +126,10 @@ def _file(example: Example) -> None:
     Path(first.partition('title="')[2].partition('"')[0]).write_text(example.parsed)
 
 
-def _document(page: Path, folder: Path) -> Document:
+def _document(page: Path, folder: Path, process: Prepared) -> Document:
     titles = set(re.findall(r'```(python title="[\w.]+")', page.read_text(encoding="utf-8")))
     parsers = [
-        CodeBlockParser("sh", _shell(folder)),
+        CodeBlockParser("sh", _shell(folder, process)),
         PythonCodeBlockParser(),
         *(CodeBlockParser(title, _file) for title in titles),
         SkipParser(),
@@ -139,33 +161,37 @@ def _given() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = _document(page, prepared)
+def test_the_blocks_of_a_page_run(
+    page: Path, folder: Path, process: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = _document(page, folder, process)
     if page.name in ("README.md", "index.md", "start-onnx.md"):
         pytest.importorskip("openvino")
         document.namespace.update(_given())
     if page.name == "start-torch.md":
         pytest.importorskip("torch")
-    monkeypatch.chdir(prepared)
+    monkeypatch.chdir(folder)
     _run(document)
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_help_texts_run(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_help_texts_run(
+    folder: Path, process: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openvino")
     script = ROOT / "docs" / "tables.py"
-    subprocess.run([sys.executable, str(script), str(prepared)], check=True)
-    monkeypatch.chdir(prepared)
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    monkeypatch.chdir(folder)
     made = "netdecouple run model.onnx --calib inputs.npy --macs 60% -o "
     made += f"fused.onnx --families nd --emit fused\n{made} faster.onnx --plan-out plan.json"
     made += "\ncp faster.onnx a.onnx\ncp fused.onnx b.onnx"
-    page = prepared / "commands.md"
+    page = folder / "commands.md"
     # whether a network of four layers can be faster depends on the machine
     fastest = "netdecouple run model.onnx -o faster.onnx --calib inputs.npy\n"
     text = page.read_text(encoding="utf-8")
     assert fastest in text
     page.write_text(f"```sh\n{made}\n```\n{text.replace(fastest, '')}", encoding="utf-8")
-    _run(_document(page, prepared))
+    _run(_document(page, folder, process))
 
 
 @pytest.mark.slow
