@@ -308,6 +308,20 @@ def test_inputs_need_not_be_images(tmp_path: Path) -> None:
     assert bench([tmp_path / "flat.onnx"], seconds=0.05).models[0].shapes == ((1, 192),)
 
 
+def test_inputs_of_another_shape_are_refused_with_their_file(tmp_path: Path) -> None:
+    """Before the network is run; labelled ones, too."""
+    model = of_rows(classifier(), 192)
+    model.graph.name = "rows"
+    rows, labels = np.zeros((40, 190), np.float32), np.zeros(40, np.int64)
+    np.savez(tmp_path / "rows.npz", x=rows, y=labels)
+    message = r"samples of 190; rows takes 192"
+    with pytest.raises(CalibrationError, match=message):
+        netdecouple.decouple(model, rows, macs="2x", settings=QUICK)
+    for data in (f"{tmp_path / 'rows.npz'}:x,y", (rows, labels)):
+        with pytest.raises(CalibrationError, match=message):
+            netdecouple.evaluate([model], data)
+
+
 def test_inputs_beside_the_images_stay_inputs(tmp_path: Path) -> None:
     """The network becomes what it becomes with their values inside, and takes the same inputs as before."""
     images, scales = images_for(classifier(), 40), np.float32([1, 1, 0.75, 0.75])

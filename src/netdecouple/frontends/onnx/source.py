@@ -110,6 +110,7 @@ class OnnxSource:
             images = np.random.default_rng(seed).standard_normal((10, *axes)).astype(np.float32)
             return Calibration(inputs=images, origin=calibration.NOISE, nbytes=images.nbytes, is_noise=True)
         loaded = calibration.load(calib, **shape, samples=samples, seed=seed)
+        self._check_shape(loaded.images, loaded.origin)
         return Calibration(
             inputs=loaded.images, origin=loaded.origin, nbytes=loaded.images.nbytes, skipped=loaded.skipped
         )
@@ -126,6 +127,15 @@ class OnnxSource:
             sizes = describe_shape((None, *m.shape))
             raise CalibrationError(f"{self.name} takes inputs {sizes}, of any size; give some with calib=")
         return known
+
+    def _check_shape(self, samples: Array, origin: str) -> None:
+        """Refuse samples that are no images and of another shape than the model's."""
+        given, wanted = samples.shape[1:], self.model.shape
+        fits = len(given) == len(wanted) and all(n in (None, m) for m, n in zip(given, wanted, strict=True))
+        if not (self.model.channels or fits):
+            raise CalibrationError(
+                f"{origin}: samples of {describe_shape(given)}; {self.name} takes {describe_shape(wanted)}"
+            )
 
     def _images(self, calib: Any) -> Any:
         """Take the other inputs' values, which ``constants`` override, out of what is given as inputs."""
@@ -150,9 +160,12 @@ class OnnxSource:
         shape = self._shape(preprocessing)
         if not isinstance(labels, tuple):
             self._images(labels)
-            return calibration.load_labelled(labels, **shape)
-        inputs = calibration.load(labels[0], **shape, samples=None, seed=0).images
-        return inputs, calibration.answers(labels[1], len(inputs))
+            images, right = calibration.load_labelled(labels, **shape)
+            self._check_shape(images, str(labels))
+            return images, right
+        loaded = calibration.load(labels[0], **shape, samples=None, seed=0)
+        self._check_shape(loaded.images, loaded.origin)
+        return loaded.images, calibration.answers(labels[1], len(loaded.images))
 
     def open(self, inputs: Array, memory: Memory) -> OnnxNetwork:
         """Open the network for such images; ModelError if it is random."""
