@@ -120,14 +120,16 @@ def _elimination(problem: Problem, group: int) -> tuple[IntArray, Array]:
         costs = np.einsum("nkm,nkm->n", by_channel, np.linalg.solve(blocks, by_channel))
         dropped = np.argsort(comparable(costs), kind="stable")[: max(1, int(PER_STEP * n))]
         q = _taps(dropped, k)
-        rest = np.setdiff1d(np.arange(len(h)), q)
-        h_qq = h[np.ix_(q, q)]
-        share = np.linalg.solve(h_qq, h[q])  # (H_qq)⁻¹ H_q
+        rest = np.delete(np.arange(len(h)), q)
+        of_q, others = h[q], h.take(rest, axis=0)
+        w_q = weight[:, q]
+        solved = np.linalg.solve(of_q[:, q], np.hstack([of_q[:, rest], w_q.T]))
+        share = solved[:, : len(rest)]  # (H_qq)⁻¹ H_q
         # dropped together they cost more than each alone; the surplus is spread evenly
-        together = float(np.vdot(np.linalg.solve(h_qq, weight[:, q].T), weight[:, q].T))
+        together = float(np.vdot(solved[:, len(rest) :], w_q.T))
         order.append(remaining[dropped])
         losses.append(np.full(len(dropped), together / len(dropped)))
-        weight = (weight - weight[:, q] @ share)[:, rest]
-        h = (h - h[:, q] @ share)[np.ix_(rest, rest)]
+        weight = weight[:, rest] - w_q @ share
+        h = others.take(rest, axis=1) - others[:, q] @ share
         remaining = np.delete(remaining, dropped)
     return np.concatenate(order), np.concatenate(losses)

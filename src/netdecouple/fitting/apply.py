@@ -153,8 +153,7 @@ def _applied(
         if row.ridge:
             regularized = problem.regularized(row.ridge)
         else:
-            quick = method(row.family, uniform, rounds=1)
-            ridge, regularized = best_ridge(problem, held_out, lambda p: quick.fit(p, row.steps)[0])
+            ridge, regularized = best_ridge(problem, held_out, _QuickFit(row, uniform))
             row = replace(row, ridge=ridge)
         exact, steps = method(row.family, uniform, 1 if is_trial else None).fit(regularized, row.steps)
         factorization = exact.astype(np.float32)
@@ -166,6 +165,17 @@ def _applied(
         samples=round(fitted.count),
         dependent=0 if is_trial else fitted.dependent,
     )
+
+
+class _QuickFit:
+    """Fits a layer roughly; the channels that its first fit selects are those of the others."""
+
+    def __init__(self, row: LayerPlan, uniform: bool) -> None:
+        self._method, self._steps = method(row.family, uniform, rounds=1), row.steps
+
+    def __call__(self, problem: Problem) -> Factorization:
+        factorization, self._steps = self._method.fit(problem, self._steps)
+        return factorization
 
 
 def difference(
