@@ -21,7 +21,8 @@ from netdecouple.execution.scratch import Scratch
 from netdecouple.frontends.batches import batch_slices, squeezed
 from netdecouple.frontends.onnx.emission import form_of
 from netdecouple.frontends.onnx.fused import absorb, add_fallbacks
-from netdecouple.frontends.onnx.model import OnnxModel, find_layers
+from netdecouple.frontends.onnx.layers import find_layers
+from netdecouple.frontends.onnx.model import OnnxModel
 from netdecouple.frontends.onnx.products import is_known
 from netdecouple.frontends.onnx.proto import (
     Nodes,

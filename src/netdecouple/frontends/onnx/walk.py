@@ -17,7 +17,8 @@ from netdecouple.errors import ModelError
 from netdecouple.execution.memory import ArrayStore
 from netdecouple.frontends.batches import pick
 from netdecouple.frontends.onnx.emission import Form, emit
-from netdecouple.frontends.onnx.model import OnnxModel, by_image
+from netdecouple.frontends.onnx.layers import by_image
+from netdecouple.frontends.onnx.model import OnnxModel
 from netdecouple.frontends.onnx.proto import Nodes, Tensors, reads
 from netdecouple.network import Array, Layer, Observation
 from netdecouple.runtimes.onnxfile import with_graph
