@@ -48,7 +48,7 @@ def test_of_several_plans_the_one_that_measures_best_is_kept(
     original, measured = network.run(inputs.held_out), {}
     for objective in objectives:
         plan = make_plan(analysis.with_objective(objective), [Budget(Macs(), 0.6)])
-        trial = apply(network, inputs.part(search.TRIAL, search.LEAST), plan, is_trial=True)
+        trial = apply(network, inputs.part(search.TRIAL, search.LEAST[analysis.loss]), plan, is_trial=True)
         outputs = network.run(inputs.held_out, trial.kernels)
         measured[tuple(row.sizes for row in plan.layers)] = divergence(original, outputs, analysis.loss)
     assert len(measured) == 3

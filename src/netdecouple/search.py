@@ -18,7 +18,7 @@ from netdecouple.fitting.sequential import Targets, targets_for
 from netdecouple.network import Array, Network
 from netdecouple.planning.analysis import Analysis, Objective
 from netdecouple.planning.cost import Budget, Cost
-from netdecouple.planning.divergence import Comparison
+from netdecouple.planning.divergence import Comparison, Loss
 from netdecouple.planning.plan import LayerPlan, Plan
 from netdecouple.planning.planner import FormOf, make_plan, reachable
 
@@ -32,7 +32,8 @@ OBJECTIVES = (
 )
 BETWEEN = Objective(exponent=0.7, depth=0.5)  # where only one plan is made: a compromise of them
 GRID = tuple(Objective(exponent=e, depth=d) for e in (1.0, 0.7, 0.5, 0.35) for d in (0.0, 0.5, 1.0, 2.0))
-TRIAL, LEAST = 0.25, 64  # share of the inputs that a trial is fitted to, and how many at least
+TRIAL = 0.25  # share of the inputs that a trial is fitted to
+LEAST: dict[Loss, int] = {"kl": 64, "relative": 64, "boxes": 32}  # and how many at least
 STEP = 1.03  # the search for the least network ends when two budgets are this close
 CLOSE = 0.1  # or when one keeps what is asked for, and its error is this near to what is allowed (logarithm)
 BELOW = 0.7  # share of the least budget of one objective down to which another one is searched
@@ -72,7 +73,7 @@ class Trials:
     @cached_property
     def part(self) -> Inputs:
         """The inputs that a trial is fitted to."""
-        return self.inputs.part(TRIAL, LEAST)
+        return self.inputs.part(TRIAL, LEAST[self.comparison.loss])
 
     def targets(self, plans: Sequence[Plan]) -> Targets | None:
         """Record targets once, for trials of all layers that some plans change."""

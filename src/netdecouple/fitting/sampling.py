@@ -18,7 +18,7 @@ from netdecouple.network import Array, Images, Layer, Network
 
 HELD_OUT = 5  # one input in so many is held out
 ROWS = 50_000  # samples per layer at most
-FLOPS = 2.7e11  # multiply-adds of a layer's moments at most, beyond 4 samples per unknown
+FLOPS = 1e11  # multiply-adds of a layer's moments at most, beyond 4 samples per unknown
 SCALED = 128  # inputs from which a layer's `Scale` is taken
 # Inputs with more than so many times the usual energy in the outputs of a layer count no more than if they
 # had so many times: otherwise a few decide the fit. Of 128 crops, 5 have 97 % of the variance in the last

@@ -19,7 +19,7 @@ from netdecouple.network import Array, Images, Layer, Network
 from netdecouple.planning.candidates import Candidate
 from netdecouple.planning.divergence import Comparison, Loss
 
-PROBE_MACS = 5e12  # of all probes together; more takes long and changes few plans
+PROBE_MACS = 2e12  # of all probes together; more takes long and changes few plans
 LEAST_SAMPLES: dict[Loss, int] = {
     "kl": 16,
     "relative": 4,
