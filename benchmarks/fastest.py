@@ -252,10 +252,16 @@ def row(name: str, case: Case, threads: int) -> Row:
     )
 
 
+def tables(known: Sequence[Row]) -> list[Table]:
+    """A table for every kind of processor, with a line for every network, of its last row."""
+    kinds = dict.fromkeys((row.instructions, row.machine) for row in known)
+    return [table([row for row in known if (row.instructions, row.machine) == kind]) for kind in kinds]
+
+
 def table(known: Sequence[Row]) -> Table:
-    """A line for every network and processor, of its last row."""
-    last = {(row.network, row.instructions): row for row in known}
-    where = ", ".join(sorted({f"{row.instructions} ({row.machine})" for row in last.values()}))
+    """A line for every network on one processor."""
+    last, one = {row.network: row for row in known}, known[0]
+    where = f"{one.instructions} ({one.machine})"
     out = Table(title=f"As fast as possible, ONNX Runtime, one thread, {where}")
     for column in (
         "network",

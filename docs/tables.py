@@ -161,7 +161,7 @@ def main() -> None:
         "families": families(),
         "accuracy": markdown(accuracy.table(accuracy.read(DOCS / "accuracy.csv"))),
         "licences": licences(),
-        "fastest": _all([fastest.table(found)] if found else []),
+        "fastest": _all(fastest.tables(found)),
         "latency": _all(latency.tables(latency.read_rows(DOCS / "latency.jsonl"))),
         "kernel": _all(kernel.tables(rows.read(DOCS / "kernel.jsonl", kernel.Row))),
         "gpu": _all(gpu.tables(rows.read(DOCS / "gpu.jsonl", gpu.Row))),
