@@ -15,16 +15,17 @@ class TestChannelDecomposition(OneFamilyTests):
     family = ChannelDecomposition()
 
 
-def test_data_free_fit_is_the_truncated_svd_of_the_kernel() -> None:
-    g = ConvGeometry(10, 4, 3, 3)
-    found = ChannelDecomposition().fit(data_free_problem(g, 0), 4).dense().reshape(10, -1)
-    u, s, vt = np.linalg.svd(kernel(g, 0).reshape(10, -1), full_matrices=False)
+@pytest.mark.parametrize("g", [ConvGeometry(10, 4, 3, 3), ConvGeometry(40, 6, 1, 1)])
+def test_data_free_fit_is_the_truncated_svd_of_the_kernel(g: ConvGeometry) -> None:
+    """Whether there are more outputs than unknowns or fewer."""
+    found = ChannelDecomposition().fit(data_free_problem(g, 0), 4).dense().reshape(g.n_o, -1)
+    u, s, vt = np.linalg.svd(kernel(g, 0).reshape(g.n_o, -1), full_matrices=False)
     np.testing.assert_allclose(found, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-10)
 
 
-def test_no_kernel_of_the_same_rank_is_better() -> None:
+@pytest.mark.parametrize("g", [ConvGeometry(8, 5, 3, 3), ConvGeometry(30, 5, 1, 1)])
+def test_no_kernel_of_the_same_rank_is_better(g: ConvGeometry) -> None:
     """Reduced-rank regression is a global optimum: small steps within the rank only lose."""
-    g = ConvGeometry(8, 5, 3, 3)
     problem = aware_problem(g, 0)
     best = ChannelDecomposition().fit(problem, 3)
     error = problem.squared_error(best)
@@ -40,8 +41,9 @@ def test_no_kernel_of_the_same_rank_is_better() -> None:
         )
 
 
-def test_the_curve_is_exact() -> None:
-    problem = aware_problem(ConvGeometry(9, 4, 3, 2, groups=1), 3)
+@pytest.mark.parametrize("g", [ConvGeometry(9, 4, 3, 2), ConvGeometry(60, 18, 1, 1, groups=2)])
+def test_the_curve_is_exact(g: ConvGeometry) -> None:
+    problem = aware_problem(g, 3)
     family = ChannelDecomposition()
     for size in range(1, 10):
         expected = problem.relative_error(family.fit(problem, size))

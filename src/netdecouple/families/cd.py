@@ -51,13 +51,22 @@ class ChannelDecomposition(Family):
 
     def fit(self, problem: Problem, size: int, channels: IntArray | None = None) -> Factorization:
         u = _components(problem)[1][:, :, :size]  # (groups, m, r)
+        u = np.pad(u, ((0, 0), (0, 0), (0, size - u.shape[2])))  # no energy is left for more
         v = u.swapaxes(1, 2) @ problem.target  # V = Uᵀ W*
         return problem.assembled(self.structure(problem.geometry, size), v, u)
 
 
 @once
 def _components(problem: Problem) -> tuple[Array, Array]:
-    """Compute the principal components of W* x: energies (groups, m), falling, and axes in columns."""
-    # W* G W*ᵀ, in which W* G = C
-    energy, axes = np.linalg.eigh(problem.moments.cross @ problem.target.swapaxes(1, 2))
+    """Compute the principal components of W* x: energies (groups, n), falling, and axes in columns.
+
+    There are as many as outputs m, or as unknowns d if these are fewer: W* x is in the columns of W* = Q R.
+    """
+    cross, target = problem.moments.cross, problem.target
+    basis = None
+    if target.shape[1] > target.shape[2]:
+        basis, target = np.linalg.qr(target)
+        cross = basis.swapaxes(1, 2) @ cross
+    energy, axes = np.linalg.eigh(cross @ target.swapaxes(1, 2))  # W* G W*ᵀ, in which W* G = C
+    axes = axes if basis is None else basis @ axes
     return np.maximum(energy[:, ::-1], 0.0), axes[:, :, ::-1]

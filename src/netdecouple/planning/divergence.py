@@ -165,10 +165,11 @@ def _squares(original: Array, other: Array, weights: Array) -> Array:
     sums = np.zeros(count)
     for start in range(0, count, step):
         rows = slice(start, start + step)
-        a, b = (v[rows] if v.dtype.kind == "f" else v[rows].astype(np.float64) for v in (original, other))
-        squares = np.square(b - a).sum(axis=together, keepdims=True, dtype=np.float64)
-        weighted = squares * (weights if len(weights) == 1 else weights[rows])
-        sums[rows] = weighted.reshape(len(a), -1).sum(axis=1)
+        squares = np.square(np.subtract(other[rows], original[rows], dtype=np.float64))
+        weighted = squares.sum(axis=together, keepdims=True) * (
+            weights if len(weights) == 1 else weights[rows]
+        )
+        sums[rows] = weighted.reshape(len(squares), -1).sum(axis=1)
     return sums
 
 
@@ -181,7 +182,7 @@ def weights_of(output: Array) -> Array:
     weights = np.ones((len(columns), *[1] * (output.ndim - 1)))
     for part in parts:
         numbers = columns[part]
-        variance = max(_variance(numbers), CONSTANT**2 * float(np.square(numbers).mean(dtype=np.float64)))
+        variance = max(_variance(numbers), CONSTANT**2 * float(np.square(numbers, dtype=np.float64).mean()))
         weights[part] = len(columns) / (len(parts) * len(part) * variance)
     return np.moveaxis(weights, 0, axis)
 
@@ -207,7 +208,7 @@ def parts_of(output: Array) -> tuple[int, list[NDArray[np.int64]]]:
 
 def _variance(a: Array) -> float:
     """The variance of an output, or of its rounding where it is constant."""
-    power = float(np.square(a).mean(dtype=np.float64))
+    power = float(np.square(a, dtype=np.float64).mean())
     return max(float(a.var(dtype=np.float64)), 1e-12 * power, TINY)
 
 
