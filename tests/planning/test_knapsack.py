@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,3 +117,28 @@ def test_losses_of_any_size_are_weighed() -> None:
         ]
         assert choose(layers, [3.0]) == [0, 1]
     assert choose([[Option(0.0, (2.0,)), Option(0.0, (1.0,))]], [1.0]) == [1]
+
+
+TALKATIVE = """
+import ctypes, os, sys
+from netdecouple.planning import knapsack
+if {apart}:
+    sys.stdout = os.fdopen(os.dup(1), "w")
+solve = knapsack.milp
+def talkative(*arguments, **options):
+    ctypes.CDLL(None).puts(b"solver")
+    return solve(*arguments, **options)
+knapsack.milp = talkative
+assert knapsack.choose([[knapsack.Option(0.0, (1.0,))]], [2.0]) == [0]
+ctypes.CDLL(None).puts(b"native")
+print("python")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors are Posix's")
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_the_solver_prints_is_discarded_where_python_prints_elsewhere(apart: bool) -> None:
+    """As it does in the command line. Otherwise nothing may be lost of what others print meanwhile."""
+    command = [sys.executable, "-c", TALKATIVE.format(apart=apart)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert sorted(printed.split()) == ["native", "python", *([] if apart else ["solver"])]

@@ -5,7 +5,11 @@ A multiple-choice knapsack, solved exactly by HiGHS through scipy.optimize.milp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,20 +56,47 @@ def choose(layers: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[
     above = np.where(possible, above / scale[:, None], 0.0)
     one_each = np.repeat(np.eye(len(layers)), sizes, axis=1)
     for slack in SLACKS:
-        solution = milp(
-            losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(above, -np.inf, room / scale * (1 - slack)),
-            ],
-            integrality=np.ones(len(losses)),
-            bounds=Bounds(0, possible.astype(float)),
-            # with presolve HiGHS sometimes prints a line to standard output
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
-        )
+        with _native_output_discarded():
+            solution = milp(
+                losses / max(losses.max(initial=0.0), np.finfo(float).tiny),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(above, -np.inf, room / scale * (1 - slack)),
+                ],
+                integrality=np.ones(len(losses)),
+                bounds=Bounds(0, possible.astype(float)),
+                # without presolve HiGHS prints fewer lines, whatever its options
+                options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
+            )
         if solution.x is None:
             break
         picks = [int(np.argmax(solution.x[start:end])) for start, end in zip(starts, ends, strict=True)]
         if np.all(costs[:, np.array(picks) + starts].sum(axis=1) <= limit):
             return picks
     raise BudgetError("the budgets cannot be met together; let more stay of one of them")
+
+
+@contextmanager
+def _native_output_discarded() -> Iterator[None]:
+    """Discard what HiGHS prints to descriptor 1 now and then, unless Python prints there as well.
+
+    The command line lets Python print to another one.
+    """
+    try:
+        is_shared = sys.stdout.fileno() == 1
+    except (AttributeError, OSError, ValueError):  # it is closed, or no file
+        is_shared = True
+    if is_shared or os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush  # C holds back what goes to files and pipes
+    flush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
