@@ -159,7 +159,8 @@ def _of_samples(inputs: Sequence[Input]) -> Input | None:
 def _declared(value: onnx.ValueInfoProto) -> Input:
     kind = value.type.tensor_type
     dims = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
-    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type) if kind.elem_type else np.dtype(object)
+    is_known = kind.elem_type in helper.get_all_tensor_dtypes()  # files may hold any number
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type) if is_known else np.dtype(object)
     return Input(value.name, dims, dtype)
 
 
